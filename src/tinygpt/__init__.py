@@ -1,0 +1,64 @@
+"""TinyGPT: a lightweight GPT on tinygrad.
+
+>>> from tinygpt import GPT, GPTConfig, TrainConfig, train
+>>> model = GPT(GPTConfig(vocab_size=65))
+>>> train(model, TrainConfig(max_iters=100), tokens)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tinygpt import runtime
+
+runtime.prepare()  # before anything imports tinygrad
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tinygpt.api import GPT as GPT
+    from tinygpt.api import load as load
+    from tinygpt.api import train as train
+    from tinygpt.config import PRESETS as PRESETS
+    from tinygpt.config import GPTConfig as GPTConfig
+    from tinygpt.config import SampleConfig as SampleConfig
+    from tinygpt.config import TrainConfig as TrainConfig
+    from tinygpt.errors import TinyGPTError as TinyGPTError
+    from tinygpt.gradcheck import gradcheck as gradcheck
+    from tinygpt.optim import AdamW as AdamW
+    from tinygpt.runs import TrainResult as TrainResult
+    from tinygpt.tokenizers import BPETokenizer as BPETokenizer
+    from tinygpt.tokenizers import ByteTokenizer as ByteTokenizer
+    from tinygpt.tokenizers import CharTokenizer as CharTokenizer
+    from tinygpt.tokenizers import Tokenizer as Tokenizer
+    from tinygpt.train import Step as Step
+    from tinygpt.train import train_steps as train_steps
+
+_HOMES = {
+    "GPT": "api",
+    "load": "api",
+    "train": "api",
+    "GPTConfig": "config",
+    "SampleConfig": "config",
+    "TrainConfig": "config",
+    "PRESETS": "config",
+    "TinyGPTError": "errors",
+    "gradcheck": "gradcheck",
+    "AdamW": "optim",
+    "TrainResult": "runs",
+    "BPETokenizer": "tokenizers",
+    "ByteTokenizer": "tokenizers",
+    "CharTokenizer": "tokenizers",
+    "Tokenizer": "tokenizers",
+    "Step": "train",
+    "train_steps": "train",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used: the command line answers before tinygrad loads."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tinygpt' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"tinygpt.{_HOMES[name]}"), name)

@@ -1,0 +1,133 @@
+"""What users import: a GPT with the methods they expect, ``train`` and ``load``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Tensor
+from tinygrad.nn.optim import Optimizer
+
+from tinygpt import checkpoint, data, generate
+from tinygpt.config import GPTConfig, SampleConfig, TrainConfig
+from tinygpt.display import make_display
+from tinygpt.errors import UsageError
+from tinygpt.model import Transformer
+from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
+from tinygpt.tokenizers import Tokenizer, tokenizer_from_dict
+
+TokenSource = npt.NDArray[np.integer[Any]] | Sequence[int] | Tensor | str | Path
+
+
+class GPT(Transformer):
+    """A GPT: call it on tokens for logits, or let it generate.
+
+    >>> model = GPT(GPTConfig(vocab_size=65))
+    >>> logits = model(Tensor([[1, 2, 3]], dtype="int32"))         # (1, 3, 65)
+    >>> longer = model.generate(Tensor([[1, 2, 3]], dtype="int32"), max_tokens=10)  # (1, 13)
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
+        super().__init__(config, seed)
+        self.decoder = generate.Decoder(self)
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue the prompts idx (B, T) by up to ``max_tokens``; -> int32 (B, T + new), prompt included.
+
+        Prompts and texts may be longer than block_size: the model then sees the last block_size
+        tokens. ``stop`` is a token id, several, or sequences of ids; the same ``seed`` gives the same
+        text. Dropout is off. Raises UsageError if the prompt is empty or an id is out of range.
+        """
+        config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty)
+        return generate.generate(self.decoder, idx, max_tokens, config, seed=seed, stop=stop)
+
+    def save_checkpoint(
+        self,
+        iter_num: int,
+        optimizer: Optimizer | None = None,
+        folder: str | Path = "checkpoints",
+        *,
+        tokenizer: Tokenizer | None = None,
+    ) -> Path:
+        """Write ``folder/ckpt_{iter_num}.safetensors`` atomically and return its path.
+
+        It holds the weights, the optimizer's state if one is given, and all that ``load`` needs.
+        """
+        if not isinstance(iter_num, int) or iter_num < 0:
+            raise UsageError(f"iter_num={iter_num!r} is not a step number, 0 or above.")
+        described = None if tokenizer is None else tokenizer.to_dict()
+        meta = checkpoint.Meta(iter_num, self.config, tokenizer=described)
+        path = checkpoint.checkpoint_path(folder, iter_num)
+        return checkpoint.save(path, self, optimizer, meta)
+
+    def load_checkpoint(self, path: str | Path, optimizer: Optimizer | None = None) -> int:
+        """Read weights, and the optimizer's state if one is given, into place; -> the step number.
+
+        Raises CheckpointError if the file is damaged, or of a model with another config.
+        """
+        return checkpoint.load(path, self, optimizer).iter_num
+
+
+def train(
+    model: Transformer,
+    train_config: TrainConfig,
+    train_data: TokenSource,
+    val_data: TokenSource | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    optimizer: Optimizer | None = None,
+    out_dir: str | Path | None = None,
+    resume: bool | str | Path | None = None,
+    show: bool = True,
+) -> TrainResult:
+    """Train a model on token ids: an array, a list, a Tensor or the path of a token file.
+
+    With ``out_dir`` the run keeps its metrics, samples and checkpoints there, and ``resume=True``
+    goes on from its newest checkpoint. ``show`` prints progress on stderr.
+
+    >>> result = train(model, TrainConfig(max_iters=1000), tokens)
+    >>> result.iter_num, result.best_val_loss
+    """
+    vocab = model.config.vocab_size
+    tokens = data.load_tokens(train_data, vocab)
+    held_out = None if val_data is None else data.load_tokens(val_data, vocab)
+    run = TrainingRun(
+        model, train_config, tokens, held_out,
+        tokenizer=tokenizer, optimizer=optimizer, folder=out_dir, resume=resume,
+    )
+    if not show:
+        for _ in run:
+            pass
+        return run.result
+    with make_display(train_config, start=run.iter_num) as display:
+        for step in run:
+            display.update(step)
+    return run.result
+
+
+def load(path: str | Path) -> tuple[GPT, Tokenizer | None]:
+    """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
+
+    Of a run folder the best checkpoint is taken, or else the newest.
+    """
+    chosen = choose_checkpoint(Path(path))
+    meta = checkpoint.read_meta(chosen)
+    model = GPT(meta.model)
+    checkpoint.load(chosen, model)
+    tokenizer = None if meta.tokenizer is None else tokenizer_from_dict(meta.tokenizer)
+    model.eval()
+    return model, tokenizer

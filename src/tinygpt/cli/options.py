@@ -1,0 +1,160 @@
+"""From flags, a TOML file and a preset to checked configs; every flag is made from a config field."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from tinygpt.config import PRESETS, Config, GPTConfig, SampleConfig, TrainConfig, field_docs, to_toml
+from tinygpt.errors import ConfigError, nearest
+
+Values = Mapping[str, Any]
+Tables = dict[str, dict[str, Any]]
+"""Values that were given, by table and field: ``{"model": {"n_layer": 6}}``."""
+
+FOUND_LATER = {"vocab_size": "from the tokenizer"}
+"""Defaults that the data decides, in words."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str | None = None
+    """Text file, folder, JSONL file, token file, or shakespeare, pydocs, auto."""
+    tokenizer: str | None = None
+    """gpt2, bpe:N, char, byte, or a saved tokenizer; not set means a BPE of 1024 from the text."""
+    val_fraction: float = 0.1
+    """Share of the text, at its end, that is kept for validation."""
+    field: str = "text"
+    """Field of a JSONL file that holds the text."""
+    glob: str = "**/*.txt"
+    """Files of a folder that are read."""
+
+    def check(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(
+                f"val_fraction={self.val_fraction!r} is out of range: it must be at least 0 and "
+                f"less than 1. 0.1 keeps a tenth for validation."
+            )
+
+
+CONFIGS: dict[str, type[Config]] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The resolved settings of a training run."""
+
+    model: Values
+    """Values of GPTConfig that were given; it is made once the vocabulary is known."""
+    train: TrainConfig
+    data: DataConfig
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The model's shape for a tokenizer of ``vocab_size``, unless another size was given."""
+        given = self.model.get("vocab_size", vocab_size)
+        if given < vocab_size:
+            raise ConfigError(
+                f"vocab_size={given} is smaller than the tokenizer's {vocab_size}. Leave it out to "
+                f"take the tokenizer's, or choose a smaller vocabulary with --tokenizer."
+            )
+        return GPTConfig.from_dict({**self.model, "vocab_size": given})
+
+    def to_toml(self) -> str:
+        """A commented file for ``--config``, with every field in it."""
+        model = GPTConfig.from_dict(self.model)
+        text = to_toml({"model": model, "train": self.train, "data": self.data}, comments=True)
+        if "vocab_size" in self.model:
+            return text
+        line = f"vocab_size = {model.vocab_size}"
+        return text.replace(line, f"# vocab_size = {FOUND_LATER['vocab_size']}", 1)
+
+
+def flags(config: type[Config], title: str, skip: tuple[str, ...] = ()) -> Any:
+    """A type for cyclopts: a flag per config field, with its documentation as help.
+
+    What arrives in the command is a dictionary of only those that were given.
+    """
+    group = Group(title, sort_key=len(title))
+    docs, hints = field_docs(config), get_type_hints(config)
+    shown = [f for f in fields(config) if f.name not in skip]  # type: ignore[arg-type]
+    types = {
+        f.name: Annotated[hints[f.name], Parameter(help=_help(f, docs[f.name]), group=group)]
+        for f in shown
+    }
+    return TypedDict(f"{config.__name__}Flags", types, total=False)  # type: ignore[operator]
+
+
+def _help(field: Field[Any], doc: str) -> str:
+    default = FOUND_LATER.get(field.name, repr(field.default))
+    return doc if field.default is None else f"{doc} [default: {default}]"
+
+
+def resolve(*layers: Tables) -> Settings:
+    """Later layers win, field by field; what no layer gives keeps its default.
+
+    Raises ConfigError for an unknown table or field, naming the nearest, and for values that cannot
+    work.
+    """
+    merged: Tables = {name: {} for name in CONFIGS}
+    for layer in layers:
+        for name, values in layer.items():
+            merged[name] |= values
+    model = GPTConfig.from_dict(merged["model"])  # checked here, before any text is read
+    given = {name: value for name, value in model.to_dict().items() if name in merged["model"]}
+    train, data = TrainConfig.from_dict(merged["train"]), DataConfig.from_dict(merged["data"])
+    return Settings(given, train, data)
+
+
+def preset_tables(name: str | None) -> Tables:
+    """The values of a preset; none without one."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        known = list(PRESETS)
+        raise ConfigError(
+            f"There is no preset {name!r}.{nearest(name, known)} Presets: {', '.join(known)}."
+        )
+    preset = PRESETS[name]
+    data = {"tokenizer": preset.tokenizer}
+    return {"model": dict(preset.model), "train": dict(preset.train), "data": data}
+
+
+def file_tables(path: Path | None) -> Tables:
+    """The values of a TOML file with tables [model], [train] and [data]."""
+    if path is None:
+        return {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ConfigError(f"{path} is not a TOML file: {error}.") from error
+    for name, values in tables.items():
+        _check_table(path, name, values)
+    return tables
+
+
+def _check_table(path: Path, name: str, values: Any) -> None:
+    known = list(CONFIGS)
+    if name not in known or not isinstance(values, dict):
+        homes = [t for t, c in CONFIGS.items() if name in field_docs(c)]
+        advice = f" {name!r} belongs under [{homes[0]}]." if homes else nearest(name, known)
+        raise ConfigError(f"{path}: there is no table [{name}].{advice} Tables: {', '.join(known)}.")
+    try:
+        CONFIGS[name].from_dict(values)
+    except ConfigError as error:
+        if all(key in field_docs(CONFIGS[name]) for key in values):
+            return  # the values may fit together once every layer is there; resolve() checks again
+        raise ConfigError(f"{path}, table [{name}]: {error}") from error
+
+
+ModelFlags = flags(GPTConfig, "Model")
+TrainFlags = flags(TrainConfig, "Training")
+SampleFlags = flags(SampleConfig, "Sampling")

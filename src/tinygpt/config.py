@@ -1,0 +1,327 @@
+"""Settings: plain, frozen, complete, and checked once, when they are made.
+
+The text under each field is its documentation everywhere: in ``--help``, in the resolved
+``config.toml`` of a run and in the reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args, get_type_hints
+
+from tinygpt.errors import ConfigError, nearest
+
+MAX_PARAMETERS = 20_000_000_000
+"""Beyond this a configuration is taken for a typing error and refused before anything is allocated."""
+
+
+class Config:
+    """What the configs share: checks at birth, and conversion to and from plain dictionaries."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError if a value cannot work."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values, in order."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values; an unknown key is an error that names the nearest field."""
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in names:
+                raise ConfigError(
+                    f"{cls.__name__} has no field {key!r}.{nearest(str(key), names)} "
+                    f"Known fields: {', '.join(names)}."
+                )
+        return cls(**values)
+
+
+def _check_types(config: Config) -> None:
+    """Types are checked by hand: a config often comes from a file or a command line."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):  # type: ignore[arg-type]
+        value, hint = getattr(config, field.name), hints[field.name]
+        options = get_args(hint) or (hint,)
+        if isinstance(options[0], str):  # Literal["cosine", ...]
+            if value not in options:
+                listed = ", ".join(map(repr, options))
+                raise ConfigError(f"{field.name}={value!r} is not one of {listed}.")
+            continue
+        if value is None and type(None) in options:
+            continue
+        if float in options and type(value) is int:
+            object.__setattr__(config, field.name, float(value))
+            value = float(value)
+        if type(value) not in options:
+            wanted = " or ".join("None" if o is type(None) else o.__name__ for o in options)
+            raise ConfigError(
+                f"{field.name}={value!r} is of type {type(value).__name__}; wanted {wanted}."
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name}={value!r} is not a finite number.")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _at_least(config: Config, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            _require(value >= low, f"{name}={value!r} is too small: it must be at least {low}.")
+
+
+def _between(config: Config, low: float, high: float, *names: str) -> None:
+    """low <= value < high"""
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            low <= value < high,
+            f"{name}={value!r} is out of range: it must be at least {low} and less than {high}.",
+        )
+
+
+@dataclass(frozen=True)
+class GPTConfig(Config):
+    """The shape of a GPT-2 style transformer.
+
+    >>> GPTConfig(n_embd=130, n_head=4)
+    Traceback (most recent call last):
+    ...
+    tinygpt.errors.ConfigError: n_embd=130 is not divisible by n_head=4. Try n_embd=128 or n_head=5.
+    """
+
+    block_size: int = 64
+    """Longest context, in tokens."""
+    vocab_size: int = 50257
+    """Number of different tokens; it must match the tokenizer."""
+    n_layer: int = 4
+    """Number of transformer blocks."""
+    n_head: int = 4
+    """Attention heads per block; must divide n_embd."""
+    n_embd: int = 128
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Probability of dropping an activation while training, from 0 up to (not including) 1."""
+    bias: bool = True
+    """Biases in the linear layers and layer norms, as in GPT-2."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection too, as in GPT-2."""
+
+    def check(self) -> None:
+        _at_least(self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        _between(self, 0.0, 1.0, "dropout")
+        if self.n_embd % self.n_head:
+            width = max(self.n_embd // self.n_head, 1) * self.n_head
+            heads = next(h for h in range(self.n_head, self.n_embd + 1) if self.n_embd % h == 0) \
+                if self.n_head <= self.n_embd else self.n_embd
+            raise ConfigError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}. "
+                f"Try n_embd={width} or n_head={heads}."
+            )
+        count = self.num_params()
+        _require(
+            count <= MAX_PARAMETERS,
+            f"This configuration has {count:,} parameters, more than the {MAX_PARAMETERS:,} that "
+            f"are allowed. Lower n_layer, n_embd, vocab_size or block_size.",
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head, D = C / H."""
+        return self.n_embd // self.n_head
+
+    def num_params(self) -> int:
+        """Number of parameters a model of this shape has; tied embeddings count once."""
+        C, V, b = self.n_embd, self.vocab_size, int(self.bias)
+        norm = C * (1 + b)
+        attention = C * 3 * C + C * C + b * (3 * C + C)
+        mlp = C * 4 * C + 4 * C * C + b * (4 * C + C)
+        block = 2 * norm + attention + mlp
+        head = 0 if self.tie_embeddings else V * C
+        return V * C + self.block_size * C + self.n_layer * block + norm + head
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """How a model is trained. The defaults are Adam with warm-up and cosine decay."""
+
+    batch_size: int = 8
+    """Sequences in one micro-batch."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, reached at the end of the warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from zero."""
+    max_iters: int = 1000
+    """Number of optimizer steps."""
+    eval_interval: int = 100
+    """Steps between evaluations on the validation data."""
+    eval_iters: int = 20
+    """Batches in one evaluation."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    beta1: float = 0.9
+    """Adam's decay rate of the first moment."""
+    beta2: float = 0.999
+    """Adam's decay rate of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon, added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW) of matrices and embeddings; 0 is Adam."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0 switches clipping off."""
+    grad_accum_steps: int = 1
+    """Micro-batches whose gradients are averaged into one step."""
+    seed: int = 1337
+    """Seed of initial weights, batches and dropout."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints; None means at every evaluation."""
+    keep_last: int = 3
+    """Newest checkpoints to keep, besides the best one; 0 keeps all."""
+    early_stop_patience: int | None = None
+    """Stop after this many evaluations without a better validation loss; None never stops early."""
+    sample_interval: int | None = None
+    """Steps between sample texts; None means at every evaluation."""
+    sample_prompt: str = "\n"
+    """Prompt of the sample texts."""
+
+    def check(self) -> None:
+        _at_least(self, 1, "batch_size", "max_iters", "eval_interval", "eval_iters",
+                  "grad_accum_steps", "checkpoint_interval", "early_stop_patience",
+                  "sample_interval")
+        _at_least(self, 0, "warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed",
+                  "keep_last")
+        _between(self, 0.0, 1.0, "beta1", "beta2", "weight_decay")
+        _require(
+            0 < self.learning_rate <= 10,
+            f"learning_rate={self.learning_rate!r} is out of range: it must be above 0 and at "
+            f"most 10. Common values lie between 1e-4 and 3e-3.",
+        )
+        _require(self.eps > 0, f"eps={self.eps!r} must be above 0; Adam's usual value is 1e-8.")
+        _require(
+            self.min_lr <= self.learning_rate,
+            f"min_lr={self.min_lr!r} is above learning_rate={self.learning_rate!r}: "
+            f"the learning rate decays from learning_rate down to min_lr.",
+        )
+        for name, high in (("max_iters", 10**9), ("warmup_steps", 10**9), ("batch_size", 10**6),
+                           ("grad_accum_steps", 10**6), ("seed", 2**63 - 1)):
+            value = getattr(self, name)
+            _require(value <= high, f"{name}={value!r} is too large: the limit is {high}.")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Config):
+    """How the next token is chosen from the logits."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token (greedy)."""
+    top_k: int | None = None
+    """Choose among this many likeliest tokens; more than the vocabulary means all."""
+    top_p: float | None = None
+    """Nucleus sampling: choose among the fewest tokens whose probabilities reach this sum."""
+    min_p: float | None = None
+    """Drop tokens less likely than this fraction of the likeliest one."""
+    repetition_penalty: float | None = None
+    """Above 1, makes tokens that already occurred less likely (CTRL's formula)."""
+
+    def check(self) -> None:
+        _at_least(self, 0, "temperature")
+        _at_least(self, 1, "top_k")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None:
+                _require(
+                    0 < value <= 1,
+                    f"{name}={value!r} is out of range: it must be above 0 and at most 1.",
+                )
+        if self.repetition_penalty is not None:
+            _require(
+                self.repetition_penalty > 0,
+                f"repetition_penalty={self.repetition_penalty!r} must be above 0; 1 changes nothing.",
+            )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named starting point: a model shape, a training recipe and a tokenizer."""
+
+    model: Mapping[str, Any]
+    train: Mapping[str, Any]
+    tokenizer: str
+    help: str
+
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset(
+        model={"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64},
+        train={"batch_size": 8, "learning_rate": 3e-3, "min_lr": 3e-4, "max_iters": 600,
+               "warmup_steps": 30, "eval_interval": 100, "eval_iters": 10, "beta2": 0.99},
+        tokenizer="bpe:512",
+        help="a model that learns the manner of a text in minutes on a laptop",
+    ),
+    "baby": Preset(
+        model={"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
+        train={"batch_size": 12, "learning_rate": 1e-3, "min_lr": 1e-4, "max_iters": 2000,
+               "warmup_steps": 100, "eval_interval": 250, "eval_iters": 20, "beta2": 0.99,
+               "weight_decay": 0.1},
+        tokenizer="char",
+        help="nanoGPT's configuration for a CPU: characters, 4 layers, 128 wide",
+    ),
+    "gpt2": Preset(
+        model={"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
+        train={"batch_size": 1, "learning_rate": 6e-4, "min_lr": 6e-5, "max_iters": 600_000,
+               "warmup_steps": 2000, "eval_interval": 1000, "eval_iters": 200, "beta2": 0.95,
+               "weight_decay": 0.1, "grad_accum_steps": 480},
+        tokenizer="gpt2",
+        help="GPT-2 124M, for a GPU and a large text",
+    ),
+}
+
+
+
+
+def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = False) -> str:
+    """Configs and plain settings as TOML tables; None, which TOML lacks, is left as a comment."""
+    import json
+
+    blocks = []
+    for title, table in tables.items():
+        notes = field_docs(type(table)) if comments and isinstance(table, Config) else {}
+        values = table.to_dict() if isinstance(table, Config) else table
+        lines = [f"[{title}]"]
+        for name, value in values.items():
+            lines += [f"# {line}" for line in notes.get(name, "").splitlines()]
+            literal = json.dumps(value)  # a TOML literal too, for strings, numbers, booleans, lists
+            lines.append(f"# {name} is not set" if value is None else f"{name} = {literal}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def field_docs(config: type[Config]) -> dict[str, str]:
+    """The text under each field of a config class, by name."""
+    import ast
+    import inspect
+    import textwrap
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, after in itertools.pairwise(tree.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            match after:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[statement.target.id] = inspect.cleandoc(text)
+    return docs

@@ -1,0 +1,307 @@
+"""The little language that kernels are written in: units, loops, phases, lanes, tiles.
+
+A kernel does some number of independent *units* of work, shared out over the cores of a CPU or the
+workgroups of a GPU. Inside a unit there are loops and *phases*. A phase is a group of assignments
+done for every *lane* at once: on a CPU the lanes are an innermost loop of constant length that the
+C compiler turns into vector instructions, on a GPU each lane is a thread. *Tiles* are small arrays
+of rows x lanes that live while a unit is worked on: registers, or a little stack.
+
+The rules:
+
+- Phases run in the order in which they are written; within a phase everything is read before
+  anything is written, so ``a[i] = a[i] + 1`` is fine and a swap needs no temporary.
+- Two assignments of a phase may not hit the same element, and an element that another lane wrote
+  may only be read in a later phase.
+- Python's own ``for`` unrolls; ``with k.loop(n) as i`` is a loop of the kernel. ``n`` may be a
+  number, or computed from the unit's index or from memory, but not from another loop's index.
+- Units must not depend on one another, so that the result is the same for any number of cores.
+
+An example, the sums of the rows of ``x`` (n, m), a row per unit:
+
+>>> def row_sums(k, out, x, *, n, m):
+...     row = k.units(n)
+...     acc, total = k.tile(1), k.tile(1)
+...     with k.phase() as lane:
+...         acc[0, lane] = 0.0
+...     with k.loop(m // k.lanes) as j, k.phase() as lane:
+...         acc[0, lane] = acc[0, lane] + x[row * m + j * k.lanes + lane]
+...     k.fold(total, acc, rows=1)
+...     with k.phase(1) as lane:
+...         out[row] = total[0, 0]
+>>> x = Tensor.ones(3, 16).contiguous()
+>>> run(row_sums, [Tensor.empty(3)], [x], lanes=8, n=3, m=16)[0].tolist()
+[16.0, 16.0, 16.0]
+
+What tinygrad needs to be told (order tokens, ranges, tags, estimates) is in this file and nowhere
+else. It rests on ``Tensor.custom_kernel`` of tinygrad 0.14, which is marked as subject to change.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.dtype import AddrSpace, DType
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops
+
+Index = UOp | int
+Value = UOp | float
+
+
+def as_uop(value: Value, dtype: DType | None = None) -> UOp:
+    """A number, or a value of the kernel, as a value of type ``dtype`` (None: as it is)."""
+    if not isinstance(value, UOp):
+        return UOp.const(value, dtype)
+    return value if dtype is None or value.dtype == dtype else value.cast(dtype)
+
+
+def as_index(value: Index) -> UOp:
+    """A number, or an integer of any type that the kernel has read or computed, as an index."""
+    value = as_uop(value)
+    return value if value.dtype == dtypes.weakint else value.cast(dtypes.weakint)
+
+
+def minimum(a: Index, b: Index) -> UOp:
+    """The smaller of two indices."""
+    a, b = as_index(a), as_index(b)
+    return (a < b).where(a, b)
+
+
+def exp2(x: UOp) -> UOp:
+    """2 ** x without branches, so that it vectorises; float32, relative error 2e-7.
+
+    Exactly 0 below -126, infinite from 127.5 on, NaN for NaN. Other types: tinygrad's own.
+    """
+    if x.dtype != dtypes.float32:
+        return x.exp2()
+    low = x < -126.0
+    x = low.where(-126.0, (x > 128.0).where(128.0, x))
+    whole = (x + 150.5).cast(dtypes.int32) - 150  # round to nearest, by truncating above zero
+    rest = x - whole.cast(dtypes.float32)  # |rest| <= 1/2: the series of 2 ** rest is short
+    power = as_uop(_EXP2_SERIES[0], dtypes.float32)
+    for coefficient in _EXP2_SERIES[1:]:
+        power = power * rest + coefficient
+    return low.where(0.0, power * ((whole + 127) * (1 << 23)).bitcast(dtypes.float32))
+
+
+_EXP2_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
+
+
+class Array:
+    """A one-dimensional buffer in memory: ``x[i]`` reads, ``x[i] = v`` writes (in a phase)."""
+
+    def __init__(self, kernel: Kernel, buffer: UOp, written: bool) -> None:
+        while buffer.op is Ops.RESHAPE:  # indexing through a RESHAPE loses the gate of a store
+            buffer = buffer.src[0]
+        self._kernel, self._buffer, self._written = kernel, buffer, written
+        self.dtype: DType = buffer.dtype
+
+    def __getitem__(self, index: Index) -> UOp:
+        # memory that nothing writes needs no order
+        buffer = self._kernel._ordered(self._buffer) if self._written else self._buffer
+        return buffer[as_index(index)]
+
+    def __setitem__(self, index: Index, value: Value) -> None:
+        self.put(index, value)
+
+    def put(self, index: Index, value: Value, where: UOp | None = None) -> None:
+        """Write ``value``, cast to the array's type; only where the gate ``where`` is true."""
+        assert self._written, "only the kernel's outputs can be written"
+        at = self[index if where is None else as_index(index).valid(where)]
+        self._kernel._add(at.store(as_uop(value, self.dtype)))
+
+
+class Tile:
+    """Rows x lanes of one unit: ``t[row, lane]`` reads, ``t[row, lane] = v`` writes."""
+
+    def __init__(self, kernel: Kernel, rows: int, lanes: int, dtype: DType, shared: bool) -> None:
+        self._kernel, self.dtype = kernel, dtype
+        # a GPU thread keeps only its own lane's column in its registers
+        self._stride = 1 if kernel.gpu and not shared else lanes
+        space = AddrSpace.LOCAL if kernel.gpu and shared else AddrSpace.REG
+        self._buffer = UOp.placeholder((rows * self._stride,), dtype, kernel._slot(), space)
+
+    def __getitem__(self, at: tuple[Index, Index]) -> UOp:
+        row, lane = as_index(at[0]), at[1]
+        index = row if self._stride == 1 else row * self._stride + lane
+        return self._kernel._ordered(self._buffer)[index]
+
+    def __setitem__(self, at: tuple[Index, Index], value: Value) -> None:
+        self._kernel._add(self[at].store(as_uop(value, self.dtype)))
+
+
+class Kernel:
+    """What a kernel function writes to; `run` and `build` make one and call the function with it.
+
+    ``lanes``, ``threads`` and ``gpu`` are what the kernel is made for; a kernel function may read
+    them, and must work for every value that its callers use.
+    """
+
+    def __init__(self, lanes: int, threads: int = 1, gpu: bool = False) -> None:
+        self.lanes, self.threads, self.gpu = lanes, threads, gpu
+        self._ranges = self._tiles = 0
+        self._order: tuple[UOp, ...] = ()  # what the next phase comes after
+        self._loops: list[UOp] = []  # loops entered and not yet left
+        self._outer: tuple[UOp, ...] = ()  # the ranges of the units
+        self._stores: list[UOp] | None = None  # the open phase
+
+    def units(self, n: int) -> UOp:
+        """The index of the unit, below ``n``. Each core takes a contiguous share of them."""
+        assert not self._order, "k.units comes first, and once"
+        if self.gpu:
+            unit = UOp.special(n, "gidx0")
+            self._order = (unit, UOp.special(self.lanes, "lidx0"))
+            return unit
+        if (cores := min(self.threads, n)) == 1:
+            unit = self._range(n)
+            self._order = self._outer = (unit,)
+            return unit
+        core = self._range(cores, AxisType.THREAD)
+        first = core * n // cores
+        i = self._range(n // cores if n % cores == 0 else (core + 1) * n // cores - first)
+        self._order = self._outer = (i, core)
+        return first + i
+
+    def tile(self, rows: int, dtype: DType = dtypes.float32, *, shared: bool = False) -> Tile:
+        """An uninitialised tile. ``shared``: lanes will read each other's elements."""
+        return Tile(self, rows, self.lanes, dtype, shared)
+
+    @contextmanager
+    def loop(self, n: Index) -> Iterator[UOp]:
+        """A loop around the phases inside; its index runs from 0 up to ``n``."""
+        assert self._stores is None, "a loop cannot stand inside a phase"
+        index = self._range(n if isinstance(n, int) else as_index(n))
+        self._order += (index,)
+        depth = len(self._loops)
+        self._loops.append(index)
+        yield index
+        assert len(self._loops) == depth + 1 and len(self._order) == 1, "a loop without a phase"
+        self._order = (self._order[0].end(self._loops.pop()),)
+
+    @contextmanager
+    def phase(self, n: int | None = None) -> Iterator[UOp]:
+        """Assignments for every lane; with ``n``, for n elements in turn, whatever the lanes."""
+        assert self._stores is None, "phases do not nest"
+        thread = self.gpu and n is None
+        if thread:
+            lane = UOp.special(self.lanes, "lidx0")
+        else:
+            lane = self._range(self.lanes if n is None else n)
+        self._stores = []
+        yield lane
+        stores, self._stores = self._stores, None
+        assert stores, "a phase without an assignment"
+        group = UOp.group(*stores)
+        self._order = (group if thread else group.end(lane),)
+
+    def fold(
+        self,
+        out: Tile,
+        tile: Tile,
+        rows: int,
+        op: Callable[[UOp, UOp], UOp] = lambda a, b: a + b,
+        start: float = 0.0,
+    ) -> None:
+        """Across the lanes, in their order: ``out[x, 0] = op(... op(start, tile[x, 0]) ...)``."""
+        with self.phase(1):
+            for x in range(rows):
+                out[x, 0] = start
+        with self.phase(self.lanes) as lane:
+            for x in range(rows):
+                out[x, 0] = op(out[x, 0], tile[x, lane])
+
+    def finish(self, name: str, ops: int = 0, mem: int = 0) -> UOp:
+        """The finished kernel, for tinygrad."""
+        assert not self._loops and self._stores is None, "an open loop or phase"
+        last = self._order[0].end(*self._outer)
+        # The tag makes tinygrad skip its own loop splitting, which these kernels must not meet, and
+        # the estimates save it from inferring them, which it cannot for loops of unknown length.
+        info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates(ops, mem, mem))
+        return last.sink(arg=info, tag=1)
+
+    def _range(self, n: Index, axis: AxisType = AxisType.WEAK) -> UOp:
+        self._ranges += 1
+        return UOp.range(n, self._ranges - 1, axis)
+
+    def _slot(self) -> int:
+        self._tiles += 1
+        return self._tiles - 1
+
+    def _ordered(self, buffer: UOp) -> UOp:
+        return buffer.after(*self._order)
+
+    def _add(self, store: UOp) -> None:
+        assert self._stores is not None, "assignments stand inside a phase"
+        self._stores.append(store)
+
+
+def default_threads() -> int:
+    """The number of cores that kernels are split over: ``TINYGPT_THREADS``, or 1."""
+    return max(1, int(os.environ.get("TINYGPT_THREADS", "1")))
+
+
+@functools.lru_cache(maxsize=4096)
+def build(
+    fn: Callable[..., None],
+    buffers: tuple[UOp, ...],
+    n_outputs: int,
+    kernel: tuple[int, int, bool],
+    ops: int,
+    constants: tuple[tuple[str, Any], ...],
+) -> UOp:
+    """The UOps of a kernel, made once for each function, shapes, types and constants.
+
+    Without this every launch would be built again: half a second in a training step.
+    """
+    k = Kernel(*kernel)
+    arrays = [Array(k, b, written=i < n_outputs) for i, b in enumerate(buffers)]
+    fn(k, *arrays, **dict(constants))
+    name = "_".join([fn.__name__, *(str(int(v)) for _, v in constants if isinstance(v, int))])
+    return k.finish(name, ops, sum(b.max_numel() * b.dtype.itemsize for b in buffers))
+
+
+def run(
+    fn: Callable[..., None],
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    lanes: int,
+    threads: int | None = None,
+    ops: int = 0,
+    backward: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
+    **constants: Any,
+) -> list[Tensor]:
+    """Call the kernel ``fn(k, *outputs, *inputs, **constants)``; returns the outputs, filled.
+
+    ``outputs`` may be read too (state that is updated in place). ``fn`` is a function of a module,
+    no closure, and ``constants`` are hashable: kernels are built once and remembered by them. An
+    input that the kernel does not use must stand last. ``ops`` is the number of floating-point
+    operations, for tinygrad's statistics.
+
+    ``backward(gradient)`` is given the gradient of the first output and returns one gradient, or
+    None, for each input. The other outputs carry no gradient.
+    """
+    assert fn.__closure__ is None, "a kernel function takes its constants as arguments"
+    device = outputs[0].device
+    gpu = bool(Device[device if isinstance(device, str) else device[0]].renderer.has_local)
+    shape = (lanes, 1 if gpu else threads or default_threads(), gpu)
+    fixed = tuple(sorted(constants.items()))
+
+    def body(*buffers: UOp) -> UOp:
+        return build(fn, buffers, len(outputs), shape, ops, fixed)
+
+    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        assert backward is not None
+        found = backward(Tensor(grad))
+        return (None,) * len(outputs) + tuple(None if g is None else g.uop for g in found)
+
+    first, *others = Tensor.custom_kernel(
+        *outputs, *inputs, fxn=body, grad_fxn=gradient if backward else None
+    )[: len(outputs)]
+    return [first, *(t.detach() for t in others)]

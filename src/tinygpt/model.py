@@ -1,0 +1,274 @@
+"""GPT-2: parameters and a forward pass, nothing else.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Names are GPT-2's own.
+B is the batch, T the number of positions, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import numpy as np
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import UOp
+
+from tinygpt import kernels
+from tinygpt.cache import KVCache, LayerCache
+from tinygpt.config import GPTConfig
+from tinygpt.errors import UsageError
+
+
+class Noise:
+    """Random numbers that depend on nothing but a key and the order of the draws.
+
+    ``key`` is a (2,) uint32 Tensor. The same key gives the same masks, in a jit as outside, so a
+    resumed run draws what the uninterrupted one would have drawn.
+    """
+
+    def __init__(self, key: Tensor) -> None:
+        self.key, self.drawn = key, 0
+
+    def keep(self, shape: tuple[int, ...], probability: float) -> Tensor:
+        """A boolean mask, true with the given probability."""
+        count = math.prod(shape)
+        start = Tensor([self.drawn, 0], dtype=dtypes.uint32, device=self.key.device)
+        self.drawn += count
+        bits = Tensor.random_bits(self.key, start, count).reshape(shape)
+        return bits < int(probability * (2**32 - 1))
+
+
+class Dropout:
+    """Zero an activation with probability p and scale the rest, while training (Srivastava, 2014)."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, x: Tensor, noise: Noise | None) -> Tensor:
+        if noise is None:
+            return x
+        return noise.keep(x.shape, 1 - self.p).where(x, 0) / (1 - self.p)
+
+
+class Linear:
+    """y = x Wᵀ + b, weight (out, in)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool) -> None:
+        self.weight = _parameter(n_out, n_in)
+        self.bias = _parameter(n_out) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class LayerNorm:
+    """Layer normalisation of the last axis."""
+
+    def __init__(self, n: int, bias: bool) -> None:
+        self.weight = _parameter(n)
+        self.bias = _parameter(n) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias)
+
+
+class Embedding:
+    """A row of weight (rows, C) for each id."""
+
+    def __init__(self, rows: int, n_embd: int) -> None:
+        self.weight = _parameter(rows, n_embd)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return kernels.embedding(ids, self.weight)
+
+
+class CausalSelfAttention:
+    """Every position gathers from itself and the positions before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        C = config.n_embd
+        self.c_attn = Linear(C, 3 * C, config.bias)
+        self.c_proj = Linear(C, C, config.bias)
+        self.n_head = config.n_head
+        self.drop = Dropout(config.dropout)
+
+    def __call__(
+        self, x: Tensor, noise: Noise | None, cache: LayerCache | None, position: int | UOp
+    ) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (self._heads(part) for part in self.c_attn(x).chunk(3, dim=2))  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v, position)  # (B, H, position + T, D)
+        keep = None if noise is None else noise.keep((B, self.n_head, T, T), 1 - self.drop.p)
+        y = kernels.attention(q, k, v, True, keep, 1 - self.drop.p)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+        return self.drop(self.c_proj(y), noise)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        return x.reshape(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+
+
+class MLP:
+    """Two linear layers around a GELU, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        C = config.n_embd
+        self.c_fc = Linear(C, 4 * C, config.bias)
+        self.c_proj = Linear(4 * C, C, config.bias)
+        self.drop = Dropout(config.dropout)
+
+    def __call__(self, x: Tensor, noise: Noise | None) -> Tensor:
+        return self.drop(self.c_proj(kernels.gelu(self.c_fc(x))), noise)
+
+
+class Block:
+    """Attention, then the MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self, x: Tensor, noise: Noise | None, cache: LayerCache | None, position: int | UOp
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), noise, cache, position)
+        return x + self.mlp(self.ln_2(x), noise)
+
+
+class Transformer:
+    """A decoder-only transformer.
+
+    >>> model = Transformer(GPTConfig(vocab_size=65))
+    >>> logits = model(Tensor([[1, 2, 3]], dtype="int32"))  # (1, 3, 65)
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
+        self.config = config
+        self.training = True
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.drop = Dropout(config.dropout)
+        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        initialise(self, seed)
+
+    def hidden(
+        self, tokens: Tensor, cache: KVCache | None = None, noise: Noise | None = None
+    ) -> Tensor:
+        """The normalised residual stream (B, T, C) behind the last block, for tokens (B, T)."""
+        _, T = tokens.shape
+        position = 0 if cache is None else cache.position
+        layers = [None] * len(self.h) if cache is None else cache.layers
+        x = self.wte(tokens) + self.wpe.weight[position : position + T]  # (B, T, C)
+        x = self.drop(x, noise)
+        for block, layer in zip(self.h, layers, strict=True):
+            x = block(x, noise, layer, position)
+        return self.ln_f(x)
+
+    def __call__(
+        self, tokens: Tensor, cache: KVCache | None = None, noise: Noise | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) for int32 tokens (B, T), T at most block_size.
+
+        With a cache the tokens continue at ``cache.position``. ``noise`` seeds dropout; without it
+        a model in training mode draws from tinygrad's global generator.
+        """
+        self._check(tokens)
+        return self.unembed(self.hidden(tokens, cache, self._noise(noise)))
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of the residual stream x (..., C)."""
+        return kernels.linear(x, self._output_weight())
+
+    def loss(self, tokens: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
+        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); targets < 0 are left out."""
+        self._check(tokens)
+        if targets.shape != tokens.shape:
+            raise UsageError(
+                f"targets of shape {targets.shape} do not match tokens of shape {tokens.shape}: "
+                f"each position has one target, the next token."
+            )
+        logits = self(tokens, noise=noise)
+        V = self.config.vocab_size
+        return kernels.cross_entropy(logits.reshape(-1, V), targets.reshape(-1))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter once, by GPT-2's name, in the order of the forward pass."""
+        named = {"wte.weight": self.wte.weight, "wpe.weight": self.wpe.weight}
+        for i, block in enumerate(self.h):
+            named |= _named(f"h.{i}.ln_1", block.ln_1)
+            named |= _named(f"h.{i}.attn.c_attn", block.attn.c_attn)
+            named |= _named(f"h.{i}.attn.c_proj", block.attn.c_proj)
+            named |= _named(f"h.{i}.ln_2", block.ln_2)
+            named |= _named(f"h.{i}.mlp.c_fc", block.mlp.c_fc)
+            named |= _named(f"h.{i}.mlp.c_proj", block.mlp.c_proj)
+        named |= _named("ln_f", self.ln_f)
+        return named if self.config.tie_embeddings else named | _named("lm_head", self.lm_head)
+
+    def num_params(self) -> int:
+        """Number of parameters; tied embeddings count once."""
+        return sum(math.prod(p.shape) for p in self.parameters().values())
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode: dropout is on."""
+        self.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Inference mode: dropout is off."""
+        return self.train(False)
+
+    def _output_weight(self) -> Tensor:
+        return self.wte.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def _noise(self, noise: Noise | None) -> Noise | None:
+        if not self.training or self.config.dropout == 0:
+            return None
+        if noise is not None:
+            return noise
+        return Noise(Tensor.randint(2, low=0, high=2**31 - 1).cast(dtypes.uint32))
+
+    def _check(self, tokens: Tensor) -> None:
+        if len(tokens.shape) != 2 or not dtypes.is_int(tokens.dtype):
+            raise UsageError(
+                f"tokens of shape {tokens.shape} and dtype {tokens.dtype.name} were given; wanted "
+                f"integers of shape (batch, time), for example Tensor([ids], dtype='int32')."
+            )
+        if not 1 <= tokens.shape[1] <= self.config.block_size:
+            raise UsageError(
+                f"{tokens.shape[1]} positions were given; this model takes from 1 to "
+                f"block_size={self.config.block_size}. generate() slides over longer texts."
+            )
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """GPT-2's initial weights: normal with deviation 0.02, residual projections 1/√(2·n_layer) of it.
+
+    They come from numpy, so that a seed gives the same weights on every device.
+    """
+    rng = np.random.default_rng(seed)
+    residual = 0.02 / math.sqrt(2 * model.config.n_layer)
+    for name, parameter in model.parameters().items():
+        shape = parameter.shape
+        if name.endswith("bias"):
+            value = np.zeros(shape, np.float32)
+        elif ".ln_" in f".{name}":
+            value = np.ones(shape, np.float32)
+        else:
+            deviation = residual if name.endswith("c_proj.weight") else 0.02
+            value = rng.standard_normal(shape, np.float32) * np.float32(deviation)
+        parameter.replace(Tensor(value).realize())
+
+
+def _parameter(*shape: int) -> Tensor:
+    return Tensor.empty(*shape, dtype=dtypes.float32)
+
+
+def _named(prefix: str, layer: Linear | LayerNorm) -> dict[str, Tensor]:
+    named = {f"{prefix}.weight": layer.weight}
+    return named if layer.bias is None else named | {f"{prefix}.bias": layer.bias}

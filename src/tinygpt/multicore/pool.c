@@ -1,0 +1,207 @@
+/* A fork-join pool for kernels: one caller, some workers, no libc and no linker.
+ *
+ * Compiled and loaded the way tinygrad compiles and loads a kernel, so it may hold no global
+ * variable, call nothing outside this file except through the pointers in `struct pool`, and must
+ * begin with the function that is called from outside.
+ *
+ * A list of commands is run in order. A command is a row of words:
+ *
+ *     address of the kernel | pieces, slot << 16, arguments << 32 | argument 0 | argument 1 | ...
+ *
+ * A kernel of several pieces is called once for each piece, with the number of the piece in
+ * argument `slot`; the pieces are independent, and the caller and the workers share them. All of
+ * a command's pieces are done before the next command starts. The list ends in MAX_ARGS spare
+ * words, because a call reads a round number of arguments.
+ */
+
+typedef unsigned long long word;
+
+enum { MAX_PIECES = 256 };
+enum { RUN, SERVE, START, STOP }; /* what the caller from outside wants */
+#define NO_TICKET 0ull
+#define NO_MORE_TICKETS (~0ull)
+
+/* A word that one side changes and the other waits for: by spinning for a while, then asleep. */
+struct gate {
+  _Alignas(64) word value;
+  word sleepers;
+  _Alignas(64) char condition[128];
+};
+
+struct claim {
+  _Alignas(64) word ticket;
+};
+
+struct pool {
+  /* Filled in before the first call, in this order, by pool.py. */
+  int (*init_mutex)(void *mutex, const void *attributes);
+  int (*lock)(void *mutex);
+  int (*unlock)(void *mutex);
+  int (*init_condition)(void *condition, const void *attributes);
+  int (*wait)(void *condition, void *mutex);
+  int (*wake_all)(void *condition);
+  int (*clock)(int id, word time[2]);
+  word clock_id;
+  word patience; /* nanoseconds to spin before going to sleep */
+  word threads;  /* the caller and the workers; 1 runs everything on the caller */
+  _Alignas(64) char mutex[128];
+  struct gate work; /* the ticket of the newest kernel, or NO_MORE_TICKETS */
+  struct gate done; /* the ticket of the newest kernel whose last piece a worker finished */
+  _Alignas(64) const word *command;
+  word ticket;
+  word busy;
+  _Alignas(64) word pending; /* pieces that are not finished */
+  struct claim claims[MAX_PIECES];
+};
+
+#define load(at) __atomic_load_n(at, __ATOMIC_SEQ_CST)
+#define store(at, value) __atomic_store_n(at, value, __ATOMIC_SEQ_CST)
+
+static void start(struct pool *pool);
+static void stop(struct pool *pool);
+static void run(struct pool *pool, const word *command, word count);
+static void serve(struct pool *pool, word rank);
+
+/* The only entry. START comes first, while no worker serves; then SERVE(rank), once for each
+ * worker, returns after STOP; RUN(list, count) is for the caller, who is rank 0. */
+void tinygpt_pool(struct pool *pool, word wish, word x, word y) {
+  if (wish == RUN)
+    run(pool, (const word *)x, y);
+  else if (wish == SERVE)
+    serve(pool, x);
+  else if (wish == START)
+    start(pool);
+  else
+    stop(pool);
+}
+
+/* ---- gates ---- */
+
+static word now(struct pool *pool) {
+  word time[2];
+  pool->clock((int)pool->clock_id, time);
+  return time[0] * 1000000000 + time[1];
+}
+
+static void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");
+#endif
+}
+
+/* Wait until the gate's value is no longer `seen`, and return the new one. */
+static word pass(struct pool *pool, struct gate *gate, word seen) {
+  word value, start = now(pool);
+  do
+    for (int i = 0; i < 16; i++) {
+      if ((value = load(&gate->value)) != seen) return value;
+      relax();
+    }
+  while (now(pool) - start < pool->patience);
+  /* Who changes the value looks for sleepers afterwards, and a sleeper looks at the value after
+   * it has signed in: one of the two sees the other, so that no change is slept through. */
+  pool->lock(pool->mutex);
+  __atomic_add_fetch(&gate->sleepers, 1, __ATOMIC_SEQ_CST);
+  while ((value = load(&gate->value)) == seen) pool->wait(gate->condition, pool->mutex);
+  __atomic_sub_fetch(&gate->sleepers, 1, __ATOMIC_SEQ_CST);
+  pool->unlock(pool->mutex);
+  return value;
+}
+
+static void open(struct pool *pool, struct gate *gate, word value) {
+  store(&gate->value, value);
+  if (!load(&gate->sleepers)) return;
+  pool->lock(pool->mutex);
+  pool->wake_all(gate->condition);
+  pool->unlock(pool->mutex);
+}
+
+/* ---- calls ---- */
+
+#define PIECES(command) ((command)[1] & 0xffff)
+#define SLOT(command) ((command)[1] >> 16 & 0xffff)
+#define ARGUMENTS(command) ((command)[1] >> 32)
+
+/* A kernel's parameters are pointers and integers, so a call with more words than it takes is
+ * harmless in the C calling conventions of x86-64 and arm64: four sizes of call serve all. */
+#define A1(i) (i == slot ? piece : a[i])
+#define A4(i) A1(i), A1(i + 1), A1(i + 2), A1(i + 3)
+#define A8(i) A4(i), A4(i + 4)
+#define A16(i) A8(i), A8(i + 8)
+#define W4 word, word, word, word
+#define W8 W4, W4
+#define W16 W8, W8
+
+static void call(const word *command, word piece) {
+  const word *a = command + 2;
+  word slot = SLOT(command), n = ARGUMENTS(command);
+  void *kernel = (void *)command[0];
+  if (n <= 8)
+    ((void (*)(W8))kernel)(A8(0));
+  else if (n <= 16)
+    ((void (*)(W16))kernel)(A16(0));
+  else if (n <= 32)
+    ((void (*)(W16, W16))kernel)(A16(0), A16(16));
+  else
+    ((void (*)(W16, W16, W16, W16))kernel)(A16(0), A16(16), A16(32), A16(48));
+}
+
+/* ---- fork and join ---- */
+
+/* Run what is left of a kernel's pieces, one's own first, then anybody's. True for the thread
+ * that finishes the last piece.
+ *
+ * A ticket names a kernel and holds the number of its pieces; tickets only grow. A piece is
+ * claimed by raising its ticket to the kernel's. A thread that comes late, with an old ticket,
+ * finds each of its pieces at that ticket or above, claims nothing and reads nothing else: that
+ * is why the next kernel may start while it still dozes. */
+static int share(struct pool *pool, word ticket, word rank) {
+  word pieces = ticket & 0xffff, first = rank * pieces / pool->threads, finished = 0;
+  for (word k = 0; k < pieces; k++) {
+    word piece = (first + k) % pieces, *claim = &pool->claims[piece].ticket, held = load(claim);
+    if (held < ticket && __atomic_compare_exchange_n(claim, &held, ticket, 0, __ATOMIC_SEQ_CST,
+                                                     __ATOMIC_SEQ_CST)) {
+      call(pool->command, piece);
+      finished++;
+    }
+  }
+  return finished && !__atomic_sub_fetch(&pool->pending, finished, __ATOMIC_SEQ_CST);
+}
+
+static void serve(struct pool *pool, word rank) {
+  word ticket = NO_TICKET;
+  while ((ticket = pass(pool, &pool->work, ticket)) != NO_MORE_TICKETS)
+    if (share(pool, ticket, rank)) open(pool, &pool->done, ticket);
+}
+
+static void fork_join(struct pool *pool, const word *command) {
+  word before = load(&pool->done.value);
+  pool->ticket = ((pool->ticket >> 16) + 1) << 16 | PIECES(command);
+  pool->command = command;
+  store(&pool->pending, PIECES(command));
+  open(pool, &pool->work, pool->ticket);
+  if (!share(pool, pool->ticket, 0)) pass(pool, &pool->done, before);
+}
+
+static void start(struct pool *pool) {
+  pool->init_mutex(pool->mutex, 0);
+  pool->init_condition(pool->work.condition, 0);
+  pool->init_condition(pool->done.condition, 0);
+  store(&pool->work.value, NO_TICKET);
+}
+
+static void stop(struct pool *pool) { open(pool, &pool->work, NO_MORE_TICKETS); }
+
+static void run(struct pool *pool, const word *command, word count) {
+  /* A second caller, from another thread, does its work alone. */
+  int alone = pool->threads < 2 || __atomic_exchange_n(&pool->busy, 1, __ATOMIC_SEQ_CST);
+  for (; count; count--, command += 2 + ARGUMENTS(command)) {
+    if (!alone && PIECES(command) > 1 && PIECES(command) <= MAX_PIECES)
+      fork_join(pool, command);
+    else
+      for (word piece = 0; piece < PIECES(command); piece++) call(command, piece);
+  }
+  if (!alone) store(&pool->busy, 0);
+}

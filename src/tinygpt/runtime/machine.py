@@ -1,0 +1,69 @@
+"""What this machine has, and what this process takes of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def cores() -> int:
+    """Processor cores this process may use: its affinity, and its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(count or 1, _core_quota() or count or 1))
+
+
+def memory() -> int:
+    """Resident memory of this process now, in bytes; its peak where the system tells no more."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def total_memory() -> int:
+    """Memory this process could have at most, in bytes; 0 where the system does not tell."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
+    limit = _control_group("memory.max")
+    return min(total, int(limit[0])) if limit and limit[0].isdigit() else total
+
+
+def processor() -> str:
+    """Everything that decides which instructions run here: kernels are compiled for just that."""
+    machine = os.uname().machine if hasattr(os, "uname") else ""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+            first = file.read(1 << 14).split("\n\n")[0].splitlines()
+    except OSError:
+        return machine
+    kept = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
+    return "\n".join([machine, *(line for line in first if line.startswith(kept))])
+
+
+def _core_quota() -> int | None:
+    quota = _control_group("cpu.max")  # "max 100000" or "150000 100000"
+    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]):
+        return max(1, int(quota[0]) // int(quota[1]))
+    return None
+
+
+def _control_group(name: str) -> list[str]:
+    """The words of a file of this container's control group (cgroup v2), where there is one."""
+    try:
+        return Path("/sys/fs/cgroup", name).read_text().split()
+    except OSError:
+        return []

@@ -1,0 +1,163 @@
+"""From logits to the next token: filters, probabilities, a draw.
+
+A filter takes the logits (V,) of one sequence and returns logits of the same shape in which a token
+that is out of the question has -inf. Everything is float64 numpy on the host, so that a seed gives
+the same text on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tinygpt.config import SampleConfig
+from tinygpt.errors import TinyGPTError, UsageError
+
+Logits = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.integer]
+Sampler = Callable[[npt.ArrayLike, Ids], npt.NDArray[np.int32]]
+"""(logits (B, V), all ids so far (B, n)) -> the next ids (B,)."""
+
+
+def penalise_repetition(logits: Logits, seen: Ids, penalty: float) -> Logits:
+    """Make tokens that occurred less likely: positive logits are divided, negative ones multiplied.
+
+    Keskar et al., "CTRL" (2019).
+    """
+    out = logits.copy()
+    ids = np.unique(seen)
+    picked = out[ids]
+    out[ids] = np.where(picked > 0, picked / penalty, picked * penalty)
+    return out
+
+
+def scale_by_temperature(logits: Logits, temperature: float) -> Logits:
+    """Divide by a temperature above 0: low ones sharpen the distribution, high ones flatten it.
+
+    The largest logit becomes 0, which changes no probability and lets the temperature be tiny.
+    """
+    with np.errstate(over="ignore"):  # to -inf, rightly
+        return (logits - logits.max()) / temperature
+
+
+def keep_top_k(logits: Logits, k: int) -> Logits:
+    """Keep the k likeliest tokens; of equals the lower ids. More than V means all."""
+    return _only(logits, _largest(logits, k))
+
+
+def keep_top_p(logits: Logits, p: float) -> Logits:
+    """Keep the fewest tokens whose probabilities reach the sum p; of equals the lower ids.
+
+    Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020).
+    """
+    if p >= 1:
+        return logits
+    probabilities = softmax(logits)
+    count = 64  # sorting a vocabulary is slow, and the nucleus is nearly always small
+    while True:
+        ids = _largest(probabilities, count)
+        ids = ids[np.argsort(-probabilities[ids], kind="stable")]  # likeliest first, then lowest id
+        reached = np.flatnonzero(np.cumsum(probabilities[ids]) >= p)
+        if reached.size:
+            return _only(logits, ids[: reached[0] + 1])
+        if count >= logits.size:  # the sum fell short of p by rounding
+            return logits
+        count *= 8
+
+
+def keep_min_p(logits: Logits, fraction: float) -> Logits:
+    """Keep the tokens at least ``fraction`` times as likely as the likeliest (Nguyen et al., 2024)."""
+    return np.where(logits >= logits.max() + math.log(fraction), logits, -np.inf)
+
+
+def softmax(logits: Logits) -> Logits:
+    """Probabilities (V,) of logits (V,)."""
+    weights: Logits = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def next_logits(logits: npt.ArrayLike, seen: Ids, config: SampleConfig) -> Logits:
+    """The logits (V,) after every filter that ``config`` asks for; ``seen`` holds the ids so far.
+
+    The order is repetition penalty, temperature (unless it is 0), top-k, top-p, min-p. Raises
+    TinyGPTError if the logits are not numbers.
+    """
+    out: Logits = np.array(logits, np.float64)
+    if not math.isfinite(out.max()):  # NaN wins every max
+        raise TinyGPTError(
+            f"The model's logits cannot be sampled from: of {out.size} values {np.isnan(out).sum()} "
+            f"are not a number and {np.isposinf(out).sum()} are infinite. The training that made "
+            f"this model diverged; use an earlier checkpoint, or train with a lower learning_rate."
+        )
+    if config.repetition_penalty is not None:
+        out = penalise_repetition(out, seen, config.repetition_penalty)
+    if config.temperature > 0:
+        out = scale_by_temperature(out, config.temperature)
+    if config.top_k is not None:
+        out = keep_top_k(out, config.top_k)
+    if config.top_p is not None:
+        out = keep_top_p(out, config.top_p)
+    if config.min_p is not None:
+        out = keep_min_p(out, config.min_p)
+    return out
+
+
+def draw(logits: Logits, uniform: float) -> int:
+    """The token that a number from [0, 1) picks: the inverse of the cumulative distribution."""
+    weights = np.exp(logits - logits.max())
+    ids = np.flatnonzero(weights)
+    sums = np.cumsum(weights[ids])
+    i = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    return int(ids[min(i, ids.size - 1)])
+
+
+def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
+    """The function that picks each sequence's next token; with temperature 0 the likeliest one.
+
+    Every row draws from a random stream of its own, made from the seed and the row's number, so what
+    a row becomes does not depend on how many others there are. Without a seed, each sampler differs.
+
+    >>> pick = make_sampler(SampleConfig(temperature=0))
+    >>> pick([[0.1, 2.0, 0.3]], np.array([[0]])).tolist()
+    [1]
+    """
+    root = np.random.SeedSequence(_checked_seed(seed))
+    streams: list[np.random.Generator] = []
+
+    def pick_one(row: npt.ArrayLike, seen: Ids, stream: np.random.Generator) -> int:
+        out = next_logits(row, seen, config)
+        return int(out.argmax()) if config.temperature == 0 else draw(out, stream.random())
+
+    def pick(logits: npt.ArrayLike, seen: Ids) -> npt.NDArray[np.int32]:
+        rows: Sequence[npt.ArrayLike] = np.asarray(logits)  # type: ignore[assignment]
+        while len(streams) < len(rows):
+            streams.append(np.random.Generator(np.random.Philox(root.spawn(1)[0])))
+        picked = [pick_one(*each) for each in zip(rows, seen, streams[: len(rows)], strict=True)]
+        return np.array(picked, np.int32)
+
+    return pick
+
+
+def _checked_seed(seed: int | None) -> int | None:
+    if seed is None or (isinstance(seed, int | np.integer) and seed >= 0):
+        return seed
+    raise UsageError(f"seed={seed!r} is not a whole number from 0 up. Leave it out for a random one.")
+
+
+def _largest(values: Logits, k: int) -> Ids:
+    """Ids of the k largest values, ascending; of equals the lower ids."""
+    if k >= values.size:
+        return np.arange(values.size)
+    least = np.partition(values, values.size - k)[values.size - k]
+    above = np.flatnonzero(values > least)
+    equal = np.flatnonzero(values == least)[: k - above.size]
+    return np.sort(np.concatenate([above, equal]))
+
+
+def _only(logits: Logits, ids: Ids) -> Logits:
+    out = np.full_like(logits, -np.inf)
+    out[ids] = logits[ids]
+    return out

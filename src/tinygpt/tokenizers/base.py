@@ -1,0 +1,196 @@
+"""What every tokenizer can do, and what the three kinds share."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import operator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygpt.errors import TokenizerError
+from tinygpt.files import replacing
+
+MAX_FILE_BYTES = 256 << 20
+"""A larger file is no saved tokenizer and is not read."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back: ``decode(encode(text)) == text`` for all text it can hold.
+
+    Ids run from 0 up to, not including, ``vocab_size``. Errors are TokenizerErrors.
+    """
+
+    @property
+    def kind(self) -> str:
+        """``bpe``, ``char`` or ``byte``."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``. What looks like a special token is plain text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 bytes of the ids. A part of a text may begin or end within a character."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything needed to make it again, as JSON values."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON and return the path."""
+
+
+class BaseTokenizer:
+    """The shared part. A kind adds ``encode_array``, ``decode_bytes``, ``to_dict``, ``from_dict``."""
+
+    kind: str
+    vocab_size: int
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """Token ids of ``text`` as an array (n,): the quick way for long texts."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 bytes of the ids. A part of a text may begin or end within a character."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything needed to make it again, as JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_dict``; whatever the values are, it returns or raises TokenizerError."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``. What looks like a special token is plain text."""
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids (a list, array or Tensor); bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, whole or not at all, and return the path."""
+        path = Path(path)
+        try:
+            with replacing(path) as file:
+                file.write(json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode())
+                file.write(b"\n")
+        except OSError as error:
+            raise TokenizerError(f"{path} could not be written: {error.strerror}.") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote. Another kind of tokenizer is a TokenizerError."""
+        values = read_json(path)
+        if values.get("kind") != cls.kind:
+            raise TokenizerError(
+                f"{path} holds a tokenizer of kind {values.get('kind')!r}, not {cls.kind!r}. "
+                f"load_tokenizer(path) reads every kind."
+            )
+        return cls.from_dict(values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BaseTokenizer) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(fingerprint(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+
+def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:
+    """SHA-256 of the content: the same for tokenizers that tokenize alike."""
+    text = json.dumps(tokenizer.to_dict(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file, or a TokenizerError that says what the file is instead."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise TokenizerError(f"{path} is too large for a saved tokenizer.")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not a saved tokenizer: it is not JSON.") from error
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path} is not a saved tokenizer: it holds no JSON object.")
+    return values
+
+
+def utf8(text: str) -> bytes:
+    """The text's bytes; a lone surrogate, which no encoding of Unicode can hold, is an error."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"Only text (str) can be encoded, not {type(text).__name__}.")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        refuse_surrogate(text, error)
+
+
+def refuse_surrogate(text: str, error: UnicodeEncodeError) -> NoReturn:
+    """Explain a failed ``str.encode``: half of a UTF-16 pair stands where a character should."""
+    raise TokenizerError(
+        f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at position "
+        f"{error.start}: half a character, left by reading bytes that are not UTF-8. Read the text "
+        f"with the right encoding, or drop it: text.encode(errors='ignore').decode()."
+    ) from error
+
+
+def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Ids as a plain list, each within the vocabulary."""
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    try:
+        listed = [operator.index(i) for i in values]
+    except TypeError as error:
+        raise TokenizerError(
+            f"Token ids are whole numbers in one flat sequence, such as [5, 17]; given were "
+            f"{type(ids).__name__} values that are not. Of a batch (B, T), decode each row."
+        ) from error
+    if listed and not (0 <= min(listed) and max(listed) < vocab_size):
+        at, bad = next((n, i) for n, i in enumerate(listed) if not 0 <= i < vocab_size)
+        raise TokenizerError(
+            f"Token id {bad} at position {at} is outside this vocabulary of {vocab_size} tokens "
+            f"(0 to {vocab_size - 1}). It comes from another tokenizer, or from a model with a "
+            f"larger vocab_size."
+        )
+    return listed
+
+
+class TextStream:
+    """Ids one at a time to text as it becomes complete: a character's bytes may take many tokens.
+
+    >>> stream = TextStream(ByteTokenizer())
+    >>> [stream.push(byte) for byte in "né".encode()]
+    ['n', '', 'é']
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Text that this id completes; it may be empty."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that stayed incomplete, else nothing."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,158 @@
+"""Byte-pair encoding: GPT-2's own vocabulary, or one trained on your text."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygpt.errors import TokenizerError, nearest
+from tinygpt.tokenizers.base import BaseTokenizer, checked_ids, utf8
+from tinygpt.tokenizers.chunks import chunks, split_space
+from tinygpt.tokenizers.vocabulary import load_encoding
+
+if TYPE_CHECKING:
+    import tiktoken
+
+PATTERNS = {
+    # GPT-2's, written with possessive quantifiers so that long runs need no backtracking.
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+}
+"""How text is split into words before the merges, by the name under which a vocabulary says so."""
+
+MAX_VOCAB = 1 << 20
+"""More tokens than this is a typing error or a hostile file."""
+
+log = logging.getLogger("tinygpt")
+
+
+class BPETokenizer(BaseTokenizer):
+    """Tokens are frequent byte sequences; every text can be held, and comes back exactly.
+
+    ``encoding_name`` is any encoding that tiktoken knows. GPT-2's, of 50257 tokens, needs no network
+    where the ``offline`` extra is installed. ``folder`` holds the vocabulary files if they lie
+    somewhere of your own. Raises TokenizerError that lists every way to get a missing vocabulary.
+
+    >>> BPETokenizer().encode("Hello, world!")
+    [15496, 11, 995, 0]
+    >>> BPETokenizer().encode("<|endoftext|>")  # text is never a special token
+    [27, 91, 437, 1659, 5239, 91, 29]
+    """
+
+    kind = "bpe"
+
+    def __init__(self, encoding_name: str = "gpt2", *, folder: str | Path | None = None) -> None:
+        encoding = load_encoding(encoding_name, Path(folder) if folder is not None else None)
+        self._set(encoding, {"kind": self.kind, "encoding": encoding_name})
+
+    def _set(self, encoding: tiktoken.Encoding, content: dict[str, Any]) -> None:
+        self._encoding, self._content = encoding, content
+        self.vocab_size = encoding.max_token_value + 1
+
+    @classmethod
+    def train(cls, text: str | Iterable[str], vocab_size: int) -> Self:
+        """Learn the ``vocab_size - 256`` most useful merges from ``text``.
+
+        ``text`` is a string, or an iterable of pieces of one text, which is read once and in bounded
+        memory. Where it has too few different words the vocabulary is smaller, and a log line says so.
+        """
+        if not isinstance(vocab_size, int) or not 257 <= vocab_size <= MAX_VOCAB:
+            raise TokenizerError(
+                f"vocab_size={vocab_size!r} is out of range: a BPE has its 256 bytes and at least "
+                f"one merge, so from 257 to {MAX_VOCAB}. A common size for a small text is 1024."
+            )
+        import rustbpe
+
+        trainer = rustbpe.Tokenizer()
+        # The trainer gathers buffer_size strings at a time; ours are large, so few of them.
+        trainer.train_from_iterator(
+            _training_pieces(text), vocab_size, buffer_size=16, pattern=PATTERNS["gpt2"]
+        )
+        tokens = [token for token, _ in trainer.get_mergeable_ranks()]
+        if len(tokens) < vocab_size:
+            log.warning(
+                "The text is too small for a vocabulary of %d tokens; it has %d.",
+                vocab_size, len(tokens),
+            )
+        return cls._from_merges(tokens[256:], "gpt2")
+
+    @classmethod
+    def _from_merges(cls, merges: list[bytes], pattern: str) -> Self:
+        import tiktoken
+
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        ranks |= {token: 256 + n for n, token in enumerate(merges)}
+        self = cls.__new__(cls)
+        encoding = tiktoken.Encoding(
+            "tinygpt", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens={}
+        )
+        encoded = [base64.b64encode(token).decode() for token in merges]
+        self._set(encoding, {"kind": cls.kind, "pattern": pattern, "merges": encoded})
+        return self
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        utf8(text)  # the encoder would put U+FFFD for what is no text
+        parts = [self._encode(part) for part in split_space(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _encode(self, text: str) -> NDArray[np.uint32]:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        listed = checked_ids(ids, self.vocab_size)
+        try:
+            return self._encoding.decode_bytes(listed)
+        except KeyError as error:  # some encodings leave ids between their special tokens unused
+            raise TokenizerError(f"The ids hold {error}, which means nothing here.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._content)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        if "encoding" in values:
+            return cls(str(values["encoding"]))
+        pattern = values.get("pattern")
+        if pattern not in PATTERNS:
+            known = list(PATTERNS)
+            raise TokenizerError(
+                f"The saved vocabulary splits text by {pattern!r}, which this version does not "
+                f"know.{nearest(str(pattern), known)} Known: {', '.join(known)}."
+            )
+        return cls._from_merges(_checked_merges(values.get("merges")), str(pattern))
+
+
+def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:
+    """Pieces that end where words do, so that the trainer sees the words of the whole text."""
+    for chunk in chunks([text] if isinstance(text, str) else text):
+        utf8(chunk)
+        yield from split_space(chunk)
+
+
+def _checked_merges(merges: object) -> list[bytes]:
+    """The tokens after the 256 bytes, in the order of their ranks, from a file one cannot trust."""
+    if not isinstance(merges, list) or not 1 <= len(merges) <= MAX_VOCAB - 256:
+        raise TokenizerError(
+            f"The saved vocabulary is damaged: 'merges' must be a list of 1 to {MAX_VOCAB - 256} "
+            f"tokens in base64."
+        )
+    tokens: dict[bytes, None] = {}
+    for at, text in enumerate(merges):
+        try:
+            token = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+        except (binascii.Error, ValueError):
+            token = b""
+        if len(token) < 2 or token in tokens:
+            raise TokenizerError(
+                f"The saved vocabulary is damaged: merge {at} is {str(text)[:40]!r}, wanted base64 "
+                f"of two or more bytes that no other merge has."
+            )
+        tokens[token] = None
+    return list(tokens)

@@ -1,0 +1,223 @@
+"""The training loop: a jitted step, and a generator that takes one step after another.
+
+Nothing here prints or saves: whoever iterates does (see ``runs.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad.helpers import Context
+from tinygrad.nn.optim import Optimizer
+
+from tinygpt import data
+from tinygpt.config import TrainConfig
+from tinygpt.model import Noise, Transformer
+from tinygpt.optim import clip_factor, global_norm, learning_rate
+
+Tokens = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. Losses are in nats per token, times in seconds."""
+
+    iter: int
+    """Optimizer steps done so far, this one included."""
+    train_loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    elapsed: float
+    """Seconds since the start of this process's part of the run."""
+    val_loss: float | None = None
+    """Set where an evaluation took place."""
+    best: bool = False
+    """The best validation loss so far."""
+    sample: str | None = None
+    checkpoint: Path | None = None
+
+
+class TrainStep(Protocol):
+    """Take one optimizer step on x and y (A, B, T), A micro-batches; -> (loss, gradient norm)."""
+
+    def __call__(
+        self, x: Tokens, y: Tokens, lr: float, key: tuple[int, int]
+    ) -> tuple[float, float]: ...
+
+
+def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
+    """The jitted step: forward, backward, clipping and update.
+
+    With accumulation the micro-batches are summed into buffers by one jitted function and applied by
+    another, so that memory does not depend on their number.
+    """
+    params = list(model.parameters().values())
+    micro_batches = config.grad_accum_steps
+
+    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
+        loss = model.loss(x, y, Noise(key)) / micro_batches
+        return loss, loss.gradient(*params)
+
+    def update(lr: Tensor, grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """-> the gradient's norm, and everything that has to be realized with it"""
+        norm = global_norm(grads)
+        factor = clip_factor(norm, config.grad_clip) if config.grad_clip else 1.0
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g * factor
+        optimizer.lr.assign(lr)
+        with Context(TRAINING=1):  # tinygrad's own optimizers insist on it
+            changed = optimizer.schedule_step()
+        for p in params:
+            p.grad = None  # freed as soon as it is used
+        return norm, [norm, optimizer.lr, *changed]
+
+    @TinyJit
+    def whole_step(x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
+        loss, grads = gradients(x, y, key)
+        norm, changed = update(lr, grads)
+        result = loss.reshape(1).cat(norm.reshape(1))
+        return result.realize(*changed)
+
+    if micro_batches == 1:
+
+        def step(x: Tokens, y: Tokens, lr: float, key: tuple[int, int]) -> tuple[float, float]:
+            loss, norm = whole_step(_ids(x[0]), _ids(y[0]), _key(*key), _rate(lr)).tolist()
+            return loss, norm
+
+        return step
+
+    sums = [Tensor.zeros(*p.shape, dtype=p.dtype).contiguous().realize() for p in params]
+
+    @TinyJit
+    def accumulate(x: Tensor, y: Tensor, key: Tensor) -> Tensor:
+        loss, grads = gradients(x, y, key)
+        for total, g in zip(sums, grads, strict=True):
+            total.assign(total + g)
+        return loss.realize(*sums)
+
+    @TinyJit
+    def apply(lr: Tensor) -> Tensor:
+        norm, changed = update(lr, [total.clone() for total in sums])
+        return norm.realize(*changed)
+
+    @TinyJit
+    def clear() -> Tensor:
+        for total in sums:
+            total.assign(total * 0)
+        return sums[0].realize(*sums[1:])
+
+    def accumulated_step(
+        x: Tokens, y: Tokens, lr: float, key: tuple[int, int]
+    ) -> tuple[float, float]:
+        seed, number = key
+        loss = 0.0
+        for i in range(micro_batches):
+            draw = _key(seed, number * micro_batches + i)
+            loss += accumulate(_ids(x[i]), _ids(y[i]), draw).item()
+        norm = apply(_rate(lr)).item()
+        clear()
+        return loss, norm
+
+    return accumulated_step
+
+
+def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
+    """A jitted loss in inference mode: mean cross-entropy in nats of y (B, T) given x (B, T)."""
+
+    @TinyJit
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return model.loss(x, y).realize()
+
+    def evaluate_batch(x: Tokens, y: Tokens) -> float:
+        with mode(model, training=False):
+            return float(loss(_ids(x), _ids(y)).item())
+
+    return evaluate_batch
+
+
+def evaluate(
+    evaluate_batch: Callable[[Tokens, Tokens], float],
+    tokens: Tokens,
+    iters: int,
+    batch_size: int,
+    block_size: int,
+) -> float:
+    """Mean loss over ``iters`` random batches, the same ones every time."""
+    batches = (data.batch(tokens, i, EVAL_SEED, batch_size, block_size) for i in range(iters))
+    return math.fsum(evaluate_batch(x, y) for x, y in batches) / iters
+
+
+EVAL_SEED = 0x5EED
+"""Evaluations draw from a stream of their own, so that they compare from one step to the next."""
+
+
+@contextmanager
+def mode(model: Transformer, training: bool) -> Iterator[None]:
+    """Put the model into a mode, and back into the one it was in."""
+    found = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(found)
+
+
+def train_steps(
+    model: Transformer,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    train_tokens: Tokens,
+    val_tokens: Tokens | None = None,
+    start: int = 0,
+) -> Iterator[Step]:
+    """Train from step ``start`` to ``config.max_iters``, yielding after every step.
+
+    A batch depends on nothing but the tokens, the step and the seed, so a run that starts again at a
+    step goes on exactly as the one that was never interrupted.
+
+    >>> for step in train_steps(model, optimizer, config, tokens):
+    ...     print(step.iter, step.train_loss)
+    """
+    block = model.config.block_size
+    rows = config.batch_size * config.grad_accum_steps
+    shape = (config.grad_accum_steps, config.batch_size, block)
+    take_step, evaluate_batch = make_train_step(model, optimizer, config), make_evaluate(model)
+    began = time.perf_counter()
+    for i in range(start, config.max_iters):
+        before = time.perf_counter()
+        x, y = data.batch(train_tokens, i, config.seed, rows, block)
+        lr = learning_rate(config, i)
+        with mode(model, training=True):
+            loss, norm = take_step(x.reshape(shape), y.reshape(shape), lr, (config.seed, i))
+        seconds = time.perf_counter() - before
+        done, val_loss = i + 1, None
+        due = done % config.eval_interval == 0 or done == config.max_iters
+        if val_tokens is not None and due:
+            val_loss = evaluate(
+                evaluate_batch, val_tokens, config.eval_iters, config.batch_size, block
+            )
+        elapsed = time.perf_counter() - began
+        yield Step(done, loss, lr, norm, x.size / seconds, elapsed, val_loss)
+
+
+def _ids(array: Tokens) -> Tensor:
+    return Tensor(np.ascontiguousarray(array, np.int32)).realize()
+
+
+def _key(seed: int, number: int) -> Tensor:
+    low = (seed ^ (seed >> 32)) & 0xFFFFFFFF
+    return Tensor([low, number & 0xFFFFFFFF], dtype=dtypes.uint32).realize()
+
+
+def _rate(lr: float) -> Tensor:
+    return Tensor([lr], dtype=dtypes.float32).realize()

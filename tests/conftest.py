@@ -1,0 +1,66 @@
+"""Every test runs in the same small world: its own caches, no network, a fixed terminal, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+
+# Importing tinygpt chooses the compiler and its kernel cache, which stays the user's own: kernels
+# compiled in the last run are used again. Everything else is cached in a folder of this run.
+import tinygpt  # noqa: F401
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+hypothesis.settings.register_profile("tinygpt", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tinygpt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("COLUMNS", "100")
+        patch.setenv("LINES", "40")
+        patch.setenv("NO_COLOR", "1")
+        patch.delenv("FORCE_COLOR", raising=False)
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")  # for child processes: nobody listens there
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.setenv(name, ",".join(LOCAL))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(socket.socket, "connect", connect_locally)
+        yield
+
+
+def connect_locally(sock: socket.socket, address: object) -> None:
+    """Stands in for ``socket.connect``: what leaves this machine is a mistake in the test."""
+    if isinstance(address, tuple) and address[0] not in LOCAL:
+        raise OSError(f"tests do not use the network, and this one asked for {address[0]}")
+    connect(sock, address)
+
+
+connect = socket.socket.connect
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(1337)
+    np.random.seed(1337)
+    if "tinygrad" in sys.modules:
+        from tinygrad import Tensor
+
+        Tensor.manual_seed(1337)
+
+
+@pytest.fixture
+def child_environment() -> dict[str, str]:
+    """The environment for a Python process that is to set itself up from nothing."""
+    ours = ("CC", "CACHEDB", "PARALLEL", "DEV", "COV_CORE_SOURCE")
+    return {name: value for name, value in os.environ.items() if name not in ours}
