@@ -1,4 +1,4 @@
-"""Every test runs in the same small world: its own caches, no network, a fixed terminal, fixed seeds."""
+"""Every test runs in the same small world: own caches, no network, fixed terminal, fixed seeds."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_an_input_cannot_be_written() -> None:
 
 def test_on_a_gpu_lanes_are_threads_and_shared_tiles_have_barriers() -> None:
     buffers = tuple(UOp.placeholder((n,), dtypes.float32, i) for i, n in enumerate((7, 7 * 16)))
-    sink = build(row_sums, buffers, 1, (8, 1, True), 0, (("m", 16), ("n", 7)))
+    sink = build(row_sums, buffers, 1, (8, 1, True), None, 0, (("m", 16), ("n", 7)))
     renderer = OpenCLRenderer(Target(device="CL"))
     uops = line_rewrite(
         linearize(full_rewrite_to_sink(sink, renderer, optimize=False)), pm_linearize_cleanups
@@ -231,7 +231,7 @@ def test_on_a_gpu_lanes_are_threads_and_shared_tiles_have_barriers() -> None:
 @pytest.mark.skipif(os.environ.get("DEV", "CPU") != "CPU", reason="asks for the CPU's text")
 def test_the_lanes_are_the_innermost_loop_on_a_cpu() -> None:
     buffers = tuple(UOp.placeholder((n,), dtypes.float32, i) for i, n in enumerate((7, 7 * 16)))
-    sink = build(row_sums, buffers, 1, (8, 3, False), 0, (("m", 16), ("n", 7)))
+    sink = build(row_sums, buffers, 1, (8, 3, False), None, 0, (("m", 16), ("n", 7)))
     renderer = Device["CPU"].renderer
     uops = line_rewrite(
         linearize(full_rewrite_to_sink(sink, renderer, optimize=False)), pm_linearize_cleanups

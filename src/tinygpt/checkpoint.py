@@ -206,16 +206,16 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[int]]]]
         )
     try:
         described = json.loads(metadata["tinygpt"])
-        version = described["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format version {version}; this TinyGPT reads up to {FORMAT_VERSION}. "
-                f"Update it: pip install --upgrade tinygpt."
-            )
-        digest = described.pop("digest")
-        whole = digest == _digest(described, layout) and set(described["sha256"]) == set(layout)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        version = int(described["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: its description cannot be read.") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}; this TinyGPT reads up to {FORMAT_VERSION}. "
+            f"Update it: pip install --upgrade tinygpt."
+        )
+    digest = described.pop("digest", None)
+    whole = digest == _digest(described, layout) and set(described["sha256"]) == set(layout)
     if not whole:
         raise CheckpointError(f"{path} is damaged: its description does not match its own hash.")
     return described, layout

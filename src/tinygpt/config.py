@@ -304,7 +304,8 @@ def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = F
         lines = [f"[{title}]"]
         for name, value in values.items():
             lines += [f"# {line}" for line in notes.get(name, "").splitlines()]
-            literal = json.dumps(value)  # a TOML literal too, for strings, numbers, booleans, lists
+            # JSON's literals are TOML's too, but for a raw DEL and surrogate pairs
+            literal = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"# {name} is not set" if value is None else f"{name} = {literal}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"

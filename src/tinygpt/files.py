@@ -143,7 +143,7 @@ def _transfer(url: str, part: Path, start: int, stop: threading.Event) -> None:
             return
         resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         with part.open("ab" if start and resumed else "wb") as file:
-            for block in response.iter_content(1 << 16):
+            for block in response.iter_content(1 << 13):
                 if stop.is_set():
                     return
                 file.write(block)

@@ -33,6 +33,7 @@ from tinygpt.train import Step, train_steps
 Tokens = npt.NDArray[np.integer]
 
 SAMPLE_TOKENS = 120
+"""Length of the sample texts."""
 FREE_TO_CHANGE = {"eval_interval", "eval_iters", "checkpoint_interval", "keep_last",
                   "early_stop_patience", "sample_interval", "sample_prompt"}
 """Settings that do not change the course of the weights, so that a resumed run may have others."""
@@ -96,6 +97,9 @@ class TrainingRun:
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
+        for tokens in (train_tokens, val_tokens):
+            if tokens is not None:
+                data.check_length(tokens, model.config.block_size)
         self.optimizer = optimizer or make_optimizer(model.parameters(), config)
         self.folder = Path(folder) if folder is not None else None
         self.source = dict(source or {})
@@ -103,9 +107,9 @@ class TrainingRun:
         self.newest: Path | None = None
         self.decoder = Decoder(model)
         self._stop = False
-        self.fingerprints = {"train": data.fingerprint(train_tokens)}
+        self.fingerprints = {"train": data.data_fingerprint(train_tokens)}
         if val_tokens is not None:
-            self.fingerprints["val"] = data.fingerprint(val_tokens)
+            self.fingerprints["val"] = data.data_fingerprint(val_tokens)
         self._resume(resume)
         self._prepare_folder()
 

@@ -69,14 +69,15 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
 
 
 def keep_min_p(logits: Logits, fraction: float) -> Logits:
-    """Keep the tokens at least ``fraction`` times as likely as the likeliest (Nguyen et al., 2024)."""
+    """Keep tokens at least ``fraction`` times as likely as the likeliest (Nguyen et al., 2024)."""
     return np.where(logits >= logits.max() + math.log(fraction), logits, -np.inf)
 
 
 def softmax(logits: Logits) -> Logits:
     """Probabilities (V,) of logits (V,)."""
     weights: Logits = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    total: float = weights.sum()
+    return weights / total
 
 
 def next_logits(logits: npt.ArrayLike, seen: Ids, config: SampleConfig) -> Logits:
@@ -88,9 +89,9 @@ def next_logits(logits: npt.ArrayLike, seen: Ids, config: SampleConfig) -> Logit
     out: Logits = np.array(logits, np.float64)
     if not math.isfinite(out.max()):  # NaN wins every max
         raise TinyGPTError(
-            f"The model's logits cannot be sampled from: of {out.size} values {np.isnan(out).sum()} "
-            f"are not a number and {np.isposinf(out).sum()} are infinite. The training that made "
-            f"this model diverged; use an earlier checkpoint, or train with a lower learning_rate."
+            f"Nothing can be sampled from these logits: of {out.size} values {np.isnan(out).sum()} "
+            f"are not numbers and {np.isinf(out).sum()} are infinite. The model's training "
+            f"diverged; use an earlier checkpoint, or train with a lower learning_rate."
         )
     if config.repetition_penalty is not None:
         out = penalise_repetition(out, seen, config.repetition_penalty)
@@ -117,8 +118,9 @@ def draw(logits: Logits, uniform: float) -> int:
 def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
     """The function that picks each sequence's next token; with temperature 0 the likeliest one.
 
-    Every row draws from a random stream of its own, made from the seed and the row's number, so what
-    a row becomes does not depend on how many others there are. Without a seed, each sampler differs.
+    Every row draws from a random stream of its own, made from the seed and the row's number, so
+    what a row becomes does not depend on how many others there are. Without a seed, each sampler
+    differs.
 
     >>> pick = make_sampler(SampleConfig(temperature=0))
     >>> pick([[0.1, 2.0, 0.3]], np.array([[0]])).tolist()
@@ -144,7 +146,9 @@ def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
 def _checked_seed(seed: int | None) -> int | None:
     if seed is None or (isinstance(seed, int | np.integer) and seed >= 0):
         return seed
-    raise UsageError(f"seed={seed!r} is not a whole number from 0 up. Leave it out for a random one.")
+    raise UsageError(
+        f"seed={seed!r} is not a whole number from 0 up. Leave it out for a random one."
+    )
 
 
 def _largest(values: Logits, k: int) -> Ids:

@@ -10,7 +10,15 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from tinygpt.config import PRESETS, Config, GPTConfig, SampleConfig, TrainConfig, field_docs, to_toml
+from tinygpt.config import (
+    PRESETS,
+    Config,
+    GPTConfig,
+    SampleConfig,
+    TrainConfig,
+    field_docs,
+    to_toml,
+)
 from tinygpt.errors import ConfigError, nearest
 
 Values = Mapping[str, Any]
@@ -146,7 +154,9 @@ def _check_table(path: Path, name: str, values: Any) -> None:
     if name not in known or not isinstance(values, dict):
         homes = [t for t, c in CONFIGS.items() if name in field_docs(c)]
         advice = f" {name!r} belongs under [{homes[0]}]." if homes else nearest(name, known)
-        raise ConfigError(f"{path}: there is no table [{name}].{advice} Tables: {', '.join(known)}.")
+        raise ConfigError(
+            f"{path}: there is no table [{name}].{advice} Tables: {', '.join(known)}."
+        )
     try:
         CONFIGS[name].from_dict(values)
     except ConfigError as error:

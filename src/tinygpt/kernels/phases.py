@@ -147,7 +147,7 @@ class Kernel:
         self.lanes, self.threads, self.gpu = lanes, threads, gpu
         self._ranges = self._tiles = 0
         self._order: tuple[UOp, ...] = ()  # what the next phase comes after
-        self._loops: list[UOp] = []  # loops entered and not yet left
+        self._depth = 0  # loops entered and not yet left
         self._outer: tuple[UOp, ...] = ()  # the ranges of the units
         self._stores: list[UOp] | None = None  # the open phase
 
@@ -168,21 +168,59 @@ class Kernel:
         self._order = self._outer = (i, core)
         return first + i
 
-    def tile(self, rows: int, dtype: DType = dtypes.float32, *, shared: bool = False) -> Tile:
-        """An uninitialised tile. ``shared``: lanes will read each other's elements."""
-        return Tile(self, rows, self.lanes, dtype, shared)
+    def tile(
+        self,
+        rows: int,
+        dtype: DType = dtypes.float32,
+        *,
+        width: int | None = None,
+        shared: bool = False,
+    ) -> Tile:
+        """An uninitialised tile of rows x ``width`` (None: the lanes).
+
+        ``shared``: lanes will read each other's elements.
+        """
+        return Tile(self, rows, width or self.lanes, dtype, shared)
 
     @contextmanager
     def loop(self, n: Index) -> Iterator[UOp]:
-        """A loop around the phases inside; its index runs from 0 up to ``n``."""
+        """A loop around the phases inside; its index runs from 0 up to ``n``.
+
+        An ``n`` that depends on the unit or on another loop must be at least 1.
+        """
         assert self._stores is None, "a loop cannot stand inside a phase"
-        index = self._range(n if isinstance(n, int) else as_index(n))
-        self._order += (index,)
-        depth = len(self._loops)
-        self._loops.append(index)
-        yield index
-        assert len(self._loops) == depth + 1 and len(self._order) == 1, "a loop without a phase"
-        self._order = (self._order[0].end(self._loops.pop()),)
+        n = n if isinstance(n, int) else as_index(n)
+        if isinstance(n, UOp) and any(r.arg[1] is not AxisType.THREAD for r in n.ranges):
+            with self._counted_loop(n) as index:
+                yield index
+            return
+        index = self._range(n)
+        with self._inside(index):
+            yield index
+        self._order = (self._order[0].end(index),)
+
+    @contextmanager
+    def _counted_loop(self, n: UOp) -> Iterator[UOp]:
+        """A loop with a counter of its own: the end of a RANGE would end those its bound needs."""
+        count = self.tile(1, dtypes.int32, width=1)
+        with self.phase(1):
+            count[0, 0] = 0
+        self._ranges += 1
+        loop = UOp.loop(self._ranges - 1)
+        with self._inside(loop):
+            yield as_index(count[0, 0])
+            with self.phase(1):
+                count[0, 0] = count[0, 0] + 1
+        again = count[0, 0] < n.cast(dtypes.int32)
+        self._order = (self._order[0].end(loop, again),)
+
+    @contextmanager
+    def _inside(self, loop: UOp) -> Iterator[None]:
+        self._order += (loop,)
+        self._depth += 1
+        yield
+        assert len(self._order) == 1, "a loop without a phase"
+        self._depth -= 1
 
     @contextmanager
     def phase(self, n: int | None = None) -> Iterator[UOp]:
@@ -218,7 +256,7 @@ class Kernel:
 
     def finish(self, name: str, ops: int = 0, mem: int = 0) -> UOp:
         """The finished kernel, for tinygrad."""
-        assert not self._loops and self._stores is None, "an open loop or phase"
+        assert not self._depth and self._stores is None, "an open loop or phase"
         last = self._order[0].end(*self._outer)
         # The tag makes tinygrad skip its own loop splitting, which these kernels must not meet, and
         # the estimates save it from inferring them, which it cannot for loops of unknown length.
@@ -252,6 +290,7 @@ def build(
     buffers: tuple[UOp, ...],
     n_outputs: int,
     kernel: tuple[int, int, bool],
+    name: str | None,
     ops: int,
     constants: tuple[tuple[str, Any], ...],
 ) -> UOp:
@@ -262,7 +301,8 @@ def build(
     k = Kernel(*kernel)
     arrays = [Array(k, b, written=i < n_outputs) for i, b in enumerate(buffers)]
     fn(k, *arrays, **dict(constants))
-    name = "_".join([fn.__name__, *(str(int(v)) for _, v in constants if isinstance(v, int))])
+    if name is None:
+        name = "_".join([fn.__name__, *(str(int(v)) for _, v in constants if isinstance(v, int))])
     return k.finish(name, ops, sum(b.max_numel() * b.dtype.itemsize for b in buffers))
 
 
@@ -273,6 +313,7 @@ def run(
     *,
     lanes: int,
     threads: int | None = None,
+    name: str | None = None,
     ops: int = 0,
     backward: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
     **constants: Any,
@@ -281,8 +322,8 @@ def run(
 
     ``outputs`` may be read too (state that is updated in place). ``fn`` is a function of a module,
     no closure, and ``constants`` are hashable: kernels are built once and remembered by them. An
-    input that the kernel does not use must stand last. ``ops`` is the number of floating-point
-    operations, for tinygrad's statistics.
+    input that the kernel does not use must stand last. ``name`` (None: the function's, and its
+    constants) and ``ops``, the number of floating-point operations, are for profiles.
 
     ``backward(gradient)`` is given the gradient of the first output and returns one gradient, or
     None, for each input. The other outputs carry no gradient.
@@ -294,7 +335,7 @@ def run(
     fixed = tuple(sorted(constants.items()))
 
     def body(*buffers: UOp) -> UOp:
-        return build(fn, buffers, len(outputs), shape, ops, fixed)
+        return build(fn, buffers, len(outputs), shape, name, ops, fixed)
 
     def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         assert backward is not None

@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from typing import Any
+from functools import partial
 
-from tinygrad.device import Buffer, Compiled, MultiBuffer, TinyELF
+from tinygrad.device import Buffer, Compiled, Device, TinyELF
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.engine.realize import get_call_arg_uops, resolve_params
+from tinygrad.helpers import NUM_CPU_THREADS, getenv
 from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
 from tinygrad.runtime.support.hcq import HCQBuffer
 from tinygrad.uop.ops import Ops, UOp
 
 from tinygpt.multicore.pool import MAX_ARGS, Pool, command, command_list
+from tinygpt.runtime import cores
 
-NO_SLOT = 0xFFFF  # for a kernel that is not split
+UNSPLIT = 0xFFFF  # the slot of a kernel that takes no number of a piece
+
+
+class Engine:
+    """The pool, and its place in tinygrad's CPU device."""
+
+    def __init__(self) -> None:
+        device = Device["CPU"]
+        if getenv("HCQ2"):
+            raise RuntimeError("HCQ2=1 has queues of its own")
+        if not isinstance(device, CPUDevice) or device.runtime_t is not CPUProgram or device.graph:
+            raise RuntimeError("something else has plugged into tinygrad's CPU device")
+        self.device, self.pool = device, Pool(device)
+        self.stock = device.graph, device.runtime_t, NUM_CPU_THREADS.value
+
+    def plug_in(self, threads: int) -> None:
+        """Split new kernels for ``threads`` threads, and run them there."""
+        if threads != self.pool.threads:
+            self.pool.start(threads, cores())
+        self.device.graph = partial(PoolGraph, self.pool)
+        self.device.runtime_t = partial(PoolProgram, self.pool)
+        NUM_CPU_THREADS.value = threads
+
+    def unplug(self) -> None:
+        """Put everything back as it was."""
+        self.pool.stop()
+        self.device.graph, self.device.runtime_t, NUM_CPU_THREADS.value = self.stock
 
 
 class PoolGraph(GraphRunner):
     """Kernels that a ``TinyJit`` captured, as one list for the pool.
 
     tinygrad makes one for each batch of kernels; this is the place where CUDA and Metal plug in
-    their graphs. A call patches the addresses and numbers that change into the list and runs it.
+    their graphs. A call writes what has changed, inputs and variables, into the list and runs it.
     """
 
     def __init__(self, pool: Pool, linear: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
         super().__init__(linear, input_uops)
         self.pool = pool
+        self.inputs: list[tuple[int, UOp, int]] = []  # place in the list, call, its argument
+        self.variables: dict[tuple[int, int], int] = {}  # (call, its variable) -> place
         words: list[int] = []
-        # (place in the list, call, argument): an address that follows the inputs
-        self.inputs: list[tuple[int, UOp, int]] = []
-        self.variables: dict[tuple[int, int], int] = {}  # (call, variable) -> place in the list
-        for j, (call, (_, ast, buffers, _)) in enumerate(
-            zip(self.linear.src, self.calls, strict=True)
-        ):
-            info, runtime = ast.arg, self.runtimes[j]
-            place = len(words) + 2
-            moving = {p for p, u in enumerate(get_call_arg_uops(call)) if _follows_input(u)}
-            self.inputs += [(place + i, call, p) for i, p in enumerate(info.globals) if p in moving]
-            place += len(info.globals)
-            self.variables |= {(j, i): place + i for i in range(len(info.vars))}
+        for j, call in enumerate(self.linear.src):
+            info, buffers, place = call.src[0].arg, self.calls[j][2], len(words) + 2
             core = info.runtimevars.get("core_id")
             words += command(
-                runtime.addr,
+                self.runtimes[j].addr,
                 pieces=1 if core is None else info.global_size[0],
-                slot=NO_SLOT if core is None else len(info.globals) + core,
+                slot=UNSPLIT if core is None else len(info.globals) + core,
                 arguments=[_pointer(buffers[p]) for p in info.globals] + [0] * len(info.vars),
             )
+            moving = {p for p, u in enumerate(get_call_arg_uops(call)) if _is_input(u)}
+            for i, p in enumerate(info.globals):
+                if p in moving:
+                    self.inputs.append((place + i, call, p))
+            for i in range(len(info.vars)):
+                self.variables[j, i] = place + len(info.globals) + i
         self.commands = command_list(words)
 
     def __call__(
@@ -63,7 +88,7 @@ class PoolGraph(GraphRunner):
 
     @staticmethod
     def supports_uop(batch_devs: list[Compiled], new_call: UOp) -> bool:
-        """A compiled kernel of one CPU device, called by the C calling convention."""
+        """A compiled kernel that works on one CPU device and follows C's calling convention."""
         if not GraphRunner.supports_uop(batch_devs, new_call):
             return False
         info = new_call.src[0].arg
@@ -75,7 +100,7 @@ class PoolGraph(GraphRunner):
 
 
 class PoolProgram(CPUProgram):
-    """A kernel that is launched by itself: split over the pool if it has pieces."""
+    """A kernel that is launched by itself: its pieces, if it has any, go over the pool."""
 
     def __init__(self, pool: Pool, device: CPUDevice, obj: TinyELF) -> None:
         super().__init__(device, obj)
@@ -92,14 +117,21 @@ class PoolProgram(CPUProgram):
         wait: bool = False,
         timeout: int | None = None,
     ) -> float | None:
-        count = len(bufs) + len(vals)
-        if self.core is None or self.pool.threads == 1 or count > MAX_ARGS:
+        if self.core is None or self.pool.threads == 1 or len(bufs) + len(vals) > MAX_ARGS:
             return super().__call__(
-                *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait,
-                timeout=timeout,
+                *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait
             )
         start = time.perf_counter()
         arguments = [b.va_addr for b in bufs] + [value or 0 for value in vals]
         words = command(self.addr, global_size[0], self.core, arguments)
         self.pool.run(command_list(words), 1)
         return time.perf_counter() - start if wait else None
+
+
+def _is_input(argument: UOp) -> bool:
+    """True for an input of the jit, or a view of one."""
+    return any(u.op is Ops.PARAM for u in argument.toposort())
+
+
+def _pointer(buffer: Buffer) -> int:
+    return int(buffer.ensure_allocated()._buf.va_addr)

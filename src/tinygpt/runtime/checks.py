@@ -112,9 +112,9 @@ def _caches() -> Iterator[Check]:
         found = f"{wanted} cannot be written; using {found}"
     cure = None if used == wanted else "set TINYGPT_CACHE to a folder of yours"
     yield Check("cache", used == wanted, found, cure, optional=True)
-    kernels = Path(os.environ.get("CACHEDB", ""))
-    size = kernels.stat().st_size if kernels.is_file() else 0
-    yield Check("kernel cache", True, f"{kernels} ({_size(size)})", optional=True)
+    if kernels := os.environ.get("CACHEDB"):
+        size = sum(f.stat().st_size for f in Path(kernels).parent.glob(Path(kernels).name + "*"))
+        yield Check("kernel cache", True, f"{kernels} ({_size(size)})", optional=True)
 
 
 def _vocabulary() -> Iterator[Check]:

@@ -59,12 +59,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -> Tokenizer:
     """The tokenizer that ``spec`` asks for, trained on ``text()`` where it is one that learns.
 
-    ``spec`` is ``gpt2``, ``bpe:N``, ``char``, ``byte``, or the path of a saved tokenizer or of a run.
+    ``spec`` is ``gpt2``, ``bpe:N``, ``char``, ``byte``, or the path of a saved tokenizer or a run.
     None is ``bpe:1024`` for a small text and ``gpt2`` for one of more than 16 million characters.
     """
     if spec is None:
         spec = "bpe:1024" if _is_small(text()) else "gpt2"
-    name, colon, size = str(spec).partition(":")
+    name, _, size = str(spec).partition(":")
     if spec == "gpt2":
         return BPETokenizer("gpt2")
     if spec == "byte":
@@ -73,7 +73,7 @@ def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -
         return CharTokenizer.train(text())
     if name == "bpe" and size.isdecimal():
         return BPETokenizer.train(text(), int(size))
-    if Path(spec).exists():
+    if str(spec) and Path(spec).exists():
         return load_tokenizer(spec)
     if name == "bpe":
         raise TokenizerError(f"{spec!r} lacks the size of the vocabulary. Try bpe:1024.")

@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
 
 
 class BaseTokenizer:
-    """The shared part. A kind adds ``encode_array``, ``decode_bytes``, ``to_dict``, ``from_dict``."""
+    """The shared part; a kind adds the four methods that raise NotImplementedError here."""
 
     kind: str
     vocab_size: int
@@ -71,12 +71,13 @@ class BaseTokenizer:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_dict``; whatever the values are, it returns or raises TokenizerError."""
+        """The inverse of ``to_dict``; values that cannot be right are a TokenizerError."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``. What looks like a special token is plain text."""
-        return self.encode_array(text).tolist()
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids (a list, array or Tensor); bytes that are not UTF-8 become U+FFFD."""
@@ -165,7 +166,7 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
             f"Token ids are whole numbers in one flat sequence, such as [5, 17]; given were "
             f"{type(ids).__name__} values that are not. Of a batch (B, T), decode each row."
         ) from error
-    if listed and not (0 <= min(listed) and max(listed) < vocab_size):
+    if listed and (min(listed) < 0 or max(listed) >= vocab_size):
         at, bad = next((n, i) for n, i in enumerate(listed) if not 0 <= i < vocab_size)
         raise TokenizerError(
             f"Token id {bad} at position {at} is outside this vocabulary of {vocab_size} tokens "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -36,9 +35,9 @@ log = logging.getLogger("tinygpt")
 class BPETokenizer(BaseTokenizer):
     """Tokens are frequent byte sequences; every text can be held, and comes back exactly.
 
-    ``encoding_name`` is any encoding that tiktoken knows. GPT-2's, of 50257 tokens, needs no network
-    where the ``offline`` extra is installed. ``folder`` holds the vocabulary files if they lie
-    somewhere of your own. Raises TokenizerError that lists every way to get a missing vocabulary.
+    ``encoding_name`` is any encoding that tiktoken knows. GPT-2's, of 50257 tokens, needs no
+    network where the ``offline`` extra is installed. ``folder`` holds the vocabulary files if they
+    lie somewhere of your own. A missing vocabulary is a TokenizerError with every way to get it.
 
     >>> BPETokenizer().encode("Hello, world!")
     [15496, 11, 995, 0]
@@ -60,15 +59,15 @@ class BPETokenizer(BaseTokenizer):
     def train(cls, text: str | Iterable[str], vocab_size: int) -> Self:
         """Learn the ``vocab_size - 256`` most useful merges from ``text``.
 
-        ``text`` is a string, or an iterable of pieces of one text, which is read once and in bounded
-        memory. Where it has too few different words the vocabulary is smaller, and a log line says so.
+        ``text`` is a string, or an iterable of pieces of one text, which is read once and in
+        bounded memory. Where it has too few words the vocabulary is smaller; a log line says so.
         """
         if not isinstance(vocab_size, int) or not 257 <= vocab_size <= MAX_VOCAB:
             raise TokenizerError(
                 f"vocab_size={vocab_size!r} is out of range: a BPE has its 256 bytes and at least "
                 f"one merge, so from 257 to {MAX_VOCAB}. A common size for a small text is 1024."
             )
-        import rustbpe
+        import rustbpe  # type: ignore[import-untyped]
 
         trainer = rustbpe.Tokenizer()
         # The trainer gathers buffer_size strings at a time; ours are large, so few of them.
@@ -79,7 +78,8 @@ class BPETokenizer(BaseTokenizer):
         if len(tokens) < vocab_size:
             log.warning(
                 "The text is too small for a vocabulary of %d tokens; it has %d.",
-                vocab_size, len(tokens),
+                vocab_size,
+                len(tokens),
             )
         return cls._from_merges(tokens[256:], "gpt2")
 
@@ -119,14 +119,14 @@ class BPETokenizer(BaseTokenizer):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         if "encoding" in values:
             return cls(str(values["encoding"]))
-        pattern = values.get("pattern")
+        pattern = str(values.get("pattern"))
         if pattern not in PATTERNS:
             known = list(PATTERNS)
             raise TokenizerError(
                 f"The saved vocabulary splits text by {pattern!r}, which this version does not "
-                f"know.{nearest(str(pattern), known)} Known: {', '.join(known)}."
+                f"know.{nearest(pattern, known)} Known: {', '.join(known)}."
             )
-        return cls._from_merges(_checked_merges(values.get("merges")), str(pattern))
+        return cls._from_merges(_checked_merges(values.get("merges")), pattern)
 
 
 def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:

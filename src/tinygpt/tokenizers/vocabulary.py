@@ -1,4 +1,4 @@
-"""Where tiktoken's vocabularies come from: a folder, its cache, the ``offline`` extra, a download."""
+"""Where vocabularies come from: a folder, tiktoken's cache, the ``offline`` extra, a download."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _verified(path: Path | None, sha256: str) -> bytes | None:
 def _explicit(path: Path, sha256: str) -> bytes:
     content = _verified(path, sha256)
     if content is None:
-        state = "is damaged or another file (its SHA-256 is wrong)" if path.is_file() else "is missing"
+        state = "is missing" if not path.exists() else "is another file (by its SHA-256)"
         raise TokenizerError(
             f"{path} {state}. The folder must hold the vocabulary files as published."
         )

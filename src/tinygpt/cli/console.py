@@ -1,0 +1,58 @@
+"""How the commands speak: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinygpt.display.text import printable
+
+PROGRAMS = ("tinygpt", "minimiggy")
+
+
+def program_name() -> str:
+    """The name the program was called by: ``tinygpt`` or ``minimiggy``."""
+    name = Path(sys.argv[0]).stem if sys.argv else ""
+    return name if name in PROGRAMS else PROGRAMS[0]
+
+
+def command(*words: object) -> str:
+    """A command line of this program that can be pasted into a shell."""
+    return shlex.join([program_name(), *map(str, words)])
+
+
+def say(message: str) -> None:
+    """A line for whoever watches, on stderr."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    """The result for a program to read: one JSON value on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def aligned(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
+    """Rows as lines, each column as wide as its widest cell; those in ``right`` end together.
+
+    >>> print(aligned([("a", 1), ("long", 20)], right=[1]))
+    a      1
+    long  20
+    """
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON can hold; None for one it cannot."""
+    return value if value is not None and abs(value) < float("inf") else None

@@ -1,0 +1,158 @@
+"""``tinygpt tokenizer``: train a vocabulary, look at one, and turn text into numbers and back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from tinygpt.cli.console import aligned, say, show_json
+from tinygpt.cli.options import DataConfig
+from tinygpt.display.text import printable
+from tinygpt.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from tinygpt.tokenizers import Tokenizer
+
+SHOWN = 12
+"""Tokens that ``info`` gives as examples."""
+
+
+def make_app() -> App:
+    """The verb and its own verbs."""
+    app = App(
+        name="tokenizer", help="Train a vocabulary, look at one, or turn text into tokens and back."
+    )
+    for verb in (train, encode, decode, info):
+        app.command(verb)
+    return app
+
+
+def train(
+    source: str,
+    /,
+    *,
+    out: Path,
+    vocab_size: int = 1024,
+    field: str = DataConfig.field,
+    glob: str = DataConfig.glob,
+) -> None:
+    """Learn a byte-pair vocabulary from a text.
+
+    Parameters
+    ----------
+    source
+        Text file, folder or JSONL file; or shakespeare, pydocs, auto.
+    out
+        File to write, such as tokenizer.json.
+    vocab_size
+        Number of different tokens; at least 256, the bytes.
+    field
+        Field of a JSONL file that holds the text.
+    glob
+        Files of a folder that are read.
+    """
+    from tinygpt.corpus import open_corpus
+    from tinygpt.tokenizers import BPETokenizer
+
+    corpus = open_corpus(source, field=field, glob=glob)
+    say(f"text: {corpus.description}")
+    tokenizer = BPETokenizer.train(corpus.pieces(), vocab_size)
+    say(f"wrote {tokenizer.save(out)}, {tokenizer.vocab_size:,} tokens")
+
+
+def encode(
+    tokenizer: str,
+    text: str | None = None,
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Turn a text into token ids.
+
+    Parameters
+    ----------
+    tokenizer
+        gpt2, byte, a saved tokenizer, or a run folder.
+    text
+        The text. [default: stdin]
+    json
+        Print a JSON list instead of numbers between spaces.
+    """
+    ids = _ready(tokenizer).encode(_stdin() if text is None else text)
+    if json:
+        show_json(ids)
+    else:
+        print(*ids)
+
+
+def decode(tokenizer: str, /, *ids: int) -> None:
+    """Turn token ids into text.
+
+    Parameters
+    ----------
+    tokenizer
+        gpt2, byte, a saved tokenizer, or a run folder.
+    ids
+        The ids. [default: stdin, between spaces]
+    """
+    wanted = list(ids) or _numbers(_stdin())
+    text = _ready(tokenizer).decode(wanted)
+    print(printable(text) if sys.stdout.isatty() else text)
+
+
+def info(tokenizer: str, /, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """Show what a tokenizer is.
+
+    Parameters
+    ----------
+    tokenizer
+        gpt2, byte, a saved tokenizer, or a run folder.
+    json
+        Print it as JSON.
+    """
+    from tinygpt.tokenizers import fingerprint
+
+    found = _ready(tokenizer)
+    spelled = [found.decode_bytes([i]).decode(errors="replace") for i in range(found.vocab_size)]
+    longest = sorted(spelled, key=len, reverse=True)[:SHOWN]
+    described = {
+        "kind": found.kind,
+        "vocab_size": found.vocab_size,
+        "fingerprint": fingerprint(found),
+        "longest": longest,
+    }
+    if json:
+        show_json(described)
+    else:
+        shown = described | {"longest": " ".join(map(repr, longest))}
+        print(aligned([(name.replace("_", " "), value) for name, value in shown.items()]))
+
+
+def _ready(spec: str) -> Tokenizer:
+    from tinygpt.tokenizers import make_tokenizer
+
+    return make_tokenizer(spec, lambda: _nothing_to_learn_from(spec))
+
+
+def _nothing_to_learn_from(spec: str) -> list[str]:
+    raise UsageError(
+        f"{spec!r} has to be trained first. Give gpt2, byte, a run folder, or a file written by "
+        f"tokenizer train."
+    )
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"The text on stdin is not UTF-8: {error}.") from error
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise UsageError(f"Token ids are whole numbers between spaces: {error}.") from error

@@ -1,0 +1,268 @@
+"""Tokens on disk, and batches of them: text is tokenized once, and a batch is a pure function."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from tinygpt import runtime
+from tinygpt.corpus import Corpus
+from tinygpt.errors import DataError
+from tinygpt.files import replacing
+from tinygpt.tokenizers import Tokenizer, chunks, fingerprint
+
+Tokens = NDArray[Any]
+"""A 1-D array of token ids in any integer type; mostly a memory-mapped file."""
+TOKEN_FILES = (".npy", ".bin")
+"""Suffixes of token files: ours, and the raw little-endian uint16 that nanoGPT writes."""
+SPAN = 1 << 22
+"""Tokens looked at in one go, where all have to be looked at."""
+
+
+# Token files ------------------------------------------------------------------------------------
+
+
+def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Path:
+    """The token file of this text under this tokenizer, made unless it is there already.
+
+    A .npy file, uint16 where the vocabulary allows and else uint32, named by the contents of both,
+    in ``cache_dir`` (by default ``tokens`` in the user's cache folder). It is written in bounded
+    memory and appears whole or not at all. Raises DataError, and TokenizerError for text that the
+    tokenizer cannot hold.
+    """
+    content = corpus.fingerprint()
+    folder = runtime.cache_dir() / "tokens" if cache_dir is None else cache_dir
+    key = hashlib.sha256(f"1 {content} {fingerprint(tokenizer)}".encode()).hexdigest()[:24]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", corpus.name)[:40].strip("-") or "text"
+    path = folder / f"{name}-{key}.npy"
+    if _is_complete(path):
+        return path
+    try:
+        with replacing(path) as file:
+            if _write_tokens(file, corpus, tokenizer) != content:
+                raise DataError(f"{corpus.description} changed while it was read. Try again.")
+    except OSError as error:
+        raise DataError(f"{path} could not be written: {error.strerror}.") from error
+    return path
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return _map_file(path).ndim == 1
+    except DataError:
+        return False
+
+
+def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Write the .npy and return the fingerprint of the text that went in."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    digest, count = hashlib.sha256(), 0
+    _write_header(file, dtype, count)
+    for chunk in chunks(corpus.pieces()):
+        digest.update(chunk.encode())
+        ids = _encode(tokenizer, chunk)
+        count += len(ids)
+        file.write(ids.astype(dtype).tobytes())
+    file.seek(0)
+    _write_header(file, dtype, count)  # of the same length: the format leaves room for the count
+    return digest.hexdigest()
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int) -> None:
+    header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    npy.write_array_header_1_0(file, header)
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> Tokens:
+    """Through ``encode_array`` where the tokenizer has it: no list of a million Python numbers."""
+    encode = getattr(tokenizer, "encode_array", tokenizer.encode)
+    return np.asarray(encode(text))
+
+
+def load_tokens(source: object, vocab_size: int | None = None) -> Tokens:
+    """Tokens from an integer array, list, Tensor, or the path of a token file (memory-mapped).
+
+    Returns a 1-D integer array (n,). Every id is checked to be from 0 up to, not including,
+    ``vocab_size``, in bounded memory. Raises DataError that names the first wrong id and its place.
+    """
+    if isinstance(source, str | Path):
+        tokens, name = _map_file(Path(source)), str(source)
+    else:
+        tokens, name = _as_array(source), "The data"
+    if tokens.ndim != 1:
+        raise DataError(
+            f"{name}: tokens of shape {tokens.shape}; wanted one flat sequence (n,). "
+            f"If the rows follow one another in the text, give tokens.reshape(-1)."
+        )
+    if not len(tokens):
+        raise DataError(f"{name}: there are no tokens in it.")
+    if tokens.dtype.kind not in "iu":
+        raise DataError(
+            f"{name}: values of type {tokens.dtype} are not token ids; wanted whole numbers, such "
+            f"as tokenizer.encode(text) gives."
+        )
+    _check_range(tokens, vocab_size, name)
+    return tokens
+
+
+def _as_array(source: object) -> Tokens:
+    convert = getattr(source, "numpy", None)  # a Tensor
+    try:
+        return np.asarray(convert() if callable(convert) else source)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"The data is no sequence of token ids: {error}.") from error
+
+
+def _map_file(path: Path) -> Tokens:
+    if path.suffix not in TOKEN_FILES:
+        raise DataError(
+            f"{path} is no token file (.npy, or .bin with uint16). Text is tokenized first: "
+            f"tokenize(open_corpus(path), tokenizer)."
+        )
+    try:
+        if path.suffix == ".npy":
+            return npy.open_memmap(path, mode="r")  # knows no pickles, unlike np.load
+        size = path.stat().st_size
+        if size % 2 or not size:
+            raise DataError(f"{path} has {size} bytes, wanted a number of uint16 tokens.")
+        return np.memmap(path, "<u2", "r")
+    except FileNotFoundError as error:
+        raise DataError(f"There is no token file {str(path)!r}.") from error
+    except DataError:
+        raise
+    except Exception as error:  # a damaged header makes numpy raise almost anything
+        raise DataError(f"{path} cannot be read as a token file: {error}.") from error
+
+
+def _check_range(tokens: Tokens, vocab_size: int | None, name: str) -> None:
+    limit = 1 << 31 if vocab_size is None else vocab_size  # batches are int32
+    for start in range(0, len(tokens), SPAN):
+        span = tokens[start : start + SPAN]
+        if span.min() < 0 or span.max() >= limit:
+            at = int(np.argmax((span < 0) | (span >= limit)))
+            raise DataError(
+                f"{name}: token id {span[at]} at position {start + at} is out of range: with "
+                f"vocab_size={limit} ids run from 0 to {limit - 1}. Give the model the vocab_size "
+                f"of the tokenizer that made these tokens."
+            )
+
+
+def data_fingerprint(tokens: Tokens) -> str:
+    """SHA-256 of the ids, the same whatever their integer type; read in bounded memory."""
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), SPAN):
+        digest.update(tokens[start : start + SPAN].astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+def byte_count(tokens: Tokens, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that the tokens stand for, as bits per byte need it."""
+    counts = np.zeros(tokenizer.vocab_size, np.int64)  # (V,)
+    for start in range(0, len(tokens), SPAN):
+        counts += np.bincount(tokens[start : start + SPAN], minlength=len(counts))
+    used = np.flatnonzero(counts).tolist()
+    return sum(int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in used)
+
+
+# Training and validation ------------------------------------------------------------------------
+
+
+def split(tokens: Tokens, val_fraction: float, block_size: int) -> tuple[Tokens, Tokens | None]:
+    """The beginning for training, the last ``val_fraction`` for validation; None if that is 0.
+
+    Both are views. Each must hold a block and the target of its last token, ``block_size + 1``
+    tokens; a DataError says what would fit.
+    """
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction={val_fraction!r} is out of range: at least 0, less than 1.")
+    cut = _cut(len(tokens), val_fraction)
+    if val_fraction == 0:
+        check_length(tokens, block_size)
+        return tokens, None
+    if min(cut, len(tokens) - cut) <= block_size:
+        raise DataError(_too_short(len(tokens), val_fraction, block_size))
+    return tokens[:cut], tokens[cut:]
+
+
+def _cut(count: int, val_fraction: float) -> int:
+    return int(count * (1 - val_fraction))
+
+
+def _too_short(count: int, val_fraction: float, block_size: int) -> str:
+    cut = _cut(count, val_fraction)
+    fits = min(cut, count - cut) - 1
+    fraction = math.ceil((block_size + 1) / count * 1000) / 1000 if count else 1.0
+    ways = [f"block_size={fits} or less"] if fits > 0 else []
+    cut_then = _cut(count, fraction)
+    if min(cut_then, count - cut_then) > block_size:
+        ways.append(f"val_fraction={fraction:g}")
+    elif count > block_size:
+        ways.append("val_fraction=0 (no validation)")
+    return (
+        f"The text is too short: of its {count} tokens {cut} are for training and {count - cut} "
+        f"for validation (val_fraction={val_fraction:g}), and each part needs {block_size + 1} "
+        f"(block_size={block_size}, and the target of the last token). "
+        f"What would do: {', or '.join([*ways, 'a longer text'])}."
+    )
+
+
+def check_length(tokens: Tokens, block_size: int) -> None:
+    """DataError unless the tokens hold one block and the target of its last token."""
+    if len(tokens) <= block_size:
+        way = f"block_size={len(tokens) - 1} or less, or " if len(tokens) > 1 else ""
+        raise DataError(
+            f"The text is too short: it has {len(tokens)} tokens, and a block needs "
+            f"{block_size + 1} (block_size={block_size}, and the target of the last token). "
+            f"What would do: {way}a longer text."
+        )
+
+
+# Batches ----------------------------------------------------------------------------------------
+
+
+def batch(
+    tokens: Tokens, step: int, seed: int, batch_size: int, block_size: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Inputs and targets (B, T) of one step: blocks from random places, and the same one further.
+
+    A pure function: nothing is remembered from step to step, so a resumed run needs only the number
+    of the step. The places are raw output of Philox (Salmon et al. 2011), a cipher of (seed, step),
+    and thus the same on every machine and with every version of numpy.
+    """
+    check_length(tokens, block_size)
+    mask = (1 << 64) - 1
+    philox = np.random.Philox(key=np.array([int(seed) & mask, int(step) & mask], np.uint64))
+    places = philox.random_raw(batch_size) % np.uint64(len(tokens) - block_size)  # (B,)
+    return _blocks_at(tokens, places.astype(np.int64), block_size)
+
+
+def _blocks_at(
+    tokens: Tokens, places: NDArray[np.int64], block_size: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    blocks = tokens[places[:, None] + np.arange(block_size + 1)].astype(np.int32)  # (B, T + 1)
+    return blocks[:, :-1].copy(), blocks[:, 1:].copy()
+
+
+def sequential(
+    tokens: Tokens, batch_size: int, block_size: int
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], int]]:
+    """Batches (B, T) that have every token but the first as a target, in order and exactly once.
+
+    Yields inputs, targets, and the number of real targets; after the end of the text the inputs are
+    0 and the targets -1. All batches have one shape, so one compiled evaluation does for all.
+    """
+    per_batch = batch_size * block_size
+    for start in range(0, len(tokens) - 1, per_batch):
+        part = tokens[start : start + per_batch + 1]
+        count = len(part) - 1
+        x, y = np.zeros(per_batch, np.int32), np.full(per_batch, -1, np.int32)
+        x[:count], y[:count] = part[:-1], part[1:]
+        yield x.reshape(batch_size, block_size), y.reshape(batch_size, block_size), count

@@ -1,0 +1,214 @@
+"""Layer normalisation, forward and backward.
+
+For a row x of C numbers, with mean μ, σ⁻¹ = 1/√(variance + ε) and x̂ = (x - μ)σ⁻¹::
+
+    y  = x̂ ⊙ weight + bias
+
+The backward pass is given g = ∂loss/∂y. With h = g ⊙ weight::
+
+    ∂loss/∂x      = σ⁻¹ (h - mean(h) - x̂ mean(h ⊙ x̂))
+    ∂loss/∂weight = the sum over all rows of g ⊙ x̂,      ∂loss/∂bias = the sum of g
+
+The forward pass keeps μ and σ⁻¹, two numbers a row; x̂ is computed again. The sums over rows are
+formed in a fixed number of parts, whatever the number of cores, and the parts are added in their
+order, so that the result is always the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import DType
+
+from tinygpt.kernels.phases import Array, Kernel, Tile, as_uop, minimum, run
+
+LANES = 16
+ROWS = 4  # rows at a time: the additions of one row wait for each other, those of four overlap
+PARTS = 16
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """Normalise the last axis of x (..., C) to mean 0 and variance 1, then scale and shift.
+
+    weight and bias are (C,). Half precision is summed in float32. Ba et al. (2016).
+    """
+    width = int(x.shape[-1])
+    rows = prod(map(int, x.shape)) // width
+    group = largest_divisor(rows, ROWS)
+    x = x.contiguous()
+    affine = [weight.contiguous()] if bias is None else [weight.contiguous(), bias.contiguous()]
+    shape = {"rows": rows, "width": width, "group": group}
+
+    def backward(gradient: Tensor) -> list[Tensor | None]:
+        parts = min(PARTS, rows // group)
+        wanted = [empty_like(x, *x.shape), *(empty_like(mean, parts, width) for _ in affine)]
+        inputs = [gradient.contiguous(), x, mean, rstd, weight.contiguous()]
+        dx, *partial = run(_backward, wanted, inputs, lanes=LANES, parts=parts, **shape)
+        sums = [empty_like(t, width) for t in affine]
+        sums = run(_add_parts, sums, partial, lanes=LANES, parts=parts, width=width)
+        return [dx, *sums]
+
+    statistics = [empty_like(x, rows, dtype=sum_dtype(x)) for _ in range(2)]
+    outputs = [empty_like(x, *x.shape), *statistics]
+    y, mean, rstd = run(
+        _forward, outputs, [x, *affine], lanes=LANES, backward=backward, eps=eps, **shape
+    )
+    return y
+
+
+def _forward(
+    k: Kernel,
+    y: Array,
+    mean: Array,
+    rstd: Array,
+    x: Array,
+    weight: Array,
+    *bias: Array,
+    rows: int,
+    width: int,
+    group: int,
+    eps: float,
+) -> None:
+    first = k.units(rows // group) * group
+    kind = mean.dtype
+    acc, mu, scale = k.tile(group, kind, shared=True), k.tile(group, kind), k.tile(group, kind)
+
+    def centred(u: int, at: UOp) -> UOp:
+        return x[(first + u) * width + at].cast(kind) - mu[u, 0]
+
+    fill(k, 0.0, group, acc)
+    for at, lane, inside in across(k, width):
+        for u in range(group):
+            value = x[(first + u) * width + at].cast(kind)
+            acc[u, lane] = acc[u, lane] + inside.where(value, 0.0)
+    k.fold(mu, acc, group)
+    with k.phase(1):
+        for u in range(group):
+            mu[u, 0] = mu[u, 0] * (1 / width)
+    fill(k, 0.0, group, acc)
+    for at, lane, inside in across(k, width):
+        for u in range(group):
+            acc[u, lane] = acc[u, lane] + inside.where(centred(u, at) * centred(u, at), 0.0)
+    k.fold(scale, acc, group)
+    with k.phase(1):
+        for u in range(group):
+            scale[u, 0] = 1.0 / (scale[u, 0] * (1 / width) + eps).sqrt()
+    for at, _, inside in across(k, width):
+        for u in range(group):
+            value = centred(u, at) * scale[u, 0] * weight[at].cast(kind)
+            if bias:
+                value = value + bias[0][at].cast(kind)
+            y.put((first + u) * width + at, value, where=inside)
+    with k.phase(1):
+        for u in range(group):
+            mean[first + u] = mu[u, 0]
+            rstd[first + u] = scale[u, 0]
+
+
+def _backward(
+    k: Kernel,
+    dx: Array,
+    dweight: Array,
+    *rest: Array,
+    rows: int,
+    width: int,
+    group: int,
+    parts: int,
+) -> None:
+    *dbias, g, x, mean, rstd, weight = rest
+    groups, part = rows // group, k.units(parts)
+    begin, end = part * groups // parts, (part + 1) * groups // parts
+    kind = mean.dtype
+    acc, hx = k.tile(group, kind, shared=True), k.tile(group, kind, shared=True)
+    mean_h, mean_hx = k.tile(group, kind), k.tile(group, kind)
+
+    for at, _, inside in across(k, width):
+        for sums in (dweight, *dbias):
+            sums.put(part * width + at, 0.0, where=inside)
+    with k.loop(groups // parts if groups % parts == 0 else end - begin) as i:
+        first = (begin + i) * group
+
+        def gradient(u: int, at: UOp) -> UOp:
+            return g[(first + u) * width + at].cast(kind)
+
+        def normal(u: int, at: UOp) -> UOp:
+            value = x[(first + u) * width + at].cast(kind)
+            return (value - mean[first + u]) * rstd[first + u]
+
+        fill(k, 0.0, group, acc, hx)
+        for at, lane, inside in across(k, width):
+            to_weight, to_bias = dweight[part * width + at], as_uop(0.0, kind)
+            for u in range(group):
+                h = gradient(u, at) * weight[at].cast(kind)
+                acc[u, lane] = acc[u, lane] + inside.where(h, 0.0)
+                hx[u, lane] = hx[u, lane] + inside.where(h * normal(u, at), 0.0)
+                to_weight = to_weight + gradient(u, at) * normal(u, at)
+                to_bias = to_bias + gradient(u, at)
+            dweight.put(part * width + at, to_weight, where=inside)
+            for sums in dbias:
+                sums.put(part * width + at, sums[part * width + at] + to_bias, where=inside)
+        k.fold(mean_h, acc, group)
+        k.fold(mean_hx, hx, group)
+        for at, _, inside in across(k, width):
+            for u in range(group):
+                h = gradient(u, at) * weight[at].cast(kind)
+                h = h - mean_h[u, 0] * (1 / width)
+                h = h - normal(u, at) * (mean_hx[u, 0] * (1 / width))
+                dx.put((first + u) * width + at, rstd[first + u] * h, where=inside)
+
+
+def _add_parts(k: Kernel, *arrays: Array, parts: int, width: int) -> None:
+    """Each of the first half of the arrays (width,) is the sum of its twin (parts, width)."""
+    sums, partial = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
+    k.units(1)
+    for at, _, inside in across(k, width):
+        for total, part in zip(sums, partial, strict=True):
+            value = part[at]
+            for p in range(1, parts):
+                value = value + part[p * width + at]
+            total.put(at, value, where=inside)
+
+
+def across(k: Kernel, n: int) -> Iterator[tuple[UOp, UOp, UOp]]:
+    """Phases over the elements below n, lane by lane: yields (element, lane, is it one?).
+
+    The loop's body, the assignments of a phase, runs twice at most: for whole blocks of lanes, and
+    for the rest. A CPU does the rest in a shorter loop, so that no lane is ever idle; on a GPU the
+    idle lanes see the last element, and must add or write nothing.
+    """
+    whole, rest = divmod(n, k.lanes)
+    if whole:
+        with k.loop(whole) as j, k.phase() as lane:
+            yield j * k.lanes + lane, lane, as_uop(True)
+    if rest and k.gpu:
+        with k.phase() as lane:
+            at = whole * k.lanes + lane
+            yield minimum(at, n - 1), lane, at < n
+    elif rest:
+        with k.phase(rest) as lane:
+            yield whole * k.lanes + lane, lane, as_uop(True)
+
+
+def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
+    """Set rows of the tiles to a number."""
+    with k.phase() as lane:
+        for tile in tiles:
+            for u in range(rows):
+                tile[u, lane] = value
+
+
+def sum_dtype(x: Tensor) -> DType:
+    """The type to add up elements of x in: at least float32."""
+    return dtypes.float64 if x.dtype == dtypes.float64 else dtypes.float32
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest number up to ``limit`` that divides n."""
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+
+
+def empty_like(t: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
+    """Memory for a kernel's output, on the device of t and of its type unless another is given."""
+    return Tensor.empty(*shape, dtype=dtype or t.dtype, device=t.device)

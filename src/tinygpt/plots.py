@@ -1,0 +1,212 @@
+"""The curves of training runs: as a PNG or SVG, and in the terminal."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinygpt.errors import DataError, MissingExtraError, UsageError
+from tinygpt.files import replacing
+from tinygpt.metrics import Row, read, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+METRICS = "metrics.jsonl"
+FORMATS = ("png", "svg")
+COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+TERMINAL_COLORS = ("blue+", "orange+", "green+", "magenta+", "cyan+", "red+")
+INK, FAINT = "#1f2937", "#d1d5db"
+MAX_POINTS = 2000
+"""Points drawn per curve; longer runs are averaged down to so many."""
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of one run: (step, value) pairs."""
+
+    name: str
+    train: Points
+    val: Points
+    lr: Points
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """Step and value of the lowest validation loss."""
+        return min(self.val, key=lambda point: point[1], default=None)
+
+    @property
+    def smooth_train(self) -> Points:
+        """The training loss with most of the noise of single batches taken out."""
+        weight = min(1 - 1 / max(len(self.train) / 60, 1), 0.97)
+        values = [y for _, y in self.train]
+        # A moving average lags behind; its mean with the one from the other end does not.
+        pairs = zip(smooth(values, weight), reversed(smooth(reversed(values), weight)), strict=True)
+        return [(x, (a + b) / 2) for (x, _), (a, b) in zip(self.train, pairs, strict=True)]
+
+
+def read_curves(run: str | Path) -> Curves:
+    """The curves of a run folder, or of a metrics file.
+
+    Raises DataError if there are no metrics, and UsageError if there is no such run.
+    """
+    path = Path(run)
+    if not path.exists():
+        raise UsageError(f"There is no run at {path}. Give the folder that training wrote.")
+    file = path / METRICS if path.is_dir() else path
+    rows = list(read(file))
+    curves = Curves(
+        name=str(path),
+        train=_thin(_points(rows, "train_loss")),
+        val=_points(rows, "val_loss"),
+        lr=_thin(_points(rows, "lr")),
+    )
+    if not curves.train and not curves.val:
+        raise DataError(f"{file} holds no losses yet, so there is nothing to draw.")
+    return curves
+
+
+def _points(rows: Sequence[Row], key: str) -> Points:
+    pairs = ((row.get("iter"), row.get(key)) for row in rows)
+    return [(x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(y)]
+
+
+def _thin(points: Points) -> Points:
+    """At most MAX_POINTS points, each the mean of as many neighbours."""
+    size = math.ceil(len(points) / MAX_POINTS) or 1
+    groups = (points[i : i + size] for i in range(0, len(points), size))
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def save_plot(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Draw the runs over each other into ``out``, a PNG or SVG by its name; returns its path.
+
+    Raises MissingExtraError without matplotlib, UsageError for another format.
+    """
+    out = Path(out)
+    suffix = out.suffix.lower().lstrip(".")
+    if suffix not in FORMATS:
+        raise UsageError(f"{out} does not end in .png or .svg; these are the formats there are.")
+    curves = [read_curves(run) for run in runs]
+    figure = draw(curves)
+    with replacing(out) as file:
+        figure.savefig(file, format=suffix, dpi=150)
+    return out
+
+
+def draw(runs: Sequence[Curves]) -> Figure:
+    """A figure: losses above, learning rate below, one colour per run."""
+    figure_class = _matplotlib_figure()
+    figure: Figure = figure_class(figsize=(9, 6), layout="constrained", facecolor="white")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    for i, run in enumerate(runs):
+        _draw_loss(loss, run, COLORS[i % len(COLORS)], label=run.name if len(runs) > 1 else "")
+        rate.plot(*_columns(run.lr), color=COLORS[i % len(COLORS)], linewidth=1.4)
+    for axes in (loss, rate):
+        _style(axes)
+    loss.set_ylabel("loss (nats per token)", color=INK)
+    rate.set_ylabel("learning rate", color=INK)
+    rate.set_xlabel("step", color=INK)
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    loss.legend(frameon=False, labelcolor=INK)
+    loss.set_title(_title(runs), color=INK, loc="left", fontsize=12, parse_math=False)
+    return figure
+
+
+def _draw_loss(axes: Axes, run: Curves, color: str, label: str) -> None:
+    prefix = f"{_plain(label)}: " if label else ""
+    if run.train:
+        axes.plot(*_columns(run.train), color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(*_columns(run.smooth_train), color=color, linewidth=1.6, label=f"{prefix}train")
+    if run.best:
+        x, y = run.best
+        style: dict[str, Any] = {"color": color if label else COLORS[1], "linestyle": "--"}
+        axes.plot(
+            *_columns(run.val), marker="o", markersize=4, label=f"{prefix}validation", **style
+        )
+        best = f"{prefix}best {y:.4f} at step {x:,.0f}"
+        axes.plot([x], [y], "*", markersize=14, color=style["color"], mec="white", label=best)
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+
+
+def _title(runs: Sequence[Curves]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+
+
+def _plain(name: str) -> str:
+    """A legend would read dollar signs as mathematics."""
+    return name.replace("$", r"\$")
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def terminal_plot(runs: Sequence[str | Path], width: int, height: int, color: bool = True) -> str:
+    """The loss curves as text of ``width`` by ``height`` characters.
+
+    Raises MissingExtraError without plotext.
+    """
+    plotext = _plotext()
+    curves = [read_curves(run) for run in runs]
+    figure = plotext.figure.clear().theme("colorless")
+    figure.plot_size(width, height - len(curves))
+    figure.label("step", axis="x").label("loss", axis="y")
+    last = max(x for run in curves for x, _ in run.train or run.val)
+    ticks = [round(last * i / 4) for i in range(5)]
+    figure.ruler("x").ticks(ticks, [f"{tick:,}" for tick in ticks])
+    legend = []
+    for run, pixel in zip(curves, itertools.cycle(TERMINAL_COLORS)):
+        line, dots = (plotext.marker(symbol, pixel=pixel) for symbol in ("braille", "●"))
+        if run.train:
+            figure.draw(figure.signal(*_columns(run.smooth_train), marker=line).lines())
+        if run.val:
+            figure.draw(figure.signal(*_columns(run.val), marker=dots))
+        legend.append(plotext.colorize(_describe(run), pixel).string(colorless=not color))
+    return "\n".join([str(figure.build().string(colorless=not color)).rstrip("\n"), *legend])
+
+
+def _describe(run: Curves) -> str:
+    parts = [run.name]
+    if run.train:
+        parts.append(f"⠤ train {run.smooth_train[-1][1]:.4f}")
+    if run.best:
+        parts.append(f"● validation, best {run.best[1]:.4f} at step {run.best[0]:,.0f}")
+    return "  ".join(parts)
+
+
+def _matplotlib_figure() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise _missing("matplotlib", "Drawing PNG and SVG") from error
+    return Figure
+
+
+def _plotext() -> Any:
+    try:
+        import plotext
+    except ImportError as error:
+        raise _missing("plotext", "Drawing in the terminal") from error
+    return plotext
+
+
+def _missing(package: str, task: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"{task} needs {package}, which is not installed. Install it: pip install 'tinygpt[plots]'"
+    )
