@@ -134,7 +134,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(clone: Path) -> None:
     (clone / "runs" / "demo" / "ckpt_100.safetensors").touch()
     (clone / "interrupt").unlink()
     train, generate = calls(clone, "demo")
-    assert train == "tinygpt train auto --preset demo --out runs/demo --resume"
+    assert train == "tinygpt train --resume --out runs/demo"
     assert generate.startswith("tinygpt generate runs/demo --prompt")
 
 

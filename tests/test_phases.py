@@ -238,3 +238,10 @@ def test_the_lanes_are_the_innermost_loop_on_a_cpu() -> None:
     )
     loops = [line for line in renderer.render(uops).split("\n") if "for (" in line]
     assert len(loops) == 5 and loops[3].count("< 8") == 1
+
+
+def test_a_loop_as_long_as_another_loops_index_is_refused() -> None:
+    k = Kernel(lanes=8)
+    i = k.units(4)
+    with pytest.raises(AssertionError, match="cannot depend on the index"), k.loop(i + 1):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -200,10 +201,9 @@ def _matplotlib_figure() -> type[Figure]:
 
 def _plotext() -> Any:
     try:
-        import plotext
+        return importlib.import_module("plotext")  # it has no types
     except ImportError as error:
         raise _missing("plotext", "Drawing in the terminal") from error
-    return plotext
 
 
 def _missing(package: str, task: str) -> MissingExtraError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tinygpt import __version__
@@ -51,7 +51,7 @@ def make_app(program: str = PROGRAMS[0]) -> App:
     """The verbs, each a function of its own with its flags in its signature."""
     from cyclopts import App
 
-    from tinygpt.cli import inspection, text, tokenizer, training
+    from tinygpt.cli import evaluating, generating, inspection, tokenizer, training
 
     app = App(
         name=program,
@@ -63,10 +63,10 @@ def make_app(program: str = PROGRAMS[0]) -> App:
         version_format="plaintext",
         suppress_keyboard_interrupt=False,
     )
-    verbs = {
+    verbs: dict[str, Callable[..., object] | App] = {
         "train": training.train,
-        "generate": text.generate,
-        "eval": text.evaluate,
+        "generate": generating.generate,
+        "eval": evaluating.evaluate,
         "plot": inspection.plot,
         "tokenizer": tokenizer.make_app(),
         "gradcheck": inspection.gradcheck,

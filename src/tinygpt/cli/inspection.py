@@ -149,7 +149,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def doctor(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
-    """Look at device, compiler, caches, versions and vocabulary, and say how to mend what is missing.
+    """Look at device, compiler, caches, versions and vocabulary, and say how to mend them.
 
     The exit code is 1 if something is missing that tinygpt cannot do without.
 

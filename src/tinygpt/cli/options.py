@@ -1,4 +1,4 @@
-"""From flags, a TOML file and a preset to checked configs; every flag is made from a config field."""
+"""From flags, a TOML file and a preset to checked configs; flags are made from config fields."""
 
 from __future__ import annotations
 

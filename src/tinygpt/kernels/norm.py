@@ -73,7 +73,8 @@ def _forward(
 ) -> None:
     first = k.units(rows // group) * group
     kind = mean.dtype
-    acc, mu, scale = k.tile(group, kind, shared=True), k.tile(group, kind), k.tile(group, kind)
+    acc = k.tile(group, kind, shared=True)
+    total, mu, scale = (k.tile(group, kind) for _ in range(3))
 
     def centred(u: int, at: UOp) -> UOp:
         return x[(first + u) * width + at].cast(kind) - mu[u, 0]
@@ -83,18 +84,18 @@ def _forward(
         for u in range(group):
             value = x[(first + u) * width + at].cast(kind)
             acc[u, lane] = acc[u, lane] + inside.where(value, 0.0)
-    k.fold(mu, acc, group)
+    k.fold(total, acc, group)
     with k.phase(1):
         for u in range(group):
-            mu[u, 0] = mu[u, 0] * (1 / width)
+            mu[u, 0] = total[u, 0] * (1 / width)
     fill(k, 0.0, group, acc)
     for at, lane, inside in across(k, width):
         for u in range(group):
             acc[u, lane] = acc[u, lane] + inside.where(centred(u, at) * centred(u, at), 0.0)
-    k.fold(scale, acc, group)
+    k.fold(total, acc, group)
     with k.phase(1):
         for u in range(group):
-            scale[u, 0] = 1.0 / (scale[u, 0] * (1 / width) + eps).sqrt()
+            scale[u, 0] = 1.0 / (total[u, 0] * (1 / width) + eps).sqrt()
     for at, _, inside in across(k, width):
         for u in range(group):
             value = centred(u, at) * scale[u, 0] * weight[at].cast(kind)

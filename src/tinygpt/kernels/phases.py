@@ -13,7 +13,7 @@ The rules:
 - Two assignments of a phase may not hit the same element, and an element that another lane wrote
   may only be read in a later phase.
 - Python's own ``for`` unrolls; ``with k.loop(n) as i`` is a loop of the kernel. ``n`` may be a
-  number, or computed from the unit's index or from memory, but not from another loop's index.
+  number, or read from memory, but must not depend on the index of a unit or of another loop.
 - Units must not depend on one another, so that the result is the same for any number of cores.
 
 An example, the sums of the rows of ``x`` (n, m), a row per unit:
@@ -186,41 +186,20 @@ class Kernel:
     def loop(self, n: Index) -> Iterator[UOp]:
         """A loop around the phases inside; its index runs from 0 up to ``n``.
 
-        An ``n`` that depends on the unit or on another loop must be at least 1.
+        ``n`` is a number or is read from memory, at a place that depends on no loop's index: where
+        tinygrad ends a loop it also ends the loops that the bound was computed from.
         """
         assert self._stores is None, "a loop cannot stand inside a phase"
         n = n if isinstance(n, int) else as_index(n)
-        if isinstance(n, UOp) and any(r.arg[1] is not AxisType.THREAD for r in n.ranges):
-            with self._counted_loop(n) as index:
-                yield index
-            return
+        outside = isinstance(n, int) or all(r.arg[1] is AxisType.THREAD for r in n.ranges)
+        assert outside, "the length of a loop cannot depend on the index of another loop or unit"
         index = self._range(n)
-        with self._inside(index):
-            yield index
-        self._order = (self._order[0].end(index),)
-
-    @contextmanager
-    def _counted_loop(self, n: UOp) -> Iterator[UOp]:
-        """A loop with a counter of its own: the end of a RANGE would end those its bound needs."""
-        count = self.tile(1, dtypes.int32, width=1)
-        with self.phase(1):
-            count[0, 0] = 0
-        self._ranges += 1
-        loop = UOp.loop(self._ranges - 1)
-        with self._inside(loop):
-            yield as_index(count[0, 0])
-            with self.phase(1):
-                count[0, 0] = count[0, 0] + 1
-        again = count[0, 0] < n.cast(dtypes.int32)
-        self._order = (self._order[0].end(loop, again),)
-
-    @contextmanager
-    def _inside(self, loop: UOp) -> Iterator[None]:
-        self._order += (loop,)
+        self._order += (index,)
         self._depth += 1
-        yield
+        yield index
         assert len(self._order) == 1, "a loop without a phase"
         self._depth -= 1
+        self._order = (self._order[0].end(index),)
 
     @contextmanager
     def phase(self, n: int | None = None) -> Iterator[UOp]:

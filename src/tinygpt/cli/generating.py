@@ -1,0 +1,160 @@
+"""``tinygpt generate``: what a trained model writes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from tinygpt.cli.console import say, show_json
+from tinygpt.cli.models import load_model
+from tinygpt.cli.options import SampleFlags
+from tinygpt.config import SampleConfig
+from tinygpt.display.text import printable
+from tinygpt.errors import DataError, UsageError
+
+
+def generate(
+    run: Path,
+    /,
+    *,
+    prompt: str | None = None,
+    max_tokens: int = 200,
+    sample: Annotated[SampleFlags | None, Parameter(name="*")] = None,
+    seed: int | None = None,
+    stop: Annotated[list[str] | None, Parameter(negative=())] = None,
+    count: Annotated[int, Parameter(name=["--count", "-n"])] = 1,
+    interactive: Annotated[bool, Parameter(name=["--interactive", "-i"], negative=())] = False,
+    echo: bool = True,
+    tokenizer: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Let a model continue a text, streamed as it is written.
+
+    Parameters
+    ----------
+    run
+        Run folder, of which the best checkpoint is taken, or a checkpoint.
+    prompt
+        Text to continue; - reads it from stdin. [default: a line break]
+    max_tokens
+        Most tokens to add.
+    seed
+        The same seed gives the same text. [default: another one each time]
+    stop
+        End before this string; may be given several times.
+    count
+        How many texts.
+    interactive
+        Ask for one prompt after another.
+    echo
+        Print the prompt before its continuation.
+    tokenizer
+        gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    json
+        Print the texts as JSON when they are all there.
+    """
+    if count < 1:
+        raise UsageError(f"--count {count} texts cannot be written: it must be at least 1.")
+    if interactive and (prompt is not None or json):
+        raise UsageError("-i asks for the prompts itself: leave --prompt and --json out.")
+    config = SampleConfig.from_dict(dict(sample or {}))
+    text = _prompt_text(prompt)
+    writer = _Writer(run, tokenizer, config, max_tokens, seed, stop or [])
+    if interactive:
+        _converse(writer, echo, count)
+    elif json:
+        show_json(writer.collect(text, count))
+    else:
+        _stream(writer, text, echo, count)
+
+
+def _prompt_text(prompt: str | None) -> str:
+    if prompt is None:
+        return "\n"
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"The prompt on stdin is not UTF-8: {error}.") from error
+    if not prompt:
+        raise UsageError(
+            "The prompt is empty, and a model needs something to continue. Leave --prompt out to "
+            "start from a line break."
+        )
+    return prompt
+
+
+class _Writer:
+    """A loaded model with everything that is the same for all its texts."""
+
+    def __init__(
+        self,
+        run: Path,
+        tokenizer: str | None,
+        config: SampleConfig,
+        max_tokens: int,
+        seed: int | None,
+        stop: list[str],
+    ) -> None:
+        self.model, self.tokenizer = load_model(run, tokenizer)
+        self.config, self.max_tokens, self.seed, self.stop = config, max_tokens, seed, stop
+
+    def pieces(self, prompt: str, number: int) -> Iterator[str]:
+        """The pieces of one continuation; with a seed the number-th has a seed of its own."""
+        from tinygpt.generate import generate_text
+
+        return generate_text(
+            self.model.decoder,
+            self.tokenizer,
+            prompt,
+            self.max_tokens,
+            self.config,
+            None if self.seed is None else self.seed + number,
+            self.stop,
+        )
+
+    def collect(self, prompt: str, count: int) -> dict[str, Any]:
+        texts = ["".join(self.pieces(prompt, number)) for number in range(count)]
+        return {"prompt": prompt, "seed": self.seed, "texts": texts}
+
+
+def _stream(writer: _Writer, prompt: str, echo: bool, count: int) -> None:
+    for number in range(count):
+        if number:
+            _emit(f"\n{'-' * 20}\n")
+        pieces = writer.pieces(prompt, number)
+        if echo:
+            _emit(prompt)
+        for piece in pieces:
+            _emit(piece)
+        _emit("\n")
+
+
+def _emit(text: str) -> None:
+    """Text on stdout at once; a terminal gets it without what it would obey."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def _converse(writer: _Writer, echo: bool, count: int) -> None:
+    """One prompt after another until the end of the input; Ctrl-C ends a text, then the talk."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history in input()
+    asking = sys.stdin.isatty()
+    if asking:
+        say("Write a prompt and press Enter; Ctrl-D ends.")
+    while True:
+        try:
+            prompt = input("> " if asking else "")
+        except EOFError:
+            return
+        if prompt:
+            try:
+                _stream(writer, prompt, echo, count)
+            except KeyboardInterrupt:
+                _emit("\n")
