@@ -18,11 +18,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
-import tinygpt.multicore as multicore
+import tinygpt.multicore as multicore  # chooses the compiler, so before tinygrad
 from tinygpt.runtime import cores
+
+# isort: split
 from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
 
@@ -57,10 +60,12 @@ def products() -> Work:
 
 
 def training() -> Work:
-    """Gradients of a two-layer perceptron, 256 rows of 256, 1024 hidden: large and small kernels."""
+    """Gradients of a two-layer perceptron, 256 rows of 256, 1024 hidden: kernels of all sizes."""
     Tensor.manual_seed(0)
     x = Tensor.randn(256, 256).realize()
-    weights = [Tensor.randn(*s).mul(0.05).contiguous().realize() for s in ((256, 1024), (1024, 256))]
+    weights = [
+        Tensor.randn(*s).mul(0.05).contiguous().realize() for s in ((256, 1024), (1024, 256))
+    ]
 
     @TinyJit
     def work(x: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def idle_cost(seconds: float = 0.5) -> float:
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(times, n=4)
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return {"median": middle, "low": low, "high": high, "calls": len(times)}
 
 
@@ -134,11 +139,12 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     result: dict[str, object] = {
-        "machine": platform.platform(), "cores": cores(), "threads": options.threads,
+        "machine": platform.platform(),
+        "cores": cores(),
+        "threads": options.threads,
         "hogs": options.hogs,
     }
-    print(f"{cores()} cores, {options.threads} threads, {options.hogs} hogs; "
-          f"median ms (quartiles)")
+    print(f"{cores()} cores, {options.threads} threads, {options.hogs} hogs; median ms (quartiles)")
     for title, make in WORKS.items():
         ways = {
             name: captured(make, threads)
@@ -149,14 +155,15 @@ def main() -> None:
         with hogs(options.hogs):
             rows = {name: summary(t) for name, t in measure(ways, options.seconds).items()}
         result[title] = rows
-        cells = (f"{n} {r['median']:8.3f} ({r['low']:.3f}-{r['high']:.3f})" for n, r in rows.items())
+        cells = (
+            f"{n} {r['median']:8.3f} ({r['low']:.3f}-{r['high']:.3f})" for n, r in rows.items()
+        )
         ratio = rows["tinygrad"]["median"] / rows["pool"]["median"]
         print(f"{title:17} {'  '.join(cells)}  {ratio:5.2f} x")
     result["idle"] = idle_cost()
     print(f"CPU time while idle: {result['idle']:.2%} of one core")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=1)
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

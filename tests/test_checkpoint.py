@@ -107,7 +107,11 @@ def test_every_flipped_byte_is_seen_and_nothing_is_loaded(saved):
     before = weights(other)
     rng = np.random.default_rng(0)
     header = int.from_bytes(whole[:8], "little")
-    places = [*range(0, 10), *rng.integers(10, 8 + header, 40), *rng.integers(8 + header, len(whole), 40)]
+    places = [
+        *range(0, 10),
+        *rng.integers(10, 8 + header, 40),
+        *rng.integers(8 + header, len(whole), 40),
+    ]
     for place in places:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
@@ -200,9 +204,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in (100, 20, 3):
         model.save_checkpoint(step, None, tmp_path)
     checkpoint.mark_best(checkpoint.checkpoint_path(tmp_path, 3), 1.5)
-    (tmp_path / ".ckpt_9.safetensors.123.tmp").write_bytes(b"half")
     checkpoint.remove_old(tmp_path, keep_last=1)
-    checkpoint.remove_stale(tmp_path)
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [
         "ckpt_3.safetensors",
         "ckpt_100.safetensors",

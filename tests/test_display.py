@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tinygpt.config import TrainConfig
-from tinygpt.display import PlainDisplay, make_display, watch
+from tinygpt.display import make_display, watch
 from tinygpt.display.live import LiveDisplay
+from tinygpt.display.plain import PlainDisplay
 from tinygpt.display.text import Curve, duration, printable, sparkline
 from tinygpt.train import Step
 

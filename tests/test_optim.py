@@ -1,6 +1,7 @@
 """The optimizer against tinygrad's own and against the formulas."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_the_rate_warms_up_then_decays_to_its_minimum():
     assert rates[9] == rates[10] == 1e-3
     assert rates[60] == pytest.approx((1e-3 + 1e-4) / 2)
     assert rates[110:] == pytest.approx([1e-4] * 10)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize(("decay", "middle"), [("linear", 5.5e-4), ("constant", 1e-3)])

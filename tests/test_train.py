@@ -1,4 +1,4 @@
-"""The training step: it learns, accumulates like a big batch, and keeps its promises about modes."""
+"""The training step learns, accumulates like a big batch, and keeps its promises about modes."""
 
 import numpy as np
 import pytest

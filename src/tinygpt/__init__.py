@@ -52,11 +52,11 @@ _HOMES = {
     "train_steps": "train",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used: the command line answers before tinygrad loads."""
+    """Import a public name on first use: the command line answers before tinygrad loads."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tinygpt' has no attribute {name!r}")
     from importlib import import_module

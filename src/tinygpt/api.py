@@ -46,11 +46,10 @@ class GPT(Transformer):
         stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Continue the prompts idx (B, T) by up to ``max_tokens``; -> int32 (B, T + new), prompt included.
+        """Continue the prompts idx (B, T) by up to ``max_tokens``; -> int32 (B, T + new).
 
         Prompts and texts may be longer than block_size: the model then sees the last block_size
-        tokens. ``stop`` is a token id, several, or sequences of ids; the same ``seed`` gives the same
-        text. Dropout is off. Raises UsageError if the prompt is empty or an id is out of range.
+        tokens. ``stop`` is a token id, several, or sequences of ids; one ``seed`` gives one text. Dropout is off. Raises UsageError if the prompt is empty or an id is out of range.
         """
         config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty)
         return generate.generate(self.decoder, idx, max_tokens, config, seed=seed, stop=stop)
@@ -106,8 +105,14 @@ def train(
     tokens = data.load_tokens(train_data, vocab)
     held_out = None if val_data is None else data.load_tokens(val_data, vocab)
     run = TrainingRun(
-        model, train_config, tokens, held_out,
-        tokenizer=tokenizer, optimizer=optimizer, folder=out_dir, resume=resume,
+        model,
+        train_config,
+        tokens,
+        held_out,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        folder=out_dir,
+        resume=resume,
     )
     if not show:
         for _ in run:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError
+from tinygpt.files import replacing, staging
 from tinygpt.model import Transformer
 from tinygpt.optim import optimizer_state
 
@@ -82,7 +82,7 @@ class Meta:
 def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta) -> Path:
     """Write a checkpoint atomically and return its path.
 
-    Raises CheckpointError if the folder cannot be written; a checkpoint that stood at ``path`` stays.
+    Raises CheckpointError if the folder cannot be written; what stood at ``path`` stays.
     """
     tensors = {name: t.numpy() for name, t in _named_tensors(model, optimizer).items()}
     hashes = {name: _sha256(array) for name, array in tensors.items()}
@@ -90,41 +90,21 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
     described["sha256"] = hashes
     described["digest"] = _digest(described, _layout(tensors))
     metadata = {"tinygpt": json.dumps(described)}
-    replace_file(path, lambda staging: save_file(tensors, staging, metadata))
+    with writing(path), staging(path) as temporary:
+        save_file(tensors, temporary, metadata)
     return path
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` make a file beside ``path``, then put it in place in one step that survives a crash.
-
-    The order matters: data to disk, then the name, then the folder that holds the name.
-    """
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while ``path`` is written into a CheckpointError that advises."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(staging)
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o666 & ~umask)
-        _fsync(staging)
-        staging.replace(path)
-        _fsync(path.parent)
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} could not be written: {error}. "
             f"Choose a folder with enough space that you may write to."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _named_tensors(model: Transformer, optimizer: Optimizer | None) -> dict[str, Tensor]:
@@ -162,7 +142,7 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     if missing:
         raise CheckpointError(_explain_missing(path, missing, layout))
     for name, tensor in wanted.items():
-        dtype, shape = layout[name]
+        _, shape = layout[name]
         if tuple(shape) != tensor.shape:
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(shape)}, but {tensor.shape} is wanted."
@@ -174,7 +154,7 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
 
 
 def verify(path: str | Path) -> Meta:
-    """Check every byte of a checkpoint against its hashes; CheckpointError names what is damaged."""
+    """Check every byte of a checkpoint against its hash; CheckpointError names what is damaged."""
     described, layout = _open(Path(path))
     for name in layout:
         _read_tensors(Path(path), [name], described["sha256"])
@@ -320,7 +300,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def mark_best(path: Path, val_loss: float) -> None:
     """Write down which checkpoint of its folder is the best one."""
     text = json.dumps({"checkpoint": path.name, "val_loss": val_loss})
-    replace_file(path.parent / BEST, lambda staging: _write_text(staging, text))
+    with writing(path.parent / BEST), replacing(path.parent / BEST) as file:
+        file.write(text.encode())
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -346,20 +327,8 @@ def remove_old(folder: Path, keep_last: int) -> None:
                 path.unlink()
 
 
-def remove_stale(folder: Path) -> None:
-    """Delete what a killed process left half written."""
-    for path in _files(folder):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
 def _files(folder: Path) -> list[Path]:
     try:
         return [p for p in folder.iterdir() if p.is_file()]
     except OSError:
         return []
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 from tinygpt.errors import ConfigError, nearest
 
 MAX_PARAMETERS = 20_000_000_000
-"""Beyond this a configuration is taken for a typing error and refused before anything is allocated."""
+"""Beyond this a configuration is taken for a slip and refused before anything is allocated."""
 
 
 class Config:
@@ -124,8 +124,11 @@ class GPTConfig(Config):
         _between(self, 0.0, 1.0, "dropout")
         if self.n_embd % self.n_head:
             width = max(self.n_embd // self.n_head, 1) * self.n_head
-            heads = next(h for h in range(self.n_head, self.n_embd + 1) if self.n_embd % h == 0) \
-                if self.n_head <= self.n_embd else self.n_embd
+            heads = (
+                next(h for h in range(self.n_head, self.n_embd + 1) if self.n_embd % h == 0)
+                if self.n_head <= self.n_embd
+                else self.n_embd
+            )
             raise ConfigError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}. "
                 f"Try n_embd={width} or n_head={heads}."
@@ -199,11 +202,21 @@ class TrainConfig(Config):
     """Prompt of the sample texts."""
 
     def check(self) -> None:
-        _at_least(self, 1, "batch_size", "max_iters", "eval_interval", "eval_iters",
-                  "grad_accum_steps", "checkpoint_interval", "early_stop_patience",
-                  "sample_interval")
-        _at_least(self, 0, "warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed",
-                  "keep_last")
+        _at_least(
+            self,
+            1,
+            "batch_size",
+            "max_iters",
+            "eval_interval",
+            "eval_iters",
+            "grad_accum_steps",
+            "checkpoint_interval",
+            "early_stop_patience",
+            "sample_interval",
+        )
+        _at_least(
+            self, 0, "warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed", "keep_last"
+        )
         _between(self, 0.0, 1.0, "beta1", "beta2", "weight_decay")
         _require(
             0 < self.learning_rate <= 10,
@@ -216,8 +229,13 @@ class TrainConfig(Config):
             f"min_lr={self.min_lr!r} is above learning_rate={self.learning_rate!r}: "
             f"the learning rate decays from learning_rate down to min_lr.",
         )
-        for name, high in (("max_iters", 10**9), ("warmup_steps", 10**9), ("batch_size", 10**6),
-                           ("grad_accum_steps", 10**6), ("seed", 2**63 - 1)):
+        for name, high in (
+            ("max_iters", 10**9),
+            ("warmup_steps", 10**9),
+            ("batch_size", 10**6),
+            ("grad_accum_steps", 10**6),
+            ("seed", 2**63 - 1),
+        ):
             value = getattr(self, name)
             _require(value <= high, f"{name}={value!r} is too large: the limit is {high}.")
 
@@ -250,7 +268,7 @@ class SampleConfig(Config):
         if self.repetition_penalty is not None:
             _require(
                 self.repetition_penalty > 0,
-                f"repetition_penalty={self.repetition_penalty!r} must be above 0; 1 changes nothing.",
+                f"repetition_penalty={self.repetition_penalty!r} must be above 0; 1 is none.",
             )
 
 
@@ -267,30 +285,53 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "demo": Preset(
         model={"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64},
-        train={"batch_size": 8, "learning_rate": 3e-3, "min_lr": 3e-4, "max_iters": 600,
-               "warmup_steps": 30, "eval_interval": 100, "eval_iters": 10, "beta2": 0.99},
+        train={
+            "batch_size": 8,
+            "learning_rate": 3e-3,
+            "min_lr": 3e-4,
+            "max_iters": 600,
+            "warmup_steps": 30,
+            "eval_interval": 100,
+            "eval_iters": 10,
+            "beta2": 0.99,
+        },
         tokenizer="bpe:512",
         help="a model that learns the manner of a text in minutes on a laptop",
     ),
     "baby": Preset(
         model={"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
-        train={"batch_size": 12, "learning_rate": 1e-3, "min_lr": 1e-4, "max_iters": 2000,
-               "warmup_steps": 100, "eval_interval": 250, "eval_iters": 20, "beta2": 0.99,
-               "weight_decay": 0.1},
+        train={
+            "batch_size": 12,
+            "learning_rate": 1e-3,
+            "min_lr": 1e-4,
+            "max_iters": 2000,
+            "warmup_steps": 100,
+            "eval_interval": 250,
+            "eval_iters": 20,
+            "beta2": 0.99,
+            "weight_decay": 0.1,
+        },
         tokenizer="char",
         help="nanoGPT's configuration for a CPU: characters, 4 layers, 128 wide",
     ),
     "gpt2": Preset(
         model={"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
-        train={"batch_size": 1, "learning_rate": 6e-4, "min_lr": 6e-5, "max_iters": 600_000,
-               "warmup_steps": 2000, "eval_interval": 1000, "eval_iters": 200, "beta2": 0.95,
-               "weight_decay": 0.1, "grad_accum_steps": 480},
+        train={
+            "batch_size": 1,
+            "learning_rate": 6e-4,
+            "min_lr": 6e-5,
+            "max_iters": 600_000,
+            "warmup_steps": 2000,
+            "eval_interval": 1000,
+            "eval_iters": 200,
+            "beta2": 0.95,
+            "weight_decay": 0.1,
+            "grad_accum_steps": 480,
+        },
         tokenizer="gpt2",
         help="GPT-2 124M, for a GPU and a large text",
     ),
 }
-
-
 
 
 def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = False) -> str:

@@ -1,7 +1,7 @@
 """The errors a user can meet.
 
 Every message says what was given, what was wanted and what to do. Each class also derives from the
-built-in exception that fits, so ``except ValueError`` keeps working in programs that use the library.
+built-in exception that fits, so ``except ValueError`` keeps working in programs that use them.
 """
 
 

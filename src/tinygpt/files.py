@@ -13,40 +13,62 @@ from typing import BinaryIO
 
 from tinygpt.errors import DataError
 
+STALE = ".tmp"
+"""How the names of unfinished files end; they begin with a dot."""
 ATTEMPTS = 4
 """How often a download that breaks off is taken up again."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write, which becomes ``path`` when the block ends without an error.
+def staging(path: Path) -> Iterator[Path]:
+    """The name of a file to write, which becomes ``path`` when the block ends without an error.
 
     Whoever reads ``path``, even after a crash at any instant, finds the old content or the new one,
-    never a part. Missing folders are made. Raises OSError where the folder cannot be written.
+    never a part: the data goes to disk first, then the name, then the folder that holds the name.
+    Missing folders are made. Raises OSError where the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{STALE}")
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # some writers make private files
+        _sync(temporary)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    with suppress(OSError):  # not every system lets a folder be synced
+        _sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut, where the system lets a folder be synced."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """``staging``, as a binary file that is open for writing."""
+    with staging(path) as temporary, temporary.open("xb") as file:
+        yield file
+        file.flush()
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete what a killed process left half written in a folder."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        for path in folder.glob(f".*{STALE}"):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sha256_of(path: Path) -> str:

@@ -7,11 +7,11 @@ B is the batch, T the number of positions, C = n_embd, H = n_head, D = C / H, V 
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad.uop.ops import UOp, sint
 
 from tinygpt import kernels
 from tinygpt.cache import KVCache, LayerCache
@@ -29,9 +29,9 @@ class Noise:
     def __init__(self, key: Tensor) -> None:
         self.key, self.drawn = key, 0
 
-    def keep(self, shape: tuple[int, ...], probability: float) -> Tensor:
+    def keep(self, shape: tuple[sint, ...], probability: float) -> Tensor:
         """A boolean mask, true with the given probability."""
-        count = math.prod(shape)
+        count = math.prod(_numbers(shape))
         start = Tensor([self.drawn, 0], dtype=dtypes.uint32, device=self.key.device)
         self.drawn += count
         bits = Tensor.random_bits(self.key, start, count).reshape(shape)
@@ -39,7 +39,7 @@ class Noise:
 
 
 class Dropout:
-    """Zero an activation with probability p and scale the rest, while training (Srivastava, 2014)."""
+    """Zero activations with probability p and scale the rest, in training (Srivastava, 2014)."""
 
     def __init__(self, p: float) -> None:
         self.p = p
@@ -186,7 +186,7 @@ class Transformer:
         return kernels.linear(x, self._output_weight())
 
     def loss(self, tokens: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); targets < 0 are left out."""
+        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); those < 0 are left out."""
         self._check(tokens)
         if targets.shape != tokens.shape:
             raise UsageError(
@@ -212,7 +212,7 @@ class Transformer:
 
     def num_params(self) -> int:
         """Number of parameters; tied embeddings count once."""
-        return sum(math.prod(p.shape) for p in self.parameters().values())
+        return sum(math.prod(_numbers(p.shape)) for p in self.parameters().values())
 
     def train(self, mode: bool = True) -> Self:
         """Training mode: dropout is on."""
@@ -247,14 +247,14 @@ class Transformer:
 
 
 def initialise(model: Transformer, seed: int) -> None:
-    """GPT-2's initial weights: normal with deviation 0.02, residual projections 1/√(2·n_layer) of it.
+    """GPT-2's initial weights: deviation 0.02, for residual projections 0.02 / √(2·n_layer).
 
     They come from numpy, so that a seed gives the same weights on every device.
     """
     rng = np.random.default_rng(seed)
     residual = 0.02 / math.sqrt(2 * model.config.n_layer)
     for name, parameter in model.parameters().items():
-        shape = parameter.shape
+        shape = _numbers(parameter.shape)
         if name.endswith("bias"):
             value = np.zeros(shape, np.float32)
         elif ".ln_" in f".{name}":
@@ -263,6 +263,11 @@ def initialise(model: Transformer, seed: int) -> None:
             deviation = residual if name.endswith("c_proj.weight") else 0.02
             value = rng.standard_normal(shape, np.float32) * np.float32(deviation)
         parameter.replace(Tensor(value).realize())
+
+
+def _numbers(shape: tuple[sint, ...]) -> tuple[int, ...]:
+    """A shape without symbols, which is what all but a cache's has; for the type checker."""
+    return cast("tuple[int, ...]", shape)
 
 
 def _parameter(*shape: int) -> Tensor:

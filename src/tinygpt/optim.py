@@ -1,4 +1,4 @@
-"""How weights change: the learning rate's schedule, clipping, and Adam with decoupled weight decay."""
+"""How weights change: the learning rate's schedule, clipping, Adam and decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinygpt.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step, counted from 0: linear warm-up, then a decay down to min_lr at max_iters."""
+    """The rate of a step, from 0: linear warm-up, then a decay down to min_lr at max_iters."""
     peak, low = config.learning_rate, config.min_lr
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
@@ -34,7 +34,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
-    """What to multiply gradients of this norm by so that it does not exceed ``limit``; 1 if it does not."""
+    """What to multiply gradients of this norm by so that it is at most ``limit``."""
     return (limit / (norm + 1e-6)).minimum(1.0)
 
 

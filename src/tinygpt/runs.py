@@ -1,11 +1,11 @@
 """A training run and its folder: what is written, when, and how a run goes on after a stop.
 
-    config.toml          the resolved settings
-    tokenizer.json       the tokenizer, if the run has one
-    metrics.jsonl        one object per step
-    samples.jsonl        the sample texts, with the step they were taken at
-    ckpt_N.safetensors   the newest checkpoints and the best one
-    best.json            which of them that is
+config.toml          the resolved settings
+tokenizer.json       the tokenizer, if the run has one
+metrics.jsonl        one object per step
+samples.jsonl        the sample texts, with the step they were taken at
+ckpt_N.safetensors   the newest checkpoints and the best one
+best.json            which of them that is
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt import checkpoint, data, runtime
 from tinygpt.config import Config, SampleConfig, TrainConfig, to_toml
 from tinygpt.errors import CheckpointError, TokenizerError, TrainingError, UsageError
+from tinygpt.files import remove_stale, replacing
 from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.metrics import History
 from tinygpt.model import Transformer
@@ -34,8 +35,15 @@ Tokens = npt.NDArray[np.integer]
 
 SAMPLE_TOKENS = 120
 """Length of the sample texts."""
-FREE_TO_CHANGE = {"eval_interval", "eval_iters", "checkpoint_interval", "keep_last",
-                  "early_stop_patience", "sample_interval", "sample_prompt"}
+FREE_TO_CHANGE = {
+    "eval_interval",
+    "eval_iters",
+    "checkpoint_interval",
+    "keep_last",
+    "early_stop_patience",
+    "sample_interval",
+    "sample_prompt",
+}
 """Settings that do not change the course of the weights, so that a resumed run may have others."""
 
 
@@ -121,13 +129,21 @@ class TrainingRun:
     def result(self) -> TrainResult:
         stopped = self.iter_num < self.config.max_iters
         return TrainResult(
-            self.iter_num, self.optimizer, self.history, self.progress.best_val_loss,
-            self.newest, stopped,
+            self.iter_num,
+            self.optimizer,
+            self.history,
+            self.progress.best_val_loss,
+            self.newest,
+            stopped,
         )
 
     def __iter__(self) -> Iterator[Step]:
         steps = train_steps(
-            self.model, self.optimizer, self.config, self.train_tokens, self.val_tokens,
+            self.model,
+            self.optimizer,
+            self.config,
+            self.train_tokens,
+            self.val_tokens,
             start=self.iter_num,
         )
         before = self.elapsed
@@ -147,8 +163,8 @@ class TrainingRun:
         if not math.isfinite(step.train_loss):
             kept = f" The last checkpoint is {self.newest}." if self.newest else ""
             raise TrainingError(
-                f"The loss became {step.train_loss} at step {step.iter}: training cannot go on.{kept} "
-                f"Try a lower learning_rate (now {self.config.learning_rate}) or a longer warm-up."
+                f"The loss became {step.train_loss} at step {step.iter}: training cannot go on."
+                f"{kept} Try a lower learning_rate (now {self.config.learning_rate}) or a longer warm-up."
             )
         if step.val_loss is not None:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))
@@ -161,9 +177,13 @@ class TrainingRun:
         row = {"iter": step.iter, "train_loss": step.train_loss}
         if step.val_loss is not None:
             row |= {"val_loss": step.val_loss, "best": step.best}
-        row |= {"lr": step.lr, "grad_norm": step.grad_norm,
-                "tokens_per_second": step.tokens_per_second, "elapsed": step.elapsed,
-                "memory": runtime.memory()}
+        row |= {
+            "lr": step.lr,
+            "grad_norm": step.grad_norm,
+            "tokens_per_second": step.tokens_per_second,
+            "elapsed": step.elapsed,
+            "memory": runtime.memory(),
+        }
         self.history.append(row)
         if step.sample is not None:
             self.samples.append({"iter": step.iter, "text": step.sample})
@@ -193,13 +213,14 @@ class TrainingRun:
                 f"there is overwritten."
             )
         tables: dict[str, Config | Mapping[str, Any]] = {
-            "model": self.model.config, "train": self.config, "data": self.source,
+            "model": self.model.config,
+            "train": self.config,
+            "data": self.source,
         }
         text = to_toml(tables, comments=True)
-        checkpoint.replace_file(
-            self.folder / "config.toml", lambda path: _write_text(path, text)
-        )
-        checkpoint.remove_stale(self.folder)
+        with checkpoint.writing(self.folder), replacing(self.folder / "config.toml") as file:
+            file.write(text.encode())
+        remove_stale(self.folder)
         if self.tokenizer is not None:
             self.tokenizer.save(self.folder / "tokenizer.json")
         self.history = History(self.folder / "metrics.jsonl")
@@ -270,9 +291,9 @@ class TrainingRun:
         for part, value in (meta.data or {}).items():
             if self.fingerprints.get(part) != value:
                 differing.append(f"the {part} data")
-        if meta.tokenizer is not None and self.tokenizer is not None:
-            if meta.tokenizer != self.tokenizer.to_dict():
-                differing.append("the tokenizer")
+        now_used = None if self.tokenizer is None else self.tokenizer.to_dict()
+        if meta.tokenizer != now_used:
+            differing.append("the tokenizer")
         if differing:
             raise CheckpointError(
                 f"{path} cannot be resumed: {', '.join(differing)} would change. Use the run's own "
@@ -300,7 +321,3 @@ def _runs_nearby(path: Path) -> str:
     runs = [p for p in sorted(parent.iterdir()) if p.is_dir() and checkpoint.list_checkpoints(p)]
     names = ", ".join(str(run) for run in runs[-5:])
     return f"Runs nearby: {names}." if names else "Train one first: tinygpt train YOUR_TEXT.txt"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -58,8 +58,8 @@ class TrainStep(Protocol):
 def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
-    With accumulation the micro-batches are summed into buffers by one jitted function and applied by
-    another, so that memory does not depend on their number.
+    With accumulation one jitted function sums the micro-batches into buffers and another applies
+    them, so that memory does not depend on their number.
     """
     params = list(model.parameters().values())
     micro_batches = config.grad_accum_steps
@@ -91,8 +91,8 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     if micro_batches == 1:
 
         def step(x: Tokens, y: Tokens, lr: float, key: tuple[int, int]) -> tuple[float, float]:
-            loss, norm = whole_step(_ids(x[0]), _ids(y[0]), _key(*key), _rate(lr)).tolist()
-            return loss, norm
+            loss, norm = whole_step(_ids(x[0]), _ids(y[0]), _key(*key), _rate(lr)).numpy()
+            return float(loss), float(norm)
 
         return step
 
@@ -182,8 +182,8 @@ def train_steps(
 ) -> Iterator[Step]:
     """Train from step ``start`` to ``config.max_iters``, yielding after every step.
 
-    A batch depends on nothing but the tokens, the step and the seed, so a run that starts again at a
-    step goes on exactly as the one that was never interrupted.
+    A batch depends on nothing but the tokens, the step and the seed, so a run that starts again at
+    a step goes on exactly as the one that was never interrupted.
 
     >>> for step in train_steps(model, optimizer, config, tokens):
     ...     print(step.iter, step.train_loss)

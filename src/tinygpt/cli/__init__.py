@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tinygpt import __version__
@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 
 DEBUG = "TINYGPT_DEBUG"
 """Set to 1, this environment variable does what --debug does: errors come with their traceback."""
+
+VERBS = {
+    "train": ("training:train", "Train a GPT on a text and keep the run in a folder."),
+    "generate": ("generating:generate", "Let a model continue a text, streamed as it is written."),
+    "eval": (
+        "evaluating:evaluate",
+        "Measure a model on a whole text: loss, perplexity, bits per byte.",
+    ),
+    "plot": ("inspection:plot", "Draw the loss curves of runs."),
+    "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
+    "gradcheck": ("inspection:gradcheck", "Check the gradients against numeric ones."),
+    "info": ("inspection:info", "Show what a checkpoint or a run holds."),
+    "doctor": ("inspection:doctor", "Look at this machine, and say how to mend what is missing."),
+}
+"""Where each verb is, and what it does in one line."""
+
+EPILOGUE = (
+    "Help of one command: {program} train --help. With --debug, errors come with their traceback."
+)
 
 FAILURE, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
@@ -47,44 +66,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def make_app(program: str = PROGRAMS[0]) -> App:
-    """The verbs, each a function of its own with its flags in its signature."""
+def make_app(program: str = PROGRAMS[0], verb: str | None = None) -> App:
+    """The command line. Only the module of ``verb`` will be imported; help needs none of them."""
     from cyclopts import App
-
-    from tinygpt.cli import evaluating, generating, inspection, tokenizer, training
 
     app = App(
         name=program,
         help="Train a GPT on your own text, watch it learn, and let it write.",
-        help_epilogue=f"Help of one command: {program} train --help. "
-        f"With --debug, errors come with their traceback.",
+        help_epilogue=None if verb else EPILOGUE.format(program=program),
         help_format="plaintext",
         version=f"{program} {__version__}",
         version_format="plaintext",
         suppress_keyboard_interrupt=False,
     )
-    verbs: dict[str, Callable[..., object] | App] = {
-        "train": training.train,
-        "generate": generating.generate,
-        "eval": evaluating.evaluate,
-        "plot": inspection.plot,
-        "tokenizer": tokenizer.make_app(),
-        "gradcheck": inspection.gradcheck,
-        "info": inspection.info,
-        "doctor": inspection.doctor,
-    }
-    for order, (name, verb) in enumerate(verbs.items()):
-        if isinstance(verb, App):
-            verb.sort_key = order
-            app.command(verb)
-        else:
-            app.command(verb, name=name, sort_key=order)
+    for order, (name, (place, summary)) in enumerate(VERBS.items()):
+        own_help = None if name == verb else summary  # the verb's docstring says more
+        app.command(f"{__name__}.{place}", name=name, sort_key=order, help=own_help)
     return app
 
 
 def _run(program: str, arguments: Sequence[str]) -> int:
     """Parse the arguments and run the verb; whatever goes wrong is an exception."""
-    result = make_app(program)(
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    result = make_app(program, verb)(
         arguments,
         exit_on_error=False,
         print_error=False,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import aligned, command, finite, show_json
 from tinygpt.cli.models import load_model
-from tinygpt.cli.options import DataConfig, file_tables
+from tinygpt.cli.options import DataConfig, Switch, file_tables
 from tinygpt.errors import DataError, UsageError
 from tinygpt.metrics import bits_per_byte, perplexity
 
@@ -32,7 +30,7 @@ def evaluate(
     glob: str = DataConfig.glob,
     batch_size: int = BATCH_SIZE,
     tokenizer: str | None = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Switch = False,
 ) -> None:
     """Measure a model on a whole text: loss, perplexity and bits per byte.
 

@@ -6,16 +6,21 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from tinygpt.cli.console import say, show_json
+from tinygpt.cli.console import program_name, say, show_json
 from tinygpt.cli.models import load_model
-from tinygpt.cli.options import SampleFlags
+from tinygpt.cli.options import Switch, flags
 from tinygpt.config import SampleConfig
 from tinygpt.display.text import printable
-from tinygpt.errors import DataError, UsageError
+from tinygpt.errors import DataError, TinyGPTError, UsageError
+
+if TYPE_CHECKING:
+    SampleFlags = dict[str, Any]
+else:
+    SampleFlags = flags(SampleConfig, "Sampling")
 
 
 def generate(
@@ -28,10 +33,10 @@ def generate(
     seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(negative=())] = None,
     count: Annotated[int, Parameter(name=["--count", "-n"])] = 1,
-    interactive: Annotated[bool, Parameter(name=["--interactive", "-i"], negative=())] = False,
+    interactive: Annotated[Switch, Parameter(name=["--interactive", "-i"])] = False,
     echo: bool = True,
     tokenizer: str | None = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Switch = False,
 ) -> None:
     """Let a model continue a text, streamed as it is written.
 
@@ -158,3 +163,5 @@ def _converse(writer: _Writer, echo: bool, count: int) -> None:
                 _stream(writer, prompt, echo, count)
             except KeyboardInterrupt:
                 _emit("\n")
+            except TinyGPTError as error:
+                say(f"{program_name()}: error: {error}")

@@ -6,24 +6,33 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
 from tinygpt.cli.console import aligned, say, show_json
-from tinygpt.cli.options import ModelFlags
+from tinygpt.cli.options import Switch, Values, flags
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
 
-SMALL_MODEL = {"block_size": 8, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
+SMALL_MODEL: Values = {
+    "block_size": 8,
+    "vocab_size": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+}
 """What ``gradcheck`` checks unless told otherwise: it takes many forward passes."""
+
+if TYPE_CHECKING:
+    SmallModelFlags = dict[str, Any]
+else:
+    SmallModelFlags = flags(GPTConfig, "Model", SMALL_MODEL)
 
 
 def plot(
     *runs: Path,
     out: Path | None = None,
-    terminal: Annotated[bool, Parameter(negative=())] = False,
+    terminal: Switch = False,
 ) -> None:
     """Draw the loss curves of runs, in the terminal or as a PNG or SVG.
 
@@ -48,7 +57,7 @@ def plot(
         print(terminal_plot(runs, min(size.columns, 140), height, color=sys.stdout.isatty()))
 
 
-def info(path: Path, /, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
+def info(path: Path, /, *, json: Switch = False) -> None:
     """Show what a checkpoint, or the best one of a run, holds.
 
     Parameters
@@ -72,17 +81,22 @@ def info(path: Path, /, *, json: Annotated[bool, Parameter(negative=())] = False
     for title in ("model", "train"):
         if found[title]:
             print(f"\n[{title}]")
-            print(aligned(list(found[title].items())))
+            print(aligned([(name, _shown(value)) for name, value in found[title].items()]))
     if path.is_dir():
         print("\n[checkpoints]")
         best = checkpoint.best_checkpoint(path)
         print(aligned([(p, "best" * (p == best)) for p in checkpoint.list_checkpoints(path)]))
 
 
+def _shown(value: object) -> object:
+    """Texts such as a line break in quotes, so that they can be seen."""
+    return repr(value) if isinstance(value, str) and not value.isprintable() else value
+
+
 def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object]]:
     tensors, progress = found["tensors"], found["progress"] or {}
     tokenizer = found["tokenizer"] or {}
-    rows = [
+    rows: list[tuple[str, object]] = [
         ("checkpoint", found["path"]),
         ("format", found["format_version"]),
         ("size", f"{found['bytes'] / 1e6:,.1f} MB in {len(tensors)} tensors"),
@@ -90,18 +104,18 @@ def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object
         ("parameters", f"{config.num_params():,}"),
         ("optimizer", "yes" if any(n.startswith("optimizer.") for n in tensors) else "no"),
         ("tokenizer", tokenizer.get("kind", "none")),
-        ("best loss", progress.get("best_val_loss")),
     ]
-    return [(name, value) for name, value in rows if value is not None]
+    best = progress.get("best_val_loss")
+    return rows if best is None else [*rows, ("best loss", f"{best:.4f}")]
 
 
 def gradcheck(
     *,
-    model: ModelFlags | None = None,
+    model: SmallModelFlags | None = None,
     batch_size: int = 2,
     samples: int = 3,
     seed: int = 1337,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Switch = False,
 ) -> int:
     """Check the model's gradients against numeric ones in float64; exit code 1 if one is wrong.
 
@@ -148,7 +162,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def doctor(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+def doctor(*, json: Switch = False) -> int:
     """Look at device, compiler, caches, versions and vocabulary, and say how to mend them.
 
     The exit code is 1 if something is missing that tinygpt cannot do without.

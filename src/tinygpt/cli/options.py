@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
 
@@ -14,7 +14,6 @@ from tinygpt.config import (
     PRESETS,
     Config,
     GPTConfig,
-    SampleConfig,
     TrainConfig,
     field_docs,
     to_toml,
@@ -24,6 +23,9 @@ from tinygpt.errors import ConfigError, nearest
 Values = Mapping[str, Any]
 Tables = dict[str, dict[str, Any]]
 """Values that were given, by table and field: ``{"model": {"n_layer": 6}}``."""
+
+Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
+"""A flag that is given or not."""
 
 FOUND_LATER = {"vocab_size": "from the tokenizer"}
 """Defaults that the data decides, in words."""
@@ -84,24 +86,20 @@ class Settings:
         return text.replace(line, f"# vocab_size = {FOUND_LATER['vocab_size']}", 1)
 
 
-def flags(config: type[Config], title: str, skip: tuple[str, ...] = ()) -> Any:
+def flags(config: type[Config], title: str, defaults: Values = FOUND_LATER) -> Any:
     """A type for cyclopts: a flag per config field, with its documentation as help.
 
-    What arrives in the command is a dictionary of only those that were given.
+    What arrives in the command is a dictionary of only those that were given. ``defaults`` are
+    shown in place of the config's own.
     """
-    group = Group(title, sort_key=len(title))
+    group = Group(title)
     docs, hints = field_docs(config), get_type_hints(config)
-    shown = [f for f in fields(config) if f.name not in skip]  # type: ignore[arg-type]
-    types = {
-        f.name: Annotated[hints[f.name], Parameter(help=_help(f, docs[f.name]), group=group)]
-        for f in shown
-    }
+    types = {}
+    for field in fields(config):  # type: ignore[arg-type]
+        default = defaults.get(field.name, None if field.default is None else repr(field.default))
+        text = docs[field.name] + (f" [default: {default}]" if default is not None else "")
+        types[field.name] = Annotated[hints[field.name], Parameter(help=text, group=group)]
     return TypedDict(f"{config.__name__}Flags", types, total=False)  # type: ignore[operator]
-
-
-def _help(field: Field[Any], doc: str) -> str:
-    default = FOUND_LATER.get(field.name, repr(field.default))
-    return doc if field.default is None else f"{doc} [default: {default}]"
 
 
 def resolve(*layers: Tables) -> Settings:
@@ -163,8 +161,3 @@ def _check_table(path: Path, name: str, values: Any) -> None:
         if all(key in field_docs(CONFIGS[name]) for key in values):
             return  # the values may fit together once every layer is there; resolve() checks again
         raise ConfigError(f"{path}, table [{name}]: {error}") from error
-
-
-ModelFlags = flags(GPTConfig, "Model")
-TrainFlags = flags(TrainConfig, "Training")
-SampleFlags = flags(SampleConfig, "Sampling")

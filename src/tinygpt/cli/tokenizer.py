@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from tinygpt.cli.console import aligned, say, show_json
-from tinygpt.cli.options import DataConfig
+from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.display.text import printable
 from tinygpt.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tinygpt.tokenizers import Tokenizer
 
+app = App(name="tokenizer", help="Train a vocabulary, or turn text into tokens and back.")
+
 SHOWN = 12
 """Tokens that ``info`` gives as examples."""
 
 
-def make_app() -> App:
-    """The verb and its own verbs."""
-    app = App(
-        name="tokenizer", help="Train a vocabulary, look at one, or turn text into tokens and back."
-    )
-    for verb in (train, encode, decode, info):
-        app.command(verb)
-    return app
-
-
+@app.command
 def train(
     source: str,
     /,
@@ -63,12 +56,13 @@ def train(
     say(f"wrote {tokenizer.save(out)}, {tokenizer.vocab_size:,} tokens")
 
 
+@app.command
 def encode(
     tokenizer: str,
     text: str | None = None,
     /,
     *,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Switch = False,
 ) -> None:
     """Turn a text into token ids.
 
@@ -88,6 +82,7 @@ def encode(
         print(*ids)
 
 
+@app.command
 def decode(tokenizer: str, /, *ids: int) -> None:
     """Turn token ids into text.
 
@@ -103,7 +98,8 @@ def decode(tokenizer: str, /, *ids: int) -> None:
     print(printable(text) if sys.stdout.isatty() else text)
 
 
-def info(tokenizer: str, /, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
+@app.command
+def info(tokenizer: str, /, *, json: Switch = False) -> None:
     """Show what a tokenizer is.
 
     Parameters

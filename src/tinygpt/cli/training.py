@@ -10,21 +10,20 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
 from tinygpt.cli.console import command, finite, program_name, say, show_json
 from tinygpt.cli.options import (
     DataConfig,
-    ModelFlags,
     Settings,
-    TrainFlags,
+    Switch,
     file_tables,
+    flags,
     preset_tables,
     resolve,
 )
+from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.metrics import perplexity
 
@@ -36,21 +35,27 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 """Where runs go that were given no folder."""
 
+if TYPE_CHECKING:
+    ModelFlags = dict[str, Any]
+    TrainFlags = dict[str, Any]
+else:
+    ModelFlags, TrainFlags = flags(GPTConfig, "Model"), flags(TrainConfig, "Training")
+
 
 def train(
     source: str | None = None,
     /,
     *,
     out: Path | None = None,
-    resume: Annotated[bool, Parameter(negative=())] = False,
+    resume: Switch = False,
     preset: str | None = None,
     config: Path | None = None,
     tokenizer: str | None = None,
     val_fraction: float | None = None,
     field: str | None = None,
     glob: str | None = None,
-    print_config: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    print_config: Switch = False,
+    json: Switch = False,
     model: ModelFlags | None = None,
     train: TrainFlags | None = None,
 ) -> int:
@@ -90,13 +95,13 @@ def train(
         "field": field,
         "glob": glob,
     }
-    flags = {
+    tables = {
         "model": dict(model or {}),
         "train": dict(train or {}),
         "data": {name: value for name, value in given.items() if value is not None},
     }
     kept = _settings_of(_folder_to_resume(out)) if resume else {}
-    settings = resolve(kept, preset_tables(preset), file_tables(config), flags)
+    settings = resolve(kept, preset_tables(preset), file_tables(config), tables)
     if print_config:
         print(settings.to_toml(), end="")
         return 0

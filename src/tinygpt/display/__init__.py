@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
-from tinygpt.config import TrainConfig
-from tinygpt.display.plain import PlainDisplay
-
 if TYPE_CHECKING:
+    from tinygpt.config import TrainConfig
     from tinygpt.runs import TrainingRun
     from tinygpt.train import Step
 
@@ -64,4 +62,6 @@ def make_display(
         from tinygpt.display.live import LiveDisplay
 
         return LiveDisplay(config, start=start, title=title, console=console)
+    from tinygpt.display.plain import PlainDisplay
+
     return PlainDisplay(config, stream=stream)

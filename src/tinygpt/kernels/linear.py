@@ -43,9 +43,12 @@ from tinygrad import Device, Tensor, UOp, dtypes
 from tinygpt.kernels import reference
 from tinygpt.kernels.phases import Array, Index, Kernel, Value, as_uop, exp2, minimum, run
 
-BLOCK = 256
+UN=4
+BLOCK = 512
 """Most steps of depth between two visits to ``out``: a panel of 32 lanes is then 32 KB."""
-CHUNK = 128
+A_BLOCK = 128
+LINE = 16
+CHUNK = 384
 """About how many columns of dy are copied at a time for dW."""
 
 
@@ -100,20 +103,19 @@ class Plan:
     @property
     def blocks(self) -> list[tuple[int, int, int]]:
         """(first step, number of blocks, steps of each): the loops over the depth."""
-        fewest = -(-self.depth // BLOCK)
+        most = A_BLOCK if self.packs_a else BLOCK
+        fewest = -(-self.depth // most)
         for count in range(fewest, 2 * fewest):
             if self.depth % count == 0:
                 return [(0, count, self.depth // count)]
-        whole, rest = divmod(self.depth, BLOCK)
-        return [(0, whole, BLOCK), (whole * BLOCK, 1, rest)]
+        whole, rest = divmod(self.depth, most)
+        return [(0, whole, most), (whole * most, 1, rest)]
 
     def chunks(self, panels: int, threads: int) -> int:
         """Into how many pieces the rows are cut, so that there is work for every thread."""
         if self.packs_a:
-            chunks = -(-max(self.m // CHUNK, 1) // threads) * threads
-        else:
-            chunks = 1 if panels % threads == 0 or panels >= 8 * threads else threads
-        return max(1, min(chunks, self.m // self.rows))
+            return -(-max(self.m // CHUNK, 1) // threads) * threads
+        return 1 if panels % threads == 0 or panels >= 8 * threads else threads
 
 
 class Product:
@@ -130,29 +132,24 @@ class Product:
         self.residual = next(left) if plan.residual else None
 
         self.panels = -(-plan.n // k.lanes)
-        tiles, self.tail = divmod(plan.m, plan.rows)
-        chunks = plan.chunks(self.panels, k.threads)
-        per_chunk = -(-tiles // chunks)
-        self.unit = k.units(chunks if plan.packs_a else chunks * self.panels)
-        chunk = self.unit if plan.packs_a else self.unit // self.panels
-        self.first_row: Index = 0
-        self.tiles: Index = tiles
-        self.tails: Index = 1 if self.tail else 0
-        self.width = plan.m  # columns of dy copied for a chunk, from `kept` on
-        self.kept: Index = 0
-        if chunks > 1:
-            self.first_row = chunk * (per_chunk * plan.rows)
-            self.tiles = minimum(per_chunk, tiles - chunk * per_chunk)
-            self.tails = chunk.eq(chunks - 1).where(self.tails, 0)
-            self.width = per_chunk * plan.rows + self.tail
-            self.kept = minimum(self.first_row, plan.m - self.width)
+        self.chunks = plan.chunks(self.panels, k.threads)
+        self.tiles = -(-plan.m // (self.chunks * plan.rows))  # in a chunk
+        height = self.tiles * plan.rows
+        self.ragged = self.chunks * height != plan.m
+        self.unit = k.units(self.chunks * (1 if plan.packs_a else self.panels))
+        self.first_row = (self.unit if plan.packs_a else self.unit // self.panels) * height
+        # the columns of dy that are copied for a chunk: whole cache lines, and all inside dy
+        self.width = min(-(-height // LINE) * LINE + (LINE if height % LINE else 0), plan.m)
+        self.kept = minimum(self.first_row // LINE * LINE, plan.m - self.width)
 
         self.real = dtypes.float64 if self.out.dtype == dtypes.float64 else dtypes.float32
         depth = max(block for _, _, block in plan.blocks)
-        self.acc = k.tile(max(plan.rows, self.tail), self.real)
+        self.acc = k.tile(plan.rows, self.real)
         self.b_block = k.tile(depth, self.real)
         if plan.packs_a:
-            self.a_block = k.tile(depth, self.real, width=self.width)
+            # an odd number of cache lines from step to step: powers of two would share a few sets
+            stride = (-(-self.width // LINE) | 1) * LINE
+            self.a_block = k.tile(depth, self.real, width=stride)
             self.total = k.tile(1, self.real, width=self.width)
 
     def write(self) -> None:
@@ -176,15 +173,15 @@ class Product:
             self.copy_a(start, block)
         with k.loop(self.panels if plan.packs_a else 1) as panel:
             self.panel = panel if plan.packs_a else self.unit % self.panels
-            with k.loop(block) as d, k.phase() as lane:
-                along, across = plan.b_strides
-                b = self.b[(start + d) * along + self.column(lane) * across]
-                self.b_block[d, lane] = b
+            unrolled = next(u for u in (UN, 2, 1) if block % u == 0) if plan.b_strides[0] == 1 else 1
+            with k.loop(block // unrolled) as d, k.phase() as lane:
+                for u in range(unrolled):
+                    step = d * unrolled + u
+                    along, across = plan.b_strides
+                    b = self.b[(start + step) * along + self.column(lane) * across]
+                    self.b_block[step, lane] = b
             with k.loop(self.tiles) as t:
-                self.write_tile(self.first_row + t * plan.rows, plan.rows, start, block, fresh)
-            if self.tail:
-                with k.loop(self.tails):
-                    self.write_tile(plan.m - self.tail, self.tail, start, block, fresh)
+                self.write_tile(self.first_row + t * plan.rows, start, block, fresh)
 
     def copy_a(self, start: UOp, block: int) -> None:
         """Copy the chunk's columns of dy, which lie too far apart for the tiles; add them up."""
@@ -194,24 +191,24 @@ class Product:
             if self.sums is not None:
                 self.total[0, i] = self.total[0, i] + value
 
-    def write_tile(
-        self, row: Index, rows: int, start: UOp, block: int, fresh: UOp | bool
-    ) -> None:
+    def write_tile(self, row: UOp, start: UOp, block: int, fresh: UOp | bool) -> None:
         """out[row : row + rows, panel] += a[..., start : start + block] @ b_block."""
-        k, acc, stride = self.k, self.acc, self.plan.a_strides[0]
+        k, acc, plan = self.k, self.acc, self.plan
+        last = plan.m - 1  # rows beyond it compute it again, and write nothing
+        rows = [minimum(row + x, last) if self.ragged else row + x for x in range(plan.rows)]
         with k.phase() as lane:
-            for x in range(rows):
-                acc[x, lane] = self.begin(row + x, lane, fresh)
+            for x, i in enumerate(rows):
+                acc[x, lane] = self.begin(i, lane, fresh)
         with k.loop(block) as d, k.phase() as lane:
             vector = self.b_block[d, lane]
-            for x in range(rows):
-                if self.plan.packs_a:
-                    number = self.a_block[d, row - self.kept + x]
+            for x, i in enumerate(rows):
+                if plan.packs_a:
+                    number = self.a_block[d, i - self.kept]
                 else:
-                    number = self.a[(row + x) * stride + start + d].cast(self.real)
+                    number = self.a[i * plan.a_strides[0] + start + d].cast(self.real)
                 acc[x, lane] = acc[x, lane] + vector * number
         with k.phase() as lane:
-            for x in range(rows):
+            for x in range(plan.rows):
                 self.put(self.out, row + x, lane, acc[x, lane])
 
     def begin(self, row: Index, lane: UOp, fresh: UOp | bool) -> Value:
@@ -232,10 +229,13 @@ class Product:
         column = self.panel * self.k.lanes + lane
         return minimum(column, self.plan.n - 1) if self.plan.n % self.k.lanes else column
 
-    def put(self, array: Array, row: Index, lane: UOp, value: UOp) -> None:
-        column = self.panel * self.k.lanes + lane
-        gate = column < self.plan.n if self.plan.n % self.k.lanes else None
-        array.put(row * self.plan.n + column, value, where=gate)
+    def put(self, array: Array, row: UOp, lane: UOp, value: UOp) -> None:
+        """Write one element, if it is inside the array."""
+        n, column = self.plan.n, self.panel * self.k.lanes + lane
+        gates = [column < n] if n % self.k.lanes else []
+        gates += [row < self.plan.m] if self.ragged else []
+        where = functools.reduce(lambda p, q: p & q, gates) if gates else None
+        array.put(row * n + column, value, where)
 
 
 def product(k: Kernel, *arrays: Array, plan: Plan) -> None:

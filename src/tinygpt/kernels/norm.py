@@ -17,6 +17,7 @@ order, so that the result is always the same, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 
 from tinygrad import Tensor, UOp, dtypes
@@ -34,26 +35,30 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
     weight and bias are (C,). Half precision is summed in float32. Ba et al. (2016).
     """
-    width = int(x.shape[-1])
-    rows = prod(map(int, x.shape)) // width
+    *outer, width = map(int, x.shape)
+    rows = prod(outer)
     group = largest_divisor(rows, ROWS)
+    launch = partial(run, lanes=LANES, rows=rows, width=width, group=group)
+    size = f"{rows}x{width}"
     x = x.contiguous()
     affine = [weight.contiguous()] if bias is None else [weight.contiguous(), bias.contiguous()]
-    shape = {"rows": rows, "width": width, "group": group}
 
     def backward(gradient: Tensor) -> list[Tensor | None]:
-        parts = min(PARTS, rows // group)
-        wanted = [empty_like(x, *x.shape), *(empty_like(mean, parts, width) for _ in affine)]
-        inputs = [gradient.contiguous(), x, mean, rstd, weight.contiguous()]
-        dx, *partial = run(_backward, wanted, inputs, lanes=LANES, parts=parts, **shape)
-        sums = [empty_like(t, width) for t in affine]
-        sums = run(_add_parts, sums, partial, lanes=LANES, parts=parts, width=width)
-        return [dx, *sums]
+        parts = largest_divisor(rows // group, PARTS)
+        outputs = [empty(x, *outer, width), *(empty(mean, parts, width) for _ in affine)]
+        inputs = [gradient.contiguous(), x, mean, rstd, affine[0]]
+        dx, *pieces = launch(_backward, outputs, inputs, name=f"norm_grad_{size}", parts=parts)
+        sums = [empty(t, width) for t in affine]
+        return [dx, *run(_add_parts, sums, pieces, lanes=LANES, parts=parts, width=width)]
 
-    statistics = [empty_like(x, rows, dtype=sum_dtype(x)) for _ in range(2)]
-    outputs = [empty_like(x, *x.shape), *statistics]
-    y, mean, rstd = run(
-        _forward, outputs, [x, *affine], lanes=LANES, backward=backward, eps=eps, **shape
+    statistics = [empty(x, rows, dtype=sum_dtype(x)) for _ in range(2)]
+    y, mean, rstd = launch(
+        _forward,
+        [empty(x, *outer, width), *statistics],
+        [x, *affine],
+        name=f"norm_{size}",
+        backward=backward,
+        eps=eps,
     )
     return y
 
@@ -119,8 +124,7 @@ def _backward(
     parts: int,
 ) -> None:
     *dbias, g, x, mean, rstd, weight = rest
-    groups, part = rows // group, k.units(parts)
-    begin, end = part * groups // parts, (part + 1) * groups // parts
+    groups, part = rows // group // parts, k.units(parts)
     kind = mean.dtype
     acc, hx = k.tile(group, kind, shared=True), k.tile(group, kind, shared=True)
     mean_h, mean_hx = k.tile(group, kind), k.tile(group, kind)
@@ -128,8 +132,8 @@ def _backward(
     for at, _, inside in across(k, width):
         for sums in (dweight, *dbias):
             sums.put(part * width + at, 0.0, where=inside)
-    with k.loop(groups // parts if groups % parts == 0 else end - begin) as i:
-        first = (begin + i) * group
+    with k.loop(groups) as i:
+        first = (part * groups + i) * group
 
         def gradient(u: int, at: UOp) -> UOp:
             return g[(first + u) * width + at].cast(kind)
@@ -179,17 +183,17 @@ def across(k: Kernel, n: int) -> Iterator[tuple[UOp, UOp, UOp]]:
     for the rest. A CPU does the rest in a shorter loop, so that no lane is ever idle; on a GPU the
     idle lanes see the last element, and must add or write nothing.
     """
-    whole, rest = divmod(n, k.lanes)
-    if whole:
-        with k.loop(whole) as j, k.phase() as lane:
+    blocks, rest = divmod(n, k.lanes)
+    if blocks:
+        with k.loop(blocks) as j, k.phase() as lane:
             yield j * k.lanes + lane, lane, as_uop(True)
     if rest and k.gpu:
         with k.phase() as lane:
-            at = whole * k.lanes + lane
+            at = blocks * k.lanes + lane
             yield minimum(at, n - 1), lane, at < n
     elif rest:
         with k.phase(rest) as lane:
-            yield whole * k.lanes + lane, lane, as_uop(True)
+            yield blocks * k.lanes + lane, lane, as_uop(True)
 
 
 def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
@@ -210,6 +214,6 @@ def largest_divisor(n: int, limit: int) -> int:
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
-def empty_like(t: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
+def empty(t: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
     """Memory for a kernel's output, on the device of t and of its type unless another is given."""
     return Tensor.empty(*shape, dtype=dtype or t.dtype, device=t.device)

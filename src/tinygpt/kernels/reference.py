@@ -1,4 +1,4 @@
-"""The plain twin of every kernel, in stock tinygrad operations: the oracle, the fallback and the lesson.
+"""The plain twin of every kernel, in stock operations: the oracle, the fallback and the lesson.
 
 Shapes use the field's letters: B batch, T positions, C width, H heads, D head size, V vocabulary.
 """
@@ -55,7 +55,7 @@ def attention(
     """
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))  # (B, H, Tq, Tk)
     if is_causal and q.shape[-2] != 1:  # a single query is the last position: it sees every key
-        mask = causal_mask(q.shape[-2], k.shape[-2])
+        mask = causal_mask(int(q.shape[-2]), int(k.shape[-2]))
         scores = mask.where(scores, -math.inf)
     weights = scores.softmax(-1)
     if keep is not None:
@@ -64,7 +64,10 @@ def attention(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(logits)[target] in nats, logits (N, V), targets (N,); targets < 0 are left out."""
+    """Mean of -log softmax(logits)[target] in nats; logits (N, V), targets (N,).
+
+    Targets below 0 are left out.
+    """
     counted = targets >= 0
     picked = (Tensor.arange(logits.shape[-1]) == targets.unsqueeze(-1)).where(logits, 0).sum(-1)
     losses = counted.where(logits.logsumexp(-1) - picked, 0)

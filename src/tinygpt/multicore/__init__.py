@@ -9,9 +9,9 @@ same, bit for bit: the same pieces are run, only elsewhere. ``docs/multicore.md`
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-import warnings
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from tinygpt.runtime import cores
 
 if TYPE_CHECKING:
     from tinygpt.multicore.runner import Engine
+
+log = logging.getLogger(__name__)
 
 TINYGRAD = "0.14."
 """The versions of tinygrad that this was written for and is tested with."""
@@ -38,7 +40,7 @@ def install(threads: int | None = None) -> int:
 
     Call it before kernels are made: they are split for the number of threads of their time.
     Where the default device is not the CPU, nothing happens. Where tinygrad is not as this module
-    knows it, a warning says so, and tinygrad goes on in its own way. Either way 1 is returned.
+    knows it, a line of the log says so, and tinygrad goes on in its own way. Both return 1.
 
     Raises UsageError for a number that makes no sense.
     """
@@ -53,10 +55,10 @@ def install(threads: int | None = None) -> int:
     try:
         engine = _engine()
     except Exception as error:  # whatever tinygrad's insides raise when they have changed
-        warnings.warn(
-            f"Kernels run on one core, in tinygrad's own way: {error}. "
-            f"Set TINYGPT_THREADS=0 to do without this notice.",
-            stacklevel=2,
+        log.warning(
+            "Kernels run on one core, in tinygrad's own way: %s. "
+            "Set TINYGPT_THREADS=0 to do without this notice.",
+            error,
         )
         return 1
     engine.plug_in(number)
@@ -70,6 +72,11 @@ def uninstall() -> None:
     """
     if _engine.cache_info().currsize:
         _engine().unplug()
+
+
+def threads() -> int:
+    """The number of threads that kernels run on now; 1 where ``install`` was not called."""
+    return _engine().pool.threads if _engine.cache_info().currsize else 1
 
 
 @cache

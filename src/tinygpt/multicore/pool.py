@@ -60,12 +60,16 @@ class _Head(ctypes.Structure):
 _RUN, _SERVE, _START, _STOP = range(4)
 
 
+Commands = ctypes.Array[ctypes.c_uint64]
+"""A list of kernels in memory, as ``pool.c`` reads it."""
+
+
 def command(kernel: int, pieces: int, slot: int, arguments: Sequence[int]) -> list[int]:
     """One kernel as ``pool.c`` reads it; the number of the piece goes into argument ``slot``."""
     return [kernel, pieces | slot << 16 | len(arguments) << 32, *arguments]
 
 
-def command_list(words: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:
+def command_list(words: Sequence[int]) -> Commands:
     """Commands in a row, ready to run. Negative numbers become their two's complement."""
     return (ctypes.c_uint64 * (len(words) + MAX_ARGS + 1))(*words)
 
@@ -101,7 +105,7 @@ class Pool:
         """The caller and the workers; 1 without workers."""
         return int(self._head.threads)
 
-    def run(self, commands: ctypes.Array[ctypes.c_uint64], count: int) -> None:
+    def run(self, commands: Commands, count: int) -> None:
         """Run ``count`` commands in order, each kernel's pieces on all threads."""
         self._enter(self._address, _RUN, ctypes.addressof(commands), count)
 

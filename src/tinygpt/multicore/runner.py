@@ -8,10 +8,11 @@ from functools import partial
 from tinygrad.device import Buffer, Compiled, Device, TinyELF
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.engine.realize import get_call_arg_uops, resolve_params
-from tinygrad.helpers import NUM_CPU_THREADS, getenv
+from tinygrad.helpers import NUM_CPU_THREADS, getenv, unwrap
 from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
 from tinygrad.runtime.support.hcq import HCQBuffer
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.uop import Ops
+from tinygrad.uop.ops import UOp
 
 from tinygpt.multicore.pool import MAX_ARGS, Pool, command, command_list
 from tinygpt.runtime import cores
@@ -36,7 +37,7 @@ class Engine:
         if threads != self.pool.threads:
             self.pool.start(threads, cores())
         self.device.graph = partial(PoolGraph, self.pool)
-        self.device.runtime_t = partial(PoolProgram, self.pool)
+        self.device.runtime_t = partial(PoolProgram, self.pool)  # type: ignore[assignment]
         NUM_CPU_THREADS.value = threads
 
     def unplug(self) -> None:
@@ -60,9 +61,9 @@ class PoolGraph(GraphRunner):
         words: list[int] = []
         for j, call in enumerate(self.linear.src):
             info, buffers, place = call.src[0].arg, self.calls[j][2], len(words) + 2
-            core = info.runtimevars.get("core_id")
+            core, runtime = info.runtimevars.get("core_id"), unwrap(self.runtimes[j])
             words += command(
-                self.runtimes[j].addr,
+                runtime.addr,
                 pieces=1 if core is None else info.global_size[0],
                 slot=UNSPLIT if core is None else len(info.globals) + core,
                 arguments=[_pointer(buffers[p]) for p in info.globals] + [0] * len(info.vars),
@@ -80,7 +81,9 @@ class PoolGraph(GraphRunner):
     ) -> float | None:
         start = time.perf_counter()
         for place, call, argument in self.inputs:
-            self.commands[place] = _pointer(resolve_params(call, input_uops)[argument].buffer)
+            buffer = resolve_params(call, input_uops)[argument].buffer
+            assert isinstance(buffer, Buffer), "a call on one device has plain buffers"
+            self.commands[place] = _pointer(buffer)
         for j, i, value in self.updated_vars(var_vals):
             self.commands[self.variables[j, i]] = value
         self.pool.run(self.commands, len(self.calls))
@@ -122,7 +125,7 @@ class PoolProgram(CPUProgram):
                 *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait
             )
         start = time.perf_counter()
-        arguments = [b.va_addr for b in bufs] + [value or 0 for value in vals]
+        arguments = [int(b.va_addr) for b in bufs] + [value or 0 for value in vals]
         words = command(self.addr, global_size[0], self.core, arguments)
         self.pool.run(command_list(words), 1)
         return time.perf_counter() - start if wait else None

@@ -179,6 +179,7 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
 class TextStream:
     """Ids one at a time to text as it becomes complete: a character's bytes may take many tokens.
 
+    >>> from tinygpt.tokenizers import ByteTokenizer
     >>> stream = TextStream(ByteTokenizer())
     >>> [stream.push(byte) for byte in "né".encode()]
     ['n', '', 'é']

@@ -1,0 +1,208 @@
+"""Clipping and AdamW over all parameters, in place, in a handful of launches.
+
+First the sum of the squares of all gradients, in a fixed number of parts, whatever the number of
+cores. Then, in one small kernel, their norm and what follows from it, and Adam's bias corrections.
+Last the update, for as many parameters at once as a kernel may have buffers. With the gradient g,
+scaled so that the norm of all of them is at most the limit::
+
+    m = β₁ m + (1 - β₁) g            v = β₂ v + (1 - β₂) g²
+    p = p (1 - lr · decay) - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
+
+Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+from tinygrad import Tensor, UOp
+
+from tinygpt.kernels.norm import empty, fill, sum_dtype
+from tinygpt.kernels.phases import Array, Kernel, as_uop, minimum, run
+
+LANES = 32
+PARTS = 16
+GPU_UNITS = 512
+BUFFERS = {"METAL": 31, "WEBGPU": 8}
+"""The most buffers that a kernel may have, where that is less than tinygrad's 62 on the CPU."""
+
+
+def adamw_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lr: Tensor,
+    b1_t: Tensor,
+    b2_t: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: Sequence[float],
+    clip: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Take one step: update params, m, v, b1_t and b2_t in place; returns the gradients' norm ().
+
+    ``lr``, ``b1_t`` and ``b2_t`` are (1,), the last two the products β₁ᵗ and β₂ᵗ so far. ``decay``
+    is one number for each parameter. Gradients are multiplied by ``scale``, for example 1 / the
+    number of micro-batches they were summed over, and then clipped to the norm ``clip``, if it is
+    not 0. What is updated has to be realized together with the norm.
+    """
+    most = BUFFERS.get(str(params[0].device).split(":")[0], 62)
+    grads = [g.contiguous() for g in grads]
+    sums = []
+    for i, j in split(tuple(g.shape for g in grads), most - 1):
+        sizes = tuple(math.prod(map(int, g.shape)) for g in grads[i:j])
+        out = [empty(grads[0], PARTS * LANES, dtype=sum_dtype(m[0]))]
+        sums += run(_squares, out, grads[i:j], lanes=LANES, name=f"squares_{j - i}", sizes=sizes)
+    state = [empty(m[0], 4), empty(m[0], 1), b1_t, b2_t]
+    state = run(
+        _numbers,
+        state,
+        [lr, *sums],
+        lanes=LANES,
+        name="adamw_numbers",
+        beta1=beta1,
+        beta2=beta2,
+        clip=clip,
+        scale=scale,
+    )
+    numbers, norm = state[:2]
+    _replace([b1_t, b2_t], state[2:])
+    keys = tuple((p.shape, d) for p, d in zip(params, decay, strict=True))
+    for i, j in split(keys, (most - 1) // 4):
+        old = [*params[i:j], *m[i:j], *v[i:j]]
+        new = run(
+            _update,
+            old,
+            [*grads[i:j], numbers],
+            lanes=LANES,
+            name=f"adamw_{j - i}",
+            sizes=tuple(math.prod(map(int, p.shape)) for p in params[i:j]),
+            decay=tuple(decay[i:j]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        )
+        _replace(old, new)
+    return norm.reshape(())
+
+
+@lru_cache
+def split(keys: tuple[Hashable, ...], most: int) -> list[tuple[int, int]]:
+    """Cut a list into ranges of at most ``most`` entries, with as much repetition as can be had.
+
+    Ranges with equal keys share a kernel, so that a model's layers, all alike, need only one. The
+    best length and place of the first cut are found by trying all: building an entry of a kernel
+    takes a few milliseconds, once; launching one takes a few microseconds, every step.
+    """
+
+    def ranges(first: int, length: int) -> list[tuple[int, int]]:
+        cuts = sorted({0, *range(first, len(keys), length), len(keys)})
+        return list(pairwise(cuts))
+
+    def cost(found: list[tuple[int, int]]) -> int:
+        return 2 * sum(map(len, {keys[i:j] for i, j in found})) + len(found)
+
+    lengths = range(1, min(most, len(keys)) + 1)
+    return min((ranges(first, n) for n in lengths for first in range(n)), key=cost)
+
+
+def _replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for before, after in zip(old, new, strict=True):
+        before.replace(after)
+
+
+def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...]) -> None:
+    """Lane by lane, the sum of the squares of this part of every gradient."""
+    part = k.units(PARTS)
+    acc = k.tile(1, out.dtype)
+    fill(k, 0.0, 1, acc)
+    for g, n in zip(grads, sizes, strict=True):
+        for at, lane, inside in share(k, n, part, PARTS):
+            value = g[at].cast(out.dtype)
+            acc[0, lane] = acc[0, lane] + inside.where(value * value, 0.0)
+    with k.phase() as lane:
+        out[part * k.lanes + lane] = acc[0, lane]
+
+
+def _numbers(
+    k: Kernel,
+    numbers: Array,
+    norm: Array,
+    b1_t: Array,
+    b2_t: Array,
+    lr: Array,
+    *sums: Array,
+    beta1: float,
+    beta2: float,
+    clip: float,
+    scale: float,
+) -> None:
+    """numbers: what a gradient is multiplied by, lr, 1 / (1 - β₁ᵗ), 1 / (1 - β₂ᵗ)."""
+    k.units(1)
+    acc, total = k.tile(1, numbers.dtype, shared=True), k.tile(1, numbers.dtype)
+    fill(k, 0.0, 1, acc)
+    for squares in sums:
+        with k.loop(PARTS) as part, k.phase() as lane:
+            acc[0, lane] = acc[0, lane] + squares[part * k.lanes + lane]
+    k.fold(total, acc, 1)
+    with k.phase(1):
+        norm[0] = total[0, 0].sqrt() * scale
+        b1_t[0] = b1_t[0] * beta1
+        b2_t[0] = b2_t[0] * beta2
+    with k.phase(1):
+        factor = clip / (norm[0] + 1e-6)
+        numbers[0] = (factor >= 1.0).where(1.0, factor) * scale if clip else scale
+        numbers[1] = lr[0]
+        numbers[2] = 1.0 / (1.0 - b1_t[0])
+        numbers[3] = 1.0 / (1.0 - b2_t[0])
+
+
+def _update(
+    k: Kernel,
+    *arrays: Array,
+    sizes: tuple[int, ...],
+    decay: tuple[float, ...],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Arrays: the parameters, then their m, v and gradients, then the numbers."""
+    n = len(sizes)
+    params, ms, vs, grads = (arrays[i : i + n] for i in range(0, 4 * n, n))
+    factor, lr, correct_m, correct_v = (arrays[-1][i] for i in range(4))
+    units = GPU_UNITS if k.gpu else k.threads
+    unit = k.units(units)
+    for p, m, v, g, size, d in zip(params, ms, vs, grads, sizes, decay, strict=True):
+        for at, _, inside in share(k, size, unit, units):
+            gradient = g[at].cast(m.dtype) * factor
+            first = m[at] * beta1 + gradient * (1 - beta1)
+            second = v[at] * beta2 + gradient * gradient * (1 - beta2)
+            step = first * correct_m / ((second * correct_v).sqrt() + eps)
+            kept = p[at].cast(m.dtype)
+            kept = kept * (1.0 - lr * d) if d else kept
+            p.put(at, kept - lr * step, where=inside)
+            m.put(at, first, where=inside)
+            v.put(at, second, where=inside)
+
+
+def share(k: Kernel, n: int, part: UOp, parts: int) -> Iterator[tuple[UOp, UOp, UOp]]:
+    """Phases over one part's share of the elements below n: yields (element, lane, is it one?).
+
+    Every part has as many whole blocks of lanes, and of what is left over a block or nothing. Lanes
+    that are left with nothing see the last element, and must add or write nothing.
+    """
+    blocks = n // k.lanes // parts
+    if blocks:
+        with k.loop(blocks) as j, k.phase() as lane:
+            yield (part * blocks + j) * k.lanes + lane, lane, as_uop(True)
+    if n > (done := parts * blocks * k.lanes):
+        with k.phase() as lane:
+            at = done + part * k.lanes + lane
+            yield minimum(at, n - 1), lane, at < n

@@ -1,0 +1,375 @@
+"""tinygrad's kernels on the pool: the same bits as without it, and a well-behaved process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import Device, Tensor, TinyJit, UOp
+from tinygrad.engine.realize import graph_cache, runtime_cache
+from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops
+
+from tinygpt import multicore
+from tinygpt.errors import UsageError
+from tinygpt.multicore.pool import Commands, command, command_list
+from tinygpt.runtime import cores
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX threads"),
+    pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tinygrad's default device is another"),
+]
+
+PIECES = 6
+
+
+@pytest.fixture(autouse=True)
+def tinygrad_as_it_was() -> Iterator[None]:
+    multicore.uninstall()
+    runtime_cache.clear()  # or a kernel would keep the way of launching of its first test
+    yield
+    multicore.uninstall()
+
+
+def split_kernel(out: UOp, *inputs: UOp) -> UOp:
+    """out[row] = the sum of that row of all inputs: one piece for each row."""
+    row = UOp.range(PIECES, 0, AxisType.THREAD)
+    column = UOp.range(inputs[0].shape[1], 1, AxisType.REDUCE)
+    total = sum((other[row, column] for other in inputs[1:]), inputs[0][row, column])
+    store = out[row].store(total.reduce(column, arg=Ops.ADD)).end(row)
+    return store.sink(arg=KernelInfo(name=f"rows_{len(inputs)}", opts_to_apply=()))
+
+
+def rows(*inputs: Tensor) -> Tensor:
+    return Tensor.custom_kernel(Tensor.empty(PIECES), *inputs, fxn=split_kernel)[0]
+
+
+def random(*shape: int) -> Tensor:
+    return Tensor(np.random.standard_normal(shape).astype(np.float32)).realize()
+
+
+def launches() -> list[str]:
+    """The class of what launches each kernel that was made since the test began."""
+    return [type(program).__name__ for program in runtime_cache.values()]
+
+
+# ---- results ----
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_a_split_kernel_gives_the_same_bits_on_any_number_of_threads(threads: int) -> None:
+    x = random(PIECES, 1000)
+    expected = rows(x).numpy()
+    runtime_cache.clear()
+    assert multicore.install(threads) == threads
+    for _ in range(5):
+        assert np.array_equal(rows(x).numpy(), expected)
+    assert "PoolProgram" in launches()
+    jitted = TinyJit(lambda x: (rows(x) + 1).realize())
+    for _ in range(5):
+        assert np.array_equal(jitted(x).numpy(), expected + np.float32(1))
+    assert len(graph_cache) > 0
+
+
+def test_a_stock_matrix_product_gives_the_same_bits() -> None:
+    a, b = random(160, 160), random(160, 160)
+    expected = (a @ b).numpy()
+    for threads in (1, 2, 4):
+        multicore.install(threads)
+        assert np.array_equal((a @ b).numpy(), expected)
+        jitted = TinyJit(lambda a, b: ((a @ b) * 2).contiguous().add(1).realize())
+        for _ in range(4):
+            out = jitted(a, b).numpy()
+        assert np.array_equal(out, expected * np.float32(2) + np.float32(1))
+
+
+def test_a_jit_follows_its_inputs() -> None:
+    multicore.install(2)
+
+    @TinyJit
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        total = rows(x, y)
+        return total.realize(), (total * 2 + x[:, 0]).realize()
+
+    for _ in range(6):
+        x, y = random(PIECES, 40), random(PIECES, 40)
+        sums, doubled = (t.numpy() for t in step(x, y))
+        expected = (x.numpy() + y.numpy()).sum(axis=1)
+        np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(doubled, sums * 2 + x.numpy()[:, 0], rtol=1e-6)
+
+
+def test_a_jit_follows_inputs_that_are_views() -> None:
+    multicore.install(2)
+    step = TinyJit(lambda x: (rows(x).contiguous() + 1).realize())
+    for _ in range(5):
+        whole = random(3 * PIECES, 40)
+        out = step(whole[PIECES : 2 * PIECES]).numpy()
+        expected = whole.numpy()[PIECES : 2 * PIECES].sum(axis=1) + 1
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_jit_carries_state_that_it_assigns() -> None:
+    multicore.install(2)
+    state = Tensor.zeros(PIECES).contiguous().realize()
+    step = TinyJit(lambda x: state.assign(state * 0.5 + rows(x)).realize())
+    expected = np.zeros(PIECES, np.float32)
+    for _ in range(6):
+        x = random(PIECES, 30)
+        step(x)
+        expected = expected * 0.5 + x.numpy().sum(axis=1)
+        np.testing.assert_allclose(state.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_jit_follows_a_variable() -> None:
+    multicore.install(2)
+    x = random(10, 64)
+
+    @TinyJit
+    def step(i: UOp) -> Tensor:
+        part = x[i : i + 2]
+        return (part.sum(axis=1).contiguous() + i).realize()
+
+    position = UOp.variable("i", 0, 8)
+    for i in (0, 3, 7, 2, 8, 1):
+        expected = x.numpy()[i : i + 2].sum(axis=1) + i
+        np.testing.assert_allclose(step(position.bind(i)).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [1, 6, 7, 14, 15, 30, 31, 61])
+def test_kernels_of_any_number_of_arguments(inputs: int) -> None:
+    multicore.install(2)
+    tensors = [random(PIECES, 3) for _ in range(inputs)]
+    expected = sum(t.numpy().sum(axis=1, dtype=np.float64) for t in tensors)
+    step = TinyJit(lambda *t: (rows(*t) + 1).contiguous().mul(2).realize())
+    for _ in range(3):
+        out = step(*tensors).numpy()
+    np.testing.assert_allclose(out, (expected + 1) * 2, rtol=1e-4, atol=1e-4)
+
+
+def test_more_arguments_than_tinygrad_takes_are_left_to_tinygrad() -> None:
+    multicore.install(2)
+    step = TinyJit(lambda *t: (rows(*t) + 1).contiguous().mul(2).realize())
+    with pytest.raises(AssertionError, match="at most 63 arguments"):
+        step(*[random(PIECES, 3) for _ in range(63)])
+
+
+def counting(launches: int) -> tuple[Commands, Tensor]:
+    """A list of launches that each add one to all PIECES numbers of a tensor, and the tensor."""
+
+    def kernel(out: UOp) -> UOp:
+        piece = UOp.range(PIECES, 0, AxisType.THREAD)
+        store = out[piece].store(out[piece] + 1).end(piece)
+        return store.sink(arg=KernelInfo(name="count", opts_to_apply=()))
+
+    counter = Tensor.custom_kernel(Tensor.zeros(PIECES).contiguous(), fxn=kernel)[0].realize()
+    program = next(p for p in runtime_cache.values() if p.name == "count")
+    address = counter.uop.buffer._buf.va_addr
+    return command_list(
+        command(program.addr, PIECES, program.core, [address, 0]) * launches
+    ), counter
+
+
+def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
+    multicore.install(2)
+    pool, work = multicore._engine().pool, [counting(100) for _ in range(3)]
+
+    def call(commands: Commands) -> None:
+        for _ in range(100):
+            pool.run(commands, 100)
+
+    callers = [threading.Thread(target=call, args=(commands,)) for commands, _ in work]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for _, counter in work:
+        assert counter.tolist() == [1 + 100 * 100] * PIECES
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_ten_thousand_tiny_launches_are_all_done(threads: int) -> None:
+    multicore.install(threads)
+    commands, counter = counting(100)
+    for i in range(100):
+        multicore._engine().pool.run(commands, 100)
+        if i % 10 == 0:
+            time.sleep(0.001)  # let the workers fall asleep
+    assert counter.tolist() == [1 + 10_000] * PIECES
+
+
+# ---- switching on and off ----
+
+
+def test_uninstall_gives_tinygrad_its_own_way_back() -> None:
+    device, pieces = Device["CPU"], NUM_CPU_THREADS.value
+    before = threading.active_count()
+    multicore.install(3)
+    assert (device.graph is not None, NUM_CPU_THREADS.value) == (True, 3)
+    assert threading.active_count() == before + 2
+    multicore.uninstall()
+    assert (device.graph, device.runtime_t) == (None, CPUProgram)
+    assert NUM_CPU_THREADS.value == pieces
+    assert threading.active_count() == before
+    x = random(PIECES, 20)
+    np.testing.assert_allclose(rows(x).numpy(), x.numpy().sum(axis=1), rtol=1e-4, atol=1e-5)
+    assert launches()[-1] == "CPUProgram"
+
+
+def test_a_captured_jit_outlives_changes_of_the_pool() -> None:
+    multicore.install(2)
+    step = TinyJit(lambda x: (rows(x).contiguous() + 1).realize())
+    for change in (None, None, None, 3, 0, 1, 2):
+        if change is not None:
+            multicore.install(change)
+        x = random(PIECES, 40)
+        expected = x.numpy().sum(axis=1) + 1
+        np.testing.assert_allclose(step(x).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_threads_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYGPT_THREADS", "3")
+    assert multicore.install() == 3
+    assert multicore.install(2) == 2
+    monkeypatch.setenv("TINYGPT_THREADS", "")
+    assert multicore.install() == cores()
+    monkeypatch.setenv("TINYGPT_THREADS", "0")
+    assert multicore.install() == 1
+    assert Device["CPU"].graph is None
+
+
+@pytest.mark.parametrize("given", [-1, 257, "two"])
+def test_a_number_of_threads_that_makes_no_sense_is_refused(
+    given: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"threads=.* from 1 to 256.* may use \d+"):
+        multicore.install(given)  # type: ignore[arg-type]
+    monkeypatch.setenv("TINYGPT_THREADS", str(given))
+    with pytest.raises(UsageError, match="TINYGPT_THREADS="):
+        multicore.install()
+
+
+def unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.15.1")
+
+
+def other_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device["CPU"], "graph", object())
+
+
+def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, source: str) -> bytes:
+        raise subprocess.CalledProcessError(1, "clang")
+
+    monkeypatch.setattr("tinygrad.device.Compiler.compile_cached", fail)
+
+
+@pytest.mark.parametrize("trouble", [unknown_version, other_plug_in, broken_compiler])
+def test_what_cannot_work_is_left_to_tinygrad_with_a_notice(
+    trouble: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    multicore._engine.cache_clear()
+    with monkeypatch.context() as patch:
+        trouble(patch)
+        assert multicore.install(2) == 1
+    assert "one core" in caplog.text and "TINYGPT_THREADS=0" in caplog.text
+    assert Device["CPU"].graph is None and multicore.threads() == 1
+    assert multicore.install(2) == multicore.threads() == 2
+
+
+# ---- a well-behaved process ----
+
+
+def test_idle_workers_use_no_cpu_time() -> None:
+    multicore.install(3)
+    x = random(PIECES, 1000)
+    rows(x).realize()
+    time.sleep(0.05)
+    start = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - start < 0.03
+
+
+def test_a_signal_reaches_the_main_thread_while_kernels_run() -> None:
+    multicore.install(2)
+    commands, _ = counting(1000)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(InterruptedError):
+            for _ in range(10**6):
+                multicore._engine().pool.run(commands, 1000)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_a_process(body: str) -> str:
+    """What ``body`` prints when it is run, after this file, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(body)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_a_process_ends_cleanly_while_workers_wait() -> None:
+    printed = in_a_process("""
+        from test_multicore import *
+        multicore.install(3)
+        print(rows(Tensor.ones(PIECES, 5).contiguous()).tolist())
+    """)
+    assert printed == f"{[5.0] * PIECES}\n"
+
+
+def test_a_forked_child_runs_alone_and_its_parent_goes_on() -> None:
+    printed = in_a_process("""
+        import warnings
+        from test_multicore import *
+        multicore.install(3)
+        pool, (commands, counter) = multicore._engine().pool, counting(100)
+        warnings.simplefilter("ignore")  # newer Pythons warn of any fork of a threaded process
+        if (child := os.fork()) == 0:
+            pool.run(commands, 100)  # on memory that tinygrad shares between the two
+            os._exit(pool.threads)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        pool.run(commands, 100)
+        print(pool.threads, counter.tolist())
+    """)
+    assert printed == f"1\n3 {[201.0] * PIECES}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_a_process_bound_to_one_core_takes_one_thread_and_may_take_more() -> None:
+    printed = in_a_process("""
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from test_multicore import *
+        os.environ.pop("TINYGPT_THREADS", None)
+        print(multicore.install())
+        print(multicore.install(3))
+        commands, counter = counting(500)
+        multicore._engine().pool.run(commands, 500)
+        print(counter.tolist())
+    """)
+    assert printed == f"1\n3\n{[501.0] * PIECES}\n"
