@@ -49,7 +49,8 @@ class GPT(Transformer):
         """Continue the prompts idx (B, T) by up to ``max_tokens``; -> int32 (B, T + new).
 
         Prompts and texts may be longer than block_size: the model then sees the last block_size
-        tokens. ``stop`` is a token id, several, or sequences of ids; one ``seed`` gives one text. Dropout is off. Raises UsageError if the prompt is empty or an id is out of range.
+        tokens. ``stop`` is a token id, several, or sequences of ids; one ``seed`` gives one text.
+        Dropout is off. Raises UsageError if the prompt is empty or an id is out of range.
         """
         config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty)
         return generate.generate(self.decoder, idx, max_tokens, config, seed=seed, stop=stop)

@@ -186,7 +186,7 @@ class Transformer:
         return kernels.linear(x, self._output_weight())
 
     def loss(self, tokens: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); those < 0 are left out."""
+        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); < 0 is left out."""
         self._check(tokens)
         if targets.shape != tokens.shape:
             raise UsageError(

@@ -164,7 +164,8 @@ class TrainingRun:
             kept = f" The last checkpoint is {self.newest}." if self.newest else ""
             raise TrainingError(
                 f"The loss became {step.train_loss} at step {step.iter}: training cannot go on."
-                f"{kept} Try a lower learning_rate (now {self.config.learning_rate}) or a longer warm-up."
+                f"{kept} Try a lower learning_rate (now {self.config.learning_rate}) or a longer "
+                f"warm-up."
             )
         if step.val_loss is not None:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))

@@ -107,6 +107,12 @@ def train(
         return 0
     if settings.data.source is None:
         raise UsageError(f"There is no text to learn from. Try: {command('train', 'auto')}")
+    if not resume and out is not None and any(out.glob("ckpt_*.safetensors")):
+        go_on = command("train", "--resume", "--out", out)
+        raise UsageError(
+            f"{out} holds a run already, and nothing there is overwritten. Give another folder, or "
+            f"go on with it: {go_on}"
+        )
     runtime.require_device()
     return _follow(_make_run(settings, out, resume, saved_tokenizer=tokenizer is None), json)
 

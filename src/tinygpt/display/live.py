@@ -33,6 +33,7 @@ class LiveDisplay:
     ) -> None:
         self.config, self.title, self.start = config, title, start
         self._step: Step | None = None
+        self._first: tuple[float, int] | None = None
         self._val_loss: float | None = None
         self._best = "-"
         self._sample: tuple[str, int] | None = None
@@ -65,6 +66,7 @@ class LiveDisplay:
     def update(self, step: Step) -> None:
         """Remember the step; the view is drawn again four times a second, whatever the pace."""
         self._step = step
+        self._first = self._first or (time.monotonic(), step.iter)
         self._curve.add(step.train_loss)
         if step.val_loss is not None:
             self._val_loss = step.val_loss
@@ -94,11 +96,11 @@ class LiveDisplay:
         return Group(*parts)
 
     def _bar(self) -> RenderableType:
-        done = self._step.iter if self._step else self.start
-        spent = time.monotonic() - self._began
-        text = f"{duration(spent)} elapsed"
-        if done > self.start:
-            left = spent / (done - self.start) * (self.config.max_iters - done)
+        now, done = time.monotonic(), self._step.iter if self._step else self.start
+        text = f"{duration(now - self._began)} elapsed"
+        if self._first is not None and done > self._first[1]:  # compilation is not counted
+            since, before = self._first
+            left = (now - since) / (done - before) * (self.config.max_iters - done)
             text += f", {duration(left)} left"
         self._progress.update(self._task, completed=done, time=text)
         return self._progress.get_renderable()

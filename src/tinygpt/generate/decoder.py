@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, TinyJit, Variable
 from tinygrad.device import Buffer
+from tinygrad.dtype import _to_np_dtype
 from tinygrad.uop.ops import UOp
 
 from tinygpt.cache import KVCache
@@ -20,6 +21,16 @@ Logits = npt.NDArray[np.float32]
 
 SMALLEST_BUCKET = 16
 LIVE_BATCH_SIZES = 4
+
+
+def write(tensor: Tensor, values: npt.NDArray[Any]) -> None:
+    """Copy numpy values of the same shape into a realized Tensor, in place, without a graph.
+
+    To make a new Tensor for each token takes as long as the forward pass of a small model.
+    """
+    buffer = tensor.uop.base.buffer
+    source = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
+    buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
 
 
 class Decoder:
@@ -128,19 +139,13 @@ class _Batch:
 
 
 class _Forward:
-    """A jitted function of ids (B, T) and a position; -> logits (B, V), from numpy to numpy.
-
-    The ids are copied into one Tensor that is made once: to make a Tensor for every token would cost
-    as much as the forward pass of a small model.
-    """
+    """A jitted function of ids (B, T) and a position; -> logits (B, V), from numpy to numpy."""
 
     def __init__(self, jitted: Callable[[Tensor, UOp], Tensor], size: int, length: int) -> None:
         self._jitted = jitted
         self._ids = Tensor(np.zeros((size, length), np.int32)).realize()
 
     def __call__(self, ids: Ids, position: UOp) -> Logits:
-        source = np.ascontiguousarray(ids, np.int32)
-        buffer = self._ids.uop.base.buffer
-        buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
+        write(self._ids, ids)
         logits: Logits = self._jitted(self._ids, position).numpy()
         return logits

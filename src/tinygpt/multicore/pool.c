@@ -114,7 +114,7 @@ static void open(struct pool *pool, struct gate *gate, word value) {
   store(&gate->value, value);
   if (!load(&gate->sleepers)) return;
   pool->lock(pool->mutex);
-  
+  pool->wake_all(gate->condition);
   pool->unlock(pool->mutex);
 }
 

@@ -9,10 +9,10 @@ import shlex
 import shutil
 import stat
 import sys
+import tempfile
 from pathlib import Path
 
 from tinygpt.errors import DeviceError
-from tinygpt.files import replacing
 from tinygpt.runtime.folders import cache_dir, private_temp
 from tinygpt.runtime.machine import processor
 
@@ -128,9 +128,7 @@ def shim(zig: Path) -> Path:
     for folder in (cache_dir, private_temp):
         path = folder() / name
         if not (path.is_file() and path.read_bytes() == script):
-            with replacing(path) as file:
-                os.fchmod(file.fileno(), stat.S_IRWXU)
-                file.write(script)
+            _write_program(path, script)
         if os.access(path, os.X_OK):  # false too on a file system mounted noexec
             return path
     raise PermissionError(f"programs cannot be run from {path.parent}")
@@ -139,6 +137,15 @@ def shim(zig: Path) -> Path:
 def is_shim(cc: str) -> bool:
     """Whether a compiler is a script that ``shim`` wrote."""
     return Path(cc).name.startswith(SHIM_PREFIX)
+
+
+def _write_program(path: Path, content: bytes) -> None:
+    """It appears whole and executable at once: another process may be about to start it."""
+    handle, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    Path(staging).chmod(stat.S_IRWXU)
+    Path(staging).replace(path)
 
 
 def _kernel_key() -> str:

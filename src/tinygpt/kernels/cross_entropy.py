@@ -1,0 +1,156 @@
+"""The loss: cross-entropy of logits, and the same fused with the projection that makes the logits.
+
+For a row of logits s with the target t, let m = max s and z = Σ exp(s - m). Then::
+
+    loss = -log softmax(s)[t] = log z - (s[t] - m)
+    ∂loss/∂s[v] = exp(s[v] - m) / z - (v = t)
+
+and the mean over the counted rows, those with a target >= 0, is what comes out. m and z are kept
+apart, not as log z + m, because for logits of 10⁴ that sum would round away what matters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from tinygrad import Tensor, UOp, dtypes
+
+from tinygpt.kernels.norm import across, empty, fill, largest_divisor, sum_dtype
+from tinygpt.kernels.phases import Array, Kernel, as_index, as_uop, exp2, run
+
+LANES = 16
+ROWS = 4
+LOG2E = 1 / math.log(2)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[target] in nats, a float32 or float64 ().
+
+    logits (N, V), integer targets (N,). Targets < 0 are left out; a target beyond V makes it NaN.
+    """
+    N, V = map(int, logits.shape)
+    logits, targets = logits.contiguous(), targets.cast(dtypes.int32).contiguous()
+    launch = partial(run, lanes=LANES, N=N, V=V, group=largest_divisor(N, ROWS))
+    rows = [empty(logits, N, dtype=sum_dtype(logits)) for _ in range(3)]
+    rows = launch(_row_losses, rows, [logits, targets], name=f"cross_entropy_{N}x{V}")
+    losses, *statistics = (r.detach() for r in rows)
+
+    def backward(gradient: Tensor) -> list[Tensor | None]:
+        inputs = [gradient.contiguous(), inverse, *statistics, logits, targets]
+        out = [empty(logits, N, V)]
+        dlogits = launch(_row_gradients, out, inputs, name=f"cross_entropy_grad_{N}x{V}")
+        return [None, None, *dlogits]
+
+    loss, inverse = mean(losses, targets, [logits], backward)
+    return loss
+
+
+def mean(
+    losses: Tensor,
+    targets: Tensor,
+    sources: list[Tensor],
+    backward: Callable[[Tensor], list[Tensor | None]],
+) -> tuple[Tensor, Tensor]:
+    """-> (mean loss () of the counted rows, 1 / their number (1,)).
+
+    ``backward`` is given the gradient of the mean, (1,), and returns those of losses and targets,
+    which are None, and of the ``sources`` that the losses were computed from.
+    """
+    outputs = [empty(losses, 1), empty(losses, 1)]
+    inputs = [losses, targets, *sources]
+    N = int(losses.shape[0])
+    loss, inverse = run(
+        _mean, outputs, inputs, lanes=LANES, name="mean_loss", backward=backward, N=N
+    )
+    return loss.reshape(()), inverse
+
+
+def _row_losses(
+    k: Kernel,
+    losses: Array,
+    largest: Array,
+    scale: Array,
+    logits: Array,
+    targets: Array,
+    *,
+    N: int,
+    V: int,
+    group: int,
+) -> None:
+    """For each row its loss, m and 1 / z."""
+    first, kind = k.units(N // group) * group, losses.dtype
+    acc = k.tile(group, kind, shared=True)
+    m, z = k.tile(group, kind), k.tile(group, kind)
+    fill(k, -math.inf, group, acc)
+    for at, lane, _ in across(k, V):
+        for u in range(group):
+            acc[u, lane] = acc[u, lane].maximum(logits[(first + u) * V + at].cast(kind))
+    k.fold(m, acc, group, UOp.maximum, -math.inf)
+    fill(k, 0.0, group, acc)
+    for at, lane, inside in across(k, V):
+        for u in range(group):
+            power = exp2((logits[(first + u) * V + at].cast(kind) - m[u, 0]) * LOG2E)
+            acc[u, lane] = acc[u, lane] + inside.where(power, 0.0)
+    k.fold(z, acc, group)
+    with k.phase(1):
+        for u in range(group):
+            row = first + u
+            target = targets[row]
+            logit = logits[row * V + as_index(_within(target, V).where(target, 0))].cast(kind)
+            losses[row] = _row_loss(target, V, logit, m[u, 0], z[u, 0])
+            largest[row] = m[u, 0]
+            scale[row] = 1.0 / z[u, 0]
+
+
+def _row_loss(target: UOp, V: int, logit: UOp, m: UOp, z: UOp) -> UOp:
+    """log z - (logit - m); 0 for a target that does not count, NaN for one that does not exist"""
+    loss = z.log2() * math.log(2) - (logit - m)
+    return (target < 0).where(0.0, (target < V).where(loss, math.nan))
+
+
+def _within(target: UOp, V: int) -> UOp:
+    return (target >= 0) & (target < V)
+
+
+def _row_gradients(
+    k: Kernel,
+    out: Array,
+    gradient: Array,
+    inverse: Array,
+    largest: Array,
+    scale: Array,
+    logits: Array,
+    targets: Array,
+    *,
+    N: int,
+    V: int,
+    group: int,
+) -> None:
+    first, kind = k.units(N // group) * group, scale.dtype
+    for at, _, inside in across(k, V):
+        for u in range(group):
+            row = first + u
+            target = targets[row]
+            weight = (target < 0).where(as_uop(0.0, kind), gradient[0].cast(kind) * inverse[0])
+            power = exp2((logits[row * V + at].cast(kind) - largest[row]) * LOG2E) * scale[row]
+            hit = as_index(target).eq(at).where(as_uop(1.0, kind), 0.0)
+            out.put(row * V + at, (power - hit) * weight, where=inside)
+
+
+def _mean(
+    k: Kernel, loss: Array, inverse: Array, losses: Array, targets: Array, *_: Array, N: int
+) -> None:
+    k.units(1)
+    acc, total = k.tile(2, loss.dtype, shared=True), k.tile(2, loss.dtype)
+    fill(k, 0.0, 2, acc)
+    for at, lane, inside in across(k, N):
+        acc[0, lane] = acc[0, lane] + inside.where(losses[at], 0.0)
+        counted = inside & (targets[at] >= 0)
+        acc[1, lane] = acc[1, lane] + counted.where(as_uop(1.0, loss.dtype), 0.0)
+    k.fold(total, acc, 2)
+    with k.phase(1):
+        inverse[0] = 1.0 / total[1, 0].maximum(as_uop(1.0, loss.dtype))
+    with k.phase(1):
+        loss[0] = total[0, 0] * inverse[0]

@@ -1,0 +1,294 @@
+"""Matrix products on a CPU: out = a @ b, whichever way the operands lie.
+
+The innermost step takes a vector of ``b`` and, for each row of a tile of rows x lanes of ``out``,
+adds one number of ``a`` times that vector:
+
+    for d in depth:  for row in rows:  acc[row, lane] += a[row, d] * b[d, lane]
+
+The tile stays in the vector registers (`register_tiles`). Around it, what each cache should hold:
+
+- A *panel*, ``lanes`` columns of ``b`` over a *block* of the depth, is copied to where its vectors
+  lie one behind the other. It is read once for every tile of rows.
+- ``a`` is read along the depth, a few rows at a time, which the hardware foresees. If it lies the
+  other way (``dyᵀ`` in the gradient of a weight), a *chunk* of its rows is copied too, and the
+  copying adds them up over the depth: the gradient of the bias, almost for nothing.
+- From one block of depth to the next, ``out`` itself holds the sum so far.
+
+A unit is a chunk of rows by one panel, or by a group of panels if ``a`` is copied. The order of
+every sum follows from the shapes alone, so the result is bitwise the same for any number of threads.
+
+Where the shape is no multiple of the tile, rows and columns beyond the end repeat the last ones:
+the same number is then computed twice and written twice, which is cheaper than not to write it.
+Only where that would add to ``out`` twice, the writes are gated.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinygrad import Tensor, UOp, dtypes
+
+from tinygpt.kernels.phases import Array, Index, Kernel, as_uop, exp2, minimum, run
+
+BLOCK = 512
+"""Most steps of depth between two visits to ``out``: a panel of 32 lanes is 64 KB, for level 2."""
+COPIED_BLOCK = 128
+"""The same where ``a`` is copied: a panel and a tile's rows of the copy fit level 1, 32 KB."""
+COPIED_ROWS = 576
+"""Most rows of ``a`` in a copied chunk: with its block of depth, 288 KB of level 2."""
+LINE = 16
+"""Numbers in a cache line of 64 bytes."""
+
+
+@functools.cache
+def register_tiles() -> dict[int, int]:
+    """Lanes -> rows of the register tiles for this machine's vectors, the best first.
+
+    A step needs rows x vectors accumulators, a register for each row's number (the compiler loads
+    them all first) and one for the vector of ``b``. One too many and the tile is spilled, at less
+    than half the speed: AVX2's 16 registers of 8 floats hold 3 rows x 4 vectors + 3 + 1. AVX-512
+    has 32 registers of 16 floats, NEON 32 of 4. Under 8 accumulators, the multiply-adds would wait
+    for one another.
+    """
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return {16: 4, 8: 8}
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        flags = ""
+    return {32: 8, 16: 8} if "avx512f" in flags else {32: 3, 24: 3, 16: 4, 8: 4}
+
+
+def register_tile(n: int) -> tuple[int, int]:
+    """(lanes, rows) for n columns: the fewest columns beyond n, then the best tile."""
+    tiles = register_tiles()
+    lanes = min(tiles, key=lambda width: -(-n // width) * width)
+    return min(lanes, n), tiles[lanes]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One product, out (m, n) = a (m, depth) @ b (depth, n), and what is done on the way."""
+
+    m: int
+    n: int
+    depth: int
+    a_strides: tuple[int, int]  # of row and depth; one of them is 1
+    b_strides: tuple[int, int]  # of depth and column
+    rows: int  # of a register tile
+    bias: bool = False  # (n,), added to every row
+    residual: bool = False  # (m, n), added
+    gelu: bool = False  # another output: the GELU of the sum
+    sums: bool = False  # another output: the rows of a, summed over the depth (m,)
+
+    @property
+    def name(self) -> str:
+        kind = "tn" if self.copies_a else "nt" if self.b_strides[0] == 1 else "nn"
+        return f"matmul_{kind}_{self.m}x{self.n}x{self.depth}" + "_gelu" * self.gelu
+
+    @property
+    def copies_a(self) -> bool:
+        return self.a_strides[1] != 1
+
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """(first step, number of blocks, steps of each): the loops that make up the depth."""
+        most = COPIED_BLOCK if self.copies_a else BLOCK
+        fewest = -(-self.depth // most)
+        for count in range(fewest, 2 * fewest):
+            if self.depth % count == 0:
+                return [(0, count, self.depth // count)]
+        whole, rest = divmod(self.depth, most)
+        return [(0, whole, most), (whole * most, 1, rest)]
+
+    def split(self, panels: int, threads: int) -> tuple[int, int]:
+        """(chunks of rows, groups of panels): work for every thread, within what a cache holds."""
+        tiles = -(-self.m // self.rows)
+        if not self.copies_a:
+            uneven = panels % threads and panels < 8 * threads
+            return (threads if uneven and tiles % threads == 0 else 1), panels
+        fewest = -(-tiles * self.rows // COPIED_ROWS)
+        # a number that divides the tiles, so that none is gated, unless the chunks become too small
+        chunks = next((c for c in range(fewest, 4 * fewest) if tiles % c == 0), fewest)
+        return chunks, 1 if chunks % threads == 0 else math.gcd(panels, threads)
+
+
+class Product:
+    """Writes a plan's kernel. Outputs: [GELU,] out, [sums]; inputs: a, b, [bias,] [residual]."""
+
+    def __init__(self, k: Kernel, arrays: tuple[Array, ...], plan: Plan) -> None:
+        self.k, self.plan = k, plan
+        left = iter(arrays)
+        self.activated = next(left) if plan.gelu else None
+        self.out = next(left)
+        self.sums = next(left) if plan.sums else None
+        self.a, self.b = next(left), next(left)
+        self.bias = next(left) if plan.bias else None
+        self.residual = next(left) if plan.residual else None
+        self.real = dtypes.float64 if self.out.dtype == dtypes.float64 else dtypes.float32
+
+        self.blocks = plan.blocks()
+        self.once = len(self.blocks) == 1 and self.blocks[0][1] == 1
+        panels = -(-plan.n // k.lanes)
+        chunks, groups = plan.split(panels, k.threads)
+        self.tiles = -(-plan.m // (chunks * plan.rows))  # of a chunk
+        self.panels = panels // groups  # of a group
+        height = self.tiles * plan.rows
+        self.beyond = chunks * height - plan.m  # rows after the last
+        unit = k.units(chunks * groups)
+        self.first_row, self.group = unit // groups * height, unit % groups
+
+        depth = max(block for _, _, block in self.blocks)
+        self.acc = k.tile(plan.rows, self.real)
+        self.panel = k.tile(depth, self.real)
+        if plan.copies_a:
+            # the copy starts at the start of a cache line and stays inside a
+            self.width = min(-(-height // LINE) * LINE + (LINE if chunks > 1 else 0), plan.m)
+            self.copied = minimum(self.first_row // LINE * LINE, plan.m - self.width)
+            # an odd number of lines from step to step: powers of two would share a few cache sets
+            self.chunk = k.tile(depth, self.real, width=(-(-self.width // LINE) | 1) * LINE)
+            self.total = k.tile(1, self.real, width=self.width)
+
+    def write(self) -> None:
+        """All of a unit: blocks of depth, panels of columns, tiles of rows."""
+        k = self.k
+        if self.sums is not None:
+            with k.phase(self.width) as i:
+                self.total[0, i] = 0.0
+        for start, count, block in self.blocks:
+            with k.loop(count) as index:
+                fresh = False if start else True if count == 1 else index.eq(0)
+                self.write_block(index * block + start, block, fresh)
+        if self.sums is not None:
+            with k.phase(self.width) as i:
+                self.sums[self.copied + i] = self.total[0, i]
+
+    def write_block(self, start: UOp, block: int, fresh: UOp | bool) -> None:
+        """Add ``block`` steps of the depth, from ``start`` on, to every tile of the unit."""
+        k, plan = self.k, self.plan
+        if plan.copies_a:
+            self.copy_a(start, block)
+        with k.loop(self.panels) as p:
+            column = (self.group * self.panels + p) * k.lanes
+            if self.once:  # the last panel may overlap the one before
+                column = minimum(column, plan.n - k.lanes)
+            self.copy_b(column, start, block)
+            with k.loop(self.tiles) as t:
+                self.write_tile(self.first_row + t * plan.rows, column, start, block, fresh)
+
+    def copy_a(self, start: UOp, block: int) -> None:
+        """Copy the chunk's rows, which lie across, and add them up."""
+        with self.k.loop(block) as d, self.k.phase(self.width) as i:
+            value = self.a[(start + d) * self.plan.a_strides[1] + self.copied + i].cast(self.real)
+            self.chunk[d, i] = value
+            if self.sums is not None:
+                self.total[0, i] = self.total[0, i] + value
+
+    def copy_b(self, column: UOp, start: UOp, block: int) -> None:
+        """Copy a panel; where ``b`` lies across, several steps at a time from each cache line."""
+        along, across = self.plan.b_strides
+        steps = math.gcd(block, 4) if along == 1 else 1
+        with self.k.loop(block // steps) as d, self.k.phase() as lane:
+            for s in range(steps):
+                step = d * steps + s
+                at = self.inside(column, lane) * across + (start + step) * along
+                self.panel[step, lane] = self.b[at].cast(self.real)
+
+    def write_tile(
+        self, row: UOp, column: UOp, start: UOp, block: int, fresh: UOp | bool
+    ) -> None:
+        """out[row : row + rows, panel] += a[..., start : start + block] @ panel."""
+        k, acc, plan = self.k, self.acc, self.plan
+        rows = [row + x for x in range(plan.rows)]
+        if self.beyond:
+            rows = [minimum(i, plan.m - 1) for i in rows]
+        with k.phase() as lane:
+            for x, i in enumerate(rows):
+                acc[x, lane] = self.begin(i, self.inside(column, lane), fresh)
+        with k.loop(block) as d, k.phase() as lane:
+            vector = self.panel[d, lane]
+            for x, i in enumerate(rows):
+                acc[x, lane] = acc[x, lane] + vector * self.number(i, start, d)
+        with k.phase() as lane:
+            for x, i in enumerate(rows):
+                self.end(i, column + lane, self.gate(row + x, column + lane), acc[x, lane])
+
+    def number(self, row: UOp, start: UOp, d: UOp) -> UOp:
+        """a[row, start + d]"""
+        if self.plan.copies_a:
+            return self.chunk[d, row - self.copied]
+        return self.a[row * self.plan.a_strides[0] + start + d].cast(self.real)
+
+    def begin(self, row: UOp, column: UOp, fresh: UOp | bool) -> UOp:
+        """What an element of ``out`` starts from: bias and residual, or the sum so far."""
+        at = row * self.plan.n + column
+        if fresh is False:
+            return self.out[at]
+        value = as_uop(0.0, self.real)
+        if self.bias is not None:
+            value = self.bias[column].cast(self.real)
+        if self.residual is not None:
+            value = value + self.residual[at].cast(self.real)
+        return value if fresh is True else fresh.where(value, self.out[at])
+
+    def end(self, row: UOp, column: UOp, gate: UOp | None, value: UOp) -> None:
+        at = row * self.plan.n + column
+        self.out.put(at, value, gate)
+        if self.activated is not None:  # before the last block too: cheaper than another pass
+            self.activated.put(at, gelu(value), gate)
+
+    def inside(self, column: UOp, lane: UOp) -> UOp:
+        """The lane's column, or the last one if it is beyond."""
+        ragged = self.plan.n % self.k.lanes and not self.once
+        return minimum(column + lane, self.plan.n - 1) if ragged else column + lane
+
+    def gate(self, row: UOp, column: UOp) -> UOp | None:
+        """Where to write, if not everywhere."""
+        if self.once:
+            return None
+        gates = [column < self.plan.n] if self.plan.n % self.k.lanes else []
+        if self.beyond >= self.plan.rows:  # a whole tile would add to the last row again
+            gates.append(row < self.plan.m)
+        return functools.reduce(lambda p, q: p & q, gates) if gates else None
+
+
+def product(k: Kernel, *arrays: Array, plan: Plan) -> None:
+    """The kernel function of a plan."""
+    Product(k, arrays, plan).write()
+
+
+def gate_of_gelu(x: UOp) -> UOp:
+    """(1 + tanh u) / 2 = 1 / (1 + exp(-2u)), where u = √(2/π) (x + 0.044715 x³)."""
+    u = x * (x * x * 0.044715 + 1.0) * math.sqrt(2 / math.pi)
+    return (exp2(u * (-2 * math.log2(math.e))) + 1.0).reciprocal()
+
+
+def gelu(x: UOp) -> UOp:
+    """GPT-2's GELU: x times its gate."""
+    return x * gate_of_gelu(x)
+
+
+def gelu_slope(x: UOp) -> UOp:
+    """The derivative of `gelu`: s + x s (1 - s) 2 du/dx for the gate s."""
+    s = gate_of_gelu(x)
+    return s + x * s * (1.0 - s) * (x * x * (3 * 0.044715) + 1.0) * (2 * math.sqrt(2 / math.pi))
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    shape: tuple[int, int, int],
+    a_strides: tuple[int, int],
+    b_strides: tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gelu: bool = False,
+    sums: bool = False,
+    threads: int | None = None,
+) -> list[Tensor]:
+    """out (m, n) = a (m, depth) @ b (depth, n), for shape = (m, n, depth), by strides in memory."""
+    raise NotImplementedError

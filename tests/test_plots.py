@@ -1,0 +1,134 @@
+import json
+import math
+import sys
+
+import pytest
+
+from tinygpt.errors import DataError, MissingExtraError, UsageError
+from tinygpt.plots import MAX_POINTS, draw, read_curves, save_plot, terminal_plot
+
+
+def write_run(folder, steps=60, offset=0.0):
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for i in range(1, steps + 1):
+            row = {"iter": i, "train_loss": offset + 1 + 3 / i, "lr": 1e-3 * i / steps}
+            if i % 10 == 0:
+                row |= {"val_loss": offset + 1.2 + 3 / i + (i == 60), "best": i < 60}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "runs" / "one")
+
+
+def test_curves_hold_steps_and_values_and_the_best_of_them(run):
+    curves = read_curves(run)
+    assert len(curves.train) == len(curves.lr) == 60 and len(curves.val) == 6
+    assert curves.train[0] == (1, 4.0)
+    assert curves.best == (50, pytest.approx(1.26))
+    assert read_curves(run / "metrics.jsonl").train == curves.train
+
+
+def test_values_that_are_not_numbers_are_left_out(tmp_path):
+    rows = [
+        {"iter": 1, "train_loss": None, "nonfinite": {"train_loss": "nan"}},
+        {"iter": 2, "train_loss": 2.0, "val_loss": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    curves = read_curves(tmp_path)
+    assert curves.train == [(2, 2.0)] and curves.val == [] and curves.best is None
+
+
+def test_long_runs_are_thinned_to_their_means(tmp_path):
+    run = write_run(tmp_path / "long", steps=3 * MAX_POINTS - 1)
+    curves = read_curves(run)
+    assert len(curves.train) == MAX_POINTS
+    assert curves.train[1] == (5, pytest.approx(1 + (3 / 4 + 3 / 5 + 3 / 6) / 3))
+
+
+def test_the_smoothed_curve_does_not_lag_behind(tmp_path):
+    rows = ({"iter": i, "train_loss": 10 - 0.01 * i} for i in range(1, 601))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = read_curves(tmp_path)
+    middle = slice(200, 400)
+    for (x, smoothed), (_, y) in zip(
+        curves.smooth_train[middle], curves.train[middle], strict=True
+    ):
+        assert math.isclose(smoothed, y, abs_tol=0.005), x
+
+
+@pytest.mark.parametrize(
+    "suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PNG", b"\x89")]
+)
+def test_a_plot_is_a_file_of_the_kind_its_name_says(run, tmp_path, suffix, start):
+    out = tmp_path / "new" / f"plot.{suffix}"
+    assert save_plot([run], out) == out
+    assert out.read_bytes().startswith(start)
+
+
+def test_the_figure_says_what_it_shows(run):
+    figure = draw([read_curves(run)])
+    loss, rate = figure.axes
+    legend = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert legend == ["train", "validation", "best 1.2600 at step 50"]
+    assert loss.get_ylabel() == "loss (nats per token)"
+    assert rate.get_ylabel() == "learning rate" and rate.get_xlabel() == "step"
+    assert loss.get_title(loc="left") == str(run)
+
+
+def test_several_runs_are_drawn_over_each_other_in_colours_of_their_own(run, tmp_path):
+    other = write_run(tmp_path / "runs" / "$x_1$", offset=0.5)
+    figure = draw([read_curves(run), read_curves(other)])
+    loss, _ = figure.axes
+    assert len(loss.get_legend().get_texts()) == 6
+    assert len({line.get_color() for line in loss.lines}) == 2
+    save_plot([run, other], tmp_path / "both.png")  # dollar signs in a name are no mathematics
+
+
+def test_the_terminal_plot_fits_its_size_and_says_what_it_shows(run, tmp_path):
+    other = write_run(tmp_path / "runs" / "two", offset=0.5)
+    text = terminal_plot([run, other], width=90, height=20, color=False)
+    lines = text.splitlines()
+    assert len(lines) == 20
+    assert max(map(len, lines[:-2])) <= 90
+    assert "\x1b" not in text and "●" in text
+    assert f"{run}  ⠤ train " in lines[-2] and "best 1.2600 at step 50" in lines[-2]
+    assert "best 1.7600" in lines[-1]
+    assert "\x1b[" in terminal_plot([run], width=60, height=15)
+
+
+def test_a_run_without_evaluations_can_be_drawn(tmp_path):
+    run = write_run(tmp_path / "short", steps=3)
+    save_plot([run], tmp_path / "a.png")
+    assert "train" in terminal_plot([run], width=60, height=15, color=False)
+
+
+def test_a_missing_run_is_wrong_use(tmp_path):
+    with pytest.raises(UsageError, match="There is no run at .*nowhere"):
+        read_curves(tmp_path / "nowhere")
+
+
+def test_a_run_without_metrics_says_so(tmp_path):
+    with pytest.raises(DataError, match="holds no losses yet"):
+        read_curves(tmp_path)
+
+
+def test_other_formats_are_refused_before_anything_is_drawn(run, tmp_path):
+    with pytest.raises(UsageError, match=r"does not end in \.png or \.svg"):
+        save_plot([run], tmp_path / "plot.jpg")
+    assert not (tmp_path / "plot.jpg").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "plotext"])
+def test_a_missing_extra_is_named_with_its_cure(run, tmp_path, monkeypatch, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"{package}.*pip install 'tinygpt\[plots\]'"):
+        if package == "matplotlib":
+            save_plot([run], tmp_path / "plot.png")
+        else:
+            terminal_plot([run], width=60, height=15)
