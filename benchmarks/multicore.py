@@ -46,9 +46,9 @@ def many_small() -> Work:
 
 
 def products() -> Work:
-    """Eight matrix products of 512 x 512: what more cores bring at best."""
+    """Eight matrix products of 256 x 256: what more cores bring at best."""
     Tensor.manual_seed(0)
-    x, w = (Tensor.randn(512, 512).mul(0.04).contiguous().realize() for _ in range(2))
+    x, w = (Tensor.randn(256, 256).mul(0.06).contiguous().realize() for _ in range(2))
 
     @TinyJit
     def work(x: Tensor) -> Tensor:
@@ -60,12 +60,11 @@ def products() -> Work:
 
 
 def training() -> Work:
-    """Gradients of a two-layer perceptron, 256 rows of 256, 1024 hidden: kernels of all sizes."""
+    """Gradients of a two-layer perceptron, 64 rows of 128, 512 hidden: kernels of all sizes."""
     Tensor.manual_seed(0)
-    x = Tensor.randn(256, 256).realize()
-    weights = [
-        Tensor.randn(*s).mul(0.05).contiguous().realize() for s in ((256, 1024), (1024, 256))
-    ]
+    x = Tensor.randn(64, 128).realize()
+    shapes = ((128, 512), (512, 128))
+    weights = [Tensor.randn(*shape).mul(0.05).contiguous().realize() for shape in shapes]
 
     @TinyJit
     def work(x: Tensor) -> Tensor:

@@ -321,6 +321,35 @@ def test_a_signal_reaches_the_main_thread_while_kernels_run() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.skipif(sys.platform != "linux" or cores() < 2, reason="needs two cores and Linux")
+def test_a_worker_leaves_the_core_of_its_caller() -> None:
+    multicore.install(2)
+    pool, (commands, _) = multicore._engine().pool, counting(1000)
+    [worker], everywhere = pool._workers, os.sched_getaffinity(0)
+    home = min(everywhere)
+    try:
+        for _ in range(100):
+            for thread in (0, worker.native_id):
+                os.sched_setaffinity(thread, {home})
+            os.sched_setaffinity(0, everywhere)  # free to go, but still there
+            pool.run(commands, 1000)
+            if os.sched_getaffinity(worker.native_id) == everywhere - {home}:
+                return
+        pytest.fail("the worker stayed")
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_leave_signals_to_the_main_thread() -> None:
+    multicore.install(2)
+    [worker] = multicore._engine().pool._workers
+    status = Path(f"/proc/self/task/{worker.native_id}/status").read_text().splitlines()
+    blocked = int(next(line for line in status if line.startswith("SigBlk")).split()[1], 16)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        assert blocked & 1 << number - 1
+
+
 def in_a_process(body: str) -> str:
     """What ``body`` prints when it is run, after this file, in a process of its own."""
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from tests.numpy_gpt2 import GPT2, AdamW
 
 V, BLOCK, C, H, LAYERS = 13, 8, 16, 2, 2

@@ -107,7 +107,7 @@ def test_a_run_without_evaluations_can_be_drawn(tmp_path):
 
 
 def test_a_missing_run_is_wrong_use(tmp_path):
-    with pytest.raises(UsageError, match="There is no run at .*nowhere"):
+    with pytest.raises(UsageError, match=r"There is no run at .*nowhere"):
         read_curves(tmp_path / "nowhere")
 
 

@@ -1,8 +1,8 @@
 """Analytic gradients held against numeric ones, parameter by parameter, in float64.
 
-The slope of the loss L in a direction d is ∇L·d, with the gradient that backpropagation gives. It is
-also the limit of (L(w + εd) - L(w - εd)) / 2ε, which takes nothing but forward passes. For each
-parameter a random direction tests all elements at once, and a few single elements are tested besides.
+The slope of the loss L in a direction d is ∇L·d, with the gradient that backpropagation gives. It
+is also the limit of (L(w + εd) - L(w - εd)) / 2ε, which takes nothing but forward passes. For each
+parameter a random direction tests all elements at once; a few single elements are tested besides.
 """
 
 from __future__ import annotations
@@ -75,11 +75,10 @@ class GradcheckReport:
                 f"{row.direction_error:9.1e}  {row.coordinate_error:10.1e}"
                 f"{'' if row.passed else '  WRONG'}"
             )
-        failed = sum(not row.passed for row in self.rows)
-        verdict = f"{failed} of {len(self.rows)} gradients are wrong" if failed else "all agree"
-        lines.append(
-            f"{verdict}: the largest relative error is {self.worst:.1e}, {self.tolerance:.0e} is allowed"
-        )
+        wrong = sum(not row.passed for row in self.rows)
+        verdict = f"{wrong} of {len(self.rows)} gradients are wrong" if wrong else "all agree"
+        limit = f"{self.tolerance:.0e} is allowed"
+        lines.append(f"{verdict}: the largest relative error is {self.worst:.1e}, {limit}")
         return "\n".join(lines)
 
 
@@ -96,35 +95,35 @@ def gradcheck(
     """Check the gradient of ``model.loss(idx, targets)`` with respect to every parameter.
 
     ``epsilon`` is the length of the step in weight space, ``samples`` the number of single elements
-    tried per parameter. Everything is done in float64, with the model's weights and without dropout,
-    and the model is left as it was found. It costs 4 · (samples + 1) forward passes per parameter:
-    take a small model. Raises UsageError for settings that cannot work.
+    tried per parameter. Everything is done in float64, with the model's weights and no dropout, and
+    the model is left as it was found. It costs 4 · (samples + 1) forward passes per parameter: take
+    a small model. Raises UsageError for settings that cannot work.
 
     >>> report = gradcheck(model, idx, targets)
     >>> print(report.table())
     >>> assert report.ok
     """
     _check_settings(epsilon, samples, tolerance)
-    rng, rows, start = np.random.default_rng(seed), [], 0
-    rng, rows = np.random.default_rng(seed), []
+    idx, targets = _realized(idx), _realized(targets)
+    rng, rows = np.random.default_rng(seed), list[GradcheckRow]()
     with mode(model, training=False), float64_weights(model) as weights:
         loss = TinyJit(lambda: model.loss(idx, targets).realize())
         value, gradients = float(loss().item()), _gradients(model, idx, targets)
         # Slopes below this cannot be compared: of the loss no more than 16 digits are known.
         floor = 8 * float(np.finfo(np.float64).eps) * abs(value) / epsilon / tolerance
         for name, parameter in model.parameters().items():
-            gradient = gradients[name]
+            weight, gradient = weights[name], gradients[name]
             norm = float(np.linalg.norm(gradient))
             # One slope may vanish by chance, so errors are relative to the parameter's typical one.
             typical = max(norm / math.sqrt(gradient.size), floor)
             errors = []
             for direction in _directions(rng, gradient.shape, samples):
-                slope = _slope(loss, parameter, weights[name], direction, epsilon)
-                wanted = float((gradient * direction).sum())
-                errors.append(abs(slope - wanted) / max(typical, abs(slope), abs(wanted)))
-            worst = max(errors[1:], default=0.0)
+                numeric = _slope(loss, parameter, weight, direction, epsilon)
+                analytic = float((gradient * direction).sum())
+                errors.append(abs(numeric - analytic) / max(typical, abs(numeric), abs(analytic)))
+            worst = float(np.max(errors[1:], initial=0.0))
             passed = all(error <= tolerance for error in errors)
-            rows.append(GradcheckRow(name, parameter.shape, norm, errors[0], worst, passed))
+            rows.append(GradcheckRow(name, weight.shape, norm, errors[0], worst, passed))
     return GradcheckReport(tuple(rows), tolerance, epsilon, value)
 
 
@@ -141,6 +140,10 @@ def float64_weights(model: Transformer) -> Iterator[dict[str, Array]]:
     finally:
         for name, p in parameters.items():
             p.replace(own[name])
+
+
+def _realized(tokens: Tensor) -> Tensor:
+    return Tensor(tokens.numpy().astype(np.int32)).realize()
 
 
 def _gradients(model: Transformer, idx: Tensor, targets: Tensor) -> dict[str, Array]:

@@ -40,7 +40,8 @@ def scale_by_temperature(logits: Logits, temperature: float) -> Logits:
     The largest logit becomes 0, which changes no probability and lets the temperature be tiny.
     """
     with np.errstate(over="ignore"):  # to -inf, rightly
-        return (logits - logits.max()) / temperature
+        scaled: Logits = (logits - logits.max()) / temperature
+    return scaled
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:

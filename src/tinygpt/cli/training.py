@@ -120,9 +120,11 @@ def train(
 def _folder_to_resume(out: Path | None) -> Path:
     if out is not None:
         return out
-    recent = sorted(RUNS.glob("*/config.toml"), key=lambda p: p.stat().st_mtime)
-    advice = f" The last one: {command('train', '--resume', '--out', recent[-1].parent)}"
-    raise UsageError(f"--resume needs --out with the folder of the run.{advice * bool(recent)}")
+    recent = max(RUNS.glob("*/config.toml"), key=lambda path: path.stat().st_mtime, default=None)
+    last = (
+        f" The last one: {command('train', '--resume', '--out', recent.parent)}" if recent else ""
+    )
+    raise UsageError(f"--resume needs --out with the folder of the run.{last}")
 
 
 def _settings_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -29,6 +29,7 @@ def write(tensor: Tensor, values: npt.NDArray[Any]) -> None:
     To make a new Tensor for each token takes as long as the forward pass of a small model.
     """
     buffer = tensor.uop.base.buffer
+    assert isinstance(buffer, Buffer), "on one device"
     source = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
     buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
 

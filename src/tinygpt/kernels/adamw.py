@@ -14,14 +14,14 @@ Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor
 
-from tinygpt.kernels.norm import empty, fill, sum_dtype
-from tinygpt.kernels.phases import Array, Kernel, as_uop, minimum, run
+from tinygpt.kernels.norm import empty, fill, share, sum_dtype
+from tinygpt.kernels.phases import Array, Kernel, run
 
 LANES = 32
 PARTS = 16
@@ -190,19 +190,3 @@ def _update(
             p.put(at, kept - lr * step, where=inside)
             m.put(at, first, where=inside)
             v.put(at, second, where=inside)
-
-
-def share(k: Kernel, n: int, part: UOp, parts: int) -> Iterator[tuple[UOp, UOp, UOp]]:
-    """Phases over one part's share of the elements below n: yields (element, lane, is it one?).
-
-    Every part has as many whole blocks of lanes, and of what is left over a block or nothing. Lanes
-    that are left with nothing see the last element, and must add or write nothing.
-    """
-    blocks = n // k.lanes // parts
-    if blocks:
-        with k.loop(blocks) as j, k.phase() as lane:
-            yield (part * blocks + j) * k.lanes + lane, lane, as_uop(True)
-    if n > (done := parts * blocks * k.lanes):
-        with k.phase() as lane:
-            at = done + part * k.lanes + lane
-            yield minimum(at, n - 1), lane, at < n

@@ -87,7 +87,12 @@ def _row_losses(
     for at, lane, _ in across(k, V):
         for u in range(group):
             acc[u, lane] = acc[u, lane].maximum(logits[(first + u) * V + at].cast(kind))
-    k.fold(m, acc, group, UOp.maximum, -math.inf)
+    with k.phase(1):
+        for u in range(group):
+            m[u, 0] = acc[u, 0]
+    with k.loop(k.lanes) as j, k.phase(1):
+        for u in range(group):
+            m[u, 0] = m[u, 0].maximum(acc[u, j])
     fill(k, 0.0, group, acc)
     for at, lane, inside in across(k, V):
         for u in range(group):
@@ -98,19 +103,19 @@ def _row_losses(
         for u in range(group):
             row = first + u
             target = targets[row]
-            logit = logits[row * V + as_index(_within(target, V).where(target, 0))].cast(kind)
-            losses[row] = _row_loss(target, V, logit, m[u, 0], z[u, 0])
+            logit = logits[row * V + as_index(within(target, V).where(target, 0))].cast(kind)
+            losses[row] = row_loss(target, V, logit, m[u, 0], z[u, 0])
             largest[row] = m[u, 0]
             scale[row] = 1.0 / z[u, 0]
 
 
-def _row_loss(target: UOp, V: int, logit: UOp, m: UOp, z: UOp) -> UOp:
+def row_loss(target: UOp, V: int, logit: UOp, m: UOp, z: UOp) -> UOp:
     """log z - (logit - m); 0 for a target that does not count, NaN for one that does not exist"""
     loss = z.log2() * math.log(2) - (logit - m)
     return (target < 0).where(0.0, (target < V).where(loss, math.nan))
 
 
-def _within(target: UOp, V: int) -> UOp:
+def within(target: UOp, V: int) -> UOp:
     return (target >= 0) & (target < V)
 
 

@@ -15,7 +15,7 @@ The tile stays in the vector registers (`register_tiles`). Around it, what each 
 - From one block of depth to the next, ``out`` itself holds the sum so far.
 
 A unit is a chunk of rows by one panel, or by a group of panels if ``a`` is copied. The order of
-every sum follows from the shapes alone, so the result is bitwise the same for any number of threads.
+every sum follows from the shapes alone: the result is bitwise the same for any number of threads.
 
 Where the shape is no multiple of the tile, rows and columns beyond the end repeat the last ones:
 the same number is then computed twice and written twice, which is cheaper than not to write it.
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.phases import Array, Index, Kernel, as_uop, exp2, minimum, run
+from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, exp2, minimum, run
 
 BLOCK = 512
 """Most steps of depth between two visits to ``out``: a panel of 32 lanes is 64 KB, for level 2."""
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def copies_a(self) -> bool:
-        return self.a_strides[1] != 1
+        return self.sums or self.a_strides[1] != 1
 
     def blocks(self) -> list[tuple[int, int, int]]:
         """(first step, number of blocks, steps of each): the loops that make up the depth."""
@@ -197,9 +197,7 @@ class Product:
                 at = self.inside(column, lane) * across + (start + step) * along
                 self.panel[step, lane] = self.b[at].cast(self.real)
 
-    def write_tile(
-        self, row: UOp, column: UOp, start: UOp, block: int, fresh: UOp | bool
-    ) -> None:
+    def write_tile(self, row: UOp, column: UOp, start: UOp, block: int, fresh: UOp | bool) -> None:
         """out[row : row + rows, panel] += a[..., start : start + block] @ panel."""
         k, acc, plan = self.k, self.acc, self.plan
         rows = [row + x for x in range(plan.rows)]
@@ -289,6 +287,39 @@ def matmul(
     gelu: bool = False,
     sums: bool = False,
     threads: int | None = None,
+    backward: Backward | None = None,
 ) -> list[Tensor]:
-    """out (m, n) = a (m, depth) @ b (depth, n), for shape = (m, n, depth), by strides in memory."""
-    raise NotImplementedError
+    """[GELU of out,] out (m, n) = a (m, depth) @ b (depth, n) + bias + residual [, sums].
+
+    ``shape`` is (m, n, depth); the strides say where the operands' elements lie in memory, which
+    must be contiguous. The outputs are float64 if an operand is, and float32 otherwise.
+    """
+    m, n, depth = shape
+    lanes, rows = register_tile(n)
+    extra = [t for t in (bias, residual) if t is not None]
+    plan = Plan(
+        *shape,
+        a_strides,
+        b_strides,
+        min(rows, m),
+        bias is not None,
+        residual is not None,
+        gelu,
+        sums,
+    )
+    wide = any(t.dtype == dtypes.float64 for t in (a, b))
+    empty = functools.partial(
+        Tensor.empty, dtype=dtypes.float64 if wide else dtypes.float32, device=a.device
+    )
+    outputs = [empty(m, n) for _ in range(1 + gelu)] + [empty(m) for _ in range(sums)]
+    return run(
+        product,
+        outputs,
+        [a, b, *extra],
+        lanes=lanes,
+        threads=threads,
+        name=plan.name,
+        ops=2 * m * n * depth,
+        backward=backward,
+        plan=plan,
+    )

@@ -196,6 +196,22 @@ def across(k: Kernel, n: int) -> Iterator[tuple[UOp, UOp, UOp]]:
             yield blocks * k.lanes + lane, lane, as_uop(True)
 
 
+def share(k: Kernel, n: int, part: UOp, parts: int) -> Iterator[tuple[UOp, UOp, UOp]]:
+    """Phases over one part's share of the elements below n: yields (element, lane, is it one?).
+
+    Every part has as many whole blocks of lanes, and of what is left over a block or nothing. Lanes
+    that are left with nothing see the last element, and must add or write nothing.
+    """
+    blocks = n // k.lanes // parts
+    if blocks:
+        with k.loop(blocks) as j, k.phase() as lane:
+            yield (part * blocks + j) * k.lanes + lane, lane, as_uop(True)
+    if n > (done := parts * blocks * k.lanes):
+        with k.phase() as lane:
+            at = done + part * k.lanes + lane
+            yield minimum(at, n - 1), lane, at < n
+
+
 def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
     """Set rows of the tiles to a number."""
     with k.phase() as lane:

@@ -52,13 +52,13 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 Index = UOp | int
 Value = UOp | float
+Backward = Callable[[Tensor], Sequence[Tensor | None]]
 
 
 def as_uop(value: Value, dtype: DType | None = None) -> UOp:
     """A number, or a value of the kernel, as a value of type ``dtype`` (None: as it is)."""
-    if not isinstance(value, UOp):
-        return UOp.const(value, dtype)
-    return value if dtype is None or value.dtype == dtype else value.cast(dtype)
+    uop: UOp = value if isinstance(value, UOp) else UOp.const(value, dtype)
+    return uop if dtype is None or uop.dtype == dtype else uop.cast(dtype)
 
 
 def as_index(value: Index) -> UOp:
@@ -105,7 +105,8 @@ class Array:
     def __getitem__(self, index: Index) -> UOp:
         # memory that nothing writes needs no order
         buffer = self._kernel._ordered(self._buffer) if self._written else self._buffer
-        return buffer[as_index(index)]
+        element: UOp = buffer[as_index(index)]
+        return element
 
     def __setitem__(self, index: Index, value: Value) -> None:
         self.put(index, value)
@@ -130,7 +131,8 @@ class Tile:
     def __getitem__(self, at: tuple[Index, Index]) -> UOp:
         row, lane = as_index(at[0]), at[1]
         index = row if self._stride == 1 else row * self._stride + lane
-        return self._kernel._ordered(self._buffer)[index]
+        element: UOp = self._kernel._ordered(self._buffer)[index]
+        return element
 
     def __setitem__(self, at: tuple[Index, Index], value: Value) -> None:
         self._kernel._add(self[at].store(as_uop(value, self.dtype)))
@@ -155,7 +157,7 @@ class Kernel:
         """The index of the unit, below ``n``. Each core takes a contiguous share of them."""
         assert not self._order, "k.units comes first, and once"
         if self.gpu:
-            unit = UOp.special(n, "gidx0")
+            unit: UOp = UOp.special(n, "gidx0")
             self._order = (unit, UOp.special(self.lanes, "lidx0"))
             return unit
         if (cores := min(self.threads, n)) == 1:
@@ -240,22 +242,31 @@ class Kernel:
         # The tag makes tinygrad skip its own loop splitting, which these kernels must not meet, and
         # the estimates save it from inferring them, which it cannot for loops of unknown length.
         info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates(ops, mem, mem))
-        return last.sink(arg=info, tag=1)
+        sink: UOp = last.sink(arg=info, tag=1)
+        return sink
 
     def _range(self, n: Index, axis: AxisType = AxisType.WEAK) -> UOp:
         self._ranges += 1
-        return UOp.range(n, self._ranges - 1, axis)
+        index: UOp = UOp.range(n, self._ranges - 1, axis)
+        return index
 
     def _slot(self) -> int:
         self._tiles += 1
         return self._tiles - 1
 
     def _ordered(self, buffer: UOp) -> UOp:
-        return buffer.after(*self._order)
+        ordered: UOp = buffer.after(*self._order)
+        return ordered
 
     def _add(self, store: UOp) -> None:
         assert self._stores is not None, "assignments stand inside a phase"
         self._stores.append(store)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels on this tensor's device run as workgroups of threads."""
+    device = x.device if isinstance(x.device, str) else (x.device or (Device.DEFAULT,))[0]
+    return bool(Device[device].renderer.has_local)
 
 
 def default_threads() -> int:
@@ -294,7 +305,7 @@ def run(
     threads: int | None = None,
     name: str | None = None,
     ops: int = 0,
-    backward: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
+    backward: Backward | None = None,
     **constants: Any,
 ) -> list[Tensor]:
     """Call the kernel ``fn(k, *outputs, *inputs, **constants)``; returns the outputs, filled.
@@ -305,11 +316,11 @@ def run(
     constants) and ``ops``, the number of floating-point operations, are for profiles.
 
     ``backward(gradient)`` is given the gradient of the first output and returns one gradient, or
-    None, for each input. The other outputs carry no gradient.
+    None, for each input. The other outputs are for ``backward``'s own use: no gradient may reach
+    them (and ``detach()`` would copy them).
     """
     assert fn.__closure__ is None, "a kernel function takes its constants as arguments"
-    device = outputs[0].device
-    gpu = bool(Device[device if isinstance(device, str) else device[0]].renderer.has_local)
+    gpu = on_gpu(outputs[0])
     shape = (lanes, 1 if gpu else threads or default_threads(), gpu)
     fixed = tuple(sorted(constants.items()))
 
@@ -321,7 +332,7 @@ def run(
         found = backward(Tensor(grad))
         return (None,) * len(outputs) + tuple(None if g is None else g.uop for g in found)
 
-    first, *others = Tensor.custom_kernel(
+    filled = Tensor.custom_kernel(
         *outputs, *inputs, fxn=body, grad_fxn=gradient if backward else None
-    )[: len(outputs)]
-    return [first, *(t.detach() for t in others)]
+    )
+    return filled[: len(outputs)]

@@ -53,15 +53,15 @@ def install(threads: int | None = None) -> int:
     if Device.DEFAULT.split(":")[0] != "CPU":
         return 1
     try:
-        engine = _engine()
+        _engine().plug_in(number)
     except Exception as error:  # whatever tinygrad's insides raise when they have changed
+        uninstall()
         log.warning(
             "Kernels run on one core, in tinygrad's own way: %s. "
             "Set TINYGPT_THREADS=0 to do without this notice.",
             error,
         )
         return 1
-    engine.plug_in(number)
     return number
 
 

@@ -41,6 +41,10 @@ struct pool {
   int (*wait)(void *condition, void *mutex);
   int (*wake_all)(void *condition);
   int (*clock)(int id, word time[2]);
+  int (*cpu)(void); /* this and the next two are 0 where the system lacks them */
+  int (*get_affinity)(int process, word bytes, word *mask);
+  int (*set_affinity)(int thread, word bytes, const word *mask);
+  word process; /* its id */
   word clock_id;
   word patience; /* nanoseconds to spin before going to sleep */
   word threads;  /* the caller and the workers; 1 runs everything on the caller */
@@ -50,6 +54,7 @@ struct pool {
   _Alignas(64) const word *command;
   word ticket;
   word busy;
+  word home; /* the CPU of the caller */
   _Alignas(64) word pending; /* pieces that are not finished */
   struct claim claims[MAX_PIECES];
 };
@@ -170,16 +175,30 @@ static int share(struct pool *pool, word ticket, word rank) {
   return finished && !__atomic_sub_fetch(&pool->pending, finished, __ATOMIC_SEQ_CST);
 }
 
+/* A worker that is woken on the caller's CPU leaves for the others that the process may use. The
+ * system would let the two share it: each is asleep or spinning when the other works, so that a
+ * kernel takes a whole turn of patience while another CPU does nothing. */
+static void leave_home(struct pool *pool) {
+  word mask[16] = {0}, home = load(&pool->home);
+  if (!pool->cpu || (word)pool->cpu() != home || home >= 8 * sizeof mask) return;
+  if (pool->get_affinity((int)pool->process, sizeof mask, mask) < 0) return;
+  mask[home / 64] &= ~(1ull << home % 64);
+  pool->set_affinity(0, sizeof mask, mask); /* refused, with no harm, if no CPU is left */
+}
+
 static void serve(struct pool *pool, word rank) {
   word ticket = NO_TICKET;
-  while ((ticket = pass(pool, &pool->work, ticket)) != NO_MORE_TICKETS)
+  while ((ticket = pass(pool, &pool->work, ticket)) != NO_MORE_TICKETS) {
+    leave_home(pool);
     if (share(pool, ticket, rank)) open(pool, &pool->done, ticket);
+  }
 }
 
 static void fork_join(struct pool *pool, const word *command) {
   word before = load(&pool->done.value);
   pool->ticket = ((pool->ticket >> 16) + 1) << 16 | PIECES(command);
   pool->command = command;
+  if (pool->cpu) store(&pool->home, (word)pool->cpu());
   store(&pool->pending, PIECES(command));
   open(pool, &pool->work, pool->ticket);
   if (!share(pool, pool->ticket, 0)) pass(pool, &pool->done, before);

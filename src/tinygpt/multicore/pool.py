@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ _LIBC = {
     "wait": "pthread_cond_wait",
     "wake_all": "pthread_cond_broadcast",
     "clock": "clock_gettime",
+    "cpu": "sched_getcpu",
+    "get_affinity": "sched_getaffinity",
+    "set_affinity": "sched_setaffinity",
 }
 
 
@@ -53,7 +57,7 @@ class _Head(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _LIBC),
-        *((name, ctypes.c_uint64) for name in ("clock_id", "patience", "threads")),
+        *((name, ctypes.c_uint64) for name in ("process", "clock_id", "patience", "threads")),
     )
 
 
@@ -95,7 +99,9 @@ class Pool:
         self._head.clock_id, self._head.threads = time.CLOCK_MONOTONIC, 1
         libc = ctypes.CDLL(None)
         for field, name in _LIBC.items():
-            setattr(self._head, field, ctypes.cast(getattr(libc, name), ctypes.c_void_p).value)
+            if not name.startswith("sched_") or sys.platform == "linux":
+                address = ctypes.cast(getattr(libc, name), ctypes.c_void_p).value
+                setattr(self._head, field, address)
         self._workers: list[threading.Thread] = []
         os.register_at_fork(after_in_child=self._forget_workers)
         atexit.register(self.stop)
@@ -115,14 +121,20 @@ class Pool:
         # With fewer CPUs than threads, to spin is to keep the thread that is waited for from
         # running: sleep at once.
         self._head.patience = PATIENCE if threads <= cpus else 0
-        self._head.threads = threads
+        self._head.threads, self._head.process = threads, os.getpid()
         self._enter(self._address, _START, 0, 0)
-        self._workers = [
-            threading.Thread(target=self._serve, args=(rank,), name=f"tinygpt-{rank}", daemon=True)
-            for rank in range(1, threads)
-        ]
-        for worker in self._workers:
-            worker.start()
+        # Signals belong to the main thread: there they interrupt a wait and become exceptions.
+        # A thread inherits what is blocked where it is started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
+        try:
+            for rank in range(1, threads):
+                serve = (self._address, _SERVE, rank, 0)
+                worker = threading.Thread(target=self._enter, args=serve, daemon=True)
+                worker.name = f"tinygpt-{rank}"
+                worker.start()
+                self._workers.append(worker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
         """Let the workers finish, and wait for them."""
@@ -131,11 +143,6 @@ class Pool:
         for worker in self._workers:
             worker.join()
         self._forget_workers()
-
-    def _serve(self, rank: int) -> None:
-        # Signals belong to the main thread: there they interrupt a wait and become exceptions.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
-        self._enter(self._address, _SERVE, rank, 0)
 
     def _forget_workers(self) -> None:
         self._workers = []

@@ -1,0 +1,128 @@
+"""Flash attention: softmax(q kᵀ / √D) v and its gradients, without the T x T matrix of weights.
+
+Dao et al., "FlashAttention" (2022), and Milakov and Gimelshein, "Online normalizer calculation for
+softmax" (2018). Memory is linear in T: the forward pass keeps its result and one number per query,
+from which the backward pass makes the weights again, tile by tile. ``docs/attention.md`` derives it.
+
+Results are the same, bit for bit, for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tinygrad import Device, Tensor, dtypes
+
+from tinygpt.errors import UsageError
+from tinygpt.kernels.attention import backward
+from tinygpt.kernels.attention.forward import forward
+from tinygpt.kernels.attention.tiles import Problem, empty, sum_dtype, tile_shape
+from tinygpt.kernels.phases import default_threads, run
+
+__all__ = ["flash_attention", "packed_attention"]
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √D) v for q (B, H, Tq, D), k and v (B, H, Tk, D) -> (B, H, Tq, D).
+
+    With ``is_causal`` the queries are the last Tq of the Tk positions, and see nothing behind
+    themselves. float32, half and bfloat16 are computed in float32, float64 in float64.
+    """
+    _check(q, k, v, is_causal)
+    (B, H, Tq, D), Tk = q.shape, k.shape[2]
+    problem = Problem(B, H, Tq, Tk, D, is_causal and Tq > 1, packed=False)
+    return _attention(problem, q.shape, [x.contiguous() for x in (q, k, v)])
+
+
+def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal self-attention of the queries, keys and values (B, T, 3C) side by side -> (B, T, C).
+
+    The same as ``flash_attention``, for arrays as the linear layers around it write and read them:
+    no transposes, and one gradient.
+    """
+    if len(qkv.shape) != 3 or qkv.shape[2] % (3 * n_head):
+        raise UsageError(
+            f"qkv of shape {qkv.shape} does not split into queries, keys and values of {n_head} "
+            f"heads. Give (batch, time, 3 * n_head * head_size)."
+        )
+    _check_dtypes(qkv)
+    B, T, width = qkv.shape
+    problem = Problem(B, n_head, T, T, width // (3 * n_head), T > 1, packed=True)
+    return _attention(problem, (B, T, width // 3), [qkv.contiguous()])
+
+
+def _attention(p: Problem, shape: tuple[int, ...], inputs: list[Tensor]) -> Tensor:
+    def gradients(gradient: Tensor) -> list[Tensor]:
+        saved = [out.detach(), lse]
+        return _gradients(p, gradient.cast(out.dtype).contiguous(), saved, inputs)
+
+    x = inputs[0]
+    outputs = [empty(x, *shape), empty(x, p.B, p.H, p.Tq, dtype=sum_dtype(x.dtype))]
+    out, lse = _run(forward, p, 2, outputs, inputs, gradients)
+    return out
+
+
+def _gradients(
+    p: Problem, grad: Tensor, saved: list[Tensor], inputs: list[Tensor]
+) -> list[Tensor]:
+    """The gradients of the inputs, given that of the result."""
+    out, lse = saved
+    sums = [empty(x, *x.shape, dtype=lse.dtype) for x in inputs]
+    delta = empty(lse, *lse.shape)
+    if not _gpu(grad) and p.B * p.H >= default_threads():
+        found = _run(backward.fused, p, 5, [*sums, delta], [grad, out, lse, *inputs])[:-1]
+    else:
+        delta = _run(backward.deltas, p, 0, [delta], [grad, out])[0]
+        given = [grad, lse, delta, *inputs]
+        first = _run(backward.queries, p, 3, sums[:1], given)
+        rest = first if p.packed else sums[1:]
+        found = _run(backward.keys, p, 4, rest, given)
+        found = found if p.packed else first + found
+    return [x.cast(like.dtype) for x, like in zip(found, inputs, strict=True)]
+
+
+def _run(
+    kernel: Callable[..., None],
+    p: Problem,
+    products: int,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    gradients: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
+) -> list[Tensor]:
+    return run(
+        kernel,
+        outputs,
+        inputs,
+        lanes=tile_shape(_gpu(inputs[0]))[0],
+        name=p.name(kernel.__name__),
+        ops=p.ops(products),
+        backward=gradients,
+        p=p,
+    )
+
+
+def _gpu(x: Tensor) -> bool:
+    device = x.device if isinstance(x.device, str) else x.device[0]
+    return bool(Device[device].renderer.has_local)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
+    shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
+    fits = len(q.shape) == 4 == len(k.shape) and k.shape == v.shape
+    if not fits or (q.shape[:2], q.shape[3]) != (k.shape[:2], k.shape[3]):
+        raise UsageError(
+            f"{shapes} do not fit together. Give (B, H, Tq, D) and twice (B, H, Tk, D)."
+        )
+    if is_causal and q.shape[2] > k.shape[2]:
+        raise UsageError(
+            f"{shapes} have more queries than keys, so that the first queries would see nothing. "
+            f"Causal queries are the last ones: give as many keys, or is_causal=False."
+        )
+    _check_dtypes(q, k, v)
+
+
+def _check_dtypes(*inputs: Tensor) -> None:
+    if len({x.dtype for x in inputs}) > 1 or not dtypes.is_float(inputs[0].dtype):
+        given = ", ".join(x.dtype.name for x in inputs)
+        raise UsageError(f"inputs of type {given} were given. Cast them to one floating type.")

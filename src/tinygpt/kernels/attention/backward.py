@@ -1,0 +1,261 @@
+"""The backward kernels: weights recomputed tile by tile, and five products from them.
+
+With W the weights, O = W V, and for the gradient dO of the result:
+
+    dV = Wᵀ dO        dW = dO Vᵀ        dS = W * (dW - delta)        dQ = scale dS K
+                                                                     dK = scale dSᵀ Q
+
+where delta, one number for each query, is the sum of dO * O along the head: the softmax's own
+gradient. W is not stored: 2 ** (score - lse) makes it again.
+
+Lanes are keys, and blocks of queries pass by. dQ is summed in memory, key tile after key tile, with
+the head's dimensions for lanes. There are two ways to share out the work, which add the same numbers
+in the same order: `fused`, a head per unit; and, for more units than heads, `queries` and `keys`, at
+the price of making W and dW twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from tinygrad import UOp
+
+from tinygpt.kernels.attention.tiles import (
+    BLOCK,
+    HIDDEN,
+    Head,
+    Problem,
+    blocks,
+    clamp,
+    counted,
+    position,
+    power,
+    product,
+    store,
+)
+from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, minimum
+
+
+def fused(k: Kernel, *arrays: Array, p: Problem) -> None:
+    """All three gradients, and delta on the way, with a head per unit."""
+    n = 1 if p.packed else 3
+    gradients, (delta, grad, out, lse), inputs = arrays[:n], arrays[n : n + 4], arrays[n + 4 :]
+    head = k.units(p.B * p.H)
+    dq, dk, dv = p.heads(gradients, head)
+    add_up(k, p, head, delta, grad, out)
+    sweep = Sweep(k, p, head, grad, lse, delta, inputs)
+    with k.loop(blocks(p.Tq, sweep.block)) as block:
+        sweep.clear(block, dq)
+    with k.loop(blocks(p.Tk, k.lanes)) as tile:
+        sweep.keys(tile, dk, dv, dq)
+
+
+def keys(k: Kernel, *arrays: Array, p: Problem) -> None:
+    """dK and dV, with a tile of keys per unit."""
+    n = 1 if p.packed else 2
+    gradients, (grad, lse, delta), inputs = arrays[:n], arrays[n : n + 3], arrays[n + 3 :]
+    n_tiles = blocks(p.Tk, k.lanes)
+    unit = k.units(p.B * p.H * n_tiles)
+    head = unit // n_tiles
+    dk, dv = p.heads(gradients if p.packed else (grad, *gradients), head)[1:]
+    Sweep(k, p, head, grad, lse, delta, inputs).keys(unit % n_tiles, dk, dv)
+
+
+def queries(k: Kernel, gradient: Array, *arrays: Array, p: Problem) -> None:
+    """dQ, with a block of queries per unit."""
+    (grad, lse, delta), inputs = arrays[:3], arrays[3:]
+    n_blocks = blocks(p.Tq, block_size(p))
+    unit = k.units(p.B * p.H * n_blocks)
+    head, block = unit // n_blocks, unit % n_blocks
+    dq = p.head(gradient, head, p.Tq, 0, 3)
+    sweep = Sweep(k, p, head, grad, lse, delta, inputs)
+    sweep.clear(block, dq)
+    with counted(k, sweep.tiles_seen_by(block)) as tile:
+        sweep.take(tile)
+        sweep.weigh(tile, block)
+        sweep.add_to_queries(tile, block, dq)
+
+
+def deltas(k: Kernel, delta: Array, grad: Array, out: Array, *, p: Problem) -> None:
+    """delta (B, H, Tq) by itself, for ``keys`` and ``queries``."""
+    add_up(k, p, k.units(p.B * p.H), delta, grad, out)
+
+
+def add_up(k: Kernel, p: Problem, head: UOp, delta: Array, grad: Array, out: Array) -> None:
+    """delta, the sums of grad * out along each position of one head; lanes are positions."""
+    a, b = (p.head(x, head, p.Tq) for x in (grad, out))
+    sums = k.tile(1, delta.dtype)
+    with k.loop(blocks(p.Tq, k.lanes)) as i:
+        with k.phase() as lane:
+            sums[0, lane] = 0.0
+        with k.loop(p.D) as d, k.phase() as lane:
+            t = clamp(i * k.lanes + lane, p.Tq)
+            sums[0, lane] = sums[0, lane] + a[t, d] * b[t, d]
+        with k.phase() as lane:
+            delta[head * p.Tq + clamp(i * k.lanes + lane, p.Tq)] = sums[0, lane]
+
+
+def block_size(p: Problem) -> int:
+    """How many queries pass by at a time."""
+    return min(BLOCK, blocks(p.Tq, 4) * 4)
+
+
+class Sweep:
+    """One tile of keys of one head, and the blocks of queries that pass by it."""
+
+    def __init__(
+        self,
+        k: Kernel,
+        p: Problem,
+        head: UOp,
+        grad: Array,
+        lse: Array,
+        delta: Array,
+        inputs: Sequence[Array],
+    ) -> None:
+        self.k, self.p, self.block = k, p, block_size(p)
+        self.q, self.key, self.value = p.heads(inputs, head)
+        self.grad = p.head(grad, head, p.Tq)
+        self.lse, self.delta, self.first = lse, delta, head * p.Tq
+        dtype = lse.dtype
+        self.key_t, self.value_t = k.tile(p.D, dtype), k.tile(p.D, dtype)  # (D, lanes)
+        self.w = k.tile(self.block, dtype)  # (queries, lanes)
+        self.ds = k.tile(self.block, dtype, shared=True)
+
+    def keys(self, tile: UOp, dk: Head, dv: Head, dq: Head | None = None) -> None:
+        """dK and dV of a tile of keys, and what it adds to dQ."""
+        k, p = self.k, self.p
+        dk_t, dv_t = k.tile(p.D, self.lse.dtype), k.tile(p.D, self.lse.dtype)
+        self.take(tile)
+        with k.loop(p.D) as d, k.phase() as lane:
+            dk_t[d, lane] = dv_t[d, lane] = 0.0
+        first = self.first_block_that_sees(tile)
+        with counted(k, blocks(p.Tq, self.block) - first) as j:
+            block = as_index(j) + first
+            self.weigh(tile, block)
+            self.add_to_keys(block, self.grad, self.w, dv_t)
+            self.add_to_keys(block, self.q, self.ds, dk_t)
+            if dq is not None:
+                self.add_to_queries(tile, block, dq)
+        with k.loop(p.D) as d, k.phase() as lane:
+            dk.put(self.key_row(tile, lane), d, dk_t[d, lane] * p.scale)
+            dv.put(self.key_row(tile, lane), d, dv_t[d, lane])
+
+    def take(self, tile: UOp) -> None:
+        """Transpose a tile of keys and values, so that lanes are keys."""
+        with self.k.loop(self.p.D) as d, self.k.phase() as lane:
+            t = self.key_row(tile, lane)
+            self.key_t[d, lane] = self.key[t, d] * self.p.log2_scale
+            self.value_t[d, lane] = self.value[t, d]
+
+    def weigh(self, tile: UOp, block: UOp) -> None:
+        """The weights W and their gradient dS of a block of queries and the tile of keys."""
+        k, p = self.k, self.p
+
+        def weights(x: UOp, gradients: list[UOp], lane: UOp) -> None:
+            for i, dw in enumerate(gradients):
+                t = self.first + self.query_row(block, x + i)
+                score = self.w[x + i, lane] - self.lse[t]
+                seen = self.seen(position(block) * self.block + position(x) + i, tile, lane)
+                weight = power(score if seen is None else seen.where(score, HIDDEN))
+                self.w[x + i, lane] = weight
+                self.ds[x + i, lane] = weight * (dw - self.delta[t])
+
+        for rows, columns, then in (
+            (self.q, self.key_t, store(self.w)),
+            (self.grad, self.value_t, weights),
+        ):
+            product(
+                k,
+                self.block,
+                p.D,
+                lambda x, d, rows=rows: rows[self.query_row(block, x), d],
+                lambda d, lane, columns=columns: columns[d, lane],
+                then,
+            )
+
+    def seen(self, query: UOp, tile: UOp, lane: UOp) -> UOp | None:
+        """Whether a query sees a lane's key, None if all do. Queries beyond the last see none."""
+        p = self.p
+        exists = query < p.Tq if p.Tq % self.block else None
+        if not p.causal:
+            return exists
+        before = position(self.key_row(tile, lane)) < query + (p.ahead + 1)
+        return before if exists is None else before & exists
+
+    def add_to_keys(self, block: UOp, rows: Head, weights: Tile, sums: Tile) -> None:
+        """sums (D, lanes) += rows (queries, D)ᵀ weights (queries, lanes)."""
+        product(
+            self.k,
+            self.p.D,
+            self.block,
+            lambda d, x: rows[self.query_row(block, x), d],
+            lambda x, lane: weights[x, lane],
+            store(sums),
+            lambda d, lane: sums[d, lane],
+        )
+
+    def add_to_queries(self, tile: UOp, block: UOp, dq: Head) -> None:
+        """dQ (queries, D) += scale dS (queries, keys) K (keys, D): lanes are dimensions here."""
+        k, p = self.k, self.p
+
+        def ds(x: Index, r: Index) -> UOp:
+            value = self.ds[x, r]
+            if p.Tk % k.lanes == 0:
+                return value
+            return (position(tile) * k.lanes + position(r) < p.Tk).where(value, 0.0)
+
+        with k.loop(blocks(p.D, k.lanes)) as part:
+
+            def add(x: UOp, values: list[UOp], lane: UOp) -> None:
+                d = part * k.lanes + lane
+                for i, value in enumerate(values):
+                    t = self.query_row(block, x + i)
+                    total = dq[t, clamp(d, p.D)] + value * p.scale
+                    dq.put(t, d, total, self.inside(block, x + i, d))
+
+            product(
+                k,
+                self.block,
+                k.lanes,
+                ds,
+                lambda r, lane: self.key[
+                    self.key_row(tile, r), clamp(part * k.lanes + lane, p.D)
+                ],
+                add,
+            )
+
+    def clear(self, block: UOp, dq: Head) -> None:
+        """Zeros for a block of dQ."""
+        k, p = self.k, self.p
+        with k.loop(self.block) as x, k.loop(blocks(p.D, k.lanes)) as part, k.phase() as lane:
+            d = part * k.lanes + lane
+            dq.put(self.query_row(block, x), clamp(d, p.D), 0.0)
+
+    def inside(self, block: UOp, x: Index, d: Index) -> UOp | None:
+        """Whether dQ has such an element; None if it surely has."""
+        t = as_index(block) * self.block + x
+        gates = [t < self.p.Tq] if self.p.Tq % self.block else []
+        gates += [as_index(d) < self.p.D] if self.p.D % self.k.lanes else []
+        return functools.reduce(lambda a, b: a & b, gates) if gates else None
+
+    def key_row(self, tile: UOp, lane: Index) -> UOp:
+        at = as_index(tile) * self.k.lanes + lane
+        return at if self.p.Tk % self.k.lanes == 0 else clamp(at, self.p.Tk)
+
+    def query_row(self, block: UOp, x: Index) -> UOp:
+        at = as_index(block) * self.block + x
+        return at if self.p.Tq % self.block == 0 else clamp(at, self.p.Tq)
+
+    def first_block_that_sees(self, tile: UOp) -> Index:
+        if not self.p.causal:
+            return 0
+        query = tile * self.k.lanes - self.p.ahead  # the first that sees the tile's first key
+        return (query < 0).where(as_index(0), query) // self.block
+
+    def tiles_seen_by(self, block: UOp) -> Index:
+        if not self.p.causal:
+            return blocks(self.p.Tk, self.k.lanes)
+        last = minimum(block * self.block + (self.block - 1), self.p.Tq - 1) + self.p.ahead
+        return last // self.k.lanes + 1

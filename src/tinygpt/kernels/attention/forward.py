@@ -1,0 +1,98 @@
+"""The forward kernel: online softmax, a tile of queries against block after block of keys."""
+
+from __future__ import annotations
+
+from tinygrad import UOp
+
+from tinygpt.kernels.attention.tiles import (
+    BLOCK,
+    HIDDEN,
+    Problem,
+    blocks,
+    clamp,
+    counted,
+    position,
+    power,
+    product,
+    store,
+)
+from tinygpt.kernels.phases import Array, Index, Kernel, as_index, minimum
+
+
+def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> None:
+    """out = softmax(scale q kᵀ) v, and lse (B, H, Tq), log2 of the softmax's denominators.
+
+    Lanes are queries. For each block of keys, with m the largest score so far and l the sum of the
+    weights 2 ** (score - m) so far:
+
+        s = scale q kᵀ                  the new scores
+        m' = max(m, s)                  per query
+        w = 2 ** (s - m')               the new weights, at most 1
+        l = l 2 ** (m - m') + Σ w       what was summed under the old m is scaled down
+        o = o 2 ** (m - m') + w v
+
+    At the end out = o / l and lse = m + log2(l). Scores are to the base 2.
+    """
+    n_tiles = blocks(p.Tq, k.lanes)
+    unit = k.units(p.B * p.H * n_tiles)
+    head, first = unit // n_tiles, unit % n_tiles * k.lanes
+    q, key, value = p.heads(inputs, head)
+    result, dtype, D = p.head(out, head, p.Tq), lse.dtype, p.D
+    block = min(BLOCK, blocks(p.Tk, 4) * 4)
+
+    def query(lane: Index) -> UOp:
+        return clamp(first + lane, p.Tq)
+
+    scaled, o, w = k.tile(D, dtype), k.tile(D, dtype), k.tile(block, dtype)
+    m, m_new, l, shrink = (k.tile(1, dtype) for _ in range(4))
+    with k.loop(D) as d, k.phase() as lane:
+        scaled[d, lane] = q[query(lane), d] * p.log2_scale
+        o[d, lane] = 0.0
+    with k.phase() as lane:
+        m[0, lane] = m_new[0, lane] = HIDDEN
+        l[0, lane] = 0.0
+    last = minimum(first + (k.lanes - 1), p.Tq - 1) + p.ahead
+    with counted(k, last // block + 1 if p.causal else blocks(p.Tk, block)) as j:
+
+        def row(x: Index) -> UOp:
+            at = as_index(j) * block + x
+            return at if p.Tk % block == 0 else clamp(at, p.Tk)
+
+        def mask(x: UOp, scores: list[UOp], lane: UOp) -> None:
+            largest = m_new[0, lane]
+            seen = position(query(lane)) + (p.ahead + 1) if p.causal else position(p.Tk)
+            for i, s in enumerate(scores):
+                if p.causal or p.Tk % block:
+                    s = (position(x) + i < seen - position(j) * block).where(s, HIDDEN)
+                w[x + i, lane] = s
+                largest = largest.maximum(s)
+            m_new[0, lane] = largest
+
+        key_rows = key.rows(k, row, block, D)
+        product(k, block, D, key_rows, lambda d, lane: scaled[d, lane], mask)
+        with k.phase() as lane:
+            shrink[0, lane] = power(m[0, lane] - m_new[0, lane])
+            m[0, lane] = m_new[0, lane]
+        with k.phase() as lane:
+            l[0, lane] = l[0, lane] * shrink[0, lane]
+        with k.loop(block // 4) as x, k.phase() as lane:
+            total = l[0, lane]
+            for i in range(4):
+                weight = power(w[x * 4 + i, lane] - m[0, lane])
+                w[x * 4 + i, lane] = weight
+                total = total + weight
+            l[0, lane] = total
+        value_rows = value.rows(k, row, block, D)
+        product(
+            k,
+            D,
+            block,
+            lambda d, x: value_rows(x, d),
+            lambda x, lane: w[x, lane],
+            store(o),
+            lambda d, lane: o[d, lane] * shrink[0, lane],
+        )
+    with k.phase() as lane:
+        lse[head * p.Tq + query(lane)] = m[0, lane] + l[0, lane].log2()
+    with k.loop(D) as d, k.phase() as lane:
+        result.put(query(lane), d, o[d, lane] / l[0, lane])
