@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from tinygrad import Tensor, TinyJit, dtypes, nn
+from tinygrad.helpers import Context
 
 from tests.numpy_gpt2 import GPT2
 from tinygpt.config import GPTConfig
@@ -72,9 +73,11 @@ def test_logits_equal_the_oracle(case):
 
 
 def test_loss_and_gradients_equal_the_oracle(case):
-    loss = case.model.loss(Tensor(X), Tensor(Y))
-    gradients = loss.gradient(*case.parameters.values())
-    Tensor.realize(loss, *gradients)
+    deep = case.model.config.n_layer > 1  # making optimised kernels for it would take 10 s
+    with Context(NOOPT=int(deep)):
+        loss = case.model.loss(Tensor(X), Tensor(Y))
+        gradients = loss.gradient(*case.parameters.values())
+        Tensor.realize(loss, *gradients)
     wanted_loss, wanted = case.oracle.loss_and_gradients(X, Y)
     assert loss.item() == pytest.approx(wanted_loss, rel=1e-5)
     assert set(wanted) == set(case.parameters)

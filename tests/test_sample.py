@@ -116,7 +116,7 @@ def test_filters_apply_in_the_documented_order():
     ],
 )
 def test_frequencies_match_probabilities(config):
-    n = 20_000
+    n = 6_000
     logits = np.random.default_rng(3).normal(0, 1.5, 10)
     expected = n * softmax(next_logits(logits, np.array([4, 7]), config))
     pick = make_sampler(config, seed=11)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, TinyJit
+from tinygrad.helpers import Context
 
 from tinygpt.errors import UsageError
 from tinygpt.generate.decoder import write
@@ -106,7 +107,8 @@ def gradcheck(
     _check_settings(epsilon, samples, tolerance)
     idx, targets = _realized(idx), _realized(targets)
     rng, rows = np.random.default_rng(seed), list[GradcheckRow]()
-    with mode(model, training=False), float64_weights(model) as weights:
+    # A small model spends its time on making kernels, which is three times quicker unoptimised.
+    with Context(NOOPT=1), mode(model, training=False), float64_weights(model) as weights:
         loss = TinyJit(lambda: model.loss(idx, targets).realize())
         value, gradients = float(loss().item()), _gradients(model, idx, targets)
         # Slopes below this cannot be compared: of the loss no more than 16 digits are known.

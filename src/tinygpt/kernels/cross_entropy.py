@@ -1,4 +1,4 @@
-"""The loss: cross-entropy of logits, and the same fused with the projection that makes the logits.
+"""The loss: cross-entropy, the mean of -log softmax(logits)[target].
 
 For a row of logits s with the target t, let m = max s and z = Σ exp(s - m). Then::
 
@@ -17,7 +17,8 @@ from functools import partial
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.norm import across, empty, fill, largest_divisor, sum_dtype
+from tinygpt.kernels import reference
+from tinygpt.kernels.norm import across, empty, fill, largest_divisor, plain_shapes, sum_dtype
 from tinygpt.kernels.phases import Array, Kernel, as_index, as_uop, exp2, run
 
 LANES = 16
@@ -30,6 +31,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits (N, V), integer targets (N,). Targets < 0 are left out; a target beyond V makes it NaN.
     """
+    if not plain_shapes(logits, targets):
+        return reference.cross_entropy(logits, targets)
     N, V = map(int, logits.shape)
     logits, targets = logits.contiguous(), targets.cast(dtypes.int32).contiguous()
     launch = partial(run, lanes=LANES, N=N, V=V, group=largest_divisor(N, ROWS))

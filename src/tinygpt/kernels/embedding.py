@@ -12,7 +12,8 @@ from functools import partial
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.norm import empty, largest_divisor, sum_dtype
+from tinygpt.kernels import reference
+from tinygpt.kernels.norm import empty, largest_divisor, plain_shapes, sum_dtype
 from tinygpt.kernels.phases import Array, Kernel, as_index, run
 
 LANES = 16
@@ -24,6 +25,9 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -
     With ``positions``, of at least T rows (..., C), row t is added to position t. An id outside of
     0..V-1 gives a row of NaN, so that the loss shows it, and no gradient.
     """
+    if not plain_shapes(tokens, weight, *([] if positions is None else [positions])):
+        rows = reference.embedding(tokens, weight)
+        return rows if positions is None else rows + positions[: tokens.shape[1]]
     B, T = map(int, tokens.shape)
     V, C = map(int, weight.shape)
     tables = [weight.contiguous()] + ([] if positions is None else [positions.contiguous()])

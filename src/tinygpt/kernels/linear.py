@@ -26,7 +26,8 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import least_upper_dtype
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.matmul import gelu, gelu_slope, matmul
+from tinygpt.kernels.activation import gelu, gelu_backward
+from tinygpt.kernels.matmul import matmul
 from tinygpt.kernels.phases import Array, Backward, Kernel, minimum, on_gpu, run
 
 FEW = 16
@@ -45,7 +46,7 @@ def linear(
     """y = x Wᵀ + b, and then + residual, or GELU, for x (..., I), weight (O, I) -> (..., O).
 
     bias is (O,), residual is (..., O) like y; ``activation`` does not go with a residual.
-    ``threads`` is the number of cores (None: ``TINYGPT_THREADS``, or 1); the result does not depend
+    ``threads`` is the number of cores (None: what `multicore` runs on); the result does not depend
     on it. Sums are float32, or float64 for float64. Where `supported` says no, the plain formula of
     ``reference`` is used.
     """
@@ -194,28 +195,3 @@ def matvec(
         residual=r is not None,
         act=act,
     )
-
-
-def gelu_gradient(k: Kernel, du: Array, dy: Array, u: Array, *, n: int, units: int) -> None:
-    """du = dy times the slope of GELU at u, over n elements."""
-    steps = -(-n // (units * k.lanes))
-    first = k.units(units) * (steps * k.lanes)
-    with k.loop(steps) as i, k.phase() as lane:
-        at = minimum(first + i * k.lanes, n - k.lanes) + lane  # the last ones may be done twice
-        du[at] = dy[at] * gelu_slope(u[at])
-
-
-def gelu_backward(dy: Tensor, u: Tensor, threads: int | None = None) -> Tensor:
-    """The gradient before GELU, from the one after it and from GELU's argument u."""
-    n = int(dy.numel())
-    out = Tensor.empty(*u.shape, dtype=u.dtype, device=u.device)
-    return run(
-        gelu_gradient,
-        [out],
-        [dy, u],
-        lanes=min(n, 32),
-        threads=threads,
-        ops=30 * n,
-        n=n,
-        units=min(64, -(-n // 32)),
-    )[0]

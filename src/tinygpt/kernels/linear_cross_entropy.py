@@ -24,10 +24,11 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.cross_entropy import LOG2E, cross_entropy, row_loss, within
+from tinygpt.kernels.linear import supported
 from tinygpt.kernels.matmul import register_tile
 from tinygpt.kernels.norm import empty, fill, share, sum_dtype
 from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, as_uop, exp2, minimum, run
@@ -93,9 +94,9 @@ def linear_cross_entropy(
     products; without, it takes one for the loss and three more when gradients are asked for. GPUs
     take the plain way.
     """
-    (N, C), V = map(int, x.shape), int(weight.shape[0])
-    if Device[str(x.device)].renderer.has_local:
+    if not supported(x, weight):
         return cross_entropy(reference.linear(x, weight), targets)
+    (N, C), V = map(int, x.shape), int(weight.shape[0])
     x, weight = x.contiguous(), weight.contiguous()
     work = Work(x, weight, targets, Plan(N, C, V, *register_tile(CHUNK)))
     statistics = work.run(gradient)
@@ -142,11 +143,12 @@ class Work:
         )
 
     def run(self, gradient: bool) -> list[Tensor]:
-        """Work off all rows; -> the statistics of each chunk. With ``gradient`` dx and dweight too."""
+        """Work off all rows; -> each chunk's statistics. With ``gradient`` sets dx and dweight."""
         plan, new, launch = self.plan, self.new, self.launch
         scores = new(plan.blocks * BLOCK, plan.rows)
         self.dx, self.dweight = [], new(plan.V, plan.C)
-        found, before = [], []
+        found: list[Tensor] = []
+        before: list[Tensor] = []
         flops = 2 * plan.rows * plan.V * plan.C
         for chunk in self.chunks:
             outputs = [scores, new(plan.blocks, plan.rows), new(plan.blocks, plan.rows)]

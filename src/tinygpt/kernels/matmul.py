@@ -32,7 +32,8 @@ from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, exp2, minimum, run
+from tinygpt.kernels.activation import gelu
+from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, minimum, run
 
 BLOCK = 512
 """Most steps of depth between two visits to ``out``: a panel of 32 lanes is 64 KB, for level 2."""
@@ -256,23 +257,6 @@ class Product:
 def product(k: Kernel, *arrays: Array, plan: Plan) -> None:
     """The kernel function of a plan."""
     Product(k, arrays, plan).write()
-
-
-def gate_of_gelu(x: UOp) -> UOp:
-    """(1 + tanh u) / 2 = 1 / (1 + exp(-2u)), where u = √(2/π) (x + 0.044715 x³)."""
-    u = x * (x * x * 0.044715 + 1.0) * math.sqrt(2 / math.pi)
-    return (exp2(u * (-2 * math.log2(math.e))) + 1.0).reciprocal()
-
-
-def gelu(x: UOp) -> UOp:
-    """GPT-2's GELU: x times its gate."""
-    return x * gate_of_gelu(x)
-
-
-def gelu_slope(x: UOp) -> UOp:
-    """The derivative of `gelu`: s + x s (1 - s) 2 du/dx for the gate s."""
-    s = gate_of_gelu(x)
-    return s + x * s * (1.0 - s) * (x * x * (3 * 0.044715) + 1.0) * (2 * math.sqrt(2 / math.pi))
 
 
 def matmul(

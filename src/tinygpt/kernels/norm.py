@@ -23,6 +23,7 @@ from math import prod
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 
+from tinygpt.kernels import reference
 from tinygpt.kernels.phases import Array, Kernel, Tile, as_uop, minimum, run
 
 LANES = 16
@@ -35,6 +36,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
     weight and bias are (C,). Half precision is summed in float32. Ba et al. (2016).
     """
+    if not plain_shapes(x):
+        return reference.layer_norm(x, weight, bias, eps)
     *outer, width = map(int, x.shape)
     rows = prod(outer)
     group = largest_divisor(rows, ROWS)
@@ -218,6 +221,14 @@ def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
         for tile in tiles:
             for u in range(rows):
                 tile[u, lane] = value
+
+
+def plain_shapes(*tensors: Tensor) -> bool:
+    """Whether kernels can take these: each on one device, and of fixed sizes without a zero."""
+    return all(
+        isinstance(t.device, str) and all(isinstance(n, int) and n > 0 for n in t.shape)
+        for t in tensors
+    )
 
 
 def sum_dtype(x: Tensor) -> DType:

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +48,8 @@ from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.dtype import AddrSpace, DType
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
+
+from tinygpt import multicore
 
 Index = UOp | int
 Value = UOp | float
@@ -270,8 +271,8 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def default_threads() -> int:
-    """The number of cores that kernels are split over: ``TINYGPT_THREADS``, or 1."""
-    return max(1, int(os.environ.get("TINYGPT_THREADS", "1")))
+    """The number of cores that kernels are split over: what `multicore` runs on, or 1."""
+    return max(1, multicore.threads())
 
 
 @functools.lru_cache(maxsize=4096)

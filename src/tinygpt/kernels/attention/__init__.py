@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tinygrad import Device, Tensor, dtypes
+from tinygrad import Device, Tensor, UOp, dtypes
 
 from tinygpt.errors import UsageError
 from tinygpt.kernels.attention import backward
+from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, empty, sum_dtype, tile_shape
 from tinygpt.kernels.phases import default_threads, run
 
-__all__ = ["flash_attention", "packed_attention"]
+__all__ = ["decode_attention", "flash_attention", "packed_attention"]
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
@@ -50,6 +51,33 @@ def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
     B, T, width = qkv.shape
     problem = Problem(B, n_head, T, T, width // (3 * n_head), T > 1, packed=True)
     return _attention(problem, (B, T, width // 3), [qkv.contiguous()])
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | UOp | int) -> Tensor:
+    """Attention of one query per sequence, q (B, H, 1, D), to a cache -> (B, H, 1, D).
+
+    keys and values are (B, H, Tmax, D), of which the first ``length`` positions count, at least one
+    and at most Tmax. ``length`` is data, an int32 Tensor with one element or a bound variable, so
+    that one jitted function serves all positions; what lies behind it is not read. Not differentiable.
+    """
+    _check(q, keys, values, False)
+    (B, H, Tq, D), T = q.shape, keys.shape[2]
+    if Tq != 1:
+        raise UsageError(f"q {q.shape} has {Tq} queries; decode_attention takes 1. Use attention().")
+    if not isinstance(length, Tensor):
+        number = [length] if isinstance(length, int) else length
+        length = Tensor(number, dtype=dtypes.int32, device=q.device)
+    return run(
+        decode,
+        [empty(q, B, H, 1, D)],
+        [q.contiguous(), keys.contiguous(), values.contiguous(), length.reshape(1).contiguous()],
+        lanes=tile_shape(_gpu(q))[0],
+        name=f"attention_decode_{B}_{H}_{T}_{D}",
+        ops=4 * B * H * T * D,
+        heads=B * H,
+        T=T,
+        D=D,
+    )[0]
 
 
 def _attention(p: Problem, shape: tuple[int, ...], inputs: list[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from tinygpt.kernels.attention.tiles import (
     BLOCK,
     HIDDEN,
     Head,
+    Matrix,
     Problem,
     blocks,
     clamp,
@@ -71,9 +72,10 @@ def queries(k: Kernel, gradient: Array, *arrays: Array, p: Problem) -> None:
     dq = p.head(gradient, head, p.Tq, 0, 3)
     sweep = Sweep(k, p, head, grad, lse, delta, inputs)
     sweep.clear(block, dq)
+    q, grad_rows = sweep.rows(block)
     with counted(k, sweep.tiles_seen_by(block)) as tile:
         sweep.take(tile)
-        sweep.weigh(tile, block)
+        sweep.weigh(tile, block, q, grad_rows)
         sweep.add_to_queries(tile, block, dq)
 
 
@@ -133,9 +135,10 @@ class Sweep:
         first = self.first_block_that_sees(tile)
         with counted(k, blocks(p.Tq, self.block) - first) as j:
             block = as_index(j) + first
-            self.weigh(tile, block)
-            self.add_to_keys(block, self.grad, self.w, dv_t)
-            self.add_to_keys(block, self.q, self.ds, dk_t)
+            q, grad = self.rows(block)
+            self.weigh(tile, block, q, grad)
+            self.add_to_keys(grad, self.w, dv_t)
+            self.add_to_keys(q, self.ds, dk_t)
             if dq is not None:
                 self.add_to_queries(tile, block, dq)
         with k.loop(p.D) as d, k.phase() as lane:
@@ -143,13 +146,24 @@ class Sweep:
             dv.put(self.key_row(tile, lane), d, dv_t[d, lane])
 
     def take(self, tile: UOp) -> None:
-        """Transpose a tile of keys and values, so that lanes are keys."""
+        """A tile of keys and values, transposed so that lanes are keys, and the keys as they are."""
+        self.key_rows = self.key.rows(
+            self.k, lambda r: self.key_row(tile, r), self.k.lanes, self.p.D
+        )
         with self.k.loop(self.p.D) as d, self.k.phase() as lane:
             t = self.key_row(tile, lane)
-            self.key_t[d, lane] = self.key[t, d] * self.p.log2_scale
+            self.key_t[d, lane] = self.key_rows(lane, d) * self.p.log2_scale
             self.value_t[d, lane] = self.value[t, d]
 
-    def weigh(self, tile: UOp, block: UOp) -> None:
+    def rows(self, block: UOp) -> tuple[Matrix, Matrix]:
+        """A block of queries, and of the gradient of their results."""
+
+        def row(x: Index) -> UOp:
+            return self.query_row(block, x)
+
+        return tuple(h.rows(self.k, row, self.block, self.p.D) for h in (self.q, self.grad))
+
+    def weigh(self, tile: UOp, block: UOp, q: Matrix, grad: Matrix) -> None:
         """The weights W and their gradient dS of a block of queries and the tile of keys."""
         k, p = self.k, self.p
 
@@ -162,18 +176,8 @@ class Sweep:
                 self.w[x + i, lane] = weight
                 self.ds[x + i, lane] = weight * (dw - self.delta[t])
 
-        for rows, columns, then in (
-            (self.q, self.key_t, store(self.w)),
-            (self.grad, self.value_t, weights),
-        ):
-            product(
-                k,
-                self.block,
-                p.D,
-                lambda x, d, rows=rows: rows[self.query_row(block, x), d],
-                lambda d, lane, columns=columns: columns[d, lane],
-                then,
-            )
+        for rows, columns, then in ((q, self.key_t, store(self.w)), (grad, self.value_t, weights)):
+            product(k, self.block, p.D, rows, lambda d, lane, columns=columns: columns[d, lane], then)
 
     def seen(self, query: UOp, tile: UOp, lane: UOp) -> UOp | None:
         """Whether a query sees a lane's key, None if all do. Queries beyond the last see none."""
@@ -184,13 +188,13 @@ class Sweep:
         before = position(self.key_row(tile, lane)) < query + (p.ahead + 1)
         return before if exists is None else before & exists
 
-    def add_to_keys(self, block: UOp, rows: Head, weights: Tile, sums: Tile) -> None:
+    def add_to_keys(self, rows: Matrix, weights: Tile, sums: Tile) -> None:
         """sums (D, lanes) += rows (queries, D)ᵀ weights (queries, lanes)."""
         product(
             self.k,
             self.p.D,
             self.block,
-            lambda d, x: rows[self.query_row(block, x), d],
+            lambda d, x: rows(x, d),
             lambda x, lane: weights[x, lane],
             store(sums),
             lambda d, lane: sums[d, lane],
@@ -220,9 +224,7 @@ class Sweep:
                 self.block,
                 k.lanes,
                 ds,
-                lambda r, lane: self.key[
-                    self.key_row(tile, r), clamp(part * k.lanes + lane, p.D)
-                ],
+                lambda r, lane: self.key_rows(r, clamp(part * k.lanes + lane, p.D)),
                 add,
             )
 

@@ -1,0 +1,90 @@
+"""The decoding kernel: one query per head against a cache whose length is data."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from tinygrad import UOp
+
+from tinygpt.kernels.attention.tiles import HIDDEN, blocks, clamp, power, sum_dtype
+from tinygpt.kernels.phases import Array, Index, Kernel, as_index, minimum
+
+BLOCK = 64
+"""Keys between two rescalings of the sum."""
+
+ROWS = 4
+"""Keys whose scores are added up at a time: their additions overlap."""
+
+
+def decode(
+    k: Kernel,
+    out: Array,
+    q: Array,
+    keys: Array,
+    values: Array,
+    length: Array,
+    *,
+    heads: int,
+    T: int,
+    D: int,
+) -> None:
+    """out = softmax(q kᵀ / √D) v over the first ``length[0]`` of T keys, for each head.
+
+    Online softmax, as in `forward`. Reading the cache is all the work there is, so lanes are the
+    head's dimensions, in which it is read in order; the scores are added up across the lanes.
+    """
+    head = k.units(heads)
+    dtype, W, parts = sum_dtype(q.dtype), k.lanes, blocks(D, k.lanes)
+    scaled, o = k.tile(parts, dtype), k.tile(parts, dtype)
+    products, w = k.tile(ROWS, dtype, shared=True), k.tile(1, dtype, width=BLOCK, shared=True)
+    lanes = k.tile(1, dtype, shared=True)
+    sums, m, m_new, l, shrink = (k.tile(n, dtype, width=1) for n in (ROWS, 1, 1, 1, 1))
+    n, groups = as_index(length[0]), range(BLOCK // W)
+
+    def row(t: Index) -> UOp:
+        return (head * T + minimum(t, n - 1)) * D
+
+    with k.loop(parts) as part, k.phase() as lane:
+        d = part * W + lane
+        number = q[head * D + clamp(d, D)].cast(dtype) * (math.log2(math.e) / math.sqrt(D))
+        scaled[part, lane] = (d < D).where(number, 0.0)
+        o[part, lane] = 0.0
+    with k.phase(1):
+        m[0, 0], l[0, 0] = HIDDEN, 0.0
+    with k.loop((n + (BLOCK - 1)) // BLOCK) as j:
+        with k.loop(BLOCK // ROWS) as i:
+            first = j * BLOCK + i * ROWS
+            with k.phase() as lane:
+                for x in range(ROWS):
+                    products[x, lane] = 0.0
+            with k.loop(parts) as part, k.phase() as lane:
+                d = clamp(part * W + lane, D)
+                for x in range(ROWS):
+                    number = keys[row(first + x) + d].cast(dtype)
+                    products[x, lane] = products[x, lane] + scaled[part, lane] * number
+            k.fold(sums, products, ROWS)
+            with k.phase(1):
+                for x in range(ROWS):
+                    w[0, i * ROWS + x] = (first + x < n).where(sums[x, 0], HIDDEN)
+        with k.phase() as lane:
+            lanes[0, lane] = functools.reduce(UOp.maximum, [w[0, g * W + lane] for g in groups])
+        k.fold(m_new, lanes, 1, UOp.maximum, HIDDEN)
+        with k.phase(1):
+            largest = m[0, 0].maximum(m_new[0, 0])
+            m[0, 0], shrink[0, 0] = largest, power(m[0, 0] - largest)
+        with k.loop(len(groups)) as g, k.phase() as lane:
+            w[0, g * W + lane] = power(w[0, g * W + lane] - m[0, 0])
+        with k.phase() as lane:
+            lanes[0, lane] = functools.reduce(UOp.add, [w[0, g * W + lane] for g in groups])
+        k.fold(sums, lanes, 1)
+        with k.phase(1):
+            l[0, 0] = l[0, 0] * shrink[0, 0] + sums[0, 0]
+        with k.loop(parts) as part, k.phase() as lane:
+            o[part, lane] = o[part, lane] * shrink[0, 0]
+        with k.loop(BLOCK) as x, k.loop(parts) as part, k.phase() as lane:
+            number = values[row(j * BLOCK + x) + clamp(part * W + lane, D)].cast(dtype)
+            o[part, lane] = o[part, lane] + w[0, x] * number
+    with k.loop(parts) as part, k.phase() as lane:
+        d = part * W + lane
+        out.put(head * D + d, o[part, lane] / l[0, 0], d < D if D % W else None)
