@@ -10,7 +10,8 @@ from tinygrad.helpers import Context
 from tinygrad.nn import optim
 
 from tinygpt.config import TrainConfig
-from tinygpt.optim import AdamW, clip_factor, global_norm, learning_rate, optimizer_state
+from tinygpt.kernels.reference import clip_factor, global_norm
+from tinygpt.optim import AdamW, learning_rate, optimizer_state
 
 
 def test_the_rate_warms_up_then_decays_to_its_minimum():

@@ -16,14 +16,14 @@ class LayerCache:
         self.values = Tensor.zeros(*shape).contiguous().realize()
 
     def append(self, k: Tensor, v: Tensor, position: int | UOp) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, H, T, D) at ``position``; return all keys and values up to there."""
-        end = position + k.shape[2]
-        return _write(self.keys, k, position, end), _write(self.values, v, position, end)
+        """Write k and v (B, H, T, D) at ``position``; -> keys and values, (B, H, block_size, D)."""
+        return _write(self.keys, k, position), _write(self.values, v, position)
 
 
-def _write(buffer: Tensor, new: Tensor, start: int | UOp, end: int | UOp) -> Tensor:
+def _write(buffer: Tensor, new: Tensor, start: int | UOp) -> Tensor:
+    end = start + new.shape[2]
     store = buffer[:, :, start:end].uop.store(new.cast(buffer.dtype).uop)
-    return Tensor(buffer.uop.after(store))[:, :, 0:end]
+    return Tensor(buffer.uop.after(store))
 
 
 class KVCache:

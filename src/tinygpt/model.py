@@ -7,7 +7,7 @@ B is the batch, T the number of positions, C = n_embd, H = n_head, D = C / H, V 
 from __future__ import annotations
 
 import math
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -17,6 +17,10 @@ from tinygpt import kernels
 from tinygpt.cache import KVCache, LayerCache
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
+from tinygpt.kernels.reference import attention, merge_heads, split_heads
+
+At = tuple[LayerCache, int | UOp]
+"""A layer's cache, and the position in it where the tokens at hand go."""
 
 
 class Noise:
@@ -38,27 +42,25 @@ class Noise:
         return bits < int(probability * (2**32 - 1))
 
 
-class Dropout:
+def dropout(x: Tensor, p: float, noise: Noise) -> Tensor:
     """Zero activations with probability p and scale the rest, in training (Srivastava, 2014)."""
-
-    def __init__(self, p: float) -> None:
-        self.p = p
-
-    def __call__(self, x: Tensor, noise: Noise | None) -> Tensor:
-        if noise is None:
-            return x
-        return noise.keep(x.shape, 1 - self.p).where(x, 0) / (1 - self.p)
+    return noise.keep(x.shape, 1 - p).where(x, 0) / (1 - p)
 
 
 class Linear:
-    """y = x Wᵀ + b, weight (out, in)."""
+    """y = x Wᵀ + b, weight (out, in); then GELU, or what was there before is added."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool) -> None:
         self.weight = _parameter(n_out, n_in)
         self.bias = _parameter(n_out) if bias else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: Literal["gelu"] | None = None,
+    ) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias, residual, activation)
 
 
 class LayerNorm:
@@ -78,9 +80,6 @@ class Embedding:
     def __init__(self, rows: int, n_embd: int) -> None:
         self.weight = _parameter(rows, n_embd)
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        return kernels.embedding(ids, self.weight)
-
 
 class CausalSelfAttention:
     """Every position gathers from itself and the positions before it."""
@@ -90,23 +89,36 @@ class CausalSelfAttention:
         self.c_attn = Linear(C, 3 * C, config.bias)
         self.c_proj = Linear(C, C, config.bias)
         self.n_head = config.n_head
-        self.drop = Dropout(config.dropout)
+        self.p = config.dropout
 
     def __call__(
-        self, x: Tensor, noise: Noise | None, cache: LayerCache | None, position: int | UOp
+        self, x: Tensor, residual: Tensor, noise: Noise | None, cache: At | None
     ) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (self._heads(part) for part in self.c_attn(x).chunk(3, dim=2))  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v, position)  # (B, H, position + T, D)
-        keep = None if noise is None else noise.keep((B, self.n_head, T, T), 1 - self.drop.p)
-        y = kernels.attention(q, k, v, True, keep, 1 - self.drop.p)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
-        return self.drop(self.c_proj(y), noise)
+        qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C)
+        if noise is not None:
+            y = self._with_dropout(qkv, noise)
+        elif cache is not None:
+            y = self._with_cache(qkv, *cache)
+        else:
+            y = kernels.self_attention(qkv, self.n_head)  # (B, T, C)
+        return add(self.c_proj, y, residual, self.p, noise)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        return x.reshape(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+    def _with_cache(self, qkv: Tensor, cache: LayerCache, position: int | UOp) -> Tensor:
+        q, k, v = self._heads(qkv)
+        keys, values = cache.append(k, v, position)  # (B, H, block_size, D)
+        length = position + q.shape[2]
+        return merge_heads(kernels.cached_attention(q, keys, values, length))
+
+    def _with_dropout(self, qkv: Tensor, noise: Noise) -> Tensor:
+        """GPT-2 also drops attention weights, which only the plain formula has at hand."""
+        q, k, v = self._heads(qkv)
+        B, H, T, _ = q.shape
+        keep = noise.keep((B, H, T, T), 1 - self.p)
+        return merge_heads(attention(q, k, v, True, keep, 1 - self.p))
+
+    def _heads(self, qkv: Tensor) -> list[Tensor]:
+        """(B, T, 3C) -> three (B, H, T, D)"""
+        return [split_heads(part, self.n_head) for part in qkv.chunk(3, dim=2)]
 
 
 class MLP:
@@ -116,10 +128,11 @@ class MLP:
         C = config.n_embd
         self.c_fc = Linear(C, 4 * C, config.bias)
         self.c_proj = Linear(4 * C, C, config.bias)
-        self.drop = Dropout(config.dropout)
+        self.p = config.dropout
 
-    def __call__(self, x: Tensor, noise: Noise | None) -> Tensor:
-        return self.drop(self.c_proj(kernels.gelu(self.c_fc(x))), noise)
+    def __call__(self, x: Tensor, residual: Tensor, noise: Noise | None) -> Tensor:
+        y = self.c_fc(x, activation="gelu")
+        return add(self.c_proj, y, residual, self.p, noise)
 
 
 class Block:
@@ -131,11 +144,16 @@ class Block:
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def __call__(
-        self, x: Tensor, noise: Noise | None, cache: LayerCache | None, position: int | UOp
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), noise, cache, position)
-        return x + self.mlp(self.ln_2(x), noise)
+    def __call__(self, x: Tensor, noise: Noise | None, cache: At | None) -> Tensor:
+        x = self.attn(self.ln_1(x), x, noise, cache)
+        return self.mlp(self.ln_2(x), x, noise)
+
+
+def add(layer: Linear, x: Tensor, residual: Tensor, p: float, noise: Noise | None) -> Tensor:
+    """residual + layer(x), the latter with dropout in training."""
+    if noise is None:
+        return layer(x, residual)
+    return residual + dropout(layer(x), p, noise)
 
 
 class Transformer:
@@ -150,7 +168,6 @@ class Transformer:
         self.training = True
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
-        self.drop = Dropout(config.dropout)
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         if not config.tie_embeddings:
@@ -163,11 +180,12 @@ class Transformer:
         """The normalised residual stream (B, T, C) behind the last block, for tokens (B, T)."""
         _, T = tokens.shape
         position = 0 if cache is None else cache.position
-        layers = [None] * len(self.h) if cache is None else cache.layers
-        x = self.wte(tokens) + self.wpe.weight[position : position + T]  # (B, T, C)
-        x = self.drop(x, noise)
-        for block, layer in zip(self.h, layers, strict=True):
-            x = block(x, noise, layer, position)
+        positions = self.wpe.weight[position : position + T]
+        x = kernels.embedding(tokens, self.wte.weight, positions)  # (B, T, C)
+        if noise is not None:
+            x = dropout(x, self.config.dropout, noise)
+        for i, block in enumerate(self.h):
+            x = block(x, noise, None if cache is None else (cache.layers[i], position))
         return self.ln_f(x)
 
     def __call__(
@@ -193,9 +211,8 @@ class Transformer:
                 f"targets of shape {targets.shape} do not match tokens of shape {tokens.shape}: "
                 f"each position has one target, the next token."
             )
-        logits = self(tokens, noise=noise)
-        V = self.config.vocab_size
-        return kernels.cross_entropy(logits.reshape(-1, V), targets.reshape(-1))
+        x = self.hidden(tokens, noise=self._noise(noise)).reshape(-1, self.config.n_embd)
+        return kernels.loss(x, self._output_weight(), targets.reshape(-1), gradient=self.training)
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter once, by GPT-2's name, in the order of the forward pass."""

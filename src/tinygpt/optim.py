@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
+from tinygpt import kernels
 from tinygpt.config import TrainConfig
 
 
@@ -23,19 +24,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.decay == "linear":
         return peak + (low - peak) * progress
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
-
-
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm () of all gradients taken as one vector."""
-    total = gradients[0].float().square().sum()
-    for gradient in gradients[1:]:
-        total = total + gradient.float().square().sum()
-    return total.sqrt()
-
-
-def clip_factor(norm: Tensor, limit: float) -> Tensor:
-    """What to multiply gradients of this norm by so that it is at most ``limit``."""
-    return (limit / (norm + 1e-6)).minimum(1.0)
 
 
 class AdamW(Optimizer):
@@ -64,22 +52,29 @@ class AdamW(Optimizer):
         self.m = [_zeros_like(p) for p in self.params]
         self.v = [_zeros_like(p) for p in self.params]
 
+    def update(self, gradients: Sequence[Tensor], clip: float = 0.0) -> Tensor:
+        """Take one step, clipping the gradients to the norm ``clip`` if it is not 0; -> their norm.
+
+        Realize ``changed()`` together with the norm.
+        """
+        decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in self.params]
+        return kernels.adamw_update(
+            self.params, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
+            beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip,
+        )  # fmt: skip
+
+    def changed(self) -> list[Tensor]:
+        """The Tensors that a step changes."""
+        return [self.b1_t, self.b2_t, *self.m, *self.v, *self.params]
+
     def schedule_step(self) -> list[Tensor]:
         """One update from the ``.grad`` of each parameter; returns the Tensors to realize."""
-        gradients = [p.grad for p in self.params]
-        missing = sum(g is None for g in gradients)
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        missing = len(self.params) - len(gradients)
         if missing:
-            raise RuntimeError(f"{missing} of {len(gradients)} parameters have no gradient.")
-        self.b1_t.assign(self.b1_t * self.beta1)
-        self.b2_t.assign(self.b2_t * self.beta2)
-        for p, g, m, v in zip(self.params, gradients, self.m, self.v, strict=True):
-            assert g is not None
-            m.assign(self.beta1 * m + (1 - self.beta1) * g)
-            v.assign(self.beta2 * v + (1 - self.beta2) * g * g)
-            direction = (m / (1 - self.b1_t)) / ((v / (1 - self.b2_t)).sqrt() + self.eps)
-            decay = self.weight_decay if len(p.shape) >= 2 else 0.0
-            p.assign((p.detach() * (1 - self.lr * decay) - self.lr * direction).cast(p.dtype))
-        return [self.b1_t, self.b2_t, *self.m, *self.v, *self.params]
+            raise RuntimeError(f"{missing} of {len(self.params)} parameters have no gradient.")
+        self.update(gradients)
+        return self.changed()
 
 
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> AdamW:

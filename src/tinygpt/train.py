@@ -21,8 +21,9 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt import data
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.reference import clip_factor, global_norm
 from tinygpt.model import Noise, Transformer
-from tinygpt.optim import clip_factor, global_norm, learning_rate
+from tinygpt.optim import AdamW, learning_rate
 
 Tokens = npt.NDArray[np.integer]
 
@@ -69,12 +70,15 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return loss, loss.gradient(*params)
 
     def update(lr: Tensor, grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """-> the gradient's norm, and everything that has to be realized with it"""
+        """-> the gradients' norm, and everything that has to be realized with it"""
+        optimizer.lr.assign(lr)
+        if isinstance(optimizer, AdamW):
+            norm = optimizer.update(grads, config.grad_clip)
+            return norm, [norm, optimizer.lr, *optimizer.changed()]
         norm = global_norm(grads)
         factor = clip_factor(norm, config.grad_clip) if config.grad_clip else 1.0
         for p, g in zip(params, grads, strict=True):
             p.grad = g * factor
-        optimizer.lr.assign(lr)
         with Context(TRAINING=1):  # tinygrad's own optimizers insist on it
             changed = optimizer.schedule_step()
         for p in params:

@@ -21,7 +21,7 @@ from itertools import pairwise
 from tinygrad import Tensor
 
 from tinygpt.kernels.norm import empty, fill, share, sum_dtype
-from tinygpt.kernels.phases import Array, Kernel, run
+from tinygpt.kernels.phases import Array, Kernel, as_uop, run
 
 LANES = 32
 PARTS = 16
@@ -157,8 +157,10 @@ def _numbers(
         b1_t[0] = b1_t[0] * beta1
         b2_t[0] = b2_t[0] * beta2
     with k.phase(1):
-        factor = clip / (norm[0] + 1e-6)
-        numbers[0] = (factor >= 1.0).where(1.0, factor) * scale if clip else scale
+        factor = clip / (norm[0] + 1e-6)  # NaN stays NaN
+        numbers[0] = (
+            (as_uop(1.0, norm.dtype) < factor).where(1.0, factor) * scale if clip else scale
+        )
         numbers[1] = lr[0]
         numbers[2] = 1.0 / (1.0 - b1_t[0])
         numbers[3] = 1.0 / (1.0 - b2_t[0])

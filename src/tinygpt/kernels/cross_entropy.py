@@ -37,8 +37,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     logits, targets = logits.contiguous(), targets.cast(dtypes.int32).contiguous()
     launch = partial(run, lanes=LANES, N=N, V=V, group=largest_divisor(N, ROWS))
     rows = [empty(logits, N, dtype=sum_dtype(logits)) for _ in range(3)]
-    rows = launch(_row_losses, rows, [logits, targets], name=f"cross_entropy_{N}x{V}")
-    losses, *statistics = (r.detach() for r in rows)
+    inputs = [logits, targets]
+    losses, *statistics = launch(_row_losses, rows, inputs, name=f"cross_entropy_{N}x{V}")
 
     def backward(gradient: Tensor) -> list[Tensor | None]:
         inputs = [gradient.contiguous(), inverse, *statistics, logits, targets]
@@ -148,7 +148,7 @@ def _row_gradients(
 
 
 def _mean(
-    k: Kernel, loss: Array, inverse: Array, losses: Array, targets: Array, *_: Array, N: int
+    k: Kernel, loss: Array, inverse: Array, losses: Array, targets: Array, *unused: Array, N: int
 ) -> None:
     k.units(1)
     acc, total = k.tile(2, loss.dtype, shared=True), k.tile(2, loss.dtype)

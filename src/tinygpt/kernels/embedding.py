@@ -25,12 +25,12 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -
     With ``positions``, of at least T rows (..., C), row t is added to position t. An id outside of
     0..V-1 gives a row of NaN, so that the loss shows it, and no gradient.
     """
-    if not plain_shapes(tokens, weight, *([] if positions is None else [positions])):
-        rows = reference.embedding(tokens, weight)
-        return rows if positions is None else rows + positions[: tokens.shape[1]]
+    tables = [weight] if positions is None else [weight, positions]
+    if not plain_shapes(tokens, *tables):
+        return reference.embedding(tokens, weight, positions)
     B, T = map(int, tokens.shape)
     V, C = map(int, weight.shape)
-    tables = [weight.contiguous()] + ([] if positions is None else [positions.contiguous()])
+    tables = [t.contiguous() for t in tables]
     tokens = tokens.cast(dtypes.int32).contiguous()
     launch = partial(run, lanes=largest_divisor(C, LANES), B=B, T=T, C=C)
 

@@ -230,7 +230,7 @@ def _scores(
     chunk: Array,
     by_row: Array,
     weight: Array,
-    *_: Array,
+    *unused: Array,
     plan: Plan,
 ) -> None:
     """A block of S = W Xᵀ, and for each of its columns the largest m and the sum of exp(S - m)."""
@@ -408,7 +408,7 @@ def _add_dweight(
             dweight.put(at, acc[u, lane], where=inside)
 
 
-def _add_parts(k: Kernel, dx: Array, parts: Array, *_: Array, plan: Plan) -> None:
+def _add_parts(k: Kernel, dx: Array, parts: Array, *unused: Array, plan: Plan) -> None:
     """dx of a chunk, row by row: the sum of all parts, which lie in panels."""
     C, L, panels = plan.C, k.lanes, plan.rows // k.lanes
     panel = k.units(panels)
@@ -422,15 +422,14 @@ def _add_parts(k: Kernel, dx: Array, parts: Array, *_: Array, plan: Plan) -> Non
 def _collect(k: Kernel, dx: Array, g: Array, *chunks: Array, plan: Plan) -> None:
     """dx of all rows, times the gradient of the loss."""
     unit = k.units(k.threads)
-    for i, chunk in enumerate(chunks):
+    for i, rows in enumerate(chunks):
         start = i * plan.rows * plan.C
-        for at, _, inside in share(
-            k, min(plan.rows * plan.C, plan.N * plan.C - start), unit, k.threads
-        ):
-            dx.put(start + at, chunk[at] * g[0].cast(dx.dtype), where=inside)
+        size = min(plan.rows, plan.N - i * plan.rows) * plan.C
+        for at, _, inside in share(k, size, unit, k.threads):
+            dx.put(start + at, rows[at] * g[0].cast(dx.dtype), where=inside)
 
 
-def _scale(k: Kernel, dweight: Array, g: Array, *_: Array, plan: Plan) -> None:
+def _scale(k: Kernel, dweight: Array, g: Array, *unused: Array, plan: Plan) -> None:
     """Multiply by the gradient of the loss; nothing to do if that is 1, as it mostly is."""
     unit = k.units(k.threads)
     with k.loop(g[0].ne(1.0).where(1, 0)):
@@ -443,9 +442,9 @@ def _loss(k: Kernel, loss: Array, inverse: Array, *arrays: Array, plan: Plan) ->
     k.units(1)
     acc, total = k.tile(1, loss.dtype, shared=True), k.tile(1, loss.dtype)
     fill(k, 0.0, 1, acc)
-    for chunk in arrays[: plan.chunks]:
+    for statistics in arrays[: plan.chunks]:
         with k.loop(plan.rows // k.lanes) as j, k.phase() as lane:
-            acc[0, lane] = acc[0, lane] + chunk[j * k.lanes + lane]
+            acc[0, lane] = acc[0, lane] + statistics[j * k.lanes + lane]
     k.fold(total, acc, 1)
     with k.phase(1):
         loss[0] = total[0, 0] * inverse[0]

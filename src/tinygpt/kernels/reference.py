@@ -6,14 +6,26 @@ Shapes use the field's letters: B batch, T positions, C width, H heads, D head s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 from tinygrad import Tensor, dtypes
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + b for x (..., I), weight (O, I), bias (O,) -> (..., O)."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Literal["gelu"] | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b, then + residual or GELU, for x (..., I), weight (O, I), bias (O,)."""
     y = x @ weight.transpose(0, 1)
-    return y if bias is None else y + bias
+    if bias is not None:
+        y = y + bias
+    if residual is not None:
+        y = y + residual
+    return gelu(y) if activation == "gelu" else y
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -29,9 +41,10 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
 
 
-def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Rows of weight (V, C) at tokens (B, T) -> (B, T, C)."""
-    return weight[tokens]
+def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Rows of weight (V, C) at tokens (B, T), plus the first T rows of positions -> (B, T, C)."""
+    rows = weight[tokens]
+    return rows if positions is None else rows + positions[: tokens.shape[1]]
 
 
 def causal_mask(queries: int, keys: int) -> Tensor:
@@ -63,6 +76,24 @@ def attention(
     return weights @ v
 
 
+def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention of queries, keys and values (B, T, 3C), side by side -> (B, T, C)."""
+    q, k, v = (split_heads(part, n_head) for part in qkv.chunk(3, dim=2))  # (B, H, T, D)
+    return merge_heads(attention(q, k, v, is_causal=True))
+
+
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    """(B, T, C) -> (B, H, T, D)"""
+    B, T, C = x.shape
+    return x.reshape(B, T, n_head, C // n_head).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C)"""
+    B, H, T, D = x.shape
+    return x.transpose(1, 2).reshape(B, T, H * D)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats; logits (N, V), targets (N,).
 
@@ -72,3 +103,49 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     picked = (Tensor.arange(logits.shape[-1]) == targets.unsqueeze(-1)).where(logits, 0).sum(-1)
     losses = counted.where(logits.logsumexp(-1) - picked, 0)
     return losses.sum() / counted.cast(dtypes.int32).sum().maximum(1)
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm () of all gradients taken as one vector."""
+    total = gradients[0].float().square().sum()
+    for gradient in gradients[1:]:
+        total = total + gradient.float().square().sum()
+    return total.sqrt()
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """What to multiply gradients of this norm by so that it is at most ``limit``."""
+    return (limit / (norm + 1e-6)).minimum(1.0)
+
+
+def adamw_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lr: Tensor,
+    b1_t: Tensor,
+    b2_t: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: Sequence[float],
+    clip: float = 0.0,
+) -> Tensor:
+    """One step of AdamW after clipping to the norm ``clip``, in place; -> the gradients' norm ().
+
+    What is updated has to be realized together with the norm. b1_t and b2_t are the powers of the
+    betas so far. Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
+    """
+    norm = global_norm(grads)
+    factor = clip_factor(norm, clip) if clip else 1.0
+    b1_t.assign(b1_t * beta1)
+    b2_t.assign(b2_t * beta2)
+    for p, gradient, m_p, v_p, rate in zip(params, grads, m, v, decay, strict=True):
+        g = gradient * factor
+        m_p.assign(beta1 * m_p + (1 - beta1) * g)
+        v_p.assign(beta2 * v_p + (1 - beta2) * g * g)
+        direction = (m_p / (1 - b1_t)) / ((v_p / (1 - b2_t)).sqrt() + eps)
+        p.assign((p.detach() * (1 - lr * rate) - lr * direction).cast(p.dtype))
+    return norm

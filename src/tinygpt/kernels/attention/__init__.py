@@ -123,6 +123,7 @@ def _run(
         outputs,
         inputs,
         lanes=tile_shape(_gpu(inputs[0]))[0],
+        threads=default_threads(),
         name=p.name(kernel.__name__),
         ops=p.ops(products),
         backward=gradients,

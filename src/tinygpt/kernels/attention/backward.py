@@ -73,7 +73,7 @@ def queries(k: Kernel, gradient: Array, *arrays: Array, p: Problem) -> None:
     sweep = Sweep(k, p, head, grad, lse, delta, inputs)
     sweep.clear(block, dq)
     q, grad_rows = sweep.rows(block)
-    with counted(k, sweep.tiles_seen_by(block)) as tile:
+    with counted(k, sweep.tiles_seen_by(block), blocks(p.Tk, k.lanes)) as tile:
         sweep.take(tile)
         sweep.weigh(tile, block, q, grad_rows)
         sweep.add_to_queries(tile, block, dq)
@@ -133,8 +133,9 @@ class Sweep:
         with k.loop(p.D) as d, k.phase() as lane:
             dk_t[d, lane] = dv_t[d, lane] = 0.0
         first = self.first_block_that_sees(tile)
-        with counted(k, blocks(p.Tq, self.block) - first) as j:
-            block = as_index(j) + first
+        n_blocks = blocks(p.Tq, self.block)
+        with counted(k, n_blocks - first, n_blocks) as j:
+            block = j + first
             q, grad = self.rows(block)
             self.weigh(tile, block, q, grad)
             self.add_to_keys(grad, self.w, dv_t)
@@ -237,17 +238,17 @@ class Sweep:
 
     def inside(self, block: UOp, x: Index, d: Index) -> UOp | None:
         """Whether dQ has such an element; None if it surely has."""
-        t = as_index(block) * self.block + x
+        t = block * self.block + x
         gates = [t < self.p.Tq] if self.p.Tq % self.block else []
         gates += [as_index(d) < self.p.D] if self.p.D % self.k.lanes else []
         return functools.reduce(lambda a, b: a & b, gates) if gates else None
 
     def key_row(self, tile: UOp, lane: Index) -> UOp:
-        at = as_index(tile) * self.k.lanes + lane
+        at = tile * self.k.lanes + lane
         return at if self.p.Tk % self.k.lanes == 0 else clamp(at, self.p.Tk)
 
     def query_row(self, block: UOp, x: Index) -> UOp:
-        at = as_index(block) * self.block + x
+        at = block * self.block + x
         return at if self.p.Tq % self.block == 0 else clamp(at, self.p.Tq)
 
     def first_block_that_sees(self, tile: UOp) -> Index:

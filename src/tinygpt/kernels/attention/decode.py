@@ -7,8 +7,8 @@ import math
 
 from tinygrad import UOp
 
-from tinygpt.kernels.attention.tiles import HIDDEN, blocks, clamp, power, sum_dtype
-from tinygpt.kernels.phases import Array, Index, Kernel, as_index, minimum
+from tinygpt.kernels.attention.tiles import HIDDEN, at_most, blocks, clamp, power, sum_dtype
+from tinygpt.kernels.phases import Array, Index, Kernel, Tile, minimum
 
 BLOCK = 64
 """Keys between two rescalings of the sum."""
@@ -40,7 +40,7 @@ def decode(
     products, w = k.tile(ROWS, dtype, shared=True), k.tile(1, dtype, width=BLOCK, shared=True)
     lanes = k.tile(1, dtype, shared=True)
     sums, m, m_new, l, shrink = (k.tile(n, dtype, width=1) for n in (ROWS, 1, 1, 1, 1))
-    n, groups = as_index(length[0]), range(BLOCK // W)
+    n, groups = at_most(length[0], T), range(BLOCK // W)
 
     def row(t: Index) -> UOp:
         return (head * T + minimum(t, n - 1)) * D
@@ -63,21 +63,23 @@ def decode(
                 for x in range(ROWS):
                     number = keys[row(first + x) + d].cast(dtype)
                     products[x, lane] = products[x, lane] + scaled[part, lane] * number
-            k.fold(sums, products, ROWS)
+            _add_across(k, sums, products, ROWS)
             with k.phase(1):
                 for x in range(ROWS):
                     w[0, i * ROWS + x] = (first + x < n).where(sums[x, 0], HIDDEN)
         with k.phase() as lane:
             lanes[0, lane] = functools.reduce(UOp.maximum, [w[0, g * W + lane] for g in groups])
-        k.fold(m_new, lanes, 1, UOp.maximum, HIDDEN)
         with k.phase(1):
-            largest = m[0, 0].maximum(m_new[0, 0])
-            m[0, 0], shrink[0, 0] = largest, power(m[0, 0] - largest)
+            m_new[0, 0] = m[0, 0]
+        with k.loop(W) as lane, k.phase(1):
+            m_new[0, 0] = m_new[0, 0].maximum(lanes[0, lane])
+        with k.phase(1):
+            m[0, 0], shrink[0, 0] = m_new[0, 0], power(m[0, 0] - m_new[0, 0])
         with k.loop(len(groups)) as g, k.phase() as lane:
             w[0, g * W + lane] = power(w[0, g * W + lane] - m[0, 0])
         with k.phase() as lane:
             lanes[0, lane] = functools.reduce(UOp.add, [w[0, g * W + lane] for g in groups])
-        k.fold(sums, lanes, 1)
+        _add_across(k, sums, lanes, 1)
         with k.phase(1):
             l[0, 0] = l[0, 0] * shrink[0, 0] + sums[0, 0]
         with k.loop(parts) as part, k.phase() as lane:
@@ -88,3 +90,13 @@ def decode(
     with k.loop(parts) as part, k.phase() as lane:
         d = part * W + lane
         out.put(head * D + d, o[part, lane] / l[0, 0], d < D if D % W else None)
+
+
+def _add_across(k: Kernel, sums: Tile, tile: Tile, rows: int) -> None:
+    """sums[x, 0] = the sum of tile[x, lane] over the lanes."""
+    with k.phase(1):
+        for x in range(rows):
+            sums[x, 0] = 0.0
+    with k.loop(k.lanes) as lane, k.phase(1):
+        for x in range(rows):
+            sums[x, 0] = sums[x, 0] + tile[x, lane]

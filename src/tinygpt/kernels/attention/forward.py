@@ -16,7 +16,7 @@ from tinygpt.kernels.attention.tiles import (
     product,
     store,
 )
-from tinygpt.kernels.phases import Array, Index, Kernel, as_index, minimum
+from tinygpt.kernels.phases import Array, Index, Kernel, minimum
 
 
 def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> None:
@@ -52,10 +52,11 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
         m[0, lane] = m_new[0, lane] = HIDDEN
         l[0, lane] = 0.0
     last = minimum(first + (k.lanes - 1), p.Tq - 1) + p.ahead
-    with counted(k, last // block + 1 if p.causal else blocks(p.Tk, block)) as j:
+    n_blocks = blocks(p.Tk, block)
+    with counted(k, last // block + 1 if p.causal else n_blocks, n_blocks) as j:
 
         def row(x: Index) -> UOp:
-            at = as_index(j) * block + x
+            at = j * block + x
             return at if p.Tk % block == 0 else clamp(at, p.Tk)
 
         def mask(x: UOp, scores: list[UOp], lane: UOp) -> None:

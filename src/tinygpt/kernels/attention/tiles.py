@@ -203,9 +203,17 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
+def at_most(x: UOp, most: int) -> UOp:
+    """An index read from memory, of which it is known that it is from 0 to ``most``.
+
+    That keeps the arithmetic with it in 32 bits, where addresses fit: WebGPU has no others.
+    """
+    return as_index(x & (2 ** most.bit_length() - 1))
+
+
 @contextmanager
-def counted(k: Kernel, n: Index) -> Iterator[UOp]:
-    """A loop like ``k.loop(n)``, whose n >= 1 may also depend on the unit or on other loops.
+def counted(k: Kernel, n: Index, most: int) -> Iterator[UOp]:
+    """A loop like ``k.loop(n)`` with 1 <= n <= most, which may depend on the unit or other loops.
 
     tinygrad, where it ends a loop, ends those that its length was computed from as well. So this
     one has no length: it counts for itself, and ends with a question.
@@ -220,9 +228,10 @@ def counted(k: Kernel, n: Index) -> Iterator[UOp]:
     k._ranges += 1
     loop = UOp.loop(k._ranges - 1)
     k._order += (loop,)
-    yield count[0, 0]
+    i = count[0, 0]
+    yield at_most(i, most)
     with k.phase(1):
-        count[0, 0] = count[0, 0] + 1
+        count[0, 0] = i + 1
     again = count[0, 0] < position(n)
     k._order = (k._order[0].end(loop, again),)
 

@@ -1,0 +1,325 @@
+"""Flash attention against float64, for shapes, types, threads and devices."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes
+from tinygrad.codegen import full_rewrite_to_sink, line_rewrite, linearize, pm_linearize_cleanups
+from tinygrad.dtype import DType
+from tinygrad.helpers import Target
+from tinygrad.renderer.cstyle import (
+    CStyleLanguage,
+    CUDARenderer,
+    MetalRenderer,
+    OpenCLRenderer,
+)
+from tinygrad.renderer.wgsl import WGSLRenderer
+
+import tinygpt.kernels.attention as attention
+from tinygpt.errors import UsageError
+from tinygpt.kernels import reference
+from tinygpt.kernels.attention import backward, decode_attention, flash_attention, packed_attention
+from tinygpt.kernels.attention.decode import decode
+from tinygpt.kernels.attention.forward import forward
+from tinygpt.kernels.attention.tiles import Problem
+from tinygpt.kernels.phases import build
+
+Shape = tuple[int, int, int, int, int]  # B, H, Tq, Tk, D
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory starts as NaN: what a kernel forgets to write, or reads too early, shows."""
+
+    def poisoned(like: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
+        values = Tensor.full(shape, math.nan, dtype=dtype or like.dtype, device=like.device)
+        return values.contiguous().realize()
+
+    monkeypatch.setattr(attention, "empty", poisoned)
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def tensor(x: np.ndarray, dtype: DType = dtypes.float32, device: str | None = None) -> Tensor:
+    return Tensor(x, device=device).cast(dtype).contiguous().realize()
+
+
+def problem(B: int, H: int, Tq: int, Tk: int, D: int) -> list[np.ndarray]:
+    """q, k, v and the gradient of the result."""
+    lengths = enumerate((Tq, Tk, Tk, Tq))
+    return [numbers(B, H, T, D, seed=i) for i, T in lengths]
+
+
+def exact(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, grad: np.ndarray, causal: bool
+) -> list[np.ndarray]:
+    """The result and the gradients of q, k and v, in float64, from the formulas."""
+    q, k, v, grad = (x.astype(np.float64) for x in (q, k, v, grad))
+    (Tq, D), Tk = q.shape[2:], k.shape[2]
+    scores = q @ k.swapaxes(2, 3) / math.sqrt(D)
+    if causal:
+        scores = np.where(np.tri(Tq, Tk, Tk - Tq, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    dw = grad @ v.swapaxes(2, 3)
+    ds = weights * (dw - (dw * weights).sum(-1, keepdims=True)) / math.sqrt(D)
+    return [weights @ v, ds @ k, ds.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ grad]
+
+
+def flash(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    grad: np.ndarray,
+    causal: bool,
+    dtype: DType = dtypes.float32,
+    device: str | None = None,
+) -> list[np.ndarray]:
+    """The same by the kernels."""
+    inputs = [tensor(x, dtype, device) for x in (q, k, v)]
+    out = flash_attention(*inputs, is_causal=causal)
+    found = [out, *out.gradient(*inputs, gradient=tensor(grad, dtype, device))]
+    assert all(x.dtype == dtype for x in found)
+    wide = dtypes.float64 if dtype == dtypes.float64 else dtypes.float32
+    return [x.cast(wide).numpy() for x in found]
+
+
+def assert_near(found: list[np.ndarray], wanted: list[np.ndarray], error: float = 1e-5) -> None:
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=False):
+        np.testing.assert_allclose(a, b, rtol=error, atol=error * max(1, abs(b).max()), err_msg=name)
+
+
+def check(shape: Shape, causal: bool, error: float = 1e-5) -> None:
+    given = problem(*shape)
+    assert_near(flash(*given, causal), exact(*given, causal), error)
+
+
+@pytest.mark.parametrize(
+    ("shape", "causal"),
+    [
+        ((1, 2, 1, 1, 16), True),
+        ((2, 1, 7, 7, 32), True),
+        ((1, 2, 64, 64, 32), True),
+        ((1, 1, 1000, 1000, 16), True),
+        ((1, 1, 40, 40, 20), False),  # a head size that the lanes do not divide
+        ((1, 1, 20, 20, 128), True),
+        ((2, 1, 5, 70, 16), True),  # the last 5 of 70 positions
+        ((1, 2, 33, 50, 24), False),
+        ((1, 1, 50, 3, 16), False),
+    ],
+)
+def test_results_and_gradients_are_those_of_float64(shape: Shape, causal: bool) -> None:
+    check(shape, causal)
+
+
+@settings(max_examples=3)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(0, 40)),
+    st.sampled_from([16, 17, 40]),
+    st.booleans(),
+)
+def test_any_sizes_will_do(sizes: tuple[int, int, int, int], D: int, causal: bool) -> None:
+    B, H, Tq, more = sizes
+    check((B, H, Tq, Tq + more, D), causal)
+
+
+def test_results_and_gradients_are_those_of_the_plain_twin() -> None:
+    arrays = problem(1, 2, 9, 12, 16)
+    q, k, v, grad = (tensor(x) for x in arrays)
+    twin = reference.attention(q, k, v, True)
+    wanted = [twin, *twin.gradient(q, k, v, gradient=grad)]
+    assert_near(flash(*arrays, True), [x.numpy() for x in wanted])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(dtypes.half, 4e-3), (dtypes.bfloat16, 3e-2), (dtypes.float64, 1e-12)]
+)
+def test_other_types(dtype: DType, error: float) -> None:
+    wide = dtypes.float64 if dtype == dtypes.float64 else dtypes.float32
+    rounded = [tensor(x, dtype).cast(wide).numpy() for x in problem(1, 2, 20, 37, 16)]
+    assert_near(flash(*rounded, True, dtype), exact(*rounded, True), error)
+
+
+def test_half_is_added_up_in_float32() -> None:
+    T = 4096  # in half, adding ones stops at 2048
+    q, k, v = (tensor(np.zeros((1, 1, T, 16))), tensor(np.zeros((1, 1, T, 16))), numbers(1, 1, T, 16))
+    out = flash_attention(q[:, :, :1].cast("half"), k.cast("half"), tensor(v + 1, dtypes.half))
+    np.testing.assert_allclose(out.float().numpy()[0, 0, 0], (v + 1).mean((0, 1, 2)), rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.half])
+@pytest.mark.parametrize("T", [1, 40])
+def test_packed_attention_is_the_same_without_transposes(dtype: DType, T: int) -> None:
+    B, H, D = 2, 3, 16
+    rounded = [tensor(x, dtype).float().numpy() for x in problem(B, H, T, T, D)]
+    out, *gradients = exact(*rounded, True)
+    qkv = np.stack(rounded[:3]).transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)
+    x = tensor(qkv, dtype)
+    y = packed_attention(x, H)
+    grad = tensor(rounded[3].transpose(0, 2, 1, 3).reshape(B, T, H * D), dtype)
+    dx = y.gradient(x, gradient=grad)[0]
+    assert y.shape == (B, T, H * D) and y.dtype == dx.dtype == dtype
+    error = 1e-5 if dtype == dtypes.float32 else 4e-3
+    found = y.float().numpy().reshape(B, T, H, D).transpose(0, 2, 1, 3)
+    parts = dx.float().numpy().reshape(B, T, 3, H, D).transpose(2, 0, 3, 1, 4)
+    assert_near([found, *parts], [out, *gradients], error)
+
+
+def test_results_are_bitwise_the_same_for_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = problem(1, 2, 40, 50, 24)  # two heads: three threads take the other backward kernels
+    results = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(attention, "default_threads", lambda threads=threads: threads)
+        results.append(flash(*given, True))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_packed_gradients_do_not_depend_on_the_threads_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, grad = tensor(numbers(1, 21, 48)), tensor(numbers(1, 21, 16))
+    gradients = []
+    for threads in (1, 2):
+        monkeypatch.setattr(attention, "default_threads", lambda threads=threads: threads)
+        gradients.append(packed_attention(x, 1).gradient(x, gradient=grad)[0].numpy())
+    np.testing.assert_array_equal(*gradients)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_large_scores_are_no_trouble(causal: bool) -> None:
+    q, k, v, grad = problem(1, 1, 33, 33, 16)
+    q *= 1e4 / np.abs(q @ k.swapaxes(2, 3) / 4).max()
+    found, wanted = flash(q, k, v, grad, causal), exact(q, k, v, grad, causal)
+    assert all(np.isfinite(x).all() for x in found)
+    assert_near(found, wanted, 5e-3)  # the unit in the last place of a score of 1e4 is 1e-3
+
+
+def test_a_jitted_step_equals_an_eager_one() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        out = flash_attention(q, k, v, is_causal=True)
+        found = [out, *out.gradient(q, k, v, gradient=grad)]
+        Tensor.realize(*found)
+        return found
+
+    jitted = TinyJit(step)
+    for seed in range(5):
+        inputs = [tensor(numbers(1, 2, 9, 16, seed=seed + i)) for i in range(4)]
+        for a, b in zip(jitted(*inputs), step(*inputs), strict=True):
+            np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_a_query_does_not_see_behind_itself() -> None:
+    q, k, v, _ = problem(1, 1, 40, 40, 16)
+    before = flash_attention(tensor(q), tensor(k), tensor(v), True).numpy()
+    k[:, :, 30:], v[:, :, 30:] = 1e30, np.nan
+    after = flash_attention(tensor(q), tensor(k), tensor(np.nan_to_num(v, nan=1e30)), True).numpy()
+    np.testing.assert_array_equal(before[:, :, :30], after[:, :, :30])
+
+
+@pytest.mark.parametrize("D", [16, 20])
+def test_decoding_equals_full_attention_at_every_length(D: int) -> None:
+    q, k, v, _ = problem(2, 2, 1, 100, D)
+    step = TinyJit(lambda *inputs: decode_attention(*inputs).realize())
+    for n in (1, 2, 64, 65, 100, 7):
+        keys, values = k.copy(), v.copy()
+        keys[:, :, n:] = values[:, :, n:] = np.nan  # what was never written is never read
+        length = tensor(np.array([n]), dtypes.int32)
+        got = step(tensor(q), tensor(keys), tensor(values), length).numpy()
+        assert_near([got], exact(q, k[:, :, :n], v[:, :, :n], q, False))
+
+
+def test_the_length_may_be_a_number_or_a_bound_variable() -> None:
+    q, k, v, _ = problem(1, 2, 1, 9, 16)
+    wanted = exact(q, k[:, :, :5], v[:, :, :5], q, False)
+    for length in (5, Variable("length", 1, 9).bind(5)):
+        assert_near([decode_attention(tensor(q), tensor(k), tensor(v), length).numpy()], wanted)
+
+
+def test_what_does_not_fit_is_refused_with_advice() -> None:
+    x = Tensor.empty(1, 2, 5, 16)
+    with pytest.raises(UsageError, match="do not fit together"):
+        flash_attention(x, x, x[:, :, :, :8])
+    with pytest.raises(UsageError, match="more queries than keys"):
+        flash_attention(x, x[:, :, :3], x[:, :, :3], is_causal=True)
+    with pytest.raises(UsageError, match="Cast them to one"):
+        flash_attention(x, x, x.half())
+    with pytest.raises(UsageError, match="does not split into"):
+        packed_attention(Tensor.empty(1, 5, 50), 4)
+    with pytest.raises(UsageError, match="takes 1"):
+        decode_attention(x, x, x, 3)
+
+
+@pytest.mark.skipif(os.environ.get("DEV", "CPU") != "CPU", reason="once is enough")
+def test_the_kernels_for_gpus_are_right_on_the_device_that_emulates_one() -> None:
+    given = problem(1, 1, 5, 6, 4)
+    assert_near(flash(*given, True, device="PYTHON"), exact(*given, True))
+    q, k, v, _ = (tensor(x, device="PYTHON") for x in given)
+    got = decode_attention(q[:, :, :1], k, v, 5).numpy()
+    q, k, v, _ = given
+    assert_near([got], exact(q[:, :, :1], k[:, :, :5], v[:, :, :5], q[:, :, :1], False))
+
+
+RENDERERS = {
+    "CUDA": CUDARenderer,
+    "METAL": MetalRenderer,
+    "CL": OpenCLRenderer,
+    "WEBGPU": WGSLRenderer,
+}
+
+
+THREAD = {
+    "CUDA": "threadIdx.x",
+    "METAL": "lid.x",
+    "CL": "get_local_id(0)",
+    "WEBGPU": "i32(lindex.x)",
+}
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_the_kernels_can_be_written_for_gpus(name: str) -> None:
+    sizes = Problem(1, 2, 40, 40, 16, causal=True, packed=True)
+    n, rows = 40 * 32, 80
+    kernels = [
+        (forward, 2, (n, rows, 3 * n), {"p": sizes}),
+        (backward.deltas, 1, (rows, n, n), {"p": sizes}),
+        (backward.queries, 1, (3 * n, n, rows, rows, 3 * n), {"p": sizes}),
+        (backward.keys, 1, (3 * n, n, rows, rows, 3 * n), {"p": sizes}),
+        (decode, 1, (32, 32, n, n, 1), {"heads": 2, "T": 40, "D": 16}),
+    ]
+    for kernel, outputs, lengths, constants in kernels:
+        source = render(name, kernel, outputs, lengths, constants)
+        assert THREAD[name] in source
+        assert "long" not in source and "i64" not in source  # WebGPU has no 64-bit integers
+
+
+def render(
+    name: str,
+    kernel: Callable[..., None],
+    outputs: int,
+    lengths: tuple[int, ...],
+    constants: dict[str, Any],
+) -> str:
+    """The kernel's source. A renderer is made without its compiler, which this machine may lack."""
+    renderer = RENDERERS[name].__new__(RENDERERS[name])
+    CStyleLanguage.__init__(renderer, Target(device=name))
+    types = [dtypes.int32 if n == 1 else dtypes.float32 for n in lengths]
+    sizes = enumerate(zip(lengths, types, strict=True))
+    buffers = tuple(UOp.placeholder((n,), dtype, i) for i, (n, dtype) in sizes)
+    fixed = tuple(sorted(constants.items()))
+    sink = build(kernel, buffers, outputs, (32, 1, True), None, 0, fixed)
+    uops = linearize(full_rewrite_to_sink(sink, renderer, optimize=False))
+    return renderer.render(line_rewrite(uops, pm_linearize_cleanups))
