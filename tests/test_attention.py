@@ -33,6 +33,7 @@ from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.phases import build
 
 Shape = tuple[int, int, int, int, int]  # B, H, Tq, Tk, D
+SHAPE = (1, 2, 20, 37, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +41,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory starts as NaN: what a kernel forgets to write, or reads too early, shows."""
 
     def poisoned(like: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
-        values = Tensor.full(shape, math.nan, dtype=dtype or like.dtype, device=like.device)
-        return values.contiguous().realize()
+        values = np.full(shape, np.nan, np.float32)
+        return tensor(values, dtype or like.dtype, like.device)
 
     monkeypatch.setattr(attention, "empty", poisoned)
 
@@ -50,7 +51,9 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def tensor(x: np.ndarray, dtype: DType = dtypes.float32, device: str | None = None) -> Tensor:
+def tensor(
+    x: np.ndarray, dtype: DType = dtypes.float32, device: str | tuple[str, ...] | None = None
+) -> Tensor:
     return Tensor(x, device=device).cast(dtype).contiguous().realize()
 
 
@@ -96,7 +99,9 @@ def flash(
 
 def assert_near(found: list[np.ndarray], wanted: list[np.ndarray], error: float = 1e-5) -> None:
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=False):
-        np.testing.assert_allclose(a, b, rtol=error, atol=error * max(1, abs(b).max()), err_msg=name)
+        np.testing.assert_allclose(
+            a, b, rtol=error, atol=error * max(1, abs(b).max()), err_msg=name
+        )
 
 
 def check(shape: Shape, causal: bool, error: float = 1e-5) -> None:
@@ -111,18 +116,16 @@ def check(shape: Shape, causal: bool, error: float = 1e-5) -> None:
         ((2, 1, 7, 7, 32), True),
         ((1, 2, 64, 64, 32), True),
         ((1, 1, 1000, 1000, 16), True),
-        ((1, 1, 40, 40, 20), False),  # a head size that the lanes do not divide
         ((1, 1, 20, 20, 128), True),
-        ((2, 1, 5, 70, 16), True),  # the last 5 of 70 positions
-        ((1, 2, 33, 50, 24), False),
-        ((1, 1, 50, 3, 16), False),
+        (SHAPE, True),  # the last 20 of 37 positions
+        ((1, 2, 33, 50, 20), False),  # nothing that lanes or blocks divide
     ],
 )
 def test_results_and_gradients_are_those_of_float64(shape: Shape, causal: bool) -> None:
     check(shape, causal)
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(0, 40)),
     st.sampled_from([16, 17, 40]),
@@ -134,7 +137,7 @@ def test_any_sizes_will_do(sizes: tuple[int, int, int, int], D: int, causal: boo
 
 
 def test_results_and_gradients_are_those_of_the_plain_twin() -> None:
-    arrays = problem(1, 2, 9, 12, 16)
+    arrays = problem(*SHAPE)
     q, k, v, grad = (tensor(x) for x in arrays)
     twin = reference.attention(q, k, v, True)
     wanted = [twin, *twin.gradient(q, k, v, gradient=grad)]
@@ -146,13 +149,17 @@ def test_results_and_gradients_are_those_of_the_plain_twin() -> None:
 )
 def test_other_types(dtype: DType, error: float) -> None:
     wide = dtypes.float64 if dtype == dtypes.float64 else dtypes.float32
-    rounded = [tensor(x, dtype).cast(wide).numpy() for x in problem(1, 2, 20, 37, 16)]
+    rounded = [tensor(x, dtype).cast(wide).numpy() for x in problem(*SHAPE)]
     assert_near(flash(*rounded, True, dtype), exact(*rounded, True), error)
 
 
 def test_half_is_added_up_in_float32() -> None:
     T = 4096  # in half, adding ones stops at 2048
-    q, k, v = (tensor(np.zeros((1, 1, T, 16))), tensor(np.zeros((1, 1, T, 16))), numbers(1, 1, T, 16))
+    q, k, v = (
+        tensor(np.zeros((1, 1, T, 16))),
+        tensor(np.zeros((1, 1, T, 16))),
+        numbers(1, 1, T, 16),
+    )
     out = flash_attention(q[:, :, :1].cast("half"), k.cast("half"), tensor(v + 1, dtypes.half))
     np.testing.assert_allclose(out.float().numpy()[0, 0, 0], (v + 1).mean((0, 1, 2)), rtol=2e-3)
 
@@ -178,32 +185,21 @@ def test_packed_attention_is_the_same_without_transposes(dtype: DType, T: int) -
 def test_results_are_bitwise_the_same_for_any_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = problem(1, 2, 40, 50, 24)  # two heads: three threads take the other backward kernels
+    x, grad = tensor(numbers(1, 37, 96)), tensor(numbers(1, 37, 32))
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3):  # with more threads than heads, other backward kernels
         monkeypatch.setattr(attention, "default_threads", lambda threads=threads: threads)
-        results.append(flash(*given, True))
+        y = packed_attention(x, 2)
+        results.append((y.numpy(), y.gradient(x, gradient=grad)[0].numpy()))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_packed_gradients_do_not_depend_on_the_threads_either(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    x, grad = tensor(numbers(1, 21, 48)), tensor(numbers(1, 21, 16))
-    gradients = []
-    for threads in (1, 2):
-        monkeypatch.setattr(attention, "default_threads", lambda threads=threads: threads)
-        gradients.append(packed_attention(x, 1).gradient(x, gradient=grad)[0].numpy())
-    np.testing.assert_array_equal(*gradients)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_large_scores_are_no_trouble(causal: bool) -> None:
-    q, k, v, grad = problem(1, 1, 33, 33, 16)
+def test_large_scores_are_no_trouble() -> None:
+    q, k, v, grad = problem(*SHAPE)
     q *= 1e4 / np.abs(q @ k.swapaxes(2, 3) / 4).max()
-    found, wanted = flash(q, k, v, grad, causal), exact(q, k, v, grad, causal)
+    found, wanted = flash(q, k, v, grad, True), exact(q, k, v, grad, True)
     assert all(np.isfinite(x).all() for x in found)
     assert_near(found, wanted, 5e-3)  # the unit in the last place of a score of 1e4 is 1e-3
 
@@ -217,13 +213,13 @@ def test_a_jitted_step_equals_an_eager_one() -> None:
 
     jitted = TinyJit(step)
     for seed in range(5):
-        inputs = [tensor(numbers(1, 2, 9, 16, seed=seed + i)) for i in range(4)]
+        inputs = [tensor(x + seed) for x in problem(*SHAPE)]
         for a, b in zip(jitted(*inputs), step(*inputs), strict=True):
             np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
 def test_a_query_does_not_see_behind_itself() -> None:
-    q, k, v, _ = problem(1, 1, 40, 40, 16)
+    q, k, v, _ = problem(1, 2, 64, 64, 32)
     before = flash_attention(tensor(q), tensor(k), tensor(v), True).numpy()
     k[:, :, 30:], v[:, :, 30:] = 1e30, np.nan
     after = flash_attention(tensor(q), tensor(k), tensor(np.nan_to_num(v, nan=1e30)), True).numpy()
@@ -259,7 +255,7 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
         flash_attention(x, x, x.half())
     with pytest.raises(UsageError, match="does not split into"):
         packed_attention(Tensor.empty(1, 5, 50), 4)
-    with pytest.raises(UsageError, match="takes 1"):
+    with pytest.raises(UsageError, match="one query per sequence"):
         decode_attention(x, x, x, 3)
 
 

@@ -12,7 +12,17 @@ import pytest
 
 ORDER = [
     *("errors", "files", "runtime", "multicore", "config", "tokenizers", "corpus", "data"),
-    *("kernels", "cache", "model", "optim", "distributed", "train", "metrics", "checkpoint"),
+    *(
+        "kernels",
+        "transfer",
+        "cache",
+        "model",
+        "optim",
+        "distributed",
+        "train",
+        "metrics",
+        "checkpoint",
+    ),
     *("sample", "generate", "interop", "gradcheck", "plots", "runs", "display", "api", "server"),
     *("cli", "__init__", "__main__"),
 ]

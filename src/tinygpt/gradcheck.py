@@ -19,9 +19,9 @@ from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
 
 from tinygpt.errors import UsageError
-from tinygpt.generate.decoder import write
 from tinygpt.model import Transformer
 from tinygpt.train import mode
+from tinygpt.transfer import write
 
 Array = npt.NDArray[np.float64]
 TOLERANCE = 1e-5

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
 from tinygrad.nn.optim import Optimizer
 
@@ -24,6 +24,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.kernels.reference import clip_factor, global_norm
 from tinygpt.model import Noise, Transformer
 from tinygpt.optim import AdamW, learning_rate
+from tinygpt.transfer import write
 
 Tokens = npt.NDArray[np.integer]
 
@@ -92,10 +93,13 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         result = loss.reshape(1).cat(norm.reshape(1))
         return result.realize(*changed)
 
+    inputs = Inputs(config.batch_size, model.config.block_size)
+
     if micro_batches == 1:
 
         def step(x: Tokens, y: Tokens, lr: float, key: tuple[int, int]) -> tuple[float, float]:
-            loss, norm = whole_step(_ids(x[0]), _ids(y[0]), _key(*key), _rate(lr)).numpy()
+            given = (*inputs.batch(x[0], y[0]), inputs.draw(*key), inputs.rate(lr))
+            loss, norm = whole_step(*given).numpy()
             return float(loss), float(norm)
 
         return step
@@ -126,13 +130,38 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         seed, number = key
         loss = 0.0
         for i in range(micro_batches):
-            draw = _key(seed, number * micro_batches + i)
-            loss += accumulate(_ids(x[i]), _ids(y[i]), draw).item()
-        norm = apply(_rate(lr)).item()
+            draw = inputs.draw(seed, number * micro_batches + i)
+            loss += accumulate(*inputs.batch(x[i], y[i]), draw).item()
+        norm = apply(inputs.rate(lr)).item()
         clear()
         return loss, norm
 
     return accumulated_step
+
+
+class Inputs:
+    """The buffers through which each step is told its batch, random key and learning rate."""
+
+    def __init__(self, batch_size: int, block_size: int) -> None:
+        shape = (batch_size, block_size)
+        self.x, self.y = _buffer(np.zeros(shape, np.int32)), _buffer(np.zeros(shape, np.int32))
+        self.key, self.lr = _buffer(np.zeros(2, np.uint32)), _buffer(np.zeros(1, np.float32))
+
+    def batch(self, x: Tokens, y: Tokens) -> tuple[Tensor, Tensor]:
+        """x and y (B, T)"""
+        return write(self.x, x), write(self.y, y)
+
+    def draw(self, seed: int, number: int) -> Tensor:
+        """The key of the random numbers of one micro-batch, (2,)."""
+        return write(self.key, [(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF])
+
+    def rate(self, lr: float) -> Tensor:
+        """The learning rate, (1,)."""
+        return write(self.lr, [lr])
+
+
+def _buffer(array: npt.NDArray[Any]) -> Tensor:
+    return Tensor(array).contiguous().realize()
 
 
 def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
@@ -144,7 +173,8 @@ def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
 
     def evaluate_batch(x: Tokens, y: Tokens) -> float:
         with mode(model, training=False):
-            return float(loss(_ids(x), _ids(y)).item())
+            batch = (Tensor(np.ascontiguousarray(a, np.int32)).realize() for a in (x, y))
+            return float(loss(*batch).item())
 
     return evaluate_batch
 
@@ -212,16 +242,3 @@ def train_steps(
             )
         elapsed = time.perf_counter() - began
         yield Step(done, loss, lr, norm, x.size / seconds, elapsed, val_loss)
-
-
-def _ids(array: Tokens) -> Tensor:
-    return Tensor(np.ascontiguousarray(array, np.int32)).realize()
-
-
-def _key(seed: int, number: int) -> Tensor:
-    low = (seed ^ (seed >> 32)) & 0xFFFFFFFF
-    return Tensor([low, number & 0xFFFFFFFF], dtype=dtypes.uint32).realize()
-
-
-def _rate(lr: float) -> Tensor:
-    return Tensor([lr], dtype=dtypes.float32).realize()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tinygpt import __version__
 from tinygpt.cli.console import PROGRAMS, program_name
 from tinygpt.display.text import printable
-from tinygpt.errors import TinyGPTError
+from tinygpt.errors import TinyGPTError, UsageError
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
@@ -34,7 +34,8 @@ VERBS = {
 """Where each verb is, and what it does in one line."""
 
 EPILOGUE = (
-    "Help of one command: {program} train --help. With --debug, errors come with their traceback."
+    "Help of one command: {program} train --help. Every command takes --threads N (default: all "
+    "cores) and --debug (errors come with their traceback)."
 )
 
 FAILURE, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, debug = _take_debug(list(sys.argv[1:] if arguments is None else arguments))
     program = program_name()
     try:
+        given = _take_threads(given)
         code = _run(program, given)
         sys.stdout.flush()  # a pipe that broke is found here, not when the interpreter ends
         return code
@@ -141,6 +143,22 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
     return kept, len(kept) != len(arguments) or os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def _take_threads(arguments: list[str]) -> list[str]:
+    """The arguments without --threads N, which is handed to whatever runs kernels."""
+    for i, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if word == "--":
+            break
+        if name == "--threads":
+            rest = arguments[i + 1 :] if equals else arguments[i + 2 :]
+            value = value if equals else "".join(arguments[i + 1 : i + 2])
+            if not value.isdecimal():
+                raise UsageError(f"--threads {value or '(nothing)'}: wanted a number of cores.")
+            os.environ["TINYGPT_THREADS"] = value
+            return arguments[:i] + rest
+    return arguments
 
 
 def _silence_stdout() -> None:

@@ -8,30 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, TinyJit, Variable
-from tinygrad.device import Buffer
-from tinygrad.dtype import _to_np_dtype
 from tinygrad.uop.ops import UOp
 
 from tinygpt.cache import KVCache
 from tinygpt.model import Transformer
 from tinygpt.train import mode
+from tinygpt.transfer import write
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
 
 SMALLEST_BUCKET = 16
 LIVE_BATCH_SIZES = 4
-
-
-def write(tensor: Tensor, values: npt.NDArray[Any]) -> None:
-    """Copy numpy values of the same shape into a realized Tensor, in place, without a graph.
-
-    To make a new Tensor for each token takes as long as the forward pass of a small model.
-    """
-    buffer = tensor.uop.base.buffer
-    assert isinstance(buffer, Buffer), "on one device"
-    source = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
-    buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
 
 
 class Decoder:

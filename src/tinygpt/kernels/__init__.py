@@ -16,14 +16,15 @@ from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
 from tinygpt import multicore
-from tinygpt.kernels import adamw as _adamw
-from tinygpt.kernels import attention as _attention
-from tinygpt.kernels import cross_entropy as _cross_entropy
-from tinygpt.kernels import embedding as _embedding
-from tinygpt.kernels import linear as _linear
-from tinygpt.kernels import linear_cross_entropy as _loss
-from tinygpt.kernels import norm as _norm
 from tinygpt.kernels import reference
+from tinygpt.kernels.adamw import adamw_update as fast_adamw_update
+from tinygpt.kernels.attention import decode_attention, flash_attention
+from tinygpt.kernels.attention import packed_attention as fast_packed_attention
+from tinygpt.kernels.cross_entropy import cross_entropy as fast_cross_entropy
+from tinygpt.kernels.embedding import embedding as fast_embedding
+from tinygpt.kernels.linear import linear as fast_linear
+from tinygpt.kernels.linear_cross_entropy import linear_cross_entropy
+from tinygpt.kernels.norm import layer_norm as fast_layer_norm
 
 multicore.install()  # every core, unless TINYGPT_THREADS says otherwise
 
@@ -49,23 +50,24 @@ def linear(
     activation: Literal["gelu"] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b, then + residual or GELU, for x (..., I), weight (O, I) -> (..., O)."""
-    function = reference.linear if _only_twins else _linear.linear
+    function = reference.linear if _only_twins else fast_linear
     return function(x, weight, bias, residual, activation)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The last axis of x (..., C) with mean 0 and variance 1, scaled and shifted."""
-    return (reference if _only_twins else _norm).layer_norm(x, weight, bias)
+    return (reference.layer_norm if _only_twins else fast_layer_norm)(x, weight, bias)
 
 
 def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
     """Rows of weight (V, C) at tokens (B, T), plus the first T rows of positions -> (B, T, C)."""
-    return (reference if _only_twins else _embedding).embedding(tokens, weight, positions)
+    function = reference.embedding if _only_twins else fast_embedding
+    return function(tokens, weight, positions)
 
 
 def self_attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal attention of queries, keys and values (B, T, 3C), side by side -> (B, T, C)."""
-    return (reference if _only_twins else _attention).packed_attention(qkv, n_head)
+    return (reference.packed_attention if _only_twins else fast_packed_attention)(qkv, n_head)
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: int | UOp) -> Tensor:
@@ -75,11 +77,11 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: int | UOp)
     ``length`` may then be a bound variable.
     """
     if q.shape[2] == 1 and not _only_twins:
-        return _attention.decode_attention(q, keys, values, length)
+        return decode_attention(q, keys, values, length)
     k, v = keys[:, :, :length], values[:, :, :length]
     if _only_twins:
         return reference.attention(q, k, v, is_causal=True)
-    return _attention.flash_attention(q, k, v, is_causal=True)
+    return flash_attention(q, k, v, is_causal=True)
 
 
 def loss(x: Tensor, weight: Tensor, targets: Tensor, gradient: bool) -> Tensor:
@@ -90,12 +92,13 @@ def loss(x: Tensor, weight: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """
     if _only_twins:
         return reference.cross_entropy(reference.linear(x, weight), targets)
-    return _loss.linear_cross_entropy(x, weight, targets, gradient=gradient)
+    return linear_cross_entropy(x, weight, targets, gradient=gradient)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats, logits (N, V), targets (N,)."""
-    return (reference if _only_twins else _cross_entropy).cross_entropy(logits, targets)
+    function = reference.cross_entropy if _only_twins else fast_cross_entropy
+    return function(logits, targets)
 
 
 def adamw_update(
@@ -113,8 +116,8 @@ def adamw_update(
     decay: Sequence[float],
     clip: float = 0.0,
 ) -> Tensor:
-    """One step of AdamW after clipping to the norm ``clip``, in place; -> the gradients' norm ()."""
-    function = reference.adamw_update if _only_twins else _adamw.adamw_update
+    """One step of AdamW after clipping to the norm ``clip``, in place; -> the norm before."""
+    function = reference.adamw_update if _only_twins else fast_adamw_update
     return function(
         params, grads, m, v, lr, b1_t, b2_t,
         beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip,

@@ -2,23 +2,25 @@
 
 Dao et al., "FlashAttention" (2022), and Milakov and Gimelshein, "Online normalizer calculation for
 softmax" (2018). Memory is linear in T: the forward pass keeps its result and one number per query,
-from which the backward pass makes the weights again, tile by tile. ``docs/attention.md`` derives it.
+from which the backward pass makes the weights again, tile by tile. docs/attention.md derives it.
 
-Results are the same, bit for bit, for any number of threads.
+Results are the same, bit for bit, for any number of threads. float32, half and bfloat16 are
+computed in float32, float64 in float64. Tensors on several devices go to the plain twins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tinygrad import Device, Tensor, UOp, dtypes
 
 from tinygpt.errors import UsageError
+from tinygpt.kernels import reference
 from tinygpt.kernels.attention import backward
 from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
-from tinygpt.kernels.attention.tiles import Problem, empty, sum_dtype, tile_shape
+from tinygpt.kernels.attention.tiles import Problem, sum_dtype, tile_shape
+from tinygpt.kernels.norm import empty, plain_shapes
 from tinygpt.kernels.phases import default_threads, run
 
 __all__ = ["decode_attention", "flash_attention", "packed_attention"]
@@ -28,12 +30,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) ->
     """softmax(q kᵀ / √D) v for q (B, H, Tq, D), k and v (B, H, Tk, D) -> (B, H, Tq, D).
 
     With ``is_causal`` the queries are the last Tq of the Tk positions, and see nothing behind
-    themselves. float32, half and bfloat16 are computed in float32, float64 in float64.
+    themselves.
     """
     _check(q, k, v, is_causal)
-    (B, H, Tq, D), Tk = q.shape, k.shape[2]
+    if not plain_shapes(q, k, v):
+        return reference.attention(q, k, v, is_causal)
+    (B, H, Tq, D), Tk = map(int, q.shape), int(k.shape[2])
     problem = Problem(B, H, Tq, Tk, D, is_causal and Tq > 1, packed=False)
-    return _attention(problem, q.shape, [x.contiguous() for x in (q, k, v)])
+    return _attention(problem, (B, H, Tq, D), [x.contiguous() for x in (q, k, v)])
 
 
 def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
@@ -48,7 +52,9 @@ def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
             f"heads. Give (batch, time, 3 * n_head * head_size)."
         )
     _check_dtypes(qkv)
-    B, T, width = qkv.shape
+    if not plain_shapes(qkv):
+        return reference.packed_attention(qkv, n_head)
+    B, T, width = map(int, qkv.shape)
     problem = Problem(B, n_head, T, T, width // (3 * n_head), T > 1, packed=True)
     return _attention(problem, (B, T, width // 3), [qkv.contiguous()])
 
@@ -57,16 +63,20 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | U
     """Attention of one query per sequence, q (B, H, 1, D), to a cache -> (B, H, 1, D).
 
     keys and values are (B, H, Tmax, D), of which the first ``length`` positions count, at least one
-    and at most Tmax. ``length`` is data, an int32 Tensor with one element or a bound variable, so
-    that one jitted function serves all positions; what lies behind it is not read. Not differentiable.
+    and at most Tmax; what lies behind them is not read. ``length`` is data, an int32 Tensor with
+    one element or a bound variable, so that one jitted function serves all positions. There is no
+    gradient.
     """
     _check(q, keys, values, False)
-    (B, H, Tq, D), T = q.shape, keys.shape[2]
-    if Tq != 1:
-        raise UsageError(f"q {q.shape} has {Tq} queries; decode_attention takes 1. Use attention().")
+    if q.shape[2] != 1 or not plain_shapes(q, keys, values):
+        raise UsageError(
+            f"q {q.shape} and keys {keys.shape} were given; decode_attention takes one query per "
+            f"sequence, on one device. flash_attention takes more."
+        )
     if not isinstance(length, Tensor):
         number = [length] if isinstance(length, int) else length
         length = Tensor(number, dtype=dtypes.int32, device=q.device)
+    B, H, T, D = map(int, keys.shape)
     return run(
         decode,
         [empty(q, B, H, 1, D)],
@@ -91,14 +101,13 @@ def _attention(p: Problem, shape: tuple[int, ...], inputs: list[Tensor]) -> Tens
     return out
 
 
-def _gradients(
-    p: Problem, grad: Tensor, saved: list[Tensor], inputs: list[Tensor]
-) -> list[Tensor]:
+def _gradients(p: Problem, grad: Tensor, saved: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """The gradients of the inputs, given that of the result."""
     out, lse = saved
-    sums = [empty(x, *x.shape, dtype=lse.dtype) for x in inputs]
-    delta = empty(lse, *lse.shape)
-    if not _gpu(grad) and p.B * p.H >= default_threads():
+    sums = [empty(x, *map(int, x.shape), dtype=lse.dtype) for x in inputs]
+    delta = empty(lse, *map(int, lse.shape))
+    fuse = not _gpu(grad) and default_threads() <= p.B * p.H
+    if fuse:
         found = _run(backward.fused, p, 5, [*sums, delta], [grad, out, lse, *inputs])[:-1]
     else:
         delta = _run(backward.deltas, p, 0, [delta], [grad, out])[0]
@@ -132,8 +141,8 @@ def _run(
 
 
 def _gpu(x: Tensor) -> bool:
-    device = x.device if isinstance(x.device, str) else x.device[0]
-    return bool(Device[device].renderer.has_local)
+    assert isinstance(x.device, str)
+    return bool(Device[x.device].renderer.has_local)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:

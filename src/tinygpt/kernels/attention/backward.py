@@ -8,10 +8,10 @@ With W the weights, O = W V, and for the gradient dO of the result:
 where delta, one number for each query, is the sum of dO * O along the head: the softmax's own
 gradient. W is not stored: 2 ** (score - lse) makes it again.
 
-Lanes are keys, and blocks of queries pass by. dQ is summed in memory, key tile after key tile, with
-the head's dimensions for lanes. There are two ways to share out the work, which add the same numbers
-in the same order: `fused`, a head per unit; and, for more units than heads, `queries` and `keys`, at
-the price of making W and dW twice.
+Lanes are keys, and blocks of queries pass by. dQ is summed in memory, key tile after key tile,
+with the head's dimensions for lanes. There are two ways to share out the work, which add the same
+numbers in the same order: `fused`, a head per unit; and, for more units than heads, `queries` and
+`keys`, at the price of making W and dW twice.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tinygpt.kernels.attention.tiles import (
     blocks,
     clamp,
     counted,
+    element,
     position,
     power,
     product,
@@ -147,7 +148,7 @@ class Sweep:
             dv.put(self.key_row(tile, lane), d, dv_t[d, lane])
 
     def take(self, tile: UOp) -> None:
-        """A tile of keys and values, transposed so that lanes are keys, and the keys as they are."""
+        """A tile of keys and values, with lanes for keys; and the keys as they are, for dQ."""
         self.key_rows = self.key.rows(
             self.k, lambda r: self.key_row(tile, r), self.k.lanes, self.p.D
         )
@@ -158,27 +159,27 @@ class Sweep:
 
     def rows(self, block: UOp) -> tuple[Matrix, Matrix]:
         """A block of queries, and of the gradient of their results."""
+        k, p = self.k, self.p
 
         def row(x: Index) -> UOp:
             return self.query_row(block, x)
 
-        return tuple(h.rows(self.k, row, self.block, self.p.D) for h in (self.q, self.grad))
+        return self.q.rows(k, row, self.block, p.D), self.grad.rows(k, row, self.block, p.D)
 
     def weigh(self, tile: UOp, block: UOp, q: Matrix, grad: Matrix) -> None:
         """The weights W and their gradient dS of a block of queries and the tile of keys."""
         k, p = self.k, self.p
 
-        def weights(x: UOp, gradients: list[UOp], lane: UOp) -> None:
-            for i, dw in enumerate(gradients):
-                t = self.first + self.query_row(block, x + i)
-                score = self.w[x + i, lane] - self.lse[t]
-                seen = self.seen(position(block) * self.block + position(x) + i, tile, lane)
-                weight = power(score if seen is None else seen.where(score, HIDDEN))
-                self.w[x + i, lane] = weight
-                self.ds[x + i, lane] = weight * (dw - self.delta[t])
+        def weights(x: UOp, dw: UOp, lane: UOp) -> None:
+            t = self.first + self.query_row(block, x)
+            score = self.w[x, lane] - self.lse[t]
+            seen = self.seen(position(block) * self.block + position(x), tile, lane)
+            weight = power(score if seen is None else seen.where(score, HIDDEN))
+            self.w[x, lane] = weight
+            self.ds[x, lane] = weight * (dw - self.delta[t])
 
-        for rows, columns, then in ((q, self.key_t, store(self.w)), (grad, self.value_t, weights)):
-            product(k, self.block, p.D, rows, lambda d, lane, columns=columns: columns[d, lane], then)
+        product(k, self.block, p.D, q, element(self.key_t), store(self.w))
+        product(k, self.block, p.D, grad, element(self.value_t), weights)
 
     def seen(self, query: UOp, tile: UOp, lane: UOp) -> UOp | None:
         """Whether a query sees a lane's key, None if all do. Queries beyond the last see none."""
@@ -196,9 +197,9 @@ class Sweep:
             self.p.D,
             self.block,
             lambda d, x: rows(x, d),
-            lambda x, lane: weights[x, lane],
+            element(weights),
             store(sums),
-            lambda d, lane: sums[d, lane],
+            element(sums),
         )
 
     def add_to_queries(self, tile: UOp, block: UOp, dq: Head) -> None:
@@ -213,12 +214,10 @@ class Sweep:
 
         with k.loop(blocks(p.D, k.lanes)) as part:
 
-            def add(x: UOp, values: list[UOp], lane: UOp) -> None:
-                d = part * k.lanes + lane
-                for i, value in enumerate(values):
-                    t = self.query_row(block, x + i)
-                    total = dq[t, clamp(d, p.D)] + value * p.scale
-                    dq.put(t, d, total, self.inside(block, x + i, d))
+            def add(x: UOp, value: UOp, lane: UOp) -> None:
+                t, d = self.query_row(block, x), part * k.lanes + lane
+                total = dq[t, clamp(d, p.D)] + value * p.scale
+                dq.put(t, d, total, self.inside(block, x, d))
 
             product(
                 k,

@@ -39,7 +39,7 @@ def decode(
     scaled, o = k.tile(parts, dtype), k.tile(parts, dtype)
     products, w = k.tile(ROWS, dtype, shared=True), k.tile(1, dtype, width=BLOCK, shared=True)
     lanes = k.tile(1, dtype, shared=True)
-    sums, m, m_new, l, shrink = (k.tile(n, dtype, width=1) for n in (ROWS, 1, 1, 1, 1))
+    sums, m, m_new, total, shrink = (k.tile(n, dtype, width=1) for n in (ROWS, 1, 1, 1, 1))
     n, groups = at_most(length[0], T), range(BLOCK // W)
 
     def row(t: Index) -> UOp:
@@ -51,7 +51,7 @@ def decode(
         scaled[part, lane] = (d < D).where(number, 0.0)
         o[part, lane] = 0.0
     with k.phase(1):
-        m[0, 0], l[0, 0] = HIDDEN, 0.0
+        m[0, 0], total[0, 0] = HIDDEN, 0.0
     with k.loop((n + (BLOCK - 1)) // BLOCK) as j:
         with k.loop(BLOCK // ROWS) as i:
             first = j * BLOCK + i * ROWS
@@ -81,15 +81,15 @@ def decode(
             lanes[0, lane] = functools.reduce(UOp.add, [w[0, g * W + lane] for g in groups])
         _add_across(k, sums, lanes, 1)
         with k.phase(1):
-            l[0, 0] = l[0, 0] * shrink[0, 0] + sums[0, 0]
+            total[0, 0] = total[0, 0] * shrink[0, 0] + sums[0, 0]
         with k.loop(parts) as part, k.phase() as lane:
             o[part, lane] = o[part, lane] * shrink[0, 0]
-        with k.loop(BLOCK) as x, k.loop(parts) as part, k.phase() as lane:
-            number = values[row(j * BLOCK + x) + clamp(part * W + lane, D)].cast(dtype)
-            o[part, lane] = o[part, lane] + w[0, x] * number
+        with k.loop(BLOCK) as t, k.loop(parts) as part, k.phase() as lane:
+            number = values[row(j * BLOCK + t) + clamp(part * W + lane, D)].cast(dtype)
+            o[part, lane] = o[part, lane] + w[0, t] * number
     with k.loop(parts) as part, k.phase() as lane:
         d = part * W + lane
-        out.put(head * D + d, o[part, lane] / l[0, 0], d < D if D % W else None)
+        out.put(head * D + d, o[part, lane] / total[0, 0], d < D if D % W else None)
 
 
 def _add_across(k: Kernel, sums: Tile, tile: Tile, rows: int) -> None:

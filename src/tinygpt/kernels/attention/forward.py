@@ -11,6 +11,7 @@ from tinygpt.kernels.attention.tiles import (
     blocks,
     clamp,
     counted,
+    element,
     position,
     power,
     product,
@@ -44,13 +45,13 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
         return clamp(first + lane, p.Tq)
 
     scaled, o, w = k.tile(D, dtype), k.tile(D, dtype), k.tile(block, dtype)
-    m, m_new, l, shrink = (k.tile(1, dtype) for _ in range(4))
+    m, m_new, total, shrink = (k.tile(1, dtype) for _ in range(4))
     with k.loop(D) as d, k.phase() as lane:
         scaled[d, lane] = q[query(lane), d] * p.log2_scale
         o[d, lane] = 0.0
     with k.phase() as lane:
         m[0, lane] = m_new[0, lane] = HIDDEN
-        l[0, lane] = 0.0
+        total[0, lane] = 0.0
     last = minimum(first + (k.lanes - 1), p.Tq - 1) + p.ahead
     n_blocks = blocks(p.Tk, block)
     with counted(k, last // block + 1 if p.causal else n_blocks, n_blocks) as j:
@@ -59,41 +60,35 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
             at = j * block + x
             return at if p.Tk % block == 0 else clamp(at, p.Tk)
 
-        def mask(x: UOp, scores: list[UOp], lane: UOp) -> None:
-            largest = m_new[0, lane]
+        def mask(x: UOp, score: UOp, lane: UOp) -> None:
             seen = position(query(lane)) + (p.ahead + 1) if p.causal else position(p.Tk)
-            for i, s in enumerate(scores):
-                if p.causal or p.Tk % block:
-                    s = (position(x) + i < seen - position(j) * block).where(s, HIDDEN)
-                w[x + i, lane] = s
-                largest = largest.maximum(s)
-            m_new[0, lane] = largest
+            if p.causal or p.Tk % block:
+                score = (position(x) < seen - position(j) * block).where(score, HIDDEN)
+            w[x, lane] = score
+            m_new[0, lane] = m_new[0, lane].maximum(score)
 
         key_rows = key.rows(k, row, block, D)
-        product(k, block, D, key_rows, lambda d, lane: scaled[d, lane], mask)
+        product(k, block, D, key_rows, element(scaled), mask)
         with k.phase() as lane:
             shrink[0, lane] = power(m[0, lane] - m_new[0, lane])
             m[0, lane] = m_new[0, lane]
         with k.phase() as lane:
-            l[0, lane] = l[0, lane] * shrink[0, lane]
-        with k.loop(block // 4) as x, k.phase() as lane:
-            total = l[0, lane]
-            for i in range(4):
-                weight = power(w[x * 4 + i, lane] - m[0, lane])
-                w[x * 4 + i, lane] = weight
-                total = total + weight
-            l[0, lane] = total
+            total[0, lane] = total[0, lane] * shrink[0, lane]
+        with k.loop(block) as x, k.phase() as lane:
+            weight = power(w[x, lane] - m[0, lane])
+            w[x, lane] = weight
+            total[0, lane] = total[0, lane] + weight
         value_rows = value.rows(k, row, block, D)
         product(
             k,
             D,
             block,
             lambda d, x: value_rows(x, d),
-            lambda x, lane: w[x, lane],
+            element(w),
             store(o),
             lambda d, lane: o[d, lane] * shrink[0, lane],
         )
     with k.phase() as lane:
-        lse[head * p.Tq + query(lane)] = m[0, lane] + l[0, lane].log2()
+        lse[head * p.Tq + query(lane)] = m[0, lane] + total[0, lane].log2()
     with k.loop(D) as d, k.phase() as lane:
-        result.put(query(lane), d, o[d, lane] / l[0, lane])
+        result.put(query(lane), d, o[d, lane] / total[0, lane])

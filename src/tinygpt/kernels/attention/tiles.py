@@ -1,4 +1,4 @@
-"""What the attention kernels share: the problem, where heads lie in memory, and a product of tiles."""
+"""What the attention kernels share: their sizes, where heads lie in memory, products of tiles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import UOp, dtypes
 from tinygrad.dtype import DType
 
 from tinygpt.kernels.matmul import register_tiles
@@ -24,8 +24,8 @@ HIDDEN = -1e30
 class Problem:
     """The sizes of one attention, and how its arrays lie in memory.
 
-    ``packed``: q, k and v are the thirds of one (B, T, 3, H, D) array and the result is (B, T, H, D);
-    otherwise they are (B, H, T, D), and so is the result.
+    ``packed``: q, k and v are the thirds of one (B, T, 3, H, D) array, and the result is
+    (B, T, H, D); otherwise they are (B, H, T, D), and so is the result.
     """
 
     B: int
@@ -70,12 +70,11 @@ class Problem:
         return Head(array, b * (T * stride) + part * self.H * self.D + h * self.D, stride)
 
     def heads(self, arrays: Sequence[Array], head: UOp) -> list[Head]:
-        """The head's queries, keys and values (or their gradients), from one array or from three."""
+        """The head's queries, keys and values, or their gradients, from one array or three."""
         if self.packed:
             return [self.head(arrays[0], head, self.Tq, part, 3) for part in range(3)]
         return [
-            self.head(x, head, T)
-            for x, T in zip(arrays, (self.Tq, self.Tk, self.Tk), strict=True)
+            self.head(x, head, T) for x, T in zip(arrays, (self.Tq, self.Tk, self.Tk), strict=True)
         ]
 
 
@@ -126,7 +125,8 @@ def tile_shape(gpu: bool) -> tuple[int, int]:
     """
     if gpu:
         return 32, 4
-    return max(((w, r) for w, r in register_tiles().items() if w >= 16 and r in (4, 8)), key=lambda s: s[1])
+    suitable = [(lanes, rows) for lanes, rows in register_tiles().items() if rows in (4, 8)]
+    return max(suitable, key=lambda shape: (shape[0] >= 16, shape[1]))
 
 
 def product(
@@ -135,35 +135,37 @@ def product(
     depth: int,
     a: Matrix,
     b: Matrix,
-    then: Callable[[UOp, list[UOp], UOp], None],
+    then: Callable[[UOp, UOp, UOp], None],
     start: Callable[[UOp, UOp], UOp] | None = None,
 ) -> None:
     """``sum over y of a(x, y) * b(y, lane)`` for all x below ``rows`` and all lanes.
 
     The sums begin at ``start(x, lane)``, or 0, and are kept in registers for a few rows at a time:
-    a number of ``a`` meets a vector of ``b``. ``then(x, values, lane)``, in a phase, is given those
-    of rows x, x + 1 and so on.
+    a number of ``a`` meets a vector of ``b``. ``then(x, value, lane)``, in a phase, is given them.
     """
     step = math.gcd(rows, tile_shape(k.gpu)[1])
     sums = k.tile(step, a(0, 0).dtype)
     with k.loop(rows // step) as i:
-        with k.phase() as lane:
-            for x in range(step):
-                sums[x, lane] = 0.0 if start is None else start(i * step + x, lane)
+        with k.loop(step) as x, k.phase() as lane:
+            sums[x, lane] = 0.0 if start is None else start(i * step + x, lane)
         with k.loop(depth) as y, k.phase() as lane:
             factor = b(y, lane)
-            for x in range(step):
-                sums[x, lane] = sums[x, lane] + a(i * step + x, y) * factor
-        with k.phase() as lane:
-            then(i * step, [sums[x, lane] for x in range(step)], lane)
+            for row in range(step):
+                sums[row, lane] = sums[row, lane] + a(i * step + row, y) * factor
+        with k.loop(step) as x, k.phase() as lane:
+            then(i * step + x, sums[x, lane], lane)
 
 
-def store(tile: Tile) -> Callable[[UOp, list[UOp], UOp], None]:
+def element(tile: Tile) -> Matrix:
+    """For ``product``: the elements of a tile."""
+    return lambda row, column: tile[row, column]
+
+
+def store(tile: Tile) -> Callable[[UOp, UOp, UOp], None]:
     """For ``product``: write the values to a tile."""
 
-    def then(x: UOp, values: list[UOp], lane: UOp) -> None:
-        for i, value in enumerate(values):
-            tile[x + i, lane] = value
+    def then(x: UOp, value: UOp, lane: UOp) -> None:
+        tile[x, lane] = value
 
     return then
 
@@ -223,8 +225,8 @@ def counted(k: Kernel, n: Index, most: int) -> Iterator[UOp]:
             yield index
         return
     count = k.tile(1, dtypes.int32)
-    with k.phase(1):
-        count[0, 0] = 0
+    with k.phase() as lane:
+        count[0, lane] = 0
     k._ranges += 1
     loop = UOp.loop(k._ranges - 1)
     k._order += (loop,)
@@ -234,8 +236,3 @@ def counted(k: Kernel, n: Index, most: int) -> Iterator[UOp]:
         count[0, 0] = i + 1
     again = count[0, 0] < position(n)
     k._order = (k._order[0].end(loop, again),)
-
-
-def empty(like: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
-    """Memory for a kernel to fill, on the device of ``like`` and of its type."""
-    return Tensor.empty(*shape, dtype=dtype or like.dtype, device=like.device)

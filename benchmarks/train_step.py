@@ -1,0 +1,257 @@
+"""A training step: ours against PyTorch's, eager and compiled, and against plain tinygrad.
+
+    python benchmarks/train_step.py [--config baby|seeds|gpt2] [--threads N] [--rounds R]
+                                    [--eager] [--plain] [--optimizer fused|foreach|plain]
+                                    [--check N] [--json FILE]
+
+A step is forward, backward, clipping and AdamW, from numpy batches to the loss as a number. All
+sides start from the same weights and see the same batches; their losses over the first steps must
+agree. Then they take turns. Of PyTorch's two ways the faster one counts. ``--plain`` adds the same
+model on tinygrad without our kernels and without our pool of threads, in few steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import (
+    MB,
+    Side,
+    SideError,
+    Spread,
+    arguments,
+    machine,
+    ratio,
+    show_machine,
+    take_turns,
+    write_json,
+)
+
+from tinygpt import data, runtime
+from tinygpt.config import PRESETS, GPTConfig, TrainConfig
+
+TOLERANCE = 1e-3
+"""Nats by which the losses of two sides may differ."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, a recipe, and how many of its steps are checked and make a turn."""
+
+    model: GPTConfig
+    train: TrainConfig
+    checked: int
+    turn: int
+    rounds: int
+
+
+BABY, GPT2 = PRESETS["baby"], PRESETS["gpt2"]
+SETTINGS = {
+    "baby": Setting(GPTConfig(vocab_size=65, **BABY.model), TrainConfig(**BABY.train), 25, 20, 25),
+    "seeds": Setting(GPTConfig(vocab_size=50257), TrainConfig(batch_size=8), 25, 3, 15),
+    "gpt2": Setting(
+        GPTConfig(**GPT2.model), TrainConfig(**GPT2.train | {"grad_accum_steps": 1}), 4, 1, 5
+    ),
+}
+
+
+class Trainer:
+    """What the sides share: batches, losses and times."""
+
+    def __init__(self, name: str) -> None:
+        setting = SETTINGS[name]
+        self.model, self.config, self.done = setting.model, setting.train, 0
+        # Powers of a uniform number: some tokens are frequent, so that there is something to learn.
+        powers = np.random.default_rng(0).random(200_000) ** 3
+        self.tokens = (powers * setting.model.vocab_size).astype(np.uint16)
+        self.memory_before = runtime.memory()
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> float:
+        raise NotImplementedError
+
+    def losses(self, count: int) -> list[float]:
+        """Of the next steps."""
+        return [self._next() for _ in range(count)]
+
+    def seconds(self, count: int) -> float:
+        """The median over the next steps."""
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self._next()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes: the peak, and what the process had before it made the model."""
+        return runtime.peak_memory(), self.memory_before
+
+    def _next(self) -> float:
+        batch_size, block_size = self.config.batch_size, self.model.block_size
+        x, y = data.batch(self.tokens, self.done, 0, batch_size, block_size)
+        loss = self.step(x, y)
+        self.done += 1
+        return loss
+
+
+class Ours(Trainer):
+    def __init__(self, name: str, plain: bool = False) -> None:
+        import contextlib
+
+        from tinygpt import kernels
+        from tinygpt.model import Transformer
+        from tinygpt.optim import make_optimizer
+        from tinygpt.train import make_train_step
+
+        super().__init__(name)
+        self.way = kernels.plain if plain else contextlib.nullcontext
+        self.gpt = Transformer(self.model)
+        optimizer = make_optimizer(self.gpt.parameters(), self.config)
+        self.take_step = make_train_step(self.gpt, optimizer, self.config)
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> float:
+        from tinygpt.optim import learning_rate
+
+        rate = learning_rate(self.config, self.done)
+        with self.way():
+            return self.take_step(x[None], y[None], rate, (0, self.done))[0]
+
+    def save_weights(self, folder: str) -> None:
+        for name, parameter in self.gpt.parameters().items():
+            np.save(Path(folder, f"{name}.npy"), parameter.numpy())
+
+    def launches(self) -> int:
+        """Kernels of one step."""
+        from tinygrad.helpers import GlobalCounters
+
+        before = GlobalCounters.kernel_count
+        self._next()
+        return GlobalCounters.kernel_count - before
+
+
+class Torch(Trainer):
+    def __init__(self, name: str, folder: str, threads: int, compiled: bool, kind: str) -> None:
+        import torch
+        import torch_gpt
+
+        torch.set_num_threads(threads)
+        super().__init__(name)
+        self.rate = torch_gpt.learning_rate
+        model = torch_gpt.GPT(self.model).load(folder)
+        self.take_step = torch_gpt.make_train_step(model, self.config, compiled, kind)
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> float:
+        return self.take_step(x, y, self.rate(self.config, self.done))
+
+
+def start(options: Any, folder: str) -> tuple[dict[str, Side], dict[str, float], dict[str, str]]:
+    """The sides that work and agree; by how much they differ from ours; why others were left out.
+
+    Raises SystemExit if losses differ.
+    """
+    name, threads = options.config, options.threads
+    count = options.check or SETTINGS[name].checked
+    sides = {"ours": Side(Ours, name, threads=threads)}
+    sides["ours"]("save_weights", folder)
+    wanted = sides["ours"]("losses", count)
+    kinds = {"torch eager": (Torch, name, folder, threads, False, options.optimizer)}
+    if not options.eager:
+        kinds["torch compiled"] = (Torch, name, folder, threads, True, options.optimizer)
+    if options.plain:
+        kinds["plain tinygrad"] = (Ours, name, True)
+    differences, left_out = {}, {}
+    for kind, (make, *args) in kinds.items():
+        plain = kind == "plain tinygrad"
+        checked = min(count, 3) if plain else count
+        try:
+            side = Side(
+                make, *args, threads=threads, environ={"TINYGPT_THREADS": "0"} if plain else {}
+            )
+            losses = side("losses", checked)
+        except SideError as error:
+            left_out[kind] = str(error).strip().splitlines()[-1]
+            continue
+        difference = max(abs(a - b) for a, b in zip(losses, wanted[:checked], strict=True))
+        if not difference <= TOLERANCE:
+            raise SystemExit(f"{kind}: the losses differ by {difference}:\n{wanted}\n{losses}")
+        sides[kind], differences[kind] = side, difference
+    return sides, differences, left_out
+
+
+def measure(options: Any) -> dict[str, Any]:
+    setting = SETTINGS[options.config]
+    with tempfile.TemporaryDirectory() as folder:
+        sides, differences, left_out = start(options, folder)
+    turns = {
+        name: (lambda side=side: side("seconds", setting.turn))
+        for name, side in sides.items()
+        if name != "plain tinygrad"
+    }
+    seconds = take_turns(turns, options.rounds or setting.rounds)
+    if "plain tinygrad" in sides:
+        few = take_turns(
+            {
+                name: lambda side=sides[name]: side("seconds", 1)
+                for name in ("ours", "plain tinygrad")
+            },
+            3,
+        )
+        seconds["plain tinygrad"] = few["plain tinygrad"]
+    rows = []
+    for name, side in sides.items():
+        peak, before = side("memory")
+        ours = seconds["ours"] if name != "plain tinygrad" else few["ours"]
+        rows.append(
+            {
+                "side": name,
+                "ms": Spread.of([1e3 * s for s in seconds[name]]),
+                "ratio": ratio(seconds[name], ours),
+                "peak_mb": peak / MB,
+                "before_model_mb": before / MB,
+                "loss_difference": differences.get(name, 0.0),
+            }
+        )
+    launches = sides["ours"]("launches")
+    for side in sides.values():
+        side.close()
+    return {"rows": rows, "launches": launches, "left_out": left_out}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--config", choices=SETTINGS, default="baby")
+    parser.add_argument("--rounds", type=int, help="turns of each side")
+    parser.add_argument("--check", type=int, help="steps whose losses are compared")
+    parser.add_argument("--eager", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--plain", action="store_true", help="plain tinygrad, too; slow")
+    parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused")
+    options = parser.parse_args()
+    where = machine()
+    show_machine(where, options.threads)
+    found = measure(options)
+    setting = SETTINGS[options.config]
+    print(
+        f"{options.config}: {setting.model.num_params() / 1e6:.1f} M parameters, batch "
+        f"{setting.train.batch_size} x {setting.model.block_size}, V = {setting.model.vocab_size}; "
+        f"{found['launches']} launches in a step of ours"
+    )
+    for row in found["rows"]:
+        print(
+            f"{row['side']:15} {row['ms'].show()} ms   {row['ratio'].show()} x ours   "
+            f"peak {row['peak_mb']:.0f} MB, {row['before_model_mb']:.0f} before the model   "
+            f"losses within {row['loss_difference']:.0e}"
+        )
+    for name, reason in found["left_out"].items():
+        print(f"{name}: left out: {reason}")
+    result = {"benchmark": "train_step", "machine": where, "config": options.config}
+    write_json(options.json, result | {"threads": options.threads} | found)
+
+
+if __name__ == "__main__":
+    main()
