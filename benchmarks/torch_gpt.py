@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from tinygpt.config import GPTConfig, TrainConfig
 
@@ -39,7 +39,7 @@ class Attention(nn.Module):
             end = position + T
             cache[0][:, :, position:end], cache[1][:, :, position:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -51,7 +51,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * C, C, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(functional.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -91,8 +91,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T); those below 0 are left out."""
-        logits = F.linear(self.hidden(tokens), self.wte.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        logits = functional.linear(self.hidden(tokens), self.wte.weight)
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def load(self, folder: str) -> GPT:
         """Take over the weights that ``save_weights`` wrote there."""
@@ -163,7 +163,7 @@ class Decoder:
     def logits(self, tokens: Tensor, position: int) -> Tensor:
         """Logits (B, V) of what follows tokens (B, T), the first of them at ``position``."""
         x = self.model.hidden(tokens, self.caches, position)[:, -1]
-        return F.linear(x, self.model.wte.weight)
+        return functional.linear(x, self.model.wte.weight)
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], count: int) -> list[int]:

@@ -158,6 +158,17 @@ def test_pickles_are_refused(tmp_path):
         checkpoint.read_meta(path)
 
 
+def test_a_header_whose_length_looks_like_a_pickles_first_byte_is_none(tmp_path):
+    model = GPT(CONFIG)
+    first_bytes = set()
+    for length in range(0, 256, 4):  # the header's length is padded to a multiple of 8
+        meta = checkpoint.Meta(1, CONFIG, tokenizer={"kind": "x" * length})
+        path = checkpoint.save(tmp_path / "ckpt_1.safetensors", model, None, meta)
+        first_bytes.add(path.read_bytes()[0])
+        assert checkpoint.read_meta(path) == meta
+    assert 0x80 in first_bytes
+
+
 def test_foreign_safetensors_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"x": np.zeros(3, np.float32)}, path)

@@ -213,17 +213,18 @@ def _check_container(path: Path) -> None:
             start = file.read(8)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    header = int.from_bytes(start, "little")
+    if len(start) == 8 and header <= min(size - 8, MAX_METADATA):
+        return
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise CheckpointError(
             f"{path} is a Python pickle, which can run code when it is opened. "
             f"TinyGPT reads safetensors files only; convert it with the tool that wrote it."
         )
-    header = int.from_bytes(start, "little")
-    if len(start) < 8 or header > min(size - 8, MAX_METADATA):
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file: its {size} bytes cannot hold the "
-            f"header it announces."
-        )
+    raise CheckpointError(
+        f"{path} is damaged or not a safetensors file: its {size} bytes cannot hold the header it "
+        f"announces."
+    )
 
 
 def _read_tensors(path: Path, names: list[str], hashes: Mapping[str, str]) -> dict[str, Array]:

@@ -52,15 +52,16 @@ class AdamW(Optimizer):
         self.m = [_zeros_like(p) for p in self.params]
         self.v = [_zeros_like(p) for p in self.params]
 
-    def update(self, gradients: Sequence[Tensor], clip: float = 0.0) -> Tensor:
-        """Take one step, clipping the gradients to the norm ``clip`` if it is not 0; -> their norm.
+    def update(self, gradients: Sequence[Tensor], clip: float = 0.0, scale: float = 1.0) -> Tensor:
+        """Take one step; -> the gradients' norm ().
 
+        The gradients are multiplied by ``scale`` and then clipped to ``clip``, if it is not 0.
         Realize ``changed()`` together with the norm.
         """
         decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in self.params]
         return kernels.adamw_update(
             self.params, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
-            beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip,
+            beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip, scale=scale,
         )  # fmt: skip
 
     def changed(self) -> list[Tensor]:

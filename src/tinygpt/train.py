@@ -67,19 +67,19 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     micro_batches = config.grad_accum_steps
 
     def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        loss = model.loss(x, y, Noise(key)) / micro_batches
+        loss = model.loss(x, y, Noise(key))
         return loss, loss.gradient(*params)
 
     def update(lr: Tensor, grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """-> the gradients' norm, and everything that has to be realized with it"""
         optimizer.lr.assign(lr)
         if isinstance(optimizer, AdamW):
-            norm = optimizer.update(grads, config.grad_clip)
+            norm = optimizer.update(grads, config.grad_clip, 1 / micro_batches)
             return norm, [norm, optimizer.lr, *optimizer.changed()]
-        norm = global_norm(grads)
+        norm = global_norm(grads) / micro_batches
         factor = clip_factor(norm, config.grad_clip) if config.grad_clip else 1.0
         for p, g in zip(params, grads, strict=True):
-            p.grad = g * factor
+            p.grad = g * (factor / micro_batches)
         with Context(TRAINING=1):  # tinygrad's own optimizers insist on it
             changed = optimizer.schedule_step()
         for p in params:
@@ -134,7 +134,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
             loss += accumulate(*inputs.batch(x[i], y[i]), draw).item()
         norm = apply(inputs.rate(lr)).item()
         clear()
-        return loss, norm
+        return loss / micro_batches, norm
 
     return accumulated_step
 

@@ -115,10 +115,14 @@ def adamw_update(
     eps: float,
     decay: Sequence[float],
     clip: float = 0.0,
+    scale: float = 1.0,
 ) -> Tensor:
-    """One step of AdamW after clipping to the norm ``clip``, in place; -> the norm before."""
+    """One step of AdamW, in place; -> the gradients' norm ().
+
+    The gradients are multiplied by ``scale`` and then clipped to the norm ``clip``, if it is not 0.
+    """
     function = reference.adamw_update if _only_twins else fast_adamw_update
     return function(
         params, grads, m, v, lr, b1_t, b2_t,
-        beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip,
+        beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip, scale=scale,
     )  # fmt: skip

@@ -132,14 +132,16 @@ def adamw_update(
     eps: float,
     decay: Sequence[float],
     clip: float = 0.0,
+    scale: float = 1.0,
 ) -> Tensor:
-    """One step of AdamW after clipping to the norm ``clip``, in place; -> the gradients' norm ().
+    """One step of AdamW, in place; -> the gradients' norm ().
 
+    The gradients are multiplied by ``scale`` and then clipped to the norm ``clip``, if it is not 0.
     What is updated has to be realized together with the norm. b1_t and b2_t are the powers of the
     betas so far. Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
     """
-    norm = global_norm(grads)
-    factor = clip_factor(norm, clip) if clip else 1.0
+    norm = global_norm(grads) * scale
+    factor = clip_factor(norm, clip) * scale if clip else scale
     b1_t.assign(b1_t * beta1)
     b2_t.assign(b2_t * beta2)
     for p, gradient, m_p, v_p, rate in zip(params, grads, m, v, decay, strict=True):
