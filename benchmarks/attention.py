@@ -1,13 +1,14 @@
 """Attention: our flash kernels against PyTorch's scaled_dot_product_attention, and the plain twin.
 
     python benchmarks/attention.py [--set usual|long|decode|all] [--threads N] [--rounds R]
-                                   [--plain] [--json FILE]
+                                   [--plain] [--cpu-time] [--json FILE]
 
 Causal attention in float32, forward and forward with backward, in two forms: q, k and v as
 (B, H, T, D), and as one (B, T, 3C) array with the result (B, T, C), which is what a model has and
 gets; there PyTorch does what nanoGPT does. ``decode`` is one query against caches of some lengths,
 twelve layers of it. Each side's results are first checked against float64 from numpy. ``--plain``
-adds the formula written in tinygrad, for short sequences.
+adds the formula written in tinygrad, for short sequences. ``--cpu-time`` counts the processes'
+processor time instead of the clock on the wall, for one thread on a busy machine.
 """
 
 from __future__ import annotations
@@ -86,12 +87,13 @@ class Works:
     def __init__(self) -> None:
         self.works: dict[str, Callable[[], Any]] = {}
 
-    def turn(self, name: str, calls: int) -> float:
-        """Seconds per call."""
-        start = time.perf_counter()
+    def turn(self, name: str, calls: int, cpu_time: bool) -> float:
+        """Seconds per call: by the clock on the wall, or the processor's time of this process."""
+        clock = time.process_time if cpu_time else time.perf_counter
+        start = clock()
         for _ in range(calls):
             self.works[name]()
-        return (time.perf_counter() - start) / calls
+        return (clock() - start) / calls
 
     def memory(self) -> int:
         """Bytes, the most that this process has held."""
@@ -217,7 +219,9 @@ class TorchDecoding(Works):
         torch.set_num_threads(threads)
         query, keys, values = caches()
         q = torch.from_numpy(query)
-        pairs = [(torch.from_numpy(k), torch.from_numpy(v)) for k, v in zip(keys, values)]
+        pairs = [
+            (torch.from_numpy(k), torch.from_numpy(v)) for k, v in zip(keys, values, strict=True)
+        ]
         sdpa = torch.nn.functional.scaled_dot_product_attention
 
         def step(n: int) -> list[torch.Tensor]:
@@ -264,12 +268,12 @@ def check_decoding(side: Side) -> float:
     return worst
 
 
-def measure(sides: dict[str, Side], work: str, rounds: int) -> dict[str, Any]:
+def measure(sides: dict[str, Side], work: str, options: Any) -> dict[str, Any]:
     """Seconds of each side, and how many times as long as ours each of the others takes."""
-    once = max(side("turn", work, 1) for side in sides.values())
-    calls = max(1, round(TURN / once))
-    turns = {name: (lambda s=side: s("turn", work, calls)) for name, side in sides.items()}
-    seconds = take_turns(turns, rounds)
+    once = max(side("turn", work, 1, False) for side in sides.values())
+    todo = (work, max(1, round(TURN / once)), options.cpu_time)
+    turns = {name: (lambda s=side: s("turn", *todo)) for name, side in sides.items()}
+    seconds = take_turns(turns, options.rounds)
     found: dict[str, Any] = {name: Spread.of(x) for name, x in seconds.items()}
     others = [name for name in sides if name != "ours"]
     return found | {f"{name}/ours": ratio(seconds[name], seconds["ours"]) for name in others}
@@ -299,7 +303,7 @@ def training(options: Any, shape: Shape, packed: bool) -> list[dict[str, Any]]:
         assert error < TOLERANCE, f"{name} is wrong by {error:.1e} at {shape}, {form}"
     rows = []
     for work, products in (("forward", 2), ("both", 7)):
-        found = measure(sides, work, options.rounds)
+        found = measure(sides, work, options)
         show(f"{shape} {form} {work}", found)
         B, H, T, D = shape
         gflops = products * B * H * T * (T + 1) * D / found["ours"].median / 1e9
@@ -323,7 +327,7 @@ def decoding(options: Any) -> list[dict[str, Any]]:
         assert error < TOLERANCE, f"{name} is wrong by {error:.1e} in decoding"
     rows = []
     for n in DECODE:
-        found = measure(sides, str(n), options.rounds)
+        found = measure(sides, str(n), options)
         show(f"decode, {LAYERS} layers, {n} keys", found)
         rows.append({"shape": CACHE, "form": "decode", "work": n, **found})
     for side in sides.values():
@@ -336,7 +340,10 @@ def main() -> None:
     parser.add_argument("--set", choices=["usual", "long", "decode", "all"], default="usual")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--plain", action="store_true", help="the formula in tinygrad, too")
+    parser.add_argument("--cpu-time", action="store_true", help="for one thread, when busy")
     options = parser.parse_args()
+    if options.cpu_time and options.threads > 1:
+        parser.error("--cpu-time compares single threads: give --threads 1")
     found = machine()
     show_machine(found, options.threads)
     rows: list[dict[str, Any]] = []
@@ -347,7 +354,8 @@ def main() -> None:
                 rows += training(options, shape, packed=True) if name == "usual" else []
     if options.set in ("decode", "all"):
         rows += decoding(options)
-    write_json(options.json, {"machine": found, "threads": options.threads, "rows": rows})
+    clock = {"clock": "cpu" if options.cpu_time else "wall"}
+    write_json(options.json, {"machine": found, "threads": options.threads, "rows": rows} | clock)
 
 
 if __name__ == "__main__":

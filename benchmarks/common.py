@@ -29,6 +29,8 @@ from tinygpt.runtime import cores, total_memory
 PAUSE = 0.02
 """Seconds between two turns, in which the threads of the one before fall asleep."""
 MB = 2**20
+CLOCKS = {False: time.perf_counter, True: time.process_time}
+"""By whether processor time is asked for. That of other processes does not count in it."""
 
 
 class SideError(Exception):
@@ -172,6 +174,19 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=cores(), help="for each side")
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
     return parser
+
+
+def add_cpu_time(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time: one thread, a busy machine"
+    )
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    options = parser.parse_args()
+    if options.cpu_time and options.threads > 1:
+        parser.error("--cpu-time means something for one thread only: add --threads 1")
+    return options
 
 
 def show_machine(found: Mapping[str, Any], threads: int) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--config baby|seeds|gpt2] [--threads N] [--rounds R]
                                     [--eager] [--plain] [--optimizer fused|foreach|plain]
-                                    [--check N] [--json FILE]
+                                    [--check N] [--cpu-time] [--json FILE]
 
 A step is forward, backward, clipping and AdamW, from numpy batches to the loss as a number. All
 sides start from the same weights and see the same batches; their losses over the first steps must
@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 from common import (
+    CLOCKS,
     MB,
     Side,
     SideError,
     Spread,
+    add_cpu_time,
     arguments,
     machine,
+    parse,
     ratio,
     show_machine,
     take_turns,
@@ -81,13 +84,13 @@ class Trainer:
         """Of the next steps."""
         return [self._next() for _ in range(count)]
 
-    def seconds(self, count: int) -> float:
+    def seconds(self, count: int, cpu_time: bool) -> float:
         """The median over the next steps."""
-        times = []
+        times, clock = [], CLOCKS[cpu_time]
         for _ in range(count):
-            start = time.perf_counter()
+            start = clock()
             self._next()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return statistics.median(times)
 
     def memory(self) -> tuple[int, int]:
@@ -200,9 +203,11 @@ def measure(options: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sides, differences, left_out = start(options, folder)
     fast = {name: side for name, side in sides.items() if name != PLAIN}
-    taken = dict.fromkeys(fast, turns(fast, setting.turn, options.rounds or setting.rounds))
+    taken = dict.fromkeys(
+        fast, turns(fast, options.rounds or setting.rounds, setting.turn, options.cpu_time)
+    )
     if PLAIN in sides:
-        taken[PLAIN] = turns({name: sides[name] for name in ("ours", PLAIN)}, 1, 3)
+        taken[PLAIN] = turns({name: sides[name] for name in ("ours", PLAIN)}, 3, 1, False)
     rows = []
     for name, seconds in taken.items():
         peak, before = sides[name]("memory")
@@ -222,11 +227,12 @@ def measure(options: Any) -> dict[str, Any]:
     return {"rows": rows, "launches": launches, "left_out": left_out}
 
 
-def turns(sides: dict[str, Side], steps: int, rounds: int) -> dict[str, list[float]]:
+def turns(
+    sides: dict[str, Side], rounds: int, steps: int, cpu_time: bool
+) -> dict[str, list[float]]:
     """Seconds of a step in every turn of each side."""
-    return take_turns(
-        {name: partial(side, "seconds", steps) for name, side in sides.items()}, rounds
-    )
+    works = {name: partial(side, "seconds", steps, cpu_time) for name, side in sides.items()}
+    return take_turns(works, rounds)
 
 
 def main() -> None:
@@ -237,7 +243,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="leave torch.compile out")
     parser.add_argument("--plain", action="store_true", help="plain tinygrad, too; slow")
     parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused")
-    options = parser.parse_args()
+    add_cpu_time(parser)
+    options = parse(parser)
     where = machine()
     show_machine(where, options.threads)
     found = measure(options)
@@ -256,7 +263,9 @@ def main() -> None:
     for name, reason in found["left_out"].items():
         print(f"{name}: left out: {reason}")
     result = {"benchmark": "train_step", "machine": where, "config": options.config}
-    write_json(options.json, result | {"threads": options.threads} | found)
+    write_json(
+        options.json, result | {"threads": options.threads, "cpu_time": options.cpu_time} | found
+    )
 
 
 if __name__ == "__main__":

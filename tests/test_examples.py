@@ -43,3 +43,14 @@ def test_both_names_export_the_whole_interface():
         assert getattr(gpt, name) is getattr(minimiggy, name) is getattr(tinygpt, name)
     wanted = re.findall(r"\w+", "GPT GPTConfig TrainConfig BPETokenizer train load gradcheck")
     assert set(wanted) <= set(tinygpt.__all__)
+
+
+def test_the_functions_win_over_the_modules_of_the_same_name():
+    import importlib
+
+    import tinygpt
+
+    for name, home in (("train", "api"), ("gradcheck", "gradcheck")):
+        module = importlib.import_module(f"tinygpt.{name}")
+        function = getattr(importlib.import_module(f"tinygpt.{home}"), name)
+        assert getattr(tinygpt, name) is function is not module

@@ -1,5 +1,6 @@
 """A run folder holds everything, and a run that stops goes on as if it had not."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -144,10 +145,9 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path):
 
 
 def test_early_stopping_waits_for_its_patience_and_saves(tmp_path, monkeypatch):
-    from tinygpt import train
-
     worse = iter([2.0, 1.0, 1.5, 1.2, 9.0, 9.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(worse))
+    module = importlib.import_module("tinygpt.train")
+    monkeypatch.setattr(module, "evaluate", lambda *_: next(worse))
     config = TrainConfig(
         **{**TRAIN.to_dict(), "early_stop_patience": 2, "eval_interval": 1, "max_iters": 6}
     )

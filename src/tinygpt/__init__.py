@@ -5,6 +5,9 @@
 >>> train(model, TrainConfig(max_iters=100), tokens)
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
@@ -59,6 +62,17 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use: the command line answers before tinygrad loads."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tinygpt' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"tinygpt.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """``train`` and ``gradcheck`` are modules here too, but from outside the functions are meant.
+
+    A property stands before what the import of a submodule would set.
+    """
+
+    train = property(lambda _: __getattr__("train"), lambda _, module: None)
+    gradcheck = property(lambda _: __getattr__("gradcheck"), lambda _, module: None)
+
+
+sys.modules[__name__].__class__ = _Package

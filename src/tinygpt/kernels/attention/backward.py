@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from tinygrad import UOp
 
 from tinygpt.kernels.attention.tiles import (
-    BLOCK,
     HIDDEN,
     Head,
     Matrix,
     Problem,
+    block_size,
     blocks,
     clamp,
     counted,
@@ -67,7 +67,7 @@ def keys(k: Kernel, *arrays: Array, p: Problem) -> None:
 def queries(k: Kernel, gradient: Array, *arrays: Array, p: Problem) -> None:
     """dQ, with a block of queries per unit."""
     (grad, lse, delta), inputs = arrays[:3], arrays[3:]
-    n_blocks = blocks(p.Tq, block_size(p))
+    n_blocks = blocks(p.Tq, block_size(p.Tq))
     unit = k.units(p.B * p.H * n_blocks)
     head, block = unit // n_blocks, unit % n_blocks
     dq = p.head(gradient, head, p.Tq, 0, 3)
@@ -99,11 +99,6 @@ def add_up(k: Kernel, p: Problem, head: UOp, delta: Array, grad: Array, out: Arr
             delta[head * p.Tq + clamp(i * k.lanes + lane, p.Tq)] = sums[0, lane]
 
 
-def block_size(p: Problem) -> int:
-    """How many queries pass by at a time."""
-    return min(BLOCK, blocks(p.Tq, 4) * 4)
-
-
 class Sweep:
     """One tile of keys of one head, and the blocks of queries that pass by it."""
 
@@ -117,7 +112,7 @@ class Sweep:
         delta: Array,
         inputs: Sequence[Array],
     ) -> None:
-        self.k, self.p, self.block = k, p, block_size(p)
+        self.k, self.p, self.block = k, p, block_size(p.Tq)
         self.q, self.key, self.value = p.heads(inputs, head)
         self.grad = p.head(grad, head, p.Tq)
         self.lse, self.delta, self.first = lse, delta, head * p.Tq

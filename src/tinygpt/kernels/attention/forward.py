@@ -5,9 +5,9 @@ from __future__ import annotations
 from tinygrad import UOp
 
 from tinygpt.kernels.attention.tiles import (
-    BLOCK,
     HIDDEN,
     Problem,
+    block_size,
     blocks,
     clamp,
     counted,
@@ -17,7 +17,10 @@ from tinygpt.kernels.attention.tiles import (
     product,
     store,
 )
-from tinygpt.kernels.phases import Array, Index, Kernel, minimum
+from tinygpt.kernels.phases import Array, Index, Kernel, as_index, minimum
+
+GROUP = 4
+"""Tiles of queries that share a block of keys, so that copying it costs next to nothing."""
 
 
 def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> None:
@@ -32,63 +35,72 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
         l = l 2 ** (m - m') + Σ w       what was summed under the old m is scaled down
         o = o 2 ** (m - m') + w v
 
-    At the end out = o / l and lse = m + log2(l). Scores are to the base 2.
+    At the end out = o / l and lse = m + log2(l). Scores are to the base 2. A unit is a group of
+    tiles, which take turns with a block of keys while it is at hand.
     """
-    n_tiles = blocks(p.Tq, k.lanes)
-    unit = k.units(p.B * p.H * n_tiles)
-    head, first = unit // n_tiles, unit % n_tiles * k.lanes
+    size, block = 1 if k.gpu else min(GROUP, blocks(p.Tq, k.lanes)), block_size(p.Tk)
+    n_groups, n_blocks = blocks(p.Tq, size * k.lanes), blocks(p.Tk, block)
+    unit = k.units(p.B * p.H * n_groups)
+    head, first = unit // n_groups, unit % n_groups * (size * k.lanes)
     q, key, value = p.heads(inputs, head)
     result, dtype, D = p.head(out, head, p.Tq), lse.dtype, p.D
-    block = min(BLOCK, blocks(p.Tk, 4) * 4)
 
-    def query(lane: Index) -> UOp:
-        return clamp(first + lane, p.Tq)
+    def query(tile: Index, lane: Index) -> UOp:
+        return clamp(first + tile * k.lanes + lane, p.Tq)
 
-    scaled, o, w = k.tile(D, dtype), k.tile(D, dtype), k.tile(block, dtype)
-    m, m_new, total, shrink = (k.tile(1, dtype) for _ in range(4))
-    with k.loop(D) as d, k.phase() as lane:
-        scaled[d, lane] = q[query(lane), d] * p.log2_scale
-        o[d, lane] = 0.0
-    with k.phase() as lane:
-        m[0, lane] = m_new[0, lane] = HIDDEN
-        total[0, lane] = 0.0
-    last = minimum(first + (k.lanes - 1), p.Tq - 1) + p.ahead
-    n_blocks = blocks(p.Tk, block)
+    scaled, o, w = k.tile(size * D, dtype), k.tile(size * D, dtype), k.tile(block, dtype)
+    m, total = k.tile(size, dtype), k.tile(size, dtype)
+    m_new, shrink = k.tile(1, dtype), k.tile(1, dtype)
+    with k.loop(size) as tile:
+        with k.loop(D) as d, k.phase() as lane:
+            scaled[tile * D + d, lane] = q[query(tile, lane), d] * p.log2_scale
+            o[tile * D + d, lane] = 0.0
+        with k.phase() as lane:
+            m[tile, lane] = HIDDEN
+            total[tile, lane] = 0.0
+    last = minimum(first + (size * k.lanes - 1), p.Tq - 1) + p.ahead
     with counted(k, last // block + 1 if p.causal else n_blocks, n_blocks) as j:
 
         def row(x: Index) -> UOp:
             at = j * block + x
             return at if p.Tk % block == 0 else clamp(at, p.Tk)
 
-        def mask(x: UOp, score: UOp, lane: UOp) -> None:
-            seen = position(query(lane)) + (p.ahead + 1) if p.causal else position(p.Tk)
-            if p.causal or p.Tk % block:
-                score = (position(x) < seen - position(j) * block).where(score, HIDDEN)
-            w[x, lane] = score
-            m_new[0, lane] = m_new[0, lane].maximum(score)
+        keys, values = key.rows(k, row, block, D), value.rows(k, row, block, D)
+        hidden = j * block - p.ahead - first  # queries of the group that see nothing of the block
+        skipped = (hidden < 0).where(as_index(0), hidden) // k.lanes if p.causal and size > 1 else 0
+        with counted(k, size - skipped, size) as i:
+            tile = i + skipped
 
-        key_rows = key.rows(k, row, block, D)
-        product(k, block, D, key_rows, element(scaled), mask)
+            def mask(x: UOp, score: UOp, lane: UOp) -> None:
+                seen = position(query(tile, lane)) + (p.ahead + 1) if p.causal else position(p.Tk)
+                if p.causal or p.Tk % block:
+                    score = (position(x) < seen - position(j) * block).where(score, HIDDEN)
+                w[x, lane] = score
+                m_new[0, lane] = m_new[0, lane].maximum(score)
+
+            with k.phase() as lane:
+                m_new[0, lane] = m[tile, lane]
+            product(k, block, D, keys, element(scaled, tile * D), mask)
+            with k.phase() as lane:
+                shrink[0, lane] = power(m[tile, lane] - m_new[0, lane])
+                m[tile, lane] = m_new[0, lane]
+            with k.phase() as lane:
+                total[tile, lane] = total[tile, lane] * shrink[0, lane]
+            with k.loop(block) as x, k.phase() as lane:
+                weight = power(w[x, lane] - m_new[0, lane])
+                w[x, lane] = weight
+                total[tile, lane] = total[tile, lane] + weight
+            product(
+                k,
+                D,
+                block,
+                lambda d, x: values(x, d),
+                element(w),
+                store(o, tile * D),
+                lambda d, lane: o[tile * D + d, lane] * shrink[0, lane],
+            )
+    with k.loop(size) as tile:
         with k.phase() as lane:
-            shrink[0, lane] = power(m[0, lane] - m_new[0, lane])
-            m[0, lane] = m_new[0, lane]
-        with k.phase() as lane:
-            total[0, lane] = total[0, lane] * shrink[0, lane]
-        with k.loop(block) as x, k.phase() as lane:
-            weight = power(w[x, lane] - m[0, lane])
-            w[x, lane] = weight
-            total[0, lane] = total[0, lane] + weight
-        value_rows = value.rows(k, row, block, D)
-        product(
-            k,
-            D,
-            block,
-            lambda d, x: value_rows(x, d),
-            element(w),
-            store(o),
-            lambda d, lane: o[d, lane] * shrink[0, lane],
-        )
-    with k.phase() as lane:
-        lse[head * p.Tq + query(lane)] = m[0, lane] + total[0, lane].log2()
-    with k.loop(D) as d, k.phase() as lane:
-        result.put(query(lane), d, o[d, lane] / total[0, lane])
+            lse[head * p.Tq + query(tile, lane)] = m[tile, lane] + total[tile, lane].log2()
+        with k.loop(D) as d, k.phase() as lane:
+            result.put(query(tile, lane), d, o[tile * D + d, lane] / total[tile, lane])

@@ -156,16 +156,16 @@ def product(
             then(i * step + x, sums[x, lane], lane)
 
 
-def element(tile: Tile) -> Matrix:
-    """For ``product``: the elements of a tile."""
-    return lambda row, column: tile[row, column]
+def element(tile: Tile, first: Index = 0) -> Matrix:
+    """For ``product``: the elements of a tile from a row on."""
+    return lambda row, column: tile[first + as_index(row), column]
 
 
-def store(tile: Tile) -> Callable[[UOp, UOp, UOp], None]:
-    """For ``product``: write the values to a tile."""
+def store(tile: Tile, first: Index = 0) -> Callable[[UOp, UOp, UOp], None]:
+    """For ``product``: write the values to a tile from a row on."""
 
     def then(x: UOp, value: UOp, lane: UOp) -> None:
-        tile[x, lane] = value
+        tile[first + x, lane] = value
 
     return then
 
@@ -203,6 +203,11 @@ def position(i: Index) -> UOp:
 def blocks(n: int, size: int) -> int:
     """How many blocks cover n."""
     return -(-n // size)
+
+
+def block_size(T: int) -> int:
+    """Rows of a block of T positions: a multiple of 4, so that rows can be taken together."""
+    return min(BLOCK, blocks(T, 4) * 4)
 
 
 def at_most(x: UOp, most: int) -> UOp:
