@@ -219,7 +219,8 @@ def repository() -> list[Path]:
         return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
     folders = ("src", "tests", "docs", "examples", "scripts", "benchmarks")
     below = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
-    return [p for p in [*ROOT.glob("*.*"), *below] if "__pycache__" not in p.parts]
+    top = [p for p in ROOT.iterdir() if p.is_file() and not p.name.startswith(".")]
+    return [p for p in [*top, *below] if "__pycache__" not in p.parts]
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

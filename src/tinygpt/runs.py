@@ -114,7 +114,7 @@ class TrainingRun:
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
         self.newest: Path | None = None
         self.decoder = Decoder(model)
-        self._stop = self._ending = False
+        self._stop = False
         self.fingerprints = {"train": data.data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data.data_fingerprint(val_tokens)
@@ -152,7 +152,9 @@ class TrainingRun:
                 self.iter_num, self.elapsed = step.iter, before + step.elapsed
                 step = self._record(replace(step, elapsed=self.elapsed))
                 yield step
-                if self._ending or self.iter_num >= self.config.max_iters:
+                if self._stopping() and self.folder is not None and step.checkpoint is None:
+                    self._save(step)  # asked to stop after the step was written down
+                if self._stopping() or step.iter == self.config.max_iters:
                     return
         finally:
             self.history.close()
@@ -169,11 +171,10 @@ class TrainingRun:
             )
         if step.val_loss is not None:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))
-        self._ending = self._stopping()  # asked once: a stop that comes later ends the next step
         if self._due(step, self.config.sample_interval):
             step = replace(step, sample=self._sample(step.iter))
         if self.folder is not None and (
-            step.best or self._ending or self._due(step, self.config.checkpoint_interval)
+            step.best or self._stopping() or self._due(step, self.config.checkpoint_interval)
         ):
             step = replace(step, checkpoint=self._save(step))
         row = {"iter": step.iter, "train_loss": step.train_loss}
