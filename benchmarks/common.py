@@ -71,8 +71,9 @@ class Side:
         return self._answer()
 
     def close(self) -> None:
+        self._pipe.close()  # upon which the process ends by itself
+        self._process.join(5)
         self._process.kill()
-        self._process.join()
 
     def _answer(self) -> Any:
         try:

@@ -284,16 +284,17 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "demo": Preset(
-        model={"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64},
+        model={"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
         train={
-            "batch_size": 8,
+            "batch_size": 12,
             "learning_rate": 3e-3,
             "min_lr": 3e-4,
-            "max_iters": 600,
-            "warmup_steps": 30,
+            "max_iters": 1000,
+            "warmup_steps": 50,
             "eval_interval": 100,
             "eval_iters": 10,
             "beta2": 0.99,
+            "weight_decay": 0.1,
         },
         tokenizer="bpe:512",
         help="a model that learns the manner of a text in minutes on a laptop",
