@@ -13,8 +13,11 @@ from tinygpt.kernels.phases import Array, Index, Kernel, Tile, minimum
 BLOCK = 64
 """Keys between two rescalings of the sum."""
 
-ROWS = 4
-"""Keys whose scores are added up at a time: their additions overlap."""
+ROWS = 16
+"""Keys whose scores are added up across the lanes at a time: so many additions overlap."""
+
+STEP = 4
+"""Values that are added at a time to a sum that lies in memory."""
 
 
 def decode(
@@ -35,38 +38,32 @@ def decode(
     head's dimensions, in which it is read in order; the scores are added up across the lanes.
     """
     head = k.units(heads)
-    dtype, W, parts = sum_dtype(q.dtype), k.lanes, blocks(D, k.lanes)
-    scaled, o = k.tile(parts, dtype), k.tile(parts, dtype)
+    dtype, W, parts = sum_dtype(q.dtype), k.lanes, range(blocks(D, k.lanes))
+    scaled, o = k.tile(len(parts), dtype), k.tile(len(parts), dtype)
     products, w = k.tile(ROWS, dtype, shared=True), k.tile(1, dtype, width=BLOCK, shared=True)
     lanes = k.tile(1, dtype, shared=True)
     sums, m, m_new, total, shrink = (k.tile(n, dtype, width=1) for n in (ROWS, 1, 1, 1, 1))
     n, groups = at_most(length[0], T), range(BLOCK // W)
 
-    def row(t: Index) -> UOp:
-        return (head * T + minimum(t, n - 1)) * D
+    def number(cache: Array, t: Index, part: Index, lane: Index) -> UOp:
+        return cache[(head * T + minimum(t, n - 1)) * D + clamp(part * W + lane, D)].cast(dtype)
 
-    with k.loop(parts) as part, k.phase() as lane:
+    with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
-        number = q[head * D + clamp(d, D)].cast(dtype) * (math.log2(math.e) / math.sqrt(D))
-        scaled[part, lane] = (d < D).where(number, 0.0)
+        query = q[head * D + clamp(d, D)].cast(dtype) * (math.log2(math.e) / math.sqrt(D))
+        scaled[part, lane] = (d < D).where(query, 0.0)
         o[part, lane] = 0.0
     with k.phase(1):
         m[0, 0], total[0, 0] = HIDDEN, 0.0
     with k.loop((n + (BLOCK - 1)) // BLOCK) as j:
         with k.loop(BLOCK // ROWS) as i:
             first = j * BLOCK + i * ROWS
-            with k.phase() as lane:
-                for x in range(ROWS):
-                    products[x, lane] = 0.0
-            with k.loop(parts) as part, k.phase() as lane:
-                d = clamp(part * W + lane, D)
-                for x in range(ROWS):
-                    number = keys[row(first + x) + d].cast(dtype)
-                    products[x, lane] = products[x, lane] + scaled[part, lane] * number
+            with k.loop(ROWS) as x, k.phase() as lane:
+                terms = [scaled[part, lane] * number(keys, first + x, part, lane) for part in parts]
+                products[x, lane] = functools.reduce(UOp.add, terms)
             _add_across(k, sums, products, ROWS)
-            with k.phase(1):
-                for x in range(ROWS):
-                    w[0, i * ROWS + x] = (first + x < n).where(sums[x, 0], HIDDEN)
+            with k.loop(ROWS) as x, k.phase(1):
+                w[0, i * ROWS + x] = (first + x < n).where(sums[x, 0], HIDDEN)
         with k.phase() as lane:
             lanes[0, lane] = functools.reduce(UOp.maximum, [w[0, g * W + lane] for g in groups])
         with k.phase(1):
@@ -82,12 +79,15 @@ def decode(
         _add_across(k, sums, lanes, 1)
         with k.phase(1):
             total[0, 0] = total[0, 0] * shrink[0, 0] + sums[0, 0]
-        with k.loop(parts) as part, k.phase() as lane:
+        with k.loop(len(parts)) as part, k.phase() as lane:
             o[part, lane] = o[part, lane] * shrink[0, 0]
-        with k.loop(BLOCK) as t, k.loop(parts) as part, k.phase() as lane:
-            number = values[row(j * BLOCK + t) + clamp(part * W + lane, D)].cast(dtype)
-            o[part, lane] = o[part, lane] + w[0, t] * number
-    with k.loop(parts) as part, k.phase() as lane:
+        with k.loop(BLOCK // STEP) as i, k.loop(len(parts)) as part, k.phase() as lane:
+            sum_so_far = o[part, lane]
+            for step in range(STEP):
+                value = number(values, j * BLOCK + i * STEP + step, part, lane)
+                sum_so_far = sum_so_far + w[0, i * STEP + step] * value
+            o[part, lane] = sum_so_far
+    with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
         out.put(head * D + d, o[part, lane] / total[0, 0], d < D if D % W else None)
 
