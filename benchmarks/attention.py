@@ -192,18 +192,20 @@ class OurDecoding(Works):
         from tinygpt.kernels.attention import decode_attention
 
         query, keys, values = caches()
-        inputs = [Tensor(x).realize() for x in (query, *keys, *values)]
+        q = Tensor(query).realize()
+        pairs = [
+            (Tensor(k).realize(), Tensor(v).realize()) for k, v in zip(keys, values, strict=True)
+        ]
 
         @TinyJit
-        def step(n: Tensor, q: Tensor, *caches: Tensor) -> list[Tensor]:
-            pairs = zip(caches[:LAYERS], caches[LAYERS:], strict=True)
+        def step(n: Tensor, q: Tensor) -> list[Tensor]:
             found = [decode_attention(q, k, v, n) for k, v in pairs]
             Tensor.realize(*found)
             return found
 
         for n in DECODE:
             length = Tensor([n], dtype=dtypes.int32).realize()
-            self.works[str(n)] = lambda length=length: step(length, *inputs)
+            self.works[str(n)] = lambda length=length: step(length, q)
             for _ in range(3):
                 self.works[str(n)]()
 

@@ -51,6 +51,16 @@ def row_sums(k: Kernel, out: Array, x: Array, *, n: int, m: int) -> None:
         out[row] = total[0, 0]
 
 
+def largest(k: Kernel, out: Array, x: Array) -> None:
+    row = k.units(1)
+    found, total = k.tile(1, shared=True), k.tile(1)
+    with k.phase() as lane:
+        found[0, lane] = x[row * k.lanes + lane]
+    k.fold(total, found, 1, UOp.maximum, -1e30)
+    with k.phase(1):
+        out[row] = total[0, 0]
+
+
 def prefix_sum(k: Kernel, out: Array, x: Array, count: Array) -> None:
     k.units(1)
     with k.phase(1):
@@ -116,6 +126,13 @@ def test_row_sums_are_the_same_for_any_number_of_threads(n: int) -> None:
     np.testing.assert_allclose(sums[0], x.astype(np.float64).sum(1), rtol=1e-5, atol=1e-6)
     for other in sums[1:]:
         np.testing.assert_array_equal(sums[0], other)
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_the_largest_of_all_lanes_is_found_wherever_it_is(place: int) -> None:
+    x = -np.abs(numbers(8)) - 1
+    x[place] = -0.5
+    assert run(largest, [poisoned(1)], [tensor(x)], lanes=8)[0].item() == -0.5
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])

@@ -232,7 +232,8 @@ class Kernel:
         with self.phase(1):
             for x in range(rows):
                 out[x, 0] = start
-        with self.phase(self.lanes) as lane:
+        # A loop, not a phase of many lanes: each step reads what the one before has written.
+        with self.loop(self.lanes) as lane, self.phase(1):
             for x in range(rows):
                 out[x, 0] = op(out[x, 0], tile[x, lane])
 
