@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -524,7 +525,7 @@ def test_the_loss_of_a_whole_text_weighs_every_token_alike(monkeypatch, count):
     def make_evaluate(model):  # a "loss" that is the mean of the targets that count
         return lambda x, y: float(y[y >= 0].mean())
 
-    monkeypatch.setattr("tinygpt.train.make_evaluate", make_evaluate)
+    monkeypatch.setattr(import_module("tinygpt.train"), "make_evaluate", make_evaluate)
     assert whole_loss(model, tokens, batch_size=3) == pytest.approx(tokens[1:].mean())
 
 
@@ -565,10 +566,10 @@ def test_gradcheck_fails_past_the_tolerance(run_cli, monkeypatch):
         return check
 
     flags = ["gradcheck", "--model.n-layer", "1", "--batch-size", "3", "--seed", "5"]
-    monkeypatch.setattr("tinygpt.gradcheck.gradcheck", report(1e-4))
+    monkeypatch.setattr(import_module("tinygpt.gradcheck"), "gradcheck", report(1e-4))
     code, out, _ = run_cli(*flags)
     assert code == 1 and "WRONG" in out
-    monkeypatch.setattr("tinygpt.gradcheck.gradcheck", report(1e-7))
+    monkeypatch.setattr(import_module("tinygpt.gradcheck"), "gradcheck", report(1e-7))
     code, out, _ = run_cli(*flags, "--json")
     assert code == 0 and json.loads(out)["ok"] is True
     assert shapes == [(1, (3, 8), {"samples": 3, "seed": 5})] * 2
