@@ -191,13 +191,13 @@ class TrainConfig(Config):
     seed: int = 1337
     """Seed of initial weights, batches and dropout."""
     checkpoint_interval: int | None = None
-    """Steps between checkpoints; None means at every evaluation."""
+    """Steps between checkpoints; if not set, one at every evaluation."""
     keep_last: int = 3
     """Newest checkpoints to keep, besides the best one; 0 keeps all."""
     early_stop_patience: int | None = None
-    """Stop after this many evaluations without a better validation loss; None never stops early."""
+    """Stop after this many evaluations without a better validation loss; if not set, never."""
     sample_interval: int | None = None
-    """Steps between sample texts; None means at every evaluation."""
+    """Steps between sample texts; if not set, one at every evaluation."""
     sample_prompt: str = "\n"
     """Prompt of the sample texts."""
 
