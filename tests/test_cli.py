@@ -623,3 +623,11 @@ def test_a_text_can_be_encoded_from_stdin(run_cli, monkeypatch):
 def test_ids_outside_the_vocabulary_are_a_failure(run_cli):
     code, _, err = run_cli("tokenizer", "decode", "byte", "300")
     assert code == 1 and "300" in err
+
+
+def test_a_run_remembers_which_text_auto_chose():
+    from tinygpt.cli.options import DataConfig
+    from tinygpt.cli.training import _lasting
+
+    assert _lasting(DataConfig(source="auto"), "pydocs").source == "pydocs"
+    assert _lasting(DataConfig(source="shakespeare"), "shakespeare").source == "shakespeare"

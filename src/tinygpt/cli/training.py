@@ -161,7 +161,7 @@ def _make_run(
         tokenizer=tokenizer,
         folder=folder,
         resume=resume,
-        source=_lasting(settings.data).to_dict(),
+        source=_lasting(settings.data, name).to_dict(),
     )
     kind = f"{tokenizer.kind} of {tokenizer.vocab_size:,}" if tokenizer else f"{vocab_size:,} ids"
     held = f"{len(held_out):,} for validation" if held_out is not None else "no validation"
@@ -200,9 +200,11 @@ def _no_text(source: str) -> list[str]:
     )
 
 
-def _lasting(data: DataConfig) -> DataConfig:
-    """Paths made absolute, so that a run can be resumed from any folder."""
+def _lasting(data: DataConfig, chosen: str) -> DataConfig:
+    """Paths made absolute and ``auto`` replaced by what it chose, so that a run can be resumed."""
     values = data.to_dict()
+    if values["source"] == "auto" and not Path("auto").exists():
+        values["source"] = chosen
     for name in ("source", "tokenizer"):
         value = values[name]
         if value is not None and Path(value).exists():
