@@ -6,9 +6,9 @@
 The preset ``baby``: 2000 steps of 12 x 64 characters, 4 layers, 128 wide, an evaluation on 20
 batches every 250 steps. The time counts from the start of the process to the last evaluation:
 imports, reading the text, compiling and all. The loss is that of the whole validation split, the
-last tenth of the text, and is taken after the clock has stopped. Weights start from the same
-distribution, and batches are the same. ``--fill`` trains ours once more, with as many steps as fit
-into the time that PyTorch took.
+last tenth of the text, and is taken after the clock has stopped. Both start from the same weights
+and see the same batches. ``--fill`` trains ours once more, with as many steps as fit into the time
+that PyTorch took.
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ class Torch(Recipe):
         import torch_gpt
 
         torch.set_num_threads(self.threads)
-        torch.manual_seed(1337)
         self.torch, config, block = torch, self.config, self.model.block_size
         self.gpt = torch_gpt.GPT(self.model)
         take_step = torch_gpt.make_train_step(self.gpt, config, self.compiled)

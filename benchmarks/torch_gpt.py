@@ -70,7 +70,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with tied embeddings."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         super().__init__()
         assert config.tie_embeddings and config.dropout == 0, "the benchmarks have no others"
         self.config = config
@@ -78,7 +78,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self._initialise()
+        self._initialise(seed)
 
     def hidden(
         self, tokens: Tensor, caches: list[Cache] | None = None, position: int = 0
@@ -101,12 +101,15 @@ class GPT(nn.Module):
                 parameter.copy_(torch.from_numpy(np.load(Path(folder, f"{name}.npy"))))
         return self
 
-    def _initialise(self) -> None:
+    def _initialise(self, seed: int) -> None:
+        """The same weights as ours have for a seed."""
+        rng = np.random.default_rng(seed)
         for name, parameter in self.named_parameters():
-            residual = name.endswith("c_proj.weight")
             if parameter.dim() == 2:
+                residual = name.endswith("c_proj.weight")
                 deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                nn.init.normal_(parameter, 0.0, deviation)
+                values = rng.standard_normal(parameter.shape, np.float32) * np.float32(deviation)
+                parameter.data.copy_(torch.from_numpy(values))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
