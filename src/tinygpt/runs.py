@@ -115,6 +115,7 @@ class TrainingRun:
         self.newest: Path | None = None
         self.decoder = Decoder(model)
         self._stop = False
+        self._notices: list[str] = []
         self.fingerprints = {"train": data.data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data.data_fingerprint(val_tokens)
@@ -124,6 +125,10 @@ class TrainingRun:
     def stop(self) -> None:
         """End the run after the step in progress, with a checkpoint. Safe in a signal handler."""
         self._stop = True
+
+    def notice(self, message: str) -> None:
+        """Tell whoever watches, along with the step in progress."""
+        self._notices.append(message)
 
     @property
     def result(self) -> TrainResult:
@@ -190,7 +195,8 @@ class TrainingRun:
         self.history.append(row)
         if step.sample is not None:
             self.samples.append({"iter": step.iter, "text": step.sample})
-        return step
+        notices, self._notices = tuple(self._notices), []
+        return replace(step, notices=notices)
 
     def _due(self, step: Step, interval: int | None) -> bool:
         interval = interval or self.config.eval_interval

@@ -47,6 +47,8 @@ class Step:
     """The best validation loss so far."""
     sample: str | None = None
     checkpoint: Path | None = None
+    notices: tuple[str, ...] = ()
+    """What whoever watches should be told: a checkpoint that could not be written, for example."""
 
 
 class TrainStep(Protocol):

@@ -74,6 +74,8 @@ class LiveDisplay:
                 self._best = f"{step.val_loss:.4f} at {step.iter:,}"
         if step.sample is not None:
             self._sample = step.sample, step.iter
+        for message in step.notices:  # above the view, where they stay
+            self._live.console.print(Text(printable(message), style="yellow"))
 
     def notice(self, message: str) -> None:
         """Show it below the rest when the view is drawn next."""

@@ -38,7 +38,9 @@ class PlainDisplay:
         pass
 
     def update(self, step: Step) -> None:
-        """Print the step's line if it is due, and the sample text if there is one."""
+        """Print its notices, its line if it is due, and the sample text if there is one."""
+        for message in step.notices:
+            self.notice(printable(message))
         last = step.iter == self.config.max_iters
         if self._first or last or step.val_loss is not None or step.iter % self._every == 0:
             print(plain_line(step, self.config.max_iters), file=self.stream, flush=True)
