@@ -24,7 +24,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.kernels.reference import clip_factor, global_norm
 from tinygpt.model import Noise, Transformer
 from tinygpt.optim import AdamW, learning_rate
-from tinygpt.transfer import write
+from tinygpt.transfer import read, write
 
 Tokens = npt.NDArray[np.integer]
 
@@ -67,14 +67,15 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     """
     params = list(model.parameters().values())
     micro_batches = config.grad_accum_steps
+    inputs = Inputs(config.batch_size, model.config.block_size)
 
-    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        loss = model.loss(x, y, Noise(key))
+    def gradients() -> tuple[Tensor, list[Tensor]]:
+        loss = model.loss(inputs.x, inputs.y, Noise(inputs.key))
         return loss, loss.gradient(*params)
 
-    def update(lr: Tensor, grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def update(grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """-> the gradients' norm, and everything that has to be realized with it"""
-        optimizer.lr.assign(lr)
+        optimizer.lr.assign(inputs.lr)
         if isinstance(optimizer, AdamW):
             norm = optimizer.update(grads, config.grad_clip, 1 / micro_batches)
             return norm, [norm, optimizer.lr, *optimizer.changed()]
@@ -89,19 +90,19 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return norm, [norm, optimizer.lr, *changed]
 
     @TinyJit
-    def whole_step(x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
-        loss, grads = gradients(x, y, key)
-        norm, changed = update(lr, grads)
+    def whole_step() -> Tensor:
+        loss, grads = gradients()
+        norm, changed = update(grads)
         result = loss.reshape(1).cat(norm.reshape(1))
         return result.realize(*changed)
-
-    inputs = Inputs(config.batch_size, model.config.block_size)
 
     if micro_batches == 1:
 
         def step(x: Tokens, y: Tokens, lr: float, key: tuple[int, int]) -> tuple[float, float]:
-            given = (*inputs.batch(x[0], y[0]), inputs.draw(*key), inputs.rate(lr))
-            loss, norm = whole_step(*given).numpy()
+            inputs.batch(x[0], y[0])
+            inputs.draw(*key)
+            inputs.rate(lr)
+            loss, norm = read(whole_step())
             return float(loss), float(norm)
 
         return step
@@ -109,15 +110,15 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     sums = [Tensor.zeros(*p.shape, dtype=p.dtype).contiguous().realize() for p in params]
 
     @TinyJit
-    def accumulate(x: Tensor, y: Tensor, key: Tensor) -> Tensor:
-        loss, grads = gradients(x, y, key)
+    def accumulate() -> Tensor:
+        loss, grads = gradients()
         for total, g in zip(sums, grads, strict=True):
             total.assign(total + g)
         return loss.realize(*sums)
 
     @TinyJit
-    def apply(lr: Tensor) -> Tensor:
-        norm, changed = update(lr, [total.clone() for total in sums])
+    def apply() -> Tensor:
+        norm, changed = update([total.clone() for total in sums])
         return norm.realize(*changed)
 
     @TinyJit
@@ -132,9 +133,11 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         seed, number = key
         loss = 0.0
         for i in range(micro_batches):
-            draw = inputs.draw(seed, number * micro_batches + i)
-            loss += accumulate(*inputs.batch(x[i], y[i]), draw).item()
-        norm = apply(inputs.rate(lr)).item()
+            inputs.batch(x[i], y[i])
+            inputs.draw(seed, number * micro_batches + i)
+            loss += float(read(accumulate()))
+        inputs.rate(lr)
+        norm = float(read(apply()))
         clear()
         return loss / micro_batches, norm
 
@@ -142,41 +145,44 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
 
 
 class Inputs:
-    """The buffers through which each step is told its batch, random key and learning rate."""
+    """Buffers that tell each step its batch x and y (B, T), its random key (2,) and its rate (1,).
+
+    The jitted functions know them from the start, which spares what tinygrad does for an argument.
+    """
 
     def __init__(self, batch_size: int, block_size: int) -> None:
         shape = (batch_size, block_size)
         self.x, self.y = _buffer(np.zeros(shape, np.int32)), _buffer(np.zeros(shape, np.int32))
         self.key, self.lr = _buffer(np.zeros(2, np.uint32)), _buffer(np.zeros(1, np.float32))
 
-    def batch(self, x: Tokens, y: Tokens) -> tuple[Tensor, Tensor]:
-        """x and y (B, T)"""
-        return write(self.x, x), write(self.y, y)
+    def batch(self, x: Tokens, y: Tokens) -> None:
+        write(self.x, x)
+        write(self.y, y)
 
-    def draw(self, seed: int, number: int) -> Tensor:
-        """The key of the random numbers of one micro-batch, (2,)."""
-        return write(self.key, [(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF])
+    def draw(self, seed: int, number: int) -> None:
+        """Make the key of the random numbers of one micro-batch."""
+        write(self.key, [(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF])
 
-    def rate(self, lr: float) -> Tensor:
-        """The learning rate, (1,)."""
-        return write(self.lr, [lr])
+    def rate(self, lr: float) -> None:
+        write(self.lr, [lr])
 
 
 def _buffer(array: npt.NDArray[Any]) -> Tensor:
     return Tensor(array).contiguous().realize()
 
 
-def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
+def make_evaluate(model: Transformer, batch_size: int) -> Callable[[Tokens, Tokens], float]:
     """A jitted loss in inference mode: mean cross-entropy in nats of y (B, T) given x (B, T)."""
+    inputs = Inputs(batch_size, model.config.block_size)
 
     @TinyJit
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return model.loss(x, y).realize()
+    def loss() -> Tensor:
+        return model.loss(inputs.x, inputs.y).realize()
 
     def evaluate_batch(x: Tokens, y: Tokens) -> float:
+        inputs.batch(x, y)
         with mode(model, training=False):
-            batch = (Tensor(np.ascontiguousarray(a, np.int32)).realize() for a in (x, y))
-            return float(loss(*batch).item())
+            return float(read(loss()))
 
     return evaluate_batch
 
@@ -227,7 +233,8 @@ def train_steps(
     block = model.config.block_size
     rows = config.batch_size * config.grad_accum_steps
     shape = (config.grad_accum_steps, config.batch_size, block)
-    take_step, evaluate_batch = make_train_step(model, optimizer, config), make_evaluate(model)
+    take_step = make_train_step(model, optimizer, config)
+    evaluate_batch = make_evaluate(model, config.batch_size)
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()

@@ -1,4 +1,8 @@
-"""Numbers from numpy into a Tensor that is there already."""
+"""Numbers from numpy into a Tensor that is there already, and back.
+
+Both go straight to the memory behind the Tensor. To do the same with graphs, as ``Tensor(array)``
+and ``Tensor.numpy()`` do, costs as much time as the forward pass of a small model.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,33 @@ from tinygrad import Tensor
 from tinygrad.device import Buffer
 from tinygrad.dtype import _to_np_dtype
 
+Array = npt.NDArray[Any]
+
 
 def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
-    """Copy values of the same shape into a realized Tensor, in place and without a graph.
-
-    To make a new Tensor costs milliseconds, as much as the forward pass of a small model.
-    """
-    buffer = tensor.uop.base.buffer
-    assert isinstance(buffer, Buffer), "on one device"
-    source: npt.NDArray[Any] = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
+    """Copy values of the same shape into a realized Tensor on one device, in place."""
+    buffer = _buffer(tensor)
+    source: Array = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
     assert source.size == buffer.size, "of the same shape"
-    buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
+    if hasattr(buffer.allocator, "_as_buffer"):  # memory that the processor can reach
+        _view(buffer, force_zero_copy=True)[:] = source.ravel()
+    else:
+        buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
     return tensor
+
+
+def read(tensor: Tensor) -> Array:
+    """A copy of the values of a realized, contiguous Tensor on one device."""
+    shape = tuple(map(int, tensor.shape))
+    return _view(_buffer(tensor), allow_zero_copy=True).reshape(shape).copy()
+
+
+def _buffer(tensor: Tensor) -> Buffer:
+    buffer = tensor.uop.base.buffer
+    assert isinstance(buffer, Buffer) and buffer.is_allocated(), "realized, on one device"
+    return buffer
+
+
+def _view(buffer: Buffer, **how: bool) -> Array:
+    """The buffer's memory, or else a copy, once everything before has been computed."""
+    return np.frombuffer(buffer.as_memoryview(**how), _to_np_dtype(buffer.dtype))

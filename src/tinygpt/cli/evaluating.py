@@ -119,7 +119,7 @@ def whole_loss(model: GPT, tokens: Tokens, batch_size: int) -> float:
     block_size = model.config.block_size
     batches = math.ceil((len(tokens) - 1) / (batch_size * block_size))
     console = Console(stderr=True)
-    evaluate_batch = make_evaluate(model)
+    evaluate_batch = make_evaluate(model, batch_size)
     losses = (
         evaluate_batch(x, y) * count
         for x, y, count in track(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from tinygrad.uop.ops import UOp
 from tinygpt.cache import KVCache
 from tinygpt.model import Transformer
 from tinygpt.train import mode
-from tinygpt.transfer import write
+from tinygpt.transfer import read, write
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
+Compute = Callable[[Tensor, UOp], Tensor]
+"""Token ids (B, T) and a bound variable -> logits (B, V)."""
 
 SMALLEST_BUCKET = 16
 LIVE_BATCH_SIZES = 4
@@ -51,16 +54,17 @@ class Decoder:
         block_size = self.model.config.block_size
         n = context.shape[1]
         with mode(self.model, training=False):
-            batch = self._batch(len(context))
-            if batch.holds(owner, n - 1) and n <= block_size:
+            batch = self._batches.get(len(context))
+            if batch is not None and batch.holds(owner, n - 1) and n <= block_size:
                 logits = batch.decode_step(context[:, -1:], n - 1)
             else:
+                self._forget_replaced_weights()
+                batch = self._batch(len(context))
                 logits = batch.prefill(context[:, -block_size:])
         batch.owner, batch.length = owner, n
         return logits
 
     def _batch(self, size: int) -> _Batch:
-        self._forget_replaced_weights()
         batch = self._batches.pop(size, None) or _Batch(self.model, size)
         self._batches[size] = batch  # last in line
         if len(self._batches) > LIVE_BATCH_SIZES:
@@ -87,7 +91,8 @@ class _Batch:
         self.length = 0
         self._model, self._cache = model, KVCache(model.config, size)
         self._size, self._block_size = size, model.config.block_size
-        self._decode = _Forward(TinyJit(self._one_position), size, 1)
+        position = Variable("position", 0, self._block_size - 1)
+        self._decode = _Forward(self._one_position, size, 1, position)
         self._prefill: dict[int, _Forward] = {}  # by padded length
 
     def holds(self, owner: object, length: int) -> bool:
@@ -103,15 +108,16 @@ class _Batch:
         n = context.shape[1]
         length = min(self._block_size, max(SMALLEST_BUCKET, 1 << (n - 1).bit_length()))
         if length not in self._prefill:
-            self._prefill[length] = _Forward(TinyJit(self._whole_context), self._size, length)
+            last = Variable("last", 0, length - 1)
+            self._prefill[length] = _Forward(self._whole_context, self._size, length, last)
         self.owner = None  # until the cache is whole again
         padded = np.pad(context, ((0, 0), (0, length - n)))
-        return self._prefill[length](padded, Variable("last", 0, length - 1).bind(n - 1))
+        return self._prefill[length](padded, n - 1)
 
     def decode_step(self, tokens: Ids, position: int) -> Logits:
         """Append tokens (B, 1) at ``position``; -> logits (B, V) of what follows."""
         self.owner = None
-        return self._decode(tokens, Variable("position", 0, self._block_size - 1).bind(position))
+        return self._decode(tokens, position)
 
     def _whole_context(self, tokens: Tensor, last: UOp) -> Tensor:
         self._cache.position = 0
@@ -128,13 +134,17 @@ class _Batch:
 
 
 class _Forward:
-    """A jitted function of ids (B, T) and a position; -> logits (B, V), from numpy to numpy."""
+    """Logits (B, V) of ids (B, T) and a position, from numpy to numpy, jitted.
 
-    def __init__(self, jitted: Callable[[Tensor, UOp], Tensor], size: int, length: int) -> None:
-        self._jitted = jitted
-        self._ids = Tensor(np.zeros((size, length), np.int32)).realize()
+    The ids are written into a buffer that the jit knows from the start: to hand a Tensor to a jit
+    costs more than the whole forward pass of a small model.
+    """
 
-    def __call__(self, ids: Ids, position: UOp) -> Logits:
+    def __init__(self, compute: Compute, size: int, length: int, position: UOp) -> None:
+        ids = Tensor(np.zeros((size, length), np.int32)).realize()
+        self._ids, self._position = ids, cache(position.bind)
+        self._logits = TinyJit(lambda position: compute(ids, position))
+
+    def __call__(self, ids: Ids, position: int) -> Logits:
         write(self._ids, ids)
-        logits: Logits = self._jitted(self._ids, position).numpy()
-        return logits
+        return read(self._logits(self._position(position)))
