@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ def tensors(arrays: Sequence[np.ndarray]) -> list[Tensor]:
 
 
 class State:
-    """Parameters and moments, updated by the kernels, or by ``update``; a step gives the norm."""
+    """Parameters and moments, updated by the kernels, or by ``update``."""
 
     def __init__(
         self,
@@ -41,9 +42,19 @@ class State:
         self.update, self.options = update, {"clip": 1.0} | HYPER | options
 
     def step(self, lr: Tensor, *grads: Tensor) -> Tensor:
+        """-> the gradients' norm"""
+        return self.judged(lr, None, None, *grads)[1]
+
+    def judged(
+        self, lr: Tensor, loss: Tensor | None, limits: Tensor | None, *grads: Tensor
+    ) -> Tensor:
+        """-> loss, norm, taken (3,)"""
         moments = (self.m, self.v, lr, self.b1_t, self.b2_t)
-        norm = self.update(self.params, grads, *moments, decay=self.decay, **self.options)
-        return norm.realize(self.b1_t, self.b2_t, *self.m, *self.v, *self.params)
+        judges = {"loss": loss, "limits": limits}
+        report = self.update(
+            self.params, grads, *moments, decay=self.decay, **judges, **self.options
+        )
+        return report.realize(self.b1_t, self.b2_t, *self.m, *self.v, *self.params)
 
     def values(self) -> list[np.ndarray]:
         return [t.numpy() for t in (*self.params, *self.m, *self.v, self.b1_t, self.b2_t)]
@@ -93,12 +104,71 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPat
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_gradient_of_nan_shows_in_every_parameter() -> None:
-    ours = State([(3,), (4,)])
-    grads = draw([(3,), (4,)], 1)
-    grads[0][1] = np.nan
-    assert np.isnan(ours.step(Tensor([0.01]).realize(), *tensors(grads)).item())
-    assert all(np.isnan(p.numpy()).all() for p in ours.params)
+INF = math.inf
+FINE = (1.0, 1.0, (INF, INF))
+"""Loss, what is added to the gradients, and limits, of a step that is taken."""
+BAD = [
+    (math.nan, 1.0, (INF, INF)),
+    (INF, 1.0, (INF, INF)),
+    (-INF, 1.0, (INF, INF)),
+    (1.0, math.nan, (INF, INF)),
+    (1.0, INF, (INF, INF)),
+    (1.0, -INF, (INF, INF)),
+    (1.0, 3e38, (INF, INF)),  # finite, but its square is not
+    (3.5, 1.0, (3.4, INF)),
+    (1.0, 1.0, (INF, 5.0)),
+    (1.0, 1.0, (1.0, INF)),  # a limit is not below itself
+]
+
+
+def bits(state: State) -> bytes:
+    return b"".join(a.tobytes() for a in state.values())
+
+
+@pytest.mark.parametrize(("clip", "threads"), [(0.0, "1"), (1.0, "2")])
+@pytest.mark.parametrize("wrap", [TinyJit, lambda f: f], ids=["jitted", "eager"])
+@pytest.mark.parametrize("update", [adamw_update, reference.adamw_update], ids=["fast", "plain"])
+def test_a_bad_step_changes_no_bit_and_the_next_goes_on_as_if_it_had_not_been(
+    update: Callable[..., Tensor],
+    wrap: Callable[..., Callable[..., Tensor]],
+    clip: float,
+    threads: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TINYGPT_THREADS", threads)
+    tried, spared = (State(update=update, clip=clip) for _ in range(2))
+    step, other = wrap(tried.judged), wrap(spared.judged)
+
+    def take(
+        step: Callable[..., Tensor], i: int, loss: float, extra: float, limits: tuple[float, float]
+    ) -> np.ndarray:
+        grads = draw(SHAPES, i)
+        grads[2][7, 1] += np.float32(extra)
+        given = [Tensor([0.01]), Tensor([loss]), Tensor(list(limits))]
+        return step(*(t.contiguous().realize() for t in given), *tensors(grads)).numpy()
+
+    bad = BAD if wrap is TinyJit else BAD[:4]  # eagerly the same kernels run, slowly
+    for i in range(len(bad) + 5):
+        loss, norm, taken = take(step, i, *FINE)
+        assert (loss, taken) == (1.0, 1.0) and norm > 5
+        take(other, i, *FINE)
+        before = bits(tried)
+        assert before == bits(spared)
+        if i < len(bad):
+            report = take(step, i + 100, *bad[i])
+            assert report[2] == 0.0 and bits(tried) == before
+            np.testing.assert_array_equal(report[0], np.float32(bad[i][0]))
+        elif i == len(bad) and wrap is not TinyJit:
+            break
+
+
+def test_summed_losses_are_averaged_before_they_are_judged() -> None:
+    limits, loss = Tensor([2.0, INF]).realize(), Tensor([6.0]).realize()
+    for update in (adamw_update, reference.adamw_update):
+        ours = State([(3,), (4,)], update, scale=0.25)
+        grads = tensors(draw([(3,), (4,)], 1))
+        report = ours.judged(Tensor([0.01]).realize(), loss, limits, *grads).numpy()
+        assert report[0] == 1.5 and report[2] == 1.0
 
 
 @pytest.mark.parametrize("most", [1, 4, 15, 61])

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +21,6 @@ from tinygpt import __version__
 from tinygpt.cli import VERBS, main, make_app
 from tinygpt.cli.evaluating import whole_loss
 from tinygpt.cli.options import DataConfig, file_tables, preset_tables, resolve
-from tinygpt.cli.training import stop_signals
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig, field_docs
 from tinygpt.errors import ConfigError, DeviceError
 
@@ -105,7 +103,8 @@ def test_the_program_goes_by_the_name_it_was_called_with(run_cli, monkeypatch, n
 def test_help_lists_every_verb(run_cli):
     code, out, _ = run_cli("--help")
     assert code == 0
-    verbs = ["train", "generate", "eval", "plot", "tokenizer", "gradcheck", "info", "doctor"]
+    verbs = ["train", "generate", "eval", "plot", "tokenizer", "gradcheck", "check"]
+    verbs += ["info", "verify", "verify-resume", "doctor"]
     assert list(VERBS) == verbs
     assert [v for v in verbs if re.search(rf"│ {v}\s", out)] == verbs
 
@@ -386,43 +385,6 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(run_cli, text_file, tmp_p
     assert [row["iter"] for row in rows] == list(range(1, 9))
 
 
-def test_the_second_signal_ends_the_program_at_once():
-    stopped, notices = [], []
-    before = signal.getsignal(signal.SIGINT)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        stop_signals(lambda: stopped.append(1), notices.append) as received,
-    ):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT] and stopped == [1] and len(notices) == 1
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_sigterm_stops_too_and_has_its_own_exit_code():
-    with (
-        pytest.raises(SystemExit) as exit_,
-        stop_signals(lambda: None, lambda _: None) as received,
-    ):
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert exit_.value.code == 143
-
-
-def test_signals_are_left_alone_outside_the_main_thread():
-    before, seen = signal.getsignal(signal.SIGINT), []
-
-    def work():
-        with stop_signals(lambda: None, lambda _: None):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [before]
-
-
 # Text out ---------------------------------------------------------------------------------------
 
 
@@ -627,7 +589,7 @@ def test_ids_outside_the_vocabulary_are_a_failure(run_cli):
 
 def test_a_run_remembers_which_text_auto_chose():
     from tinygpt.cli.options import DataConfig
-    from tinygpt.cli.training import _lasting
+    from tinygpt.cli.running import _lasting
 
     assert _lasting(DataConfig(source="auto"), "pydocs").source == "pydocs"
     assert _lasting(DataConfig(source="shakespeare"), "shakespeare").source == "shakespeare"

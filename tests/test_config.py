@@ -18,7 +18,7 @@ from tinygpt.errors import ConfigError
 def test_the_defaults_are_the_interface():
     assert GPTConfig().to_dict() == {
         "block_size": 64, "vocab_size": 50257, "n_layer": 4, "n_head": 4, "n_embd": 128,
-        "dropout": 0.0, "bias": True, "tie_embeddings": True,
+        "dropout": 0.0, "bias": True, "tie_embeddings": True, "attention": "auto",
     }  # fmt: skip
     train = TrainConfig()
     assert (train.batch_size, train.learning_rate, train.warmup_steps) == (8, 1e-3, 100)

@@ -11,25 +11,16 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    *("errors", "files", "runtime", "multicore", "config", "tokenizers", "corpus", "data"),
-    *(
-        "kernels",
-        "transfer",
-        "cache",
-        "model",
-        "optim",
-        "distributed",
-        "train",
-        "metrics",
-        "checkpoint",
-    ),
-    *("sample", "generate", "interop", "gradcheck", "plots", "runs", "display", "api", "server"),
-    *("cli", "__init__", "__main__"),
+    *("errors", "untrusted", "files", "lock", "runtime", "multicore", "programs", "config"),
+    *("tokenizers", "corpus", "data", "kernels", "jit", "transfer", "cache", "model", "optim"),
+    *("distributed", "guard", "diagnose", "train", "metrics", "checkpoint", "changes", "preflight"),
+    *("sample", "generate", "interop", "gradcheck", "kernelcheck", "plots", "runs", "display"),
+    *("api", "server", "cli", "__init__", "__main__"),
 ]
 
 WITHOUT_TINYGRAD = [
-    *("errors", "files", "runtime", "config", "tokenizers", "corpus", "data", "metrics", "plots"),
-    *("display", "cli"),
+    *("errors", "untrusted", "files", "lock", "runtime", "config", "tokenizers", "corpus", "data"),
+    *("metrics", "checkpoint", "plots", "display", "cli"),
 ]
 """Modules that answer before tinygrad is loaded: `tinygpt --help` must not wait for it."""
 

@@ -92,12 +92,14 @@ def train(
     optimizer: Optimizer | None = None,
     out_dir: str | Path | None = None,
     resume: bool | str | Path | None = None,
+    allow_change: Sequence[str] = (),
     show: bool = True,
 ) -> TrainResult:
     """Train a model on token ids: an array, a list, a Tensor or the path of a token file.
 
     With ``out_dir`` the run keeps its metrics, samples and checkpoints there, and ``resume=True``
-    goes on from its newest checkpoint. ``show`` prints progress on stderr.
+    goes on from its newest checkpoint. A resumed run must have its own data and settings, but for
+    those named in ``allow_change``, such as ``("max_iters",)``. ``show`` prints progress on stderr.
 
     >>> result = train(model, TrainConfig(max_iters=1000), tokens)
     >>> result.iter_num, result.best_val_loss
@@ -114,6 +116,7 @@ def train(
         optimizer=optimizer,
         folder=out_dir,
         resume=resume,
+        allow_change=allow_change,
     )
     if not show:
         for _ in run:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
 from tinygpt.config import GPTConfig
+from tinygpt.transfer import zeros
 
 
 class LayerCache:
     """Keys and values of one layer, both (B, H, block_size, D)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.keys = Tensor.zeros(*shape).contiguous().realize()
-        self.values = Tensor.zeros(*shape).contiguous().realize()
+        self.keys, self.values = zeros(shape, dtypes.float32), zeros(shape, dtypes.float32)
 
     def append(self, k: Tensor, v: Tensor, position: int | UOp) -> tuple[Tensor, Tensor]:
         """Write k and v (B, H, T, D) at ``position``; -> keys and values, (B, H, block_size, D)."""

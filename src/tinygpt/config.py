@@ -6,6 +6,7 @@ The text under each field is its documentation everywhere: in ``--help``, in the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -13,9 +14,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from tinygpt.errors import ConfigError, nearest
+from tinygpt.untrusted import LARGEST, brief
+
+AttentionMethod = Literal["auto", "flash", "plain"]
+"""How attention is computed, see ``GPTConfig.attention``."""
 
 MAX_PARAMETERS = 20_000_000_000
 """Beyond this a configuration is taken for a slip and refused before anything is allocated."""
+MAX_LAYERS = 1024
+"""Blocks cost time to build, however few parameters they have."""
 
 
 class Config:
@@ -33,13 +40,19 @@ class Config:
         return asdict(self)  # type: ignore[call-overload,no-any-return]
 
     @classmethod
+    @functools.cache
+    def hints(cls) -> Mapping[str, Any]:
+        """The type of each field."""
+        return get_type_hints(cls)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from plain values; an unknown key is an error that names the nearest field."""
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in names:
                 raise ConfigError(
-                    f"{cls.__name__} has no field {key!r}.{nearest(str(key), names)} "
+                    f"{cls.__name__} has no field {brief(key)}.{nearest(str(key)[:99], names)} "
                     f"Known fields: {', '.join(names)}."
                 )
         return cls(**values)
@@ -47,24 +60,26 @@ class Config:
 
 def _check_types(config: Config) -> None:
     """Types are checked by hand: a config often comes from a file or a command line."""
-    hints = get_type_hints(type(config))
+    hints = config.hints()
     for field in fields(config):  # type: ignore[arg-type]
         value, hint = getattr(config, field.name), hints[field.name]
         options = get_args(hint) or (hint,)
         if isinstance(options[0], str):  # Literal["cosine", ...]
             if value not in options:
                 listed = ", ".join(map(repr, options))
-                raise ConfigError(f"{field.name}={value!r} is not one of {listed}.")
+                raise ConfigError(f"{field.name}={brief(value)} is not one of {listed}.")
             continue
         if value is None and type(None) in options:
             continue
+        if type(value) is int and abs(value) > LARGEST:
+            raise ConfigError(f"{field.name} is {brief(value)}, which is too large.")
         if float in options and type(value) is int:
             object.__setattr__(config, field.name, float(value))
             value = float(value)
         if type(value) not in options:
             wanted = " or ".join("None" if o is type(None) else o.__name__ for o in options)
             raise ConfigError(
-                f"{field.name}={value!r} is of type {type(value).__name__}; wanted {wanted}."
+                f"{field.name}={brief(value)} is of type {type(value).__name__}; wanted {wanted}."
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{field.name}={value!r} is not a finite number.")
@@ -118,10 +133,22 @@ class GPTConfig(Config):
     """Biases in the linear layers and layer norms, as in GPT-2."""
     tie_embeddings: bool = True
     """Use the token embedding as the output projection too, as in GPT-2."""
+    attention: AttentionMethod = "auto"
+    """The way it is computed: by flash kernels, the plain formula, or auto, flash if it can run."""
 
     def check(self) -> None:
         _at_least(self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         _between(self, 0.0, 1.0, "dropout")
+        _require(
+            self.n_layer <= MAX_LAYERS,
+            f"n_layer={self.n_layer} is too large: the limit is {MAX_LAYERS}.",
+        )
+        count = self.num_params()
+        _require(
+            count <= MAX_PARAMETERS,
+            f"This configuration has {count:,} parameters, more than the {MAX_PARAMETERS:,} that "
+            f"are allowed. Lower n_layer, n_embd, vocab_size or block_size.",
+        )
         if self.n_embd % self.n_head:
             width = max(self.n_embd // self.n_head, 1) * self.n_head
             heads = (
@@ -133,12 +160,6 @@ class GPTConfig(Config):
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}. "
                 f"Try n_embd={width} or n_head={heads}."
             )
-        count = self.num_params()
-        _require(
-            count <= MAX_PARAMETERS,
-            f"This configuration has {count:,} parameters, more than the {MAX_PARAMETERS:,} that "
-            f"are allowed. Lower n_layer, n_embd, vocab_size or block_size.",
-        )
 
     @property
     def head_size(self) -> int:
@@ -188,6 +209,11 @@ class TrainConfig(Config):
     """Largest global norm of the gradient; 0 switches clipping off."""
     grad_accum_steps: int = 1
     """Micro-batches whose gradients are averaged into one step."""
+    skip_spikes: float | None = None
+    """Skip a step whose loss or gradient norm lies this many standard deviations above the mean of
+    the 128 steps before; 6 is a good value. If not set, only what is no number is skipped."""
+    max_skipped: int = 10
+    """Stop when so many steps in a row had to be skipped."""
     seed: int = 1337
     """Seed of initial weights, batches and dropout."""
     checkpoint_interval: int | None = None
@@ -210,6 +236,7 @@ class TrainConfig(Config):
             "eval_interval",
             "eval_iters",
             "grad_accum_steps",
+            "max_skipped",
             "checkpoint_interval",
             "early_stop_patience",
             "sample_interval",
@@ -223,6 +250,10 @@ class TrainConfig(Config):
             f"learning_rate={self.learning_rate!r} is out of range: it must be above 0 and at "
             f"most 10. Common values lie between 1e-4 and 3e-3.",
         )
+        _require(
+            self.skip_spikes is None or self.skip_spikes > 0,
+            f"skip_spikes={self.skip_spikes!r} must be above 0; 6 is a good value.",
+        )
         _require(self.eps > 0, f"eps={self.eps!r} must be above 0; Adam's usual value is 1e-8.")
         _require(
             self.min_lr <= self.learning_rate,
@@ -235,9 +266,18 @@ class TrainConfig(Config):
             ("batch_size", 10**6),
             ("grad_accum_steps", 10**6),
             ("seed", 2**63 - 1),
+            ("eval_interval", 10**9),
+            ("eval_iters", 10**9),
+            ("checkpoint_interval", 10**9),
+            ("keep_last", 10**9),
+            ("early_stop_patience", 10**9),
+            ("sample_interval", 10**9),
         ):
             value = getattr(self, name)
-            _require(value <= high, f"{name}={value!r} is too large: the limit is {high}.")
+            _require(
+                value is None or value <= high,
+                f"{name}={value!r} is too large: the limit is {high}.",
+            )
 
 
 @dataclass(frozen=True)
@@ -353,7 +393,7 @@ def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = F
     return "\n\n".join(blocks) + "\n"
 
 
-def field_docs(config: type[Config]) -> dict[str, str]:
+def field_docs(config: type[Config]) -> Mapping[str, str]:
     """The text under each field of a config class, by name."""
     import ast
     import inspect

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from tinygpt import runtime
 from tinygpt.errors import DataError, nearest
 from tinygpt.files import download, sha256_of
+from tinygpt.untrusted import brief, clip
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -26,6 +27,12 @@ PATIENCE = 5.0
 """Seconds that ``auto`` waits for the network."""
 BLOCK = 1 << 20
 """Bytes read at a time."""
+MAX_LINE = 64 << 20
+"""Characters that a line of a JSONL file may have."""
+LISTED = 8
+"""Fields of a record that an error names."""
+MAX_PATTERN, MAX_RECURSIONS = 200, 2
+"""Length of a pattern for files, and how many ``**`` it may have: each multiplies the work."""
 
 _UTF16_OR_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -106,10 +113,12 @@ def _file(path: Path) -> Corpus:
 
 
 def _folder(path: Path, glob: str) -> Corpus:
+    _check_pattern(glob)
     try:
         files = sorted(file for file in path.glob(glob) if file.is_file())
     except (ValueError, NotImplementedError) as error:
         raise DataError(f"glob={glob!r} is no pattern for files in a folder: {error}.") from error
+    _check_inside(path, files)
     if not files:
         raise DataError(_no_match(path, glob))
     total = _size(sum(file.stat().st_size for file in files))
@@ -119,6 +128,27 @@ def _folder(path: Path, glob: str) -> Corpus:
         f"{path} ({count} matching {glob}, {total})",
         lambda: _documents(read_text(file) for file in files),
     )
+
+
+def _check_pattern(glob: str) -> None:
+    """A pattern may come with a config file from elsewhere, and must not lead out of the folder."""
+    leaves = ".." in PurePath(glob).parts or PurePath(glob).is_absolute()
+    if leaves or len(glob) > MAX_PATTERN or glob.count("**") > MAX_RECURSIONS:
+        raise DataError(
+            f"glob={brief(glob)} is no pattern for files in a folder: wanted at most "
+            f"{MAX_PATTERN} characters, two ** and no '..', such as '**/*.md'."
+        )
+
+
+def _check_inside(folder: Path, files: list[Path]) -> None:
+    """A link in a folder from elsewhere could make a private file part of the text."""
+    inside = folder.resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(inside):
+            raise DataError(
+                f"{file} is a link to a file outside {folder}, which is not read. If it is meant "
+                f"to be part of the text, copy the file there; else remove the link."
+            )
 
 
 def _no_match(path: Path, glob: str) -> str:
@@ -209,6 +239,7 @@ def _records(path: Path, field: str) -> Iterator[Iterator[str]]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines end at line feeds only: JSON texts may hold the other separators that str knows."""
     rest: list[str] = []
+    waiting = 0  # characters in rest
     for piece in read_text(path):
         *whole, last = piece.split("\n")
         if whole:
@@ -216,6 +247,12 @@ def _lines(path: Path) -> Iterator[str]:
             yield from whole[1:]
             rest = []
         rest.append(last)
+        waiting = len(last) if whole else waiting + len(last)
+        if waiting > MAX_LINE:
+            raise DataError(
+                f"{path} has a line of more than {MAX_LINE:,} characters. JSONL has one object on "
+                f"each line; a single JSON value must be split up first."
+            )
     yield "".join(rest)
 
 
@@ -223,13 +260,14 @@ def _record_text(line: str, field: str, where: str) -> str:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}. Wanted one object a line.") from error
+        raise DataError(f"{where} is not JSON: {clip(error)}. Wanted one object a line.") from error
     if not isinstance(record, dict):
         raise DataError(f"{where} is a JSON {type(record).__name__}, wanted an object.")
     if field not in record:
+        names, more = list(record)[:LISTED], ", …" if len(record) > LISTED else ""
         raise DataError(
-            f"{where} has no field {field!r}.{nearest(field, list(record))} "
-            f"It has: {', '.join(map(repr, record)) or 'none'}. Name another with --field."
+            f"{where} has no field {field!r}.{nearest(field, [name[:99] for name in names])} "
+            f"It has: {', '.join(map(brief, names)) or 'none'}{more}. Name another with --field."
         )
     text = record[field]
     if not isinstance(text, str):

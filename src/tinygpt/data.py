@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from tinygpt.corpus import Corpus
 from tinygpt.errors import DataError
 from tinygpt.files import replacing
 from tinygpt.tokenizers import Tokenizer, chunks, fingerprint
+from tinygpt.untrusted import clip, is_sparse, open_regular
 
 Tokens = NDArray[Any]
 """A 1-D array of token ids in any integer type; mostly a memory-mapped file."""
@@ -25,6 +27,14 @@ TOKEN_FILES = (".npy", ".bin")
 """Suffixes of token files: ours, and the raw little-endian uint16 that nanoGPT writes."""
 SPAN = 1 << 22
 """Tokens looked at in one go, where all have to be looked at."""
+MAX_NPY_HEADER = 4096
+"""Bytes of a .npy file's header that are read at most; numpy writes 128."""
+_NPY_LENGTH_BYTES = {(1, 0): 2, (2, 0): 4, (3, 0): 4}
+_NPY_HEADER = re.compile(
+    r"\{'descr': '([<>|=][biufc]\d{1,2})', 'fortran_order': (?:False|True), "
+    r"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\),? *\} *\n?"
+)
+"""The one way in which numpy writes a header; no Python expression is ever evaluated."""
 
 
 # Token files ------------------------------------------------------------------------------------
@@ -128,18 +138,51 @@ def _map_file(path: Path) -> Tokens:
             f"tokenize(open_corpus(path), tokenizer)."
         )
     try:
-        if path.suffix == ".npy":
-            return npy.open_memmap(path, mode="r")  # knows no pickles, unlike np.load
-        size = path.stat().st_size
-        if size % 2 or not size:
-            raise DataError(f"{path} has {size} bytes, wanted a number of uint16 tokens.")
-        return np.memmap(path, "<u2", "r")
+        with open_regular(path) as file:
+            if is_sparse(file):
+                raise ValueError("nearly all of it was never written (it is a sparse file)")
+            return _map_npy(file) if path.suffix == ".npy" else _map_bin(file)
     except FileNotFoundError as error:
         raise DataError(f"There is no token file {str(path)!r}.") from error
     except DataError:
         raise
-    except Exception as error:  # a damaged header makes numpy raise almost anything
-        raise DataError(f"{path} cannot be read as a token file: {error}.") from error
+    except (OSError, ValueError, TypeError) as error:
+        reason = clip(getattr(error, "strerror", None) or error)
+        raise DataError(f"{path} cannot be read as a token file: {reason}.") from error
+
+
+def _map_bin(file: BinaryIO) -> Tokens:
+    size = os.fstat(file.fileno()).st_size
+    if size % 2 or not size:
+        raise DataError(f"{file.name} has {size} bytes, wanted a number of uint16 tokens.")
+    return np.memmap(file, "<u2", "r")
+
+
+def _map_npy(file: BinaryIO) -> Tokens:
+    """Map a .npy file after checking that it is as long as its header says.
+
+    numpy's own reader evaluates the header as Python, and takes its length from the file.
+    """
+    version = npy.read_magic(file)
+    if version not in _NPY_LENGTH_BYTES:
+        raise ValueError(f"its format version {version} is unknown")
+    width = _NPY_LENGTH_BYTES[version]
+    length = int.from_bytes(file.read(width), "little")
+    if length > MAX_NPY_HEADER:
+        raise ValueError(f"its header of {length:,} bytes is too long")
+    found = _NPY_HEADER.fullmatch(file.read(length).decode("latin-1"))
+    if found is None:
+        raise ValueError("its header is damaged, or it does not hold plain numbers")
+    dtype = np.dtype(found[1])
+    shape = tuple(int(n) for n in found[2].split(",") if n.strip())  # (n,)
+    start = file.tell()
+    wanted = start + math.prod(shape) * dtype.itemsize
+    size = os.fstat(file.fileno()).st_size
+    if wanted != size:
+        raise ValueError(f"it has {size:,} bytes, but its header announces {wanted:,}")
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)  # nothing can be mapped
+    return np.memmap(file, dtype, "r", start, shape)
 
 
 def _check_range(tokens: Tokens, vocab_size: int | None, name: str) -> None:
@@ -167,7 +210,8 @@ def byte_count(tokens: Tokens, tokenizer: Tokenizer) -> int:
     """Bytes of UTF-8 that the tokens stand for, as bits per byte need it."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)  # (V,)
     for start in range(0, len(tokens), SPAN):
-        counts += np.bincount(tokens[start : start + SPAN], minlength=len(counts))
+        span = tokens[start : start + SPAN].astype(np.int64)  # of uint64 nothing can be counted
+        counts += np.bincount(span, minlength=len(counts))
     used = np.flatnonzero(counts).tolist()
     return sum(int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in used)
 

@@ -33,12 +33,24 @@ class CheckpointError(TinyGPTError, ValueError):
     """A checkpoint that is missing, damaged, of another model or of a newer format."""
 
 
+class ChangedRunError(CheckpointError):
+    """A run that would go on with other data or settings than it had."""
+
+    def __init__(self, reason: str, fields: tuple[str, ...]) -> None:
+        super().__init__(f"{reason}; or allow it knowingly: allow_change={fields!r}.")
+        self.reason, self.fields = reason, fields
+
+
 class TrainingError(TinyGPTError, RuntimeError):
     """Training that cannot go on, such as a loss that is no longer a number."""
 
 
 class DeviceError(TinyGPTError, RuntimeError):
     """No usable device or compiler."""
+
+
+class KernelError(TinyGPTError, RuntimeError):
+    """A fast kernel that cannot run what it was given, where its plain twin is not wanted."""
 
 
 class MissingExtraError(TinyGPTError, ImportError):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
+import re
 import secrets
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,60 +20,115 @@ from tinygpt.errors import DataError
 
 STALE = ".tmp"
 """How the names of unfinished files end; they begin with a dot."""
+CHUNK = 2**26
+"""Bytes that are handed to the system at once."""
 ATTEMPTS = 4
 """How often a download that breaks off is taken up again."""
 
 
 @contextmanager
-def staging(path: Path) -> Iterator[Path]:
-    """The name of a file to write, which becomes ``path`` when the block ends without an error.
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which becomes ``path`` when the block ends without an error.
 
-    Whoever reads ``path``, even after a crash at any instant, finds the old content or the new one,
-    never a part: the data goes to disk first, then the name, then the folder that holds the name.
-    Missing folders are made. Raises OSError where the folder cannot be written.
+    Whoever reads ``path``, even after a crash or a power cut at any instant, finds the old content
+    or the new one, never a part: the data goes to disk first, then the name, then the folder that
+    holds the name. Missing folders are made. Raises OSError where the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{STALE}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers make private files
-        _sync(temporary)
+        with os.fdopen(handle, "wb") as file:
+            _lock(handle)
+            yield file
+            file.flush()
+            sync(handle)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         raise
-    with suppress(OSError):  # not every system lets a folder be synced
-        _sync(path.parent)
+    sync_folder(path.parent)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """``staging``, as a binary file that is open for writing."""
-    with staging(path) as temporary, temporary.open("xb") as file:
-        yield file
-        file.flush()
+def write_all(handle: int, data: bytes | memoryview) -> None:
+    """Write bytes to a file descriptor, in pieces that a signal can come between."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(handle, left[:CHUNK]) :]
 
 
-def remove_stale(folder: Path) -> None:
-    """Delete what a killed process left half written in a folder."""
-    with suppress(OSError):
-        for path in folder.glob(f".*{STALE}"):
-            path.unlink()
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, so that they outlast a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def sync(handle: int) -> None:
+    """Wait until what was written to a file descriptor is on the disk."""
+    if sys.platform == "darwin":  # where fsync leaves it in the memory of the drive
+        with suppress(OSError):
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """The same for the names in a folder, on systems that can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder may be writable and yet not readable
+        return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF):
+            raise
     finally:
         os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def free_space(folder: Path) -> int | None:
+    """Bytes that can still be written where a folder is or will be; None if nobody knows."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete what killed processes left half written in a folder, and nothing that is in use."""
+    with suppress(OSError):
+        for path in folder.glob(f".*{STALE}"):
+            if re.fullmatch(rf"\..+\.[0-9a-f]+{re.escape(STALE)}", path.name):
+                with suppress(OSError):
+                    if not _is_locked(path):
+                        path.unlink()
+
+
+def _lock(handle: int) -> None:
+    """Hold a file as long as it is open: the sign that its process lives."""
+    with suppress(OSError):  # not every disk has locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_locked(path: Path) -> bool:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep us waiting
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def sha256_of(path: Path) -> str:

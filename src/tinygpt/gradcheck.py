@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.helpers import Context
 
 from tinygpt.errors import UsageError
-from tinygpt.model import Transformer
+from tinygpt.model import Noise, Transformer
 from tinygpt.train import mode
 from tinygpt.transfer import write
 
@@ -92,13 +92,16 @@ def gradcheck(
     samples: int = 2,
     seed: int = 0,
     tolerance: float = TOLERANCE,
+    dropout_key: tuple[int, int] | None = None,
 ) -> GradcheckReport:
     """Check the gradient of ``model.loss(idx, targets)`` with respect to every parameter.
 
     ``epsilon`` is the length of the step in weight space, ``samples`` the number of single elements
-    tried per parameter. Everything is done in float64, with the model's weights and no dropout, and
-    the model is left as it was found. It costs 4 · (samples + 1) forward passes per parameter: take
-    a small model. Raises UsageError for settings that cannot work.
+    tried per parameter. With ``dropout_key``, two numbers below 2³², the model is checked as it is
+    trained, by the dropout masks of that key; without it there is no dropout. Everything is done in
+    float64, with the model's weights, and the model is left as it was found. It costs
+    4 · (samples + 1) forward passes per parameter: take a small model. Raises UsageError for
+    settings that cannot work.
 
     >>> report = gradcheck(model, idx, targets)
     >>> print(report.table())
@@ -108,9 +111,15 @@ def gradcheck(
     idx, targets = _realized(idx), _realized(targets)
     rng, rows = np.random.default_rng(seed), list[GradcheckRow]()
     # A small model spends its time on making kernels, which is three times quicker unoptimised.
-    with Context(NOOPT=1), mode(model, training=False), float64_weights(model) as weights:
-        loss = TinyJit(lambda: model.loss(idx, targets).realize())
-        value, gradients = float(loss().item()), _gradients(model, idx, targets)
+    training = dropout_key is not None
+    with Context(NOOPT=1), mode(model, training), float64_weights(model) as weights:
+        key = Tensor(dropout_key or (0, 0), dtype=dtypes.uint32).realize()
+
+        def mean_loss() -> Tensor:
+            return model.loss(idx, targets, Noise(key))
+
+        loss = TinyJit(lambda: mean_loss().realize())
+        value, gradients = float(loss().item()), _gradients(model, mean_loss())
         # Slopes below this cannot be compared: of the loss no more than 16 digits are known.
         floor = 8 * float(np.finfo(np.float64).eps) * abs(value) / epsilon / tolerance
         for name, parameter in model.parameters().items():
@@ -148,10 +157,10 @@ def _realized(tokens: Tensor) -> Tensor:
     return Tensor(tokens.numpy().astype(np.int32)).realize()
 
 
-def _gradients(model: Transformer, idx: Tensor, targets: Tensor) -> dict[str, Array]:
+def _gradients(model: Transformer, loss: Tensor) -> dict[str, Array]:
     """What backpropagation says, by parameter."""
     parameters = model.parameters()
-    gradients = model.loss(idx, targets).gradient(*parameters.values())
+    gradients = loss.gradient(*parameters.values())
     Tensor.realize(*gradients)  # together: what they share is computed once
     return {name: g.numpy() for name, g in zip(parameters, gradients, strict=True)}
 

@@ -6,16 +6,24 @@ run can be watched with ``tail -f`` and a crash loses at most the line being wri
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, cast
 
 from tinygpt.errors import DataError
 from tinygpt.files import replacing
+from tinygpt.untrusted import is_sparse, open_regular, parse_json
+
+MAX_LINE = 1 << 20
+"""Bytes that a row may have; a longer line is damage."""
 
 Row = dict[str, Any]
 """One step or evaluation: plain JSON values under names such as ``iter`` and ``train_loss``."""
@@ -66,10 +74,21 @@ def smooth(values: Iterable[float | None], weight: float = 0.9) -> list[float]:
     return out
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What was found when the rows of a run were cut off behind its checkpoint."""
+
+    missing: tuple[int, ...] = ()
+    """Steps up to the checkpoint that have no row."""
+    damaged: int = 0
+    """Lines that were no JSON objects, and are gone."""
+
+
 class History:
     """The rows of a run: appended to a file of JSON lines, or held in memory where there is none.
 
-    Rows are not kept in memory beside the file, so a run of any length needs no more of it.
+    Rows are not kept in memory beside the file, so a run of any length needs no more of it; only
+    what could not be written waits there.
 
     >>> history = History()
     >>> history.append({"iter": 1, "train_loss": 4.2})
@@ -81,20 +100,44 @@ class History:
         self.path = Path(path) if path is not None else None
         self._file: IO[bytes] | None = None
         self._memory: list[Row] = []
+        self._waiting: deque[bytes] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that could not be written yet."""
+        return len(self._waiting)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row and hand it to the operating system at once.
 
         Numbers that are not finite, which JSON cannot hold, are written as null and named in a
-        ``nonfinite`` entry; reading puts them back.
+        ``nonfinite`` entry; reading puts them back. Where the file cannot be written an OSError is
+        raised and the row waits: the next ``append`` tries again, in order.
         """
         if self.path is None:
             self._memory.append(dict(row))
             return
-        if self._file is None:
-            self._file = _open_for_append(self.path)
-        self._file.write(_encode(row))
-        self._file.flush()
+        self._waiting.append(_encode(row))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        while self._waiting:
+            if self._file is None:
+                self._file = _open_for_append(cast(Path, self.path))
+            try:
+                _write_whole(self._file, self._waiting[0])
+            except OSError:
+                self._file.close()  # the next attempt begins by mending what is torn
+                self._file = None
+                raise
+            self._waiting.popleft()
+
+    def sync(self) -> None:
+        """Bring the rows to the disk, so that a checkpoint never knows more steps than they."""
+        if (file := self._file) is not None:
+            with suppress(ValueError):  # closed meanwhile: another thread may ask for this
+                os.fsync(file.fileno())
 
     @property
     def rows(self) -> list[Row]:
@@ -102,24 +145,44 @@ class History:
         return list(self)
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(list(self._memory)) if self.path is None else read(self.path)
+        if self.path is None:
+            return iter(list(self._memory))
+        waiting = (cast(Row, _decode(line)) for line in list(self._waiting))
+        return itertools.chain(read(self.path), waiting)
 
-    def truncate_after(self, iter_num: int) -> None:
+    def truncate_after(self, iter_num: int, every_step: bool = False) -> Cut:
         """Drop the rows of steps after ``iter_num``: those a resumed run will take again.
 
-        The file is replaced in one piece: a crash leaves the old one or the new one.
+        Damaged lines go too, and of a step that was written twice the first row. With
+        ``every_step`` the steps up to ``iter_num`` without a row are told. A crash leaves the file
+        as it was or as it is to be.
         """
-        kept = [row for row in self if row.get("iter", 0) <= iter_num]
         if self.path is None:
-            self._memory = kept
-            return
+            self._memory = [row for row in self._memory if row.get("iter", 0) <= iter_num]
+            return Cut()
         self.close()
+        found: dict[object, bytes] = {}
+        damaged = 0
+        _refuse_link(self.path)
         if self.path.exists():
-            with replacing(self.path) as file:
-                file.writelines(map(_encode, kept))
+            with _opened(self.path) as file:
+                for number, line in enumerate(_lines(file)):
+                    row = _decode(line)
+                    if row is None:
+                        damaged += line.endswith(b"\n") and bool(line.strip())
+                    elif not isinstance(step := row.get("iter"), int):
+                        found[f"line {number}"] = line
+                    elif step <= iter_num:
+                        found.setdefault(step, line)
+            _shorten(self.path, b"".join(line.rstrip(b"\n") + b"\n" for line in found.values()))
+        steps = range(1, iter_num + 1) if every_step else range(0)
+        return Cut(tuple(step for step in steps if step not in found), damaged)
 
     def close(self) -> None:
         """Close the file; a later ``append`` opens it again."""
+        if self._waiting:
+            with suppress(OSError):
+                self.flush()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -145,16 +208,41 @@ def read(path: str | Path) -> Iterator[Row]:
     path = Path(path)
     if not path.exists():
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with _opened(path) as file:
+        for number, line in enumerate(_lines(file), start=1):
             row = _decode(line)
             if row is not None:
                 yield row
-            elif line.endswith(b"\n") and line.strip():
+            elif len(line) == MAX_LINE or (line.endswith(b"\n") and line.strip()):
                 raise DataError(
                     f"{path}, line {number}: not a JSON object. The file is damaged there; delete "
                     f"that line to go on without it."
                 )
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if is_sparse(file):
+        file.close()
+        raise DataError(f"{path} is damaged: nearly all of it was never written.")
+    return file
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines, or parts of ``MAX_LINE`` bytes of what has no end."""
+    return iter(lambda: file.readline(MAX_LINE), b"")
+
+
+def _refuse_link(path: Path) -> None:
+    """A folder from elsewhere could lead what is written into any file of the user's."""
+    if path.is_symlink():
+        raise DataError(
+            f"{path} is a link, and a run writes only into files of its own folder. Remove it, or "
+            f"put the file that it leads to in its place."
+        )
 
 
 def _encode(row: Mapping[str, Any]) -> bytes:
@@ -167,28 +255,59 @@ def _encode(row: Mapping[str, Any]) -> bytes:
 
 def _decode(line: bytes) -> Row | None:
     try:
-        row = json.loads(line)
-    except ValueError:  # also UnicodeDecodeError: a line torn inside a character
-        return None
-    if not isinstance(row, dict):
-        return None
-    row.update((key, float(text)) for key, text in row.pop("nonfinite", {}).items())
-    return row
+        row = parse_json(line)
+        if not isinstance(row, dict):
+            return None
+        row.update({key: float(text) for key, text in row.pop("nonfinite", {}).items()})
+        return row
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None  # torn, perhaps inside a character, or not written by us
 
 
 def _open_for_append(path: Path) -> IO[bytes]:
     """Open at the end, after mending a last line that a crash left without its newline."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b")
-    size = file.seek(0, os.SEEK_END)
-    if size:
-        start, tail = _last_line(file, size)
-        if not tail.endswith(b"\n"):
-            if _decode(tail) is None:
-                file.truncate(start)
-            else:
-                file.write(b"\n")
+    _refuse_link(path)
+    file = cast(IO[bytes], path.open("a+b", buffering=0))
+    try:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            start, tail = _last_line(file, size)
+            if not tail.endswith(b"\n"):
+                if _decode(tail) is None:
+                    file.truncate(start)
+                else:
+                    _write_whole(file, b"\n")
+    except BaseException:
+        file.close()
+        raise
     return file
+
+
+def _write_whole(file: IO[bytes], line: bytes) -> None:
+    """Append a line whole; of one that does not fit on the disk nothing stays, where possible."""
+    start, done = file.seek(0, os.SEEK_END), 0
+    try:
+        while done < len(line):
+            done += file.write(line[done:])
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(start)
+        raise
+
+
+def _shorten(path: Path, kept: bytes) -> None:
+    """Make ``kept`` the content: a mere cut where it is the beginning of the file, as it mostly is.
+
+    That works on a full disk too.
+    """
+    with path.open("rb") as file:
+        is_prefix = file.read(len(kept)) == kept
+    if is_prefix:
+        os.truncate(path, len(kept))
+    else:
+        with replacing(path) as file:
+            file.write(kept)
 
 
 def _last_line(file: IO[bytes], size: int) -> tuple[int, bytes]:

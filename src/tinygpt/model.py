@@ -17,34 +17,27 @@ from tinygpt import kernels
 from tinygpt.cache import KVCache, LayerCache
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.kernels.reference import attention, merge_heads, split_heads
+from tinygpt.kernels.reference import merge_heads, split_heads
+from tinygpt.transfer import write
 
 At = tuple[LayerCache, int | UOp]
 """A layer's cache, and the position in it where the tokens at hand go."""
 
 
 class Noise:
-    """Random numbers that depend on nothing but a key and the order of the draws.
+    """Keys of dropout's masks, which depend on nothing but a first key and the order of the draws.
 
     ``key`` is a (2,) uint32 Tensor. The same key gives the same masks, in a jit as outside, so a
     resumed run draws what the uninterrupted one would have drawn.
     """
 
     def __init__(self, key: Tensor) -> None:
-        self.key, self.drawn = key, 0
+        self.key = key
 
-    def keep(self, shape: tuple[sint, ...], probability: float) -> Tensor:
-        """A boolean mask, true with the given probability."""
-        count = math.prod(_numbers(shape))
-        start = Tensor([self.drawn, 0], dtype=dtypes.uint32, device=self.key.device)
-        self.drawn += count
-        bits = Tensor.random_bits(self.key, start, count).reshape(shape)
-        return bits < int(probability * (2**32 - 1))
-
-
-def dropout(x: Tensor, p: float, noise: Noise) -> Tensor:
-    """Zero activations with probability p and scale the rest, in training (Srivastava, 2014)."""
-    return noise.keep(x.shape, 1 - p).where(x, 0) / (1 - p)
+    def draw(self) -> Tensor:
+        """The key (2,) of the next mask."""
+        self.key = kernels.next_key(self.key)
+        return self.key
 
 
 class Linear:
@@ -90,31 +83,25 @@ class CausalSelfAttention:
         self.c_proj = Linear(C, C, config.bias)
         self.n_head = config.n_head
         self.p = config.dropout
+        self.method = config.attention
 
     def __call__(
         self, x: Tensor, residual: Tensor, noise: Noise | None, cache: At | None
     ) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C)
-        if noise is not None:
-            y = self._with_dropout(qkv, noise)
-        elif cache is not None:
+        if cache is not None:
             y = self._with_cache(qkv, *cache)
+        elif noise is not None:
+            y = kernels.self_attention(qkv, self.n_head, self.method, self.p, noise.draw())
         else:
-            y = kernels.self_attention(qkv, self.n_head)  # (B, T, C)
+            y = kernels.self_attention(qkv, self.n_head, self.method)  # (B, T, C)
         return add(self.c_proj, y, residual, self.p, noise)
 
     def _with_cache(self, qkv: Tensor, cache: LayerCache, position: int | UOp) -> Tensor:
         q, k, v = self._heads(qkv)
         keys, values = cache.append(k, v, position)  # (B, H, block_size, D)
         length = position + q.shape[2]
-        return merge_heads(kernels.cached_attention(q, keys, values, length))
-
-    def _with_dropout(self, qkv: Tensor, noise: Noise) -> Tensor:
-        """GPT-2 also drops attention weights, which only the plain formula has at hand."""
-        q, k, v = self._heads(qkv)
-        B, H, T, _ = q.shape
-        keep = noise.keep((B, H, T, T), 1 - self.p)
-        return merge_heads(attention(q, k, v, True, keep, 1 - self.p))
+        return merge_heads(kernels.cached_attention(q, keys, values, length, self.method))
 
     def _heads(self, qkv: Tensor) -> list[Tensor]:
         """(B, T, 3C) -> three (B, H, T, D)"""
@@ -153,7 +140,7 @@ def add(layer: Linear, x: Tensor, residual: Tensor, p: float, noise: Noise | Non
     """residual + layer(x), the latter with dropout in training."""
     if noise is None:
         return layer(x, residual)
-    return residual + dropout(layer(x), p, noise)
+    return kernels.dropout(layer(x), p, noise.draw(), residual)
 
 
 class Transformer:
@@ -183,7 +170,7 @@ class Transformer:
         positions = self.wpe.weight[position : position + T]
         x = kernels.embedding(tokens, self.wte.weight, positions)  # (B, T, C)
         if noise is not None:
-            x = dropout(x, self.config.dropout, noise)
+            x = kernels.dropout(x, self.config.dropout, noise.draw())
         for i, block in enumerate(self.h):
             x = block(x, noise, None if cache is None else (cache.layers[i], position))
         return self.ln_f(x)
@@ -279,7 +266,7 @@ def initialise(model: Transformer, seed: int) -> None:
         else:
             deviation = residual if name.endswith("c_proj.weight") else 0.02
             value = rng.standard_normal(shape, np.float32) * np.float32(deviation)
-        parameter.replace(Tensor(value).realize())
+        write(parameter, value)
 
 
 def _numbers(shape: tuple[sint, ...]) -> tuple[int, ...]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from tinygrad import Tensor, dtypes
+from tinygrad.helpers import Context
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.reference import clip_factor, global_norm, verdict
+from tinygpt.transfer import zeros
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -52,16 +57,25 @@ class AdamW(Optimizer):
         self.m = [_zeros_like(p) for p in self.params]
         self.v = [_zeros_like(p) for p in self.params]
 
-    def update(self, gradients: Sequence[Tensor], clip: float = 0.0, scale: float = 1.0) -> Tensor:
-        """Take one step; -> the gradients' norm ().
+    def update(
+        self,
+        gradients: Sequence[Tensor],
+        clip: float = 0.0,
+        scale: float = 1.0,
+        loss: Tensor | None = None,
+        limits: Tensor | None = None,
+    ) -> Tensor:
+        """Take one step; -> the loss, the gradients' norm, and whether it was taken: 1 or 0 (3,).
 
-        The gradients are multiplied by ``scale`` and then clipped to ``clip``, if it is not 0.
-        Realize ``changed()`` together with the norm.
+        Loss and gradients are multiplied by ``scale``, the gradients then clipped to ``clip``, if
+        it is not 0. Unless ``loss`` () and norm lie below the ``limits`` (2,), infinity where not
+        given, nothing changes. Realize ``changed()`` together with the result.
         """
         decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in self.params]
         return kernels.adamw_update(
             self.params, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip, scale=scale,
+            loss=loss, limits=limits,
         )  # fmt: skip
 
     def changed(self) -> list[Tensor]:
@@ -76,6 +90,57 @@ class AdamW(Optimizer):
             raise RuntimeError(f"{missing} of {len(self.params)} parameters have no gradient.")
         self.update(gradients)
         return self.changed()
+
+
+def realize_state(optimizer: Optimizer) -> None:
+    """Give an optimizer's state memory of its own.
+
+    tinygrad's own optimizers leave that to their first step; one that is captured would then begin
+    every step with the state of the first.
+    """
+    for tensor in optimizer_state(optimizer, {}).values():
+        if not tensor.uop.has_buffer_identity():
+            tensor.replace(tensor.contiguous().realize())
+
+
+def stock_update(
+    optimizer: Optimizer,
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    clip: float,
+    scale: float,
+    loss: Tensor,
+    limits: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """What AdamW.update does, for tinygrad's own optimizers; -> its result, and what changes."""
+    norm = global_norm(gradients) * scale
+    report = verdict(loss.reshape(()) * scale, norm, limits)
+    factor = clip_factor(norm, clip) * scale if clip else scale
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g * factor
+    with Context(TRAINING=1), assigning_only_if(report[2] > 0):  # they insist on TRAINING
+        changed = optimizer.schedule_step()
+    for p in params:
+        p.grad = None  # freed as soon as it is used
+    return report, changed
+
+
+@contextmanager
+def assigning_only_if(taken: Tensor) -> Iterator[None]:
+    """In this block every ``Tensor.assign`` keeps the old value unless ``taken`` () is true.
+
+    tinygrad's optimizers know no condition, and all their changes are assignments.
+    """
+    assign = Tensor.assign
+
+    def conditional(tensor: Tensor, value: Any) -> Tensor:
+        return assign(tensor, taken.where(value, tensor.detach()))
+
+    setattr(Tensor, "assign", conditional)  # noqa: B010 - for the type checker, a constant
+    try:
+        yield
+    finally:
+        setattr(Tensor, "assign", assign)  # noqa: B010
 
 
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> AdamW:
@@ -114,4 +179,4 @@ def _scalar(value: float, device: str | tuple[str, ...]) -> Tensor:
 
 
 def _zeros_like(p: Tensor) -> Tensor:
-    return Tensor.zeros(*p.shape, dtype=dtypes.float32, device=p.device).contiguous().realize()
+    return zeros([int(n) for n in p.shape], dtypes.float32, p.device)

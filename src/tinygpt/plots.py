@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinygpt.errors import DataError, MissingExtraError, UsageError
 from tinygpt.files import replacing
 from tinygpt.metrics import Row, read, smooth
+from tinygpt.untrusted import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,8 @@ TERMINAL_COLORS = ("blue+", "orange+", "green+", "magenta+", "cyan+", "red+")
 INK, FAINT = "#1f2937", "#d1d5db"
 MAX_POINTS = 2000
 """Points drawn per curve; longer runs are averaged down to so many."""
+MAX_STEP, FAR = 10**12, 1e30
+"""The last step and the largest value that are drawn."""
 
 Points = list[tuple[float, float]]
 
@@ -65,7 +68,7 @@ def read_curves(run: str | Path) -> Curves:
     rows = list(read(file))
     curves = Curves(
         name=str(path),
-        train=_thin(_points(rows, "train_loss")),
+        train=_thin(_points([row for row in rows if not row.get("skipped")], "train_loss")),
         val=_points(rows, "val_loss"),
         lr=_thin(_points(rows, "lr")),
     )
@@ -75,8 +78,9 @@ def read_curves(run: str | Path) -> Curves:
 
 
 def _points(rows: Sequence[Row], key: str) -> Points:
+    """What can be drawn: a file from elsewhere may hold texts, or numbers beyond all drawing."""
     pairs = ((row.get("iter"), row.get(key)) for row in rows)
-    return [(x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(y)]
+    return [(x, y) for x, y in pairs if is_number(x, 0, MAX_STEP) and is_number(y, -FAR, FAR)]
 
 
 def _thin(points: Points) -> Points:

@@ -6,12 +6,15 @@ metrics.jsonl        one object per step
 samples.jsonl        the sample texts, with the step they were taken at
 ckpt_N.safetensors   the newest checkpoints and the best one
 best.json            which of them that is
+run.lock             who is training it now
+run.json             which run they belong to
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,21 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad.nn.optim import Optimizer
 
-from tinygpt import checkpoint, data, runtime
+from tinygpt import changes, checkpoint, data, runtime
 from tinygpt.config import Config, SampleConfig, TrainConfig, to_toml
-from tinygpt.errors import CheckpointError, TokenizerError, TrainingError, UsageError
+from tinygpt.diagnose import bad_parameter
+from tinygpt.errors import (
+    CheckpointError,
+    TinyGPTError,
+    TokenizerError,
+    TrainingError,
+    UsageError,
+)
 from tinygpt.files import remove_stale, replacing
 from tinygpt.generate import Decoder, generate_tokens
-from tinygpt.metrics import History
+from tinygpt.guard import Guard
+from tinygpt.lock import FolderLock
+from tinygpt.metrics import Cut, History
 from tinygpt.model import Transformer
 from tinygpt.optim import make_optimizer
 from tinygpt.tokenizers import Tokenizer
@@ -35,16 +47,6 @@ Tokens = npt.NDArray[np.integer]
 
 SAMPLE_TOKENS = 120
 """Length of the sample texts."""
-FREE_TO_CHANGE = {
-    "eval_interval",
-    "eval_iters",
-    "checkpoint_interval",
-    "keep_last",
-    "early_stop_patience",
-    "sample_interval",
-    "sample_prompt",
-}
-"""Settings that do not change the course of the weights, so that a resumed run may have others."""
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Progress:
 
     def see(self, val_loss: float, iter_num: int) -> bool:
         """Take note of an evaluation; true if it is the best so far."""
-        if self.best_val_loss is None or val_loss < self.best_val_loss:
+        best = math.inf if self.best_val_loss is None else self.best_val_loss
+        if val_loss < best:  # which NaN never is
             self.best_val_loss, self.best_iter = val_loss, iter_num
             self.evaluations_since_best = 0
             return True
@@ -75,9 +78,11 @@ class TrainResult:
     """One row per step: iter, train_loss, val_loss where evaluated, lr, grad_norm, …"""
     best_val_loss: float | None
     checkpoint: Path | None = None
-    """The newest checkpoint, if the run has a folder."""
+    """The newest checkpoint that is written, if the run has a folder."""
     stopped: bool = False
     """Stopped before max_iters, by stop() or early stopping."""
+    skipped: int = 0
+    """Steps that were skipped because of their loss or gradient."""
 
 
 class TrainingRun:
@@ -85,9 +90,13 @@ class TrainingRun:
 
     Without a folder nothing is written. With ``resume=True`` the run goes on from the newest
     checkpoint in its folder, with a path from that checkpoint, bit for bit as if never interrupted.
+    ``allow_change`` names what may differ from the run that is resumed: fields of its configs,
+    ``"data"`` or ``"tokenizer"``. Changes are kept in the checkpoints and in config.toml.
 
-    Raises UsageError if the folder holds a run already and is not to be resumed, CheckpointError if
-    the data or the settings are not those of the run to resume.
+    From here to the end of the iteration, or ``close()``, nobody else can train in the folder.
+
+    Raises UsageError if the folder holds a run already and is not to be resumed, or is being
+    trained; CheckpointError if the data or the settings are not those of the run to resume.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class TrainingRun:
         folder: str | Path | None = None,
         resume: bool | str | Path | None = None,
         source: Mapping[str, Any] | None = None,
+        allow_change: Sequence[str] = (),
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
@@ -112,23 +122,50 @@ class TrainingRun:
         self.folder = Path(folder) if folder is not None else None
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
+        self.guard = Guard(config)
         self.newest: Path | None = None
         self.decoder = Decoder(model)
-        self._stop = False
+        self.changes: list[dict[str, Any]] = []
+        """What was allowed to change when the run was resumed, and at which step."""
+        self._allow = changes.parse(allow_change)
+        self._lock = None if self.folder is None else FolderLock(self.folder)
+        self._stop = self._save_soon = False
         self._notices: list[str] = []
         self.fingerprints = {"train": data.data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data.data_fingerprint(val_tokens)
-        self._resume(resume)
-        self._prepare_folder()
+        try:
+            self._resume(resume)
+            self._saver = self._make_saver()
+            self._prepare_folder()
+        except BaseException:
+            self._let_go()
+            raise
 
     def stop(self) -> None:
         """End the run after the step in progress, with a checkpoint. Safe in a signal handler."""
         self._stop = True
 
+    def save_soon(self) -> None:
+        """Write a checkpoint after the step in progress and go on. Safe in a signal handler."""
+        self._save_soon = True
+
+    def close(self) -> None:
+        """Give the folder up before the run has ended; iterating takes it again."""
+        for history in (self.history, self.samples):
+            history.close()
+            if history.waiting:
+                self.notice(f"{history.path} lacks its last {history.waiting:,}: not written.")
+        self._let_go()
+
     def notice(self, message: str) -> None:
         """Tell whoever watches, along with the step in progress."""
         self._notices.append(message)
+
+    def take_notices(self) -> tuple[str, ...]:
+        """What there is to tell since the last step; it will not come with the next one."""
+        notices, self._notices = tuple(self._notices), []
+        return notices
 
     @property
     def result(self) -> TrainResult:
@@ -140,6 +177,7 @@ class TrainingRun:
             self.progress.best_val_loss,
             self.newest,
             stopped,
+            self.guard.skipped,
         )
 
     def __iter__(self) -> Iterator[Step]:
@@ -150,41 +188,44 @@ class TrainingRun:
             self.train_tokens,
             self.val_tokens,
             start=self.iter_num,
+            guard=self.guard,
         )
         before = self.elapsed
         try:
-            for step in steps:
-                self.iter_num, self.elapsed = step.iter, before + step.elapsed
-                step = self._record(replace(step, elapsed=self.elapsed))
-                yield step
-                if self._stopping() and self.folder is not None and step.checkpoint is None:
-                    self._save(step)  # asked to stop after the step was written down
-                if self._stopping() or step.iter == self.config.max_iters:
-                    return
+            self._take_folder()
+            if self._out_of_patience():  # it was over when it stopped
+                return
+            with self._saver or nullcontext():  # which ends when all is written
+                for step in steps:
+                    self.iter_num, self.elapsed = step.iter, before + step.elapsed
+                    self._hear_of_saves()
+                    step = self._record(replace(step, elapsed=self.elapsed))
+                    yield step
+                    if self._stopping() and step.checkpoint is None and self._save_due(step):
+                        self._save(step)  # asked to stop after the step was written down
+                    if self._stopping():
+                        return
+        except TrainingError as error:
+            self._hear_of_saves()
+            kept = f"The last checkpoint is {self.newest}." if self.newest else ""
+            raise TrainingError(f"{error} {kept}".rstrip()) from error
         finally:
-            self.history.close()
-            self.samples.close()
+            self._hear_of_saves()
+            self.close()
 
     def _record(self, step: Step) -> Step:
         """Judge, sample, save and write down one step; -> the step, completed."""
-        if not math.isfinite(step.train_loss):
-            kept = f" The last checkpoint is {self.newest}." if self.newest else ""
-            raise TrainingError(
-                f"The loss became {step.train_loss} at step {step.iter}: training cannot go on."
-                f"{kept} Try a lower learning_rate (now {self.config.learning_rate}) or a longer "
-                f"warm-up."
-            )
+        if step.skipped:
+            self.notice(f"step {step.iter} skipped: {step.skipped}")
         if step.val_loss is not None:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))
         if self._due(step, self.config.sample_interval):
             step = replace(step, sample=self._sample(step.iter))
-        if self.folder is not None and (
-            step.best or self._stopping() or self._due(step, self.config.checkpoint_interval)
-        ):
-            step = replace(step, checkpoint=self._save(step))
-        row = {"iter": step.iter, "train_loss": step.train_loss}
+        row: dict[str, Any] = {"iter": step.iter, "train_loss": step.train_loss}
         if step.val_loss is not None:
             row |= {"val_loss": step.val_loss, "best": step.best}
+        if step.skipped:
+            row["skipped"] = step.skipped
         row |= {
             "lr": step.lr,
             "grad_norm": step.grad_norm,
@@ -192,20 +233,55 @@ class TrainingRun:
             "elapsed": step.elapsed,
             "memory": runtime.memory(),
         }
-        self.history.append(row)
+        self._append(self.history, row)
         if step.sample is not None:
-            self.samples.append({"iter": step.iter, "text": step.sample})
-        notices, self._notices = tuple(self._notices), []
-        return replace(step, notices=notices)
+            self._append(self.samples, {"iter": step.iter, "text": step.sample})
+        if self._save_due(step):
+            step = replace(step, checkpoint=self._save(step))
+        return replace(step, notices=self.take_notices())
+
+    def _save_due(self, step: Step) -> bool:
+        asked, self._save_soon = self._save_soon, False
+        due = self._due(step, self.config.checkpoint_interval) or self.guard.exhausted
+        if self.folder is None or not (step.best or asked or due or self._stopping()):
+            return False
+        return not (step.skipped and bad_parameter(self.model))  # damaged weights are not kept
+
+    def _sync(self) -> list[str]:
+        """The rows go to the disk before their checkpoint, so that they are never behind it.
+
+        Runs in the thread that saves; -> what went wrong.
+        """
+        news = []
+        for history in (self.history, self.samples):
+            try:
+                history.sync()
+            except (OSError, ValueError, AttributeError) as error:  # the last: closed meanwhile
+                news.append(f"{history.path} may not be on the disk: {error}.")
+        return news
+
+    def _append(self, history: History, row: Mapping[str, Any]) -> None:
+        """Write a row; a disk that takes none is no reason to stop, and the row waits."""
+        waited = history.waiting
+        try:
+            history.append(row)
+        except OSError as error:
+            if not waited:  # said once, not at every step
+                self.notice(f"NOT WRITTEN: {history.path}: {error.strerror}. Its rows wait.")
+        else:
+            if waited:
+                self.notice(f"{history.path} is written again, with the {waited:,} that waited.")
 
     def _due(self, step: Step, interval: int | None) -> bool:
         interval = interval or self.config.eval_interval
         return step.iter % interval == 0 or step.iter == self.config.max_iters
 
     def _stopping(self) -> bool:
+        return self._stop or self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
         patience = self.config.early_stop_patience
-        out_of_patience = patience is not None and self.progress.evaluations_since_best >= patience
-        return self._stop or out_of_patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
 
     # ---- the folder ----
 
@@ -213,30 +289,73 @@ class TrainingRun:
         if self.folder is None:
             self.history, self.samples = History(), History()
             return
+        self._take_folder()
         if self.iter_num == 0 and checkpoint.list_checkpoints(self.folder):
             raise UsageError(
                 f"{self.folder} holds a run already. Resume it, or choose another folder: nothing "
                 f"there is overwritten."
             )
+        self._write_settings()
+        remove_stale(self.folder)
+        self.history = History(self.folder / "metrics.jsonl")
+        self.samples = History(self.folder / "samples.jsonl")
+        own = self.newest is not None and self.newest.parent == self.folder
+        for written, every_step in ((self.history, own), (self.samples, False)):
+            self._cut(written, every_step)
+
+    def _cut(self, history: History, every_step: bool) -> None:
+        try:
+            cut = history.truncate_after(self.iter_num, every_step)
+        except OSError as error:
+            self.notice(f"{history.path} could not be put in order: {error.strerror}.")
+        else:
+            for message in _lost(history.path, cut):
+                self.notice(message)
+
+    def _take_folder(self) -> None:
+        if self._lock is not None and self.folder is not None:
+            with checkpoint.writing(self.folder):
+                if warning := self._lock.acquire():
+                    self.notice(warning)
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _write_settings(self) -> None:
+        assert self.folder is not None
         tables: dict[str, Config | Mapping[str, Any]] = {
             "model": self.model.config,
             "train": self.config,
             "data": self.source,
         }
-        text = to_toml(tables, comments=True)
+        text = to_toml(tables, comments=True) + changes.as_comments(self.changes)
         with checkpoint.writing(self.folder), replacing(self.folder / "config.toml") as file:
             file.write(text.encode())
-        remove_stale(self.folder)
         if self.tokenizer is not None:
             self.tokenizer.save(self.folder / "tokenizer.json")
-        self.history = History(self.folder / "metrics.jsonl")
-        self.samples = History(self.folder / "samples.jsonl")
-        for written in (self.history, self.samples):
-            written.truncate_after(self.iter_num)
+
+    def _make_saver(self) -> checkpoint.Saver | None:
+        """What writes the checkpoints. Raises CheckpointError if the disk has no room for one."""
+        if self.folder is None:
+            return None
+        interval = self.config.checkpoint_interval or self.config.eval_interval
+        coming = math.ceil((self.config.max_iters - self.iter_num) / interval)
+        kept = min(self.config.keep_last or coming, coming) + 2  # the best, and one in the making
+        size = checkpoint.state_size(self.model, self.optimizer)
+        if warning := checkpoint.foresee_space(self.folder, size, kept):
+            self.notice(warning)
+        return checkpoint.Saver(self.folder, self.config.keep_last)
 
     def _save(self, step: Step) -> Path:
-        assert self.folder is not None
+        """Begin to save the state; what came of it is heard with a later step."""
+        assert self.folder is not None and self._saver is not None
+        if not self.folder.is_dir():
+            self._make_folder_again()
         progress = {**vars(self.progress), "elapsed": step.elapsed, "train_loss": step.train_loss}
+        progress["skips"] = self.guard.state()
+        if self.changes:
+            progress["changes"] = self.changes
         meta = checkpoint.Meta(
             iter_num=step.iter,
             model=self.model.config,
@@ -246,12 +365,26 @@ class TrainingRun:
             progress=progress,
             random_state={"seed": self.config.seed, "step": step.iter},
         )
-        path = checkpoint.checkpoint_path(self.folder, step.iter)
-        self.newest = checkpoint.save(path, self.model, self.optimizer, meta)
-        if step.best and step.val_loss is not None:
-            checkpoint.mark_best(path, step.val_loss)
-        checkpoint.remove_old(self.folder, self.config.keep_last)
-        return path
+        best_loss = step.val_loss if step.best else None
+        return self._saver.save(self.model, self.optimizer, meta, best_loss, first=self._sync)
+
+    def _hear_of_saves(self) -> None:
+        if self._saver is not None:
+            self.newest = self._saver.newest or self.newest
+            for message in self._saver.news():
+                self.notice(message)
+
+    def _make_folder_again(self) -> None:
+        """Somebody moved or deleted the folder, or its disk is gone; the weights are still here."""
+        self.notice(f"{self.folder} HAS VANISHED. It is made again, with what comes from now on.")
+        for written in (self.history, self.samples):
+            written.close()
+        self._let_go()  # of a file that is no longer there
+        try:
+            self._take_folder()
+            self._write_settings()
+        except TinyGPTError as error:
+            self.notice(str(error))
 
     def _sample(self, iter_num: int) -> str | None:
         """A short text in the model's present manner, the prompt included."""
@@ -272,39 +405,59 @@ class TrainingRun:
 
     def _resume(self, resume: bool | str | Path | None) -> None:
         if resume is None or resume is False:
+            if self._allow:
+                raise UsageError("allow_change is for a run that is resumed: give resume=True too.")
             return
         if resume is True and self.folder is None:
             raise UsageError("To resume, say which run: give its folder or a checkpoint.")
-        path = latest_checkpoint(self.folder if resume is True else Path(resume))  # type: ignore[arg-type]
+        if resume is True and self.folder is not None and (self.folder / "config.toml").is_file():
+            self._take_folder()
+            if not checkpoint.list_checkpoints(self.folder):
+                self.notice(f"{self.folder} has no checkpoint yet: it starts from its first step.")
+                return
+        path = self._good_checkpoint(self.folder if resume is True else Path(resume))  # type: ignore[arg-type]
         meta = checkpoint.read_meta(path)
         self._check_same_run(path, meta)
+        changes.check_random_state(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
         self.iter_num, self.newest = meta.iter_num, path
         known = {k: v for k, v in meta.progress.items() if k in vars(self.progress)}
         self.progress = Progress(**known)
         self.elapsed = float(meta.progress.get("elapsed", 0.0))
+        self.guard.load(meta.progress.get("skips"))
+
+    def _good_checkpoint(self, given: Path) -> Path:
+        """The newest one in a folder that is whole, telling what the ones after it lack."""
+        if not given.is_dir():
+            return latest_checkpoint(given)
+        latest_checkpoint(given)  # there is one, whole or not
+        path, problems = checkpoint.newest_good(given)
+        if path is None:
+            raise CheckpointError("\n".join(["No checkpoint is whole.", *map(str, problems)]))
+        for problem in problems:
+            self.notice(f"{problem} Going on from {path} instead.")
+        return path
 
     def _check_same_run(self, path: Path, meta: checkpoint.Meta) -> None:
-        """Going on with other data or settings would be another run under the old one's name."""
-        differing = []
-        if meta.train is not None:
-            then, now = meta.train.to_dict(), self.config.to_dict()
-            differing = [
-                f"{name} (was {then[name]!r}, now {now[name]!r})"
-                for name in now
-                if then[name] != now[name] and name not in FREE_TO_CHANGE
-            ]
-        for part, value in (meta.data or {}).items():
-            if self.fingerprints.get(part) != value:
-                differing.append(f"the {part} data")
-        now_used = None if self.tokenizer is None else self.tokenizer.to_dict()
-        if meta.tokenizer != now_used:
-            differing.append("the tokenizer")
-        if differing:
-            raise CheckpointError(
-                f"{path} cannot be resumed: {', '.join(differing)} would change. Use the run's own "
-                f"settings and data, or start a new run in another folder."
-            )
+        """Refuse what differs from the run, but for what is allowed, which is written down."""
+        described = None if self.tokenizer is None else self.tokenizer.to_dict()
+        found = changes.differences(
+            meta, self.model.config, self.config, self.fingerprints, described
+        )
+        changes.check(path, found, self._allow, meta.iter_num)
+        self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
+        for change in found:
+            self.notice(f"changed from here on, as allowed: {change}")
+        self._save_soon = bool(found)  # the next checkpoint, which knows of it, comes at once
+
+
+def _lost(path: Path | None, cut: Cut) -> Iterator[str]:
+    """What to say of a history that was not whole."""
+    if cut.damaged:
+        yield f"{path}: {cut.damaged} damaged line(s) were dropped."
+    if cut.missing:
+        steps = f"{len(cut.missing):,} of its steps, from {cut.missing[0]} to {cut.missing[-1]}"
+        yield f"{path} lacks {steps}: they were lost, but not what was learned in them."
 
 
 def latest_checkpoint(path: Path) -> Path:

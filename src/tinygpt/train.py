@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit
-from tinygrad.helpers import Context
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt import data
 from tinygpt.config import TrainConfig
-from tinygpt.kernels.reference import clip_factor, global_norm
+from tinygpt.diagnose import diagnose
+from tinygpt.errors import TrainingError
+from tinygpt.guard import NO_LIMITS, Guard, Limits, why_skipped
+from tinygpt.jit import jit
 from tinygpt.model import Noise, Transformer
-from tinygpt.optim import AdamW, learning_rate
-from tinygpt.transfer import read, write
+from tinygpt.optim import AdamW, learning_rate, realize_state, stock_update
+from tinygpt.transfer import read, write, zeros
 
 Tokens = npt.NDArray[np.integer]
 
@@ -43,6 +45,8 @@ class Step:
     """Seconds since the start of this process's part of the run."""
     val_loss: float | None = None
     """Set where an evaluation took place."""
+    skipped: str | None = None
+    """Why this step changed nothing, if so: a loss or gradient norm too large or no number."""
     best: bool = False
     """The best validation loss so far."""
     sample: str | None = None
@@ -52,11 +56,27 @@ class Step:
 
 
 class TrainStep(Protocol):
-    """Take one optimizer step on x and y (A, B, T), A micro-batches; -> (loss, gradient norm)."""
+    """Take one optimizer step on x and y (A, B, T), A micro-batches; -> what became of it.
+
+    Unless the loss and the gradient norm lie below the limits nothing changes; NaN never does.
+    """
 
     def __call__(
-        self, x: Tokens, y: Tokens, lr: float, key: tuple[int, int]
-    ) -> tuple[float, float]: ...
+        self,
+        x: Tokens,
+        y: Tokens,
+        lr: float,
+        key: tuple[int, int],
+        limits: Limits = NO_LIMITS,
+    ) -> Outcome: ...
+
+
+class Outcome(NamedTuple):
+    """What became of a step: the mean loss, the gradient norm, and whether anything changed."""
+
+    loss: float
+    norm: float
+    taken: bool
 
 
 def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
@@ -68,92 +88,85 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     params = list(model.parameters().values())
     micro_batches = config.grad_accum_steps
     inputs = Inputs(config.batch_size, model.config.block_size)
+    realize_state(optimizer)
 
     def gradients() -> tuple[Tensor, list[Tensor]]:
         loss = model.loss(inputs.x, inputs.y, Noise(inputs.key))
         return loss, loss.gradient(*params)
 
-    def update(grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """-> the gradients' norm, and everything that has to be realized with it"""
+    def update(loss: Tensor, grads: list[Tensor]) -> Tensor:
+        """Take the step or skip it; -> the loss, the gradients' norm, and which it was (3,)."""
         optimizer.lr.assign(inputs.lr)
+        judged = (config.grad_clip, 1 / micro_batches, loss, inputs.limits)
         if isinstance(optimizer, AdamW):
-            norm = optimizer.update(grads, config.grad_clip, 1 / micro_batches)
-            return norm, [norm, optimizer.lr, *optimizer.changed()]
-        norm = global_norm(grads) / micro_batches
-        factor = clip_factor(norm, config.grad_clip) if config.grad_clip else 1.0
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g * (factor / micro_batches)
-        with Context(TRAINING=1):  # tinygrad's own optimizers insist on it
-            changed = optimizer.schedule_step()
-        for p in params:
-            p.grad = None  # freed as soon as it is used
-        return norm, [norm, optimizer.lr, *changed]
+            report, changed = optimizer.update(grads, *judged), optimizer.changed()
+        else:
+            report, changed = stock_update(optimizer, params, grads, *judged)
+        return report.realize(optimizer.lr, *changed)
 
-    @TinyJit
+    @jit
     def whole_step() -> Tensor:
-        loss, grads = gradients()
-        norm, changed = update(grads)
-        result = loss.reshape(1).cat(norm.reshape(1))
-        return result.realize(*changed)
+        return update(*gradients())
 
     if micro_batches == 1:
 
-        def step(x: Tokens, y: Tokens, lr: float, key: tuple[int, int]) -> tuple[float, float]:
+        def step(
+            x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
+        ) -> Outcome:
             inputs.batch(x[0], y[0])
             inputs.draw(*key)
-            inputs.rate(lr)
-            loss, norm = read(whole_step())
-            return float(loss), float(norm)
+            inputs.update(lr, limits)
+            return _outcome(read(whole_step()))
 
         return step
 
-    sums = [Tensor.zeros(*p.shape, dtype=p.dtype).contiguous().realize() for p in params]
+    loss_sum = zeros((1,), dtypes.float32)
+    sums = [zeros([int(n) for n in p.shape], p.dtype, p.device) for p in params]
 
-    @TinyJit
+    @jit
     def accumulate() -> Tensor:
         loss, grads = gradients()
-        for total, g in zip(sums, grads, strict=True):
+        for total, g in zip([loss_sum, *sums], [loss.reshape(1), *grads], strict=True):
             total.assign(total + g)
-        return loss.realize(*sums)
+        return loss_sum.realize(*sums)
 
-    @TinyJit
+    @jit
     def apply() -> Tensor:
-        norm, changed = update([total.clone() for total in sums])
-        return norm.realize(*changed)
+        return update(loss_sum.clone(), [total.clone() for total in sums])
 
-    @TinyJit
+    @jit
     def clear() -> Tensor:
-        for total in sums:
-            total.assign(total * 0)
-        return sums[0].realize(*sums[1:])
+        for total in [loss_sum, *sums]:
+            total.assign(total.zeros_like())  # not total * 0: a NaN would stay
+        return loss_sum.realize(*sums)
 
     def accumulated_step(
-        x: Tokens, y: Tokens, lr: float, key: tuple[int, int]
-    ) -> tuple[float, float]:
+        x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
+    ) -> Outcome:
         seed, number = key
-        loss = 0.0
         for i in range(micro_batches):
             inputs.batch(x[i], y[i])
             inputs.draw(seed, number * micro_batches + i)
-            loss += float(read(accumulate()))
-        inputs.rate(lr)
-        norm = float(read(apply()))
+            accumulate()
+        inputs.update(lr, limits)
+        outcome = _outcome(read(apply()))
         clear()
-        return loss / micro_batches, norm
+        return outcome
 
     return accumulated_step
 
 
 class Inputs:
-    """Buffers that tell each step its batch x and y (B, T), its random key (2,) and its rate (1,).
+    """Buffers that tell a step its batch x and y (B, T), random key (2,), rate (1,), limits (2,).
 
     The jitted functions know them from the start, which spares what tinygrad does for an argument.
     """
 
     def __init__(self, batch_size: int, block_size: int) -> None:
         shape = (batch_size, block_size)
-        self.x, self.y = _buffer(np.zeros(shape, np.int32)), _buffer(np.zeros(shape, np.int32))
-        self.key, self.lr = _buffer(np.zeros(2, np.uint32)), _buffer(np.zeros(1, np.float32))
+        self.x, self.y = zeros(shape, dtypes.int32), zeros(shape, dtypes.int32)
+        self.key, self.lr = zeros((2,), dtypes.uint32), zeros((1,), dtypes.float32)
+        self.limits = zeros((2,), dtypes.float32)
 
     def batch(self, x: Tokens, y: Tokens) -> None:
         write(self.x, x)
@@ -161,21 +174,28 @@ class Inputs:
 
     def draw(self, seed: int, number: int) -> None:
         """Make the key of the random numbers of one micro-batch."""
-        write(self.key, [(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF])
+        write(self.key, _key(seed, number))
 
-    def rate(self, lr: float) -> None:
+    def update(self, lr: float, limits: Limits) -> None:
+        """Say at what rate to update the weights, and when not to."""
         write(self.lr, [lr])
+        write(self.limits, limits)
 
 
-def _buffer(array: npt.NDArray[Any]) -> Tensor:
-    return Tensor(array).contiguous().realize()
+def _key(seed: int, number: int) -> tuple[int, int]:
+    return (seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF
+
+
+def _outcome(report: npt.NDArray[Any]) -> Outcome:
+    loss, norm, taken = map(float, report)
+    return Outcome(loss, norm, taken > 0)
 
 
 def make_evaluate(model: Transformer, batch_size: int) -> Callable[[Tokens, Tokens], float]:
     """A jitted loss in inference mode: mean cross-entropy in nats of y (B, T) given x (B, T)."""
     inputs = Inputs(batch_size, model.config.block_size)
 
-    @TinyJit
+    @jit
     def loss() -> Tensor:
         return model.loss(inputs.x, inputs.y).realize()
 
@@ -221,11 +241,13 @@ def train_steps(
     train_tokens: Tokens,
     val_tokens: Tokens | None = None,
     start: int = 0,
+    guard: Guard | None = None,
 ) -> Iterator[Step]:
     """Train from step ``start`` to ``config.max_iters``, yielding after every step.
 
     A batch depends on nothing but the tokens, the step and the seed, so a run that starts again at
-    a step goes on exactly as the one that was never interrupted.
+    a step goes on exactly as the one that was never interrupted; ``guard`` then knows the steps
+    before. Raises TrainingError if too many steps in a row had to be skipped.
 
     >>> for step in train_steps(model, optimizer, config, tokens):
     ...     print(step.iter, step.train_loss)
@@ -233,6 +255,7 @@ def train_steps(
     block = model.config.block_size
     rows = config.batch_size * config.grad_accum_steps
     shape = (config.grad_accum_steps, config.batch_size, block)
+    guard = guard or Guard(config)
     take_step = make_train_step(model, optimizer, config)
     evaluate_batch = make_evaluate(model, config.batch_size)
     began = time.perf_counter()
@@ -240,8 +263,10 @@ def train_steps(
         before = time.perf_counter()
         x, y = data.batch(train_tokens, i, config.seed, rows, block)
         lr = learning_rate(config, i)
+        x, y, limits = x.reshape(shape), y.reshape(shape), guard.limits()
         with mode(model, training=True):
-            loss, norm = take_step(x.reshape(shape), y.reshape(shape), lr, (config.seed, i))
+            loss, norm, taken = take_step(x, y, lr, (config.seed, i), limits)
+        guard.see(loss, norm, taken)
         seconds = time.perf_counter() - before
         done, val_loss = i + 1, None
         due = done % config.eval_interval == 0 or done == config.max_iters
@@ -250,4 +275,21 @@ def train_steps(
                 evaluate_batch, val_tokens, config.eval_iters, config.batch_size, block
             )
         elapsed = time.perf_counter() - began
-        yield Step(done, loss, lr, norm, x.size / seconds, elapsed, val_loss)
+        skipped = None if taken else why_skipped(loss, norm, limits)
+        yield Step(done, loss, lr, norm, x.size / seconds, elapsed, val_loss, skipped)
+        if skipped and guard.exhausted:
+            raise _given_up(model, config, x, y, done, skipped)
+
+
+def _given_up(
+    model: Transformer, config: TrainConfig, x: Tokens, y: Tokens, done: int, skipped: str
+) -> TrainingError:
+    """What to say when no step is taken any more; ``x``, ``y`` (A, B, T) are of step ``done``."""
+    keys = (_key(config.seed, (done - 1) * len(x) + i) for i in range(len(x)))
+    with mode(model, training=True):
+        finding = diagnose(model, x, y, [Tensor(key, dtype=dtypes.uint32) for key in keys])
+    steps = f"{config.max_skipped} steps in a row" if config.max_skipped > 1 else "A step"
+    return TrainingError(
+        f"{steps} had to be skipped, the last at step {done}: {skipped}. {finding} "
+        f"The weights are those of the last step that was taken. {finding.advice(config)}"
+    )

@@ -6,20 +6,30 @@ and ``Tensor.numpy()`` do, costs as much time as the forward pass of a small mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor
 from tinygrad.device import Buffer
-from tinygrad.dtype import _to_np_dtype
+from tinygrad.dtype import DType, _to_np_dtype
 
 Array = npt.NDArray[Any]
 
 
+def zeros(
+    shape: Sequence[int], dtype: DType, device: str | tuple[str, ...] | None = None
+) -> Tensor:
+    """A realized Tensor of zeros."""
+    if isinstance(device, tuple):
+        return Tensor.zeros(*shape, dtype=dtype, device=device).contiguous().realize()
+    return write(Tensor.empty(*shape, dtype=dtype, device=device), np.zeros(shape))
+
+
 def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
-    """Copy values of the same shape into a realized Tensor on one device, in place."""
-    buffer = _buffer(tensor)
+    """Copy values of the same shape into a Tensor with a buffer on one device, in place."""
+    buffer = _buffer(tensor).ensure_allocated()
     source: Array = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
     assert source.size == buffer.size, "of the same shape"
     if hasattr(buffer.allocator, "_as_buffer"):  # memory that the processor can reach
@@ -32,12 +42,14 @@ def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
 def read(tensor: Tensor) -> Array:
     """A copy of the values of a realized, contiguous Tensor on one device."""
     shape = tuple(map(int, tensor.shape))
-    return _view(_buffer(tensor), allow_zero_copy=True).reshape(shape).copy()
+    buffer = _buffer(tensor)
+    assert buffer.is_allocated(), "realized"
+    return _view(buffer, allow_zero_copy=True).reshape(shape).copy()
 
 
 def _buffer(tensor: Tensor) -> Buffer:
     buffer = tensor.uop.base.buffer
-    assert isinstance(buffer, Buffer) and buffer.is_allocated(), "realized, on one device"
+    assert isinstance(buffer, Buffer), "on one device"
     return buffer
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 DEBUG = "TINYGPT_DEBUG"
 """Set to 1, this environment variable does what --debug does: errors come with their traceback."""
 
+STRICT = "TINYGPT_STRICT"
+"""Set to 1, this environment variable does what --strict does: see ``kernels.fallback``."""
+
 VERBS = {
     "train": ("training:train", "Train a GPT on a text and keep the run in a folder."),
     "generate": ("generating:generate", "Let a model continue a text, streamed as it is written."),
@@ -28,14 +31,21 @@ VERBS = {
     "plot": ("inspection:plot", "Draw the loss curves of runs."),
     "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
     "gradcheck": ("inspection:gradcheck", "Check the gradients against numeric ones."),
+    "check": ("checking:check", "Check the fast kernels against plain ones on this machine."),
     "info": ("inspection:info", "Show what a checkpoint or a run holds."),
+    "verify": ("verifying:verify", "Check every byte of checkpoints and runs against its hash."),
+    "verify-resume": (
+        "proving:verify_resume",
+        "Prove on this machine that a stopped run goes on bit for bit.",
+    ),
     "doctor": ("inspection:doctor", "Look at this machine, and say how to mend what is missing."),
 }
 """Where each verb is, and what it does in one line."""
 
 EPILOGUE = (
     "Help of one command: {program} train --help. Every command takes --threads N (default: all "
-    "cores) and --debug (errors come with their traceback)."
+    "cores), --strict (an error, not a notice, where a fast kernel cannot run) and --debug (errors "
+    "come with their traceback)."
 )
 
 FAILURE, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -44,13 +54,16 @@ FAILURE, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on ``arguments``, by default those it was started with; -> the exit code.
 
-    0 success, 1 failure, 2 wrong use, 130 Ctrl-C, 141 a closed pipe, 143 SIGTERM. With --debug an
-    exception is raised instead of told.
+    0 success, 1 failure, 2 wrong use, 129 a closed terminal, 130 Ctrl-C, 141 a closed pipe,
+    143 SIGTERM. With --debug an exception is raised instead of told.
     """
     given, debug = _take_debug(list(sys.argv[1:] if arguments is None else arguments))
+    given, strict = _take(given, "--strict")
     program = program_name()
     try:
         given = _take_threads(given)
+        if strict:
+            os.environ[STRICT] = "1"
         code = _run(program, given)
         sys.stdout.flush()  # a pipe that broke is found here, not when the interpreter ends
         return code
@@ -140,9 +153,15 @@ def _wrong_use(program: str, error: CycloptsError) -> str:
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     """-> the arguments without --debug, and whether it, or the environment, asks for tracebacks."""
+    kept, given = _take(arguments, "--debug")
+    return kept, given or os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def _take(arguments: list[str], switch: str) -> tuple[list[str], bool]:
+    """-> the arguments without a switch that every command takes, and whether it was there."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    kept = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
-    return kept, len(kept) != len(arguments) or os.environ.get(DEBUG, "") not in ("", "0")
+    kept = [a for a in arguments[:end] if a != switch] + arguments[end:]
+    return kept, len(kept) != len(arguments)
 
 
 def _take_threads(arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ from tinygpt.config import (
     to_toml,
 )
 from tinygpt.errors import ConfigError, nearest
+from tinygpt.untrusted import clip, read_bounded
 
 Values = Mapping[str, Any]
 Tables = dict[str, dict[str, Any]]
@@ -26,6 +28,11 @@ Tables = dict[str, dict[str, Any]]
 
 Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
 """A flag that is given or not."""
+
+MAX_FILE_BYTES = 1 << 16
+"""A larger file is no config and is not read."""
+MAX_DOTS, MAX_BRACKETS = 256, 1000
+"""Dots in a name, and brackets in all: a config has one and three, and perhaps a prompt of code."""
 
 FOUND_LATER = {"vocab_size": "from the tokenizer"}
 """Defaults that the data decides, in words."""
@@ -137,23 +144,35 @@ def file_tables(path: Path | None) -> Tables:
     if path is None:
         return {}
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = _parse_toml(read_bounded(path, MAX_FILE_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise ConfigError(f"{path} is not a TOML file: {error}.") from error
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8, or nested too deeply
+        raise ConfigError(f"{path} is not a TOML file: {clip(error)}.") from error
     for name, values in tables.items():
         _check_table(path, name, values)
     return tables
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """What the text says, unless the parser would take for ever.
+
+    Its time grows with the cube of the dots in a name, and it calls itself for each bracket.
+    """
+    if text.count("[") + text.count("{") > MAX_BRACKETS:
+        raise ValueError(f"there are more than {MAX_BRACKETS} brackets")
+    if any(part.count(".") > MAX_DOTS for part in re.split("[\n={,]", text)):
+        raise ValueError(f"there are more than {MAX_DOTS} dots in a name")
+    return tomllib.loads(text)
 
 
 def _check_table(path: Path, name: str, values: Any) -> None:
     known = list(CONFIGS)
     if name not in known or not isinstance(values, dict):
         homes = [t for t, c in CONFIGS.items() if name in field_docs(c)]
-        advice = f" {name!r} belongs under [{homes[0]}]." if homes else nearest(name, known)
+        advice = f" {name!r} belongs under [{homes[0]}]." if homes else nearest(name[:99], known)
         raise ConfigError(
-            f"{path}: there is no table [{name}].{advice} Tables: {', '.join(known)}."
+            f"{path}: there is no table [{clip(name, 40)}].{advice} Tables: {', '.join(known)}."
         )
     try:
         CONFIGS[name].from_dict(values)

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
-from tinygpt.cli.console import command, finite, program_name, say, show_json
-from tinygpt.cli.options import (
-    DataConfig,
-    Settings,
-    Switch,
-    file_tables,
-    flags,
-    preset_tables,
-    resolve,
-)
+from tinygpt.cli.console import command, finite, say, show_json
+from tinygpt.cli.options import Switch, Tables, file_tables, flags, preset_tables, resolve
+from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_folder
+from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
 from tinygpt.metrics import perplexity
 
 if TYPE_CHECKING:
-    from tinygpt.data import Tokens
     from tinygpt.runs import TrainingRun
-    from tinygpt.tokenizers import Tokenizer
-
-RUNS = Path("runs")
-"""Where runs go that were given no folder."""
 
 if TYPE_CHECKING:
     ModelFlags = dict[str, Any]
@@ -48,6 +32,8 @@ def train(
     *,
     out: Path | None = None,
     resume: Switch = False,
+    allow_change: list[str] | None = None,
+    allow_memory: Switch = False,
     preset: str | None = None,
     config: Path | None = None,
     tokenizer: str | None = None,
@@ -71,6 +57,10 @@ def train(
         Folder of the run. [default: runs/ and a name made from the text and the time]
     resume
         Go on with the run in --out from its newest checkpoint, with its own settings.
+    allow_change
+        Fields that may differ from the run that goes on: max_iters, data, … by comma, or repeated.
+    allow_memory
+        Start although the memory will probably not suffice.
     preset
         demo (minutes on a laptop), baby (nanoGPT on a CPU) or gpt2 (124M, for a GPU).
     config
@@ -100,6 +90,13 @@ def train(
         "train": dict(train or {}),
         "data": {name: value for name, value in given.items() if value is not None},
     }
+    allow = _fields(allow_change or [])
+    if allow and not resume:
+        raise UsageError("--allow-change is for a run that goes on: give --resume too.")
+    if allow:
+        from tinygpt.changes import parse
+
+        parse(allow)  # before the text is read
     kept = _settings_of(_folder_to_resume(out)) if resume else {}
     settings = resolve(kept, preset_tables(preset), file_tables(config), tables)
     if print_config:
@@ -114,7 +111,41 @@ def train(
             f"go on with it: {go_on}"
         )
     runtime.require_device()
-    return _follow(_make_run(settings, out, resume, saved_tokenizer=tokenizer is None), json)
+    saved = out / "tokenizer.json" if resume and out and tokenizer is None else None
+    material = gather(settings, saved)
+    foresee(material.shape, settings.train, allow_memory)
+    folder = out or new_folder(material.name)
+    try:
+        run = make_run(settings, material, folder, resume, allow)
+    except ChangedRunError as error:
+        same = _same_command(tables, {"--out": out, "--preset": preset, "--config": config})
+        knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
+        raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
+    introduce(run)
+    return _follow(run, json)
+
+
+def _fields(allow: Sequence[str]) -> list[str]:
+    """The names in ``--allow-change a,b --allow-change c``, in the spelling of flags or fields."""
+    names = (name.strip().replace("-", "_") for text in allow for name in text.split(","))
+    return [name.removeprefix("train.").removeprefix("model.") for name in names if name]
+
+
+def _same_command(tables: Tables, others: dict[str, Any]) -> list[object]:
+    """The words that resume a run with the settings that were given."""
+    data = dict(tables["data"])
+    source = data.pop("source", None)
+    words: list[object] = ["train", *([source] if source else []), "--resume"]
+    given = {**others, **{f"--{name}": value for name, value in data.items()}}
+    for table in ("model", "train"):
+        given |= {f"--{table}.{name}": value for name, value in tables[table].items()}
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else re.sub(r"([^.]+)$", r"no-\1", flag))
+        elif value is not None:
+            words += [flag, value]
+    return words
 
 
 def _folder_to_resume(out: Path | None) -> Path:
@@ -136,90 +167,6 @@ def _settings_of(folder: Path) -> dict[str, dict[str, Any]]:
     return file_tables(folder / "config.toml")
 
 
-# From settings to a run -------------------------------------------------------------------------
-
-
-def _make_run(
-    settings: Settings, out: Path | None, resume: bool, saved_tokenizer: bool
-) -> TrainingRun:
-    from tinygpt import data
-    from tinygpt.api import GPT
-    from tinygpt.runs import TrainingRun
-
-    saved = out / "tokenizer.json" if resume and out and saved_tokenizer else None
-    name, tokens, tokenizer = _read(settings, saved)
-    vocab_size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
-    shape = settings.model_config(vocab_size)
-    training, held_out = data.split(tokens, settings.data.val_fraction, shape.block_size)
-    folder = out or _new_folder(name)
-    model = GPT(shape, settings.train.seed)
-    run = TrainingRun(
-        model,
-        settings.train,
-        training,
-        held_out,
-        tokenizer=tokenizer,
-        folder=folder,
-        resume=resume,
-        source=_lasting(settings.data, name).to_dict(),
-    )
-    kind = f"{tokenizer.kind} of {tokenizer.vocab_size:,}" if tokenizer else f"{vocab_size:,} ids"
-    held = f"{len(held_out):,} for validation" if held_out is not None else "no validation"
-    say(f"tokens: {len(training):,} for training, {held} ({kind})")
-    say(f"model: {model.num_params():,} parameters")
-    say(f"run: {folder}" + (f", from step {run.iter_num:,}" if run.iter_num else ""))
-    return run
-
-
-def _read(settings: Settings, saved: Path | None) -> tuple[str, Tokens, Tokenizer | None]:
-    """-> a name for the text, its tokens, and their tokenizer if that is known."""
-    from tinygpt import data
-    from tinygpt.corpus import open_corpus
-    from tinygpt.tokenizers import load_tokenizer, make_tokenizer
-
-    source, spec = str(settings.data.source), settings.data.tokenizer
-    if saved is not None and saved.is_file():
-        tokenizer: Tokenizer | None = load_tokenizer(saved)
-    else:
-        tokenizer = None
-    if Path(source).suffix in data.TOKEN_FILES:
-        if tokenizer is None and spec is not None:
-            tokenizer = make_tokenizer(spec, lambda: _no_text(source))
-        size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
-        return Path(source).stem, data.load_tokens(source, size), tokenizer
-    corpus = open_corpus(source, field=settings.data.field, glob=settings.data.glob)
-    say(f"text: {corpus.description}")
-    tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
-    return corpus.name, data.load_tokens(data.tokenize(corpus, tokenizer)), tokenizer
-
-
-def _no_text(source: str) -> list[str]:
-    raise UsageError(
-        f"{source} holds tokens, from which no tokenizer can be trained. Name the one that made "
-        f"them with --tokenizer gpt2, byte or the path of a saved one; or give none."
-    )
-
-
-def _lasting(data: DataConfig, chosen: str) -> DataConfig:
-    """Paths made absolute and ``auto`` replaced by what it chose, so that a run can be resumed."""
-    values = data.to_dict()
-    if values["source"] == "auto" and not Path("auto").exists():
-        values["source"] = chosen
-    for name in ("source", "tokenizer"):
-        value = values[name]
-        if value is not None and Path(value).exists():
-            values[name] = str(Path(value).resolve())
-    return DataConfig.from_dict(values)
-
-
-def _new_folder(name: str) -> Path:
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:40] or "text"
-    folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    while folder.exists():
-        folder = folder.with_name(folder.name + "x")
-    return folder
-
-
 # Watching it ------------------------------------------------------------------------------------
 
 
@@ -229,9 +176,11 @@ def _follow(run: TrainingRun, json: bool) -> int:
 
     display = make_display(run.config, start=run.iter_num, title=str(run.folder))
     last = None
-    with stop_signals(run.stop, display.notice) as received, display:
+    with run_signals(run.stop, run.save_soon, display.notice) as received, display:
         for last in run:
             display.update(last)
+    for message in run.take_notices():
+        say(message)
     result = run.result
     loss = result.best_val_loss
     if json:
@@ -242,6 +191,7 @@ def _follow(run: TrainingRun, json: bool) -> int:
                 "iter": result.iter_num,
                 "max_iters": run.config.max_iters,
                 "stopped": result.stopped,
+                "skipped": result.skipped,
                 "train_loss": finite(last.train_loss if last else None),
                 "best_val_loss": finite(loss),
                 "perplexity": None if loss is None else finite(perplexity(loss)),
@@ -264,31 +214,3 @@ def _tell_end(run: TrainingRun, interrupted: bool) -> None:
     early = " early: the validation loss no longer improves" if result.stopped else ""
     say(f"done{early}, {result.iter_num:,} steps{quality}. Let it write:")
     say("  " + command("generate", run.folder))
-
-
-@contextlib.contextmanager
-def stop_signals(
-    stop: Callable[[], None], notice: Callable[[str], None]
-) -> Iterator[list[signal.Signals]]:
-    """The first Ctrl-C or SIGTERM calls ``stop``, the second ends the program at once.
-
-    Yields the list of the signals that arrived. Outside the main thread it changes nothing.
-    """
-    received: list[signal.Signals] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        if len(received) > 1:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        stop()
-        notice(f"{program_name()}: stopping after this step; once more stops at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -33,6 +33,8 @@ class LiveDisplay:
     ) -> None:
         self.config, self.title, self.start = config, title, start
         self._step: Step | None = None
+        self._numbers_of: Step | None = None
+        self._skipped = 0
         self._first: tuple[float, int] | None = None
         self._val_loss: float | None = None
         self._best = "-"
@@ -67,7 +69,12 @@ class LiveDisplay:
         """Remember the step; the view is drawn again four times a second, whatever the pace."""
         self._step = step
         self._first = self._first or (time.monotonic(), step.iter)
-        self._curve.add(step.train_loss)
+        if step.skipped:
+            self._skipped += 1
+        else:
+            self._curve.add(step.train_loss)
+        if not step.skipped or self._numbers_of is None:
+            self._numbers_of = step
         if step.val_loss is not None:
             self._val_loss = step.val_loss
             if step.best:
@@ -87,10 +94,10 @@ class LiveDisplay:
         if self.title:
             parts.append(Text(printable(self.title), style="bold"))
         parts.append(self._bar())
-        if self._step is None:
+        if self._numbers_of is None:
             parts.append(Text("compiling the first step…", style="dim"))
         else:
-            parts += [self._numbers(self._step), self._losses()]
+            parts += [self._numbers(self._numbers_of), self._losses()]
         if self._sample is not None:
             parts.append(self._sample_panel(*self._sample))
         if self._notice:
@@ -122,6 +129,8 @@ class LiveDisplay:
             _pair("tokens/s", f"{step.tokens_per_second:,.0f}"),
             _pair("memory", f"{runtime.memory() / 2**20:,.0f} MB"),
         )
+        if self._skipped:
+            table.add_row(_pair("skipped", f"{self._skipped:,}"))
         return table
 
     def _losses(self) -> RenderableType:

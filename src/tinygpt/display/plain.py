@@ -24,7 +24,7 @@ class PlainDisplay:
     def __init__(self, config: TrainConfig, *, stream: IO[str]) -> None:
         self.config, self.stream = config, stream
         self._every = max(1, config.max_iters // PLAIN_LINES)
-        self._first = True
+        self._first, self._skipped = True, 0
 
     def __enter__(self) -> Self:
         return self
@@ -41,9 +41,11 @@ class PlainDisplay:
         """Print its notices, its line if it is due, and the sample text if there is one."""
         for message in step.notices:
             self.notice(printable(message))
+        self._skipped += bool(step.skipped)
         last = step.iter == self.config.max_iters
         if self._first or last or step.val_loss is not None or step.iter % self._every == 0:
-            print(plain_line(step, self.config.max_iters), file=self.stream, flush=True)
+            line = plain_line(step, self.config.max_iters, self._skipped)
+            print(line, file=self.stream, flush=True)
         self._first = False
         if step.sample is not None:
             for line in printable(step.sample).split("\n"):
@@ -56,7 +58,7 @@ class PlainDisplay:
             os.write(self.stream.fileno(), f"{message}\n".encode())
 
 
-def plain_line(step: Step, max_iters: int) -> str:
+def plain_line(step: Step, max_iters: int, skipped: int = 0) -> str:
     """``step 250/2000  train loss 2.1034  …``: the same words in the same order each time."""
     parts = [f"step {step.iter}/{max_iters}", f"train loss {step.train_loss:.4f}"]
     if step.val_loss is not None:
@@ -67,4 +69,6 @@ def plain_line(step: Step, max_iters: int) -> str:
         f"{step.tokens_per_second:.0f} tokens/s",
         f"{step.elapsed:.1f} s",
     ]
+    if skipped:
+        parts.append(f"skipped {skipped}")
     return "  ".join(parts + ["best"] * step.best)

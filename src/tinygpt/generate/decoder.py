@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit, Variable
+from tinygrad import Tensor, Variable, dtypes
 from tinygrad.uop.ops import UOp
 
 from tinygpt.cache import KVCache
+from tinygpt.jit import jit
 from tinygpt.model import Transformer
 from tinygpt.train import mode
-from tinygpt.transfer import read, write
+from tinygpt.transfer import read, write, zeros
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -141,9 +142,9 @@ class _Forward:
     """
 
     def __init__(self, compute: Compute, size: int, length: int, position: UOp) -> None:
-        ids = Tensor(np.zeros((size, length), np.int32)).realize()
+        ids = zeros((size, length), dtypes.int32)
         self._ids, self._position = ids, cache(position.bind)
-        self._logits = TinyJit(lambda position: compute(ids, position))
+        self._logits = jit(lambda position: compute(ids, position))
 
     def __call__(self, ids: Ids, position: int) -> Logits:
         write(self._ids, ids)

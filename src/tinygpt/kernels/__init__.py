@@ -1,7 +1,8 @@
 """What the model computes with: fast kernels, each with a plain twin in ``reference``.
 
-A fast kernel takes what it can run, a device, a shape and a type, and hands the rest to its twin.
-Within ``plain()`` every call goes to the twins, for tests and benchmarks that compare the two.
+A fast kernel takes what it can run, a device, a shape and a type, and hands the rest to its twin,
+which ``fallback`` tells. Within ``plain()`` every call goes to the twins, for tests and benchmarks
+that compare the two.
 
 Shapes use the field's letters: B batch, T positions, C width, H heads, D head size, V vocabulary.
 """
@@ -15,17 +16,23 @@ from typing import Literal
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from tinygpt import multicore
+from tinygpt import multicore, programs
+from tinygpt.config import AttentionMethod
+from tinygpt.errors import KernelError
 from tinygpt.kernels import reference
 from tinygpt.kernels.adamw import adamw_update as fast_adamw_update
 from tinygpt.kernels.attention import decode_attention, flash_attention
 from tinygpt.kernels.attention import packed_attention as fast_packed_attention
 from tinygpt.kernels.cross_entropy import cross_entropy as fast_cross_entropy
+from tinygpt.kernels.dropout import dropout as fast_dropout
 from tinygpt.kernels.embedding import embedding as fast_embedding
+from tinygpt.kernels.fallback import falls_back, obstacle
 from tinygpt.kernels.linear import linear as fast_linear
 from tinygpt.kernels.linear_cross_entropy import linear_cross_entropy
+from tinygpt.kernels.masks import next_key as next_key
 from tinygpt.kernels.norm import layer_norm as fast_layer_norm
 
+programs.install()
 multicore.install()  # every core, unless TINYGPT_THREADS says otherwise
 
 _only_twins = False
@@ -50,8 +57,10 @@ def linear(
     activation: Literal["gelu"] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b, then + residual or GELU, for x (..., I), weight (O, I) -> (..., O)."""
-    function = reference.linear if _only_twins else fast_linear
-    return function(x, weight, bias, residual, activation)
+    given = [t for t in (x, weight, bias, residual) if t is not None]
+    if _only_twins or falls_back("linear", obstacle(*given)):
+        return reference.linear(x, weight, bias, residual, activation)
+    return fast_linear(x, weight, bias, residual, activation)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,23 +74,60 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -
     return function(tokens, weight, positions)
 
 
-def self_attention(qkv: Tensor, n_head: int) -> Tensor:
-    """Causal attention of queries, keys and values (B, T, 3C), side by side -> (B, T, C)."""
-    return (reference.packed_attention if _only_twins else fast_packed_attention)(qkv, n_head)
+def dropout(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) -> Tensor:
+    """residual + x (..., C), of which each element is dropped with probability p.
+
+    ``key`` (2,) uint32 chooses which; the others are divided by 1 - p.
+    """
+    return (reference.dropout if _only_twins else fast_dropout)(x, p, key, residual)
 
 
-def cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: int | UOp) -> Tensor:
+def self_attention(
+    qkv: Tensor,
+    n_head: int,
+    method: AttentionMethod = "auto",
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of queries, keys and values (B, T, 3C), side by side -> (B, T, C).
+
+    Weights are dropped with the probability ``dropout``; ``key`` (2,) uint32 chooses which.
+    """
+    if takes_flash(method, qkv):
+        return fast_packed_attention(qkv, n_head, dropout, key)
+    return reference.packed_attention(qkv, n_head, dropout, key)
+
+
+def cached_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int | UOp,
+    method: AttentionMethod = "auto",
+) -> Tensor:
     """Causal attention of q (B, H, T, D), the last T of ``length`` positions -> (B, H, T, D).
 
     keys and values (B, H, block_size, D) are a cache. A single query is the step of decoding:
     ``length`` may then be a bound variable.
     """
-    if q.shape[2] == 1 and not _only_twins:
+    flash = takes_flash(method, q, keys, values)
+    if flash and q.shape[2] == 1:
         return decode_attention(q, keys, values, length)
     k, v = keys[:, :, :length], values[:, :, :length]
-    if _only_twins:
-        return reference.attention(q, k, v, is_causal=True)
-    return flash_attention(q, k, v, is_causal=True)
+    return (flash_attention if flash else reference.attention)(q, k, v, is_causal=True)
+
+
+def takes_flash(method: AttentionMethod, *inputs: Tensor) -> bool:
+    """Whether the flash kernels run attention of these; KernelError if they must and cannot."""
+    if _only_twins or method == "plain":
+        return False
+    why = obstacle(*inputs)
+    if why and method == "flash":
+        raise KernelError(
+            f"attention='flash' was asked for, and flash attention cannot run here: {why}. "
+            f"attention='auto' takes the plain formula in such a case, attention='plain' always."
+        )
+    return not falls_back("attention", why)
 
 
 def loss(x: Tensor, weight: Tensor, targets: Tensor, gradient: bool) -> Tensor:
@@ -116,13 +162,17 @@ def adamw_update(
     decay: Sequence[float],
     clip: float = 0.0,
     scale: float = 1.0,
+    loss: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> Tensor:
-    """One step of AdamW, in place; -> the gradients' norm ().
+    """One step of AdamW, in place; -> the loss, the gradients' norm, was the step taken? (3,)
 
-    The gradients are multiplied by ``scale`` and then clipped to the norm ``clip``, if it is not 0.
+    Loss and gradients are multiplied by ``scale``, the gradients then clipped to the norm ``clip``,
+    if it is not 0. Nothing is changed unless loss and norm lie below the ``limits`` (2,).
     """
     function = reference.adamw_update if _only_twins else fast_adamw_update
     return function(
         params, grads, m, v, lr, b1_t, b2_t,
         beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip, scale=scale,
+        loss=loss, limits=limits,
     )  # fmt: skip

@@ -8,6 +8,10 @@ scaled so that the norm of all of them is at most the limit::
     m = β₁ m + (1 - β₁) g            v = β₂ v + (1 - β₂) g²
     p = p (1 - lr · decay) - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
+Whether the step is taken at all is decided by that small kernel too: if the loss or the norm is no
+number, or not below a limit, the updates write nothing. The host learns of it along with the loss:
+nothing has to wait for the decision.
+
 Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
 """
 
@@ -18,10 +22,12 @@ from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
+from tinygpt.kernels import reference
+from tinygpt.kernels.fallback import falls_back, first_device, obstacle
 from tinygpt.kernels.norm import empty, fill, share, sum_dtype
-from tinygpt.kernels.phases import Array, Kernel, as_uop, run
+from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, run
 
 LANES = 32
 PARTS = 16
@@ -45,26 +51,39 @@ def adamw_update(
     decay: Sequence[float],
     clip: float = 0.0,
     scale: float = 1.0,
+    loss: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> Tensor:
-    """Take one step: update params, m, v, b1_t and b2_t in place; returns the gradients' norm ().
+    """Take one step: update params, m, v, b1_t and b2_t in place.
+
+    Returns what became of it (3,): the loss, the gradients' norm, and 1 if the step was taken, else
+    0. It is taken if ``loss`` () and the norm are finite and below the ``limits`` (2,), infinity
+    unless given. What is updated has to be realized together with the result.
 
     ``lr``, ``b1_t`` and ``b2_t`` are (1,), the last two the products β₁ᵗ and β₂ᵗ so far. ``decay``
-    is one number for each parameter. Gradients are multiplied by ``scale``, for example 1 / the
-    number of micro-batches they were summed over, and then clipped to the norm ``clip``, if it is
-    not 0. What is updated has to be realized together with the norm.
+    is one number for each parameter. Loss and gradients are multiplied by ``scale``, for example
+    1 / the number of micro-batches they were summed over, and the gradients then clipped to the
+    norm ``clip``, if it is not 0.
     """
-    most = BUFFERS.get(str(params[0].device).split(":")[0], 62)
-    grads = [g.contiguous() for g in grads]
+    loss, limits = reference.judged(loss, limits, lr)
+    if falls_back("adamw", obstacle(*params, *grads, *m, *v, copies=True)):
+        return reference.adamw_update(
+            params, grads, m, v, lr, b1_t, b2_t,
+            beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip, scale=scale,
+            loss=loss, limits=limits,
+        )  # fmt: skip
+    most = BUFFERS.get(first_device(params[0]).split(":")[0], 62)
+    grads = [contiguous(g) for g in grads]
     sums = []
     for i, j in split(tuple(g.shape for g in grads), most - 1):
         sizes = tuple(math.prod(map(int, g.shape)) for g in grads[i:j])
         out = [empty(grads[0], PARTS * LANES, dtype=sum_dtype(m[0]))]
         sums += run(_squares, out, grads[i:j], lanes=LANES, name=f"squares_{j - i}", sizes=sizes)
-    state = [empty(m[0], 4), empty(m[0], 1), b1_t, b2_t]
+    state = [empty(m[0], 5), empty(m[0], 3), b1_t, b2_t]
     state = run(
         _numbers,
         state,
-        [lr, *sums],
+        [lr, contiguous(loss.reshape(1)), limits, *sums],
         lanes=LANES,
         name="adamw_numbers",
         beta1=beta1,
@@ -72,7 +91,7 @@ def adamw_update(
         clip=clip,
         scale=scale,
     )
-    numbers, norm = state[:2]
+    numbers, report = state[:2]
     _replace([b1_t, b2_t], state[2:])
     keys = tuple((p.shape, d) for p, d in zip(params, decay, strict=True))
     for i, j in split(keys, (most - 1) // 4):
@@ -90,7 +109,7 @@ def adamw_update(
             eps=eps,
         )
         _replace(old, new)
-    return norm.reshape(())
+    return report
 
 
 @lru_cache
@@ -134,17 +153,19 @@ def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...]) -> No
 def _numbers(
     k: Kernel,
     numbers: Array,
-    norm: Array,
+    report: Array,
     b1_t: Array,
     b2_t: Array,
     lr: Array,
+    loss: Array,
+    limits: Array,
     *sums: Array,
     beta1: float,
     beta2: float,
     clip: float,
     scale: float,
 ) -> None:
-    """numbers: what a gradient is multiplied by, lr, 1 / (1 - β₁ᵗ), 1 / (1 - β₂ᵗ)."""
+    """numbers: what a gradient is multiplied by, lr, 1 / (1 - β₁ᵗ), 1 / (1 - β₂ᵗ), is it taken?"""
     k.units(1)
     acc, total = k.tile(1, numbers.dtype, shared=True), k.tile(1, numbers.dtype)
     fill(k, 0.0, 1, acc)
@@ -153,13 +174,18 @@ def _numbers(
             acc[0, lane] = acc[0, lane] + squares[part * k.lanes + lane]
     k.fold(total, acc, 1)
     with k.phase(1):
-        norm[0] = total[0, 0].sqrt() * scale
-        b1_t[0] = b1_t[0] * beta1
-        b2_t[0] = b2_t[0] * beta2
+        report[0] = loss[0].cast(report.dtype) * scale
+        report[1] = total[0, 0].sqrt() * scale
+    with k.phase(1):  # strictly below: NaN is below nothing, and infinity not below itself
+        finite = as_uop(-math.inf, report.dtype) < report[0]
+        taken = finite & (report[0] < limits[0]) & (report[1] < limits[1])
+        numbers[4] = report[2] = taken.where(as_uop(1.0, report.dtype), 0.0)
+        b1_t[0] = taken.where(b1_t[0] * beta1, b1_t[0])
+        b2_t[0] = taken.where(b2_t[0] * beta2, b2_t[0])
     with k.phase(1):
-        factor = clip / (norm[0] + 1e-6)  # NaN stays NaN
+        factor = clip / (report[1] + 1e-6)
         numbers[0] = (
-            (as_uop(1.0, norm.dtype) < factor).where(1.0, factor) * scale if clip else scale
+            (as_uop(1.0, report.dtype) < factor).where(1.0, factor) * scale if clip else scale
         )
         numbers[1] = lr[0]
         numbers[2] = 1.0 / (1.0 - b1_t[0])
@@ -178,17 +204,18 @@ def _update(
     """Arrays: the parameters, then their m, v and gradients, then the numbers."""
     n = len(sizes)
     params, ms, vs, grads = (arrays[i : i + n] for i in range(0, 4 * n, n))
-    factor, lr, correct_m, correct_v = (arrays[-1][i] for i in range(4))
+    factor, lr, correct_m, correct_v, taken = (arrays[-1][i] for i in range(5))
     units = GPU_UNITS if k.gpu else k.threads
     unit = k.units(units)
-    for p, m, v, g, size, d in zip(params, ms, vs, grads, sizes, decay, strict=True):
-        for at, _, inside in share(k, size, unit, units):
-            gradient = g[at].cast(m.dtype) * factor
-            first = m[at] * beta1 + gradient * (1 - beta1)
-            second = v[at] * beta2 + gradient * gradient * (1 - beta2)
-            step = first * correct_m / ((second * correct_v).sqrt() + eps)
-            kept = p[at].cast(m.dtype)
-            kept = kept * (1.0 - lr * d) if d else kept
-            p.put(at, kept - lr * step, where=inside)
-            m.put(at, first, where=inside)
-            v.put(at, second, where=inside)
+    with k.loop(taken.cast(dtypes.int32)):  # once, or not at all
+        for p, m, v, g, size, d in zip(params, ms, vs, grads, sizes, decay, strict=True):
+            for at, _, inside in share(k, size, unit, units):
+                gradient = g[at].cast(m.dtype) * factor
+                first = m[at] * beta1 + gradient * (1 - beta1)
+                second = v[at] * beta2 + gradient * gradient * (1 - beta2)
+                step = first * correct_m / ((second * correct_v).sqrt() + eps)
+                kept = p[at].cast(m.dtype)
+                kept = kept * (1.0 - lr * d) if d else kept
+                p.put(at, kept - lr * step, where=inside)
+                m.put(at, first, where=inside)
+                v.put(at, second, where=inside)

@@ -18,8 +18,9 @@ from functools import partial
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.norm import across, empty, fill, largest_divisor, plain_shapes, sum_dtype
-from tinygpt.kernels.phases import Array, Kernel, as_index, as_uop, exp2, run
+from tinygpt.kernels.fallback import falls_back, obstacle
+from tinygpt.kernels.norm import across, empty, fill, largest_divisor, sum_dtype
+from tinygpt.kernels.phases import Array, Kernel, as_index, as_uop, contiguous, exp2, run
 
 LANES = 16
 ROWS = 4
@@ -31,17 +32,17 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits (N, V), integer targets (N,). Targets < 0 are left out; a target beyond V makes it NaN.
     """
-    if not plain_shapes(logits, targets):
+    if falls_back("loss", obstacle(logits, ids=[targets])):
         return reference.cross_entropy(logits, targets)
     N, V = map(int, logits.shape)
-    logits, targets = logits.contiguous(), targets.cast(dtypes.int32).contiguous()
+    logits, targets = contiguous(logits), contiguous(targets.cast(dtypes.int32))
     launch = partial(run, lanes=LANES, N=N, V=V, group=largest_divisor(N, ROWS))
     rows = [empty(logits, N, dtype=sum_dtype(logits)) for _ in range(3)]
     inputs = [logits, targets]
     losses, *statistics = launch(_row_losses, rows, inputs, name=f"cross_entropy_{N}x{V}")
 
     def backward(gradient: Tensor) -> list[Tensor | None]:
-        inputs = [gradient.contiguous(), inverse, *statistics, logits, targets]
+        inputs = [contiguous(gradient), inverse, *statistics, logits, targets]
         out = [empty(logits, N, V)]
         dlogits = launch(_row_gradients, out, inputs, name=f"cross_entropy_grad_{N}x{V}")
         return [None, None, *dlogits]

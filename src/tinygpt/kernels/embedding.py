@@ -13,8 +13,9 @@ from functools import partial
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.norm import empty, largest_divisor, plain_shapes, sum_dtype
-from tinygpt.kernels.phases import Array, Kernel, as_index, run
+from tinygpt.kernels.fallback import falls_back, obstacle
+from tinygpt.kernels.norm import empty, largest_divisor, sum_dtype
+from tinygpt.kernels.phases import Array, Kernel, as_index, contiguous, run
 
 LANES = 16
 
@@ -26,18 +27,18 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -
     0..V-1 gives a row of NaN, so that the loss shows it, and no gradient.
     """
     tables = [weight] if positions is None else [weight, positions]
-    if not plain_shapes(tokens, *tables):
+    if falls_back("embedding", obstacle(*tables, ids=[tokens])):
         return reference.embedding(tokens, weight, positions)
     B, T = map(int, tokens.shape)
     V, C = map(int, weight.shape)
-    tables = [t.contiguous() for t in tables]
-    tokens = tokens.cast(dtypes.int32).contiguous()
+    tables = [contiguous(t) for t in tables]
+    tokens = contiguous(tokens.cast(dtypes.int32))
     launch = partial(run, lanes=largest_divisor(C, LANES), B=B, T=T, C=C)
 
     def backward(gradient: Tensor) -> list[Tensor | None]:
         rows = tuple(int(t.shape[0]) for t in tables)
         sums = [empty(t, n, C, dtype=sum_dtype(t)) for t, n in zip(tables, rows, strict=True)]
-        inputs = [gradient.contiguous(), tokens]
+        inputs = [contiguous(gradient), tokens]
         sums = launch(_backward, sums, inputs, name=f"embedding_grad_{V}x{C}", rows=rows)
         return [None, *(s.cast(t.dtype) for s, t in zip(sums, tables, strict=True))]
 

@@ -28,7 +28,7 @@ from tinygrad.dtype import least_upper_dtype
 from tinygpt.kernels import reference
 from tinygpt.kernels.activation import gelu, gelu_backward
 from tinygpt.kernels.matmul import matmul
-from tinygpt.kernels.phases import Array, Backward, Kernel, minimum, on_gpu, run
+from tinygpt.kernels.phases import Array, Backward, Kernel, contiguous, minimum, on_gpu, run
 
 FEW = 16
 """Up to so many rows of x, `few_rows` is the faster."""
@@ -56,10 +56,10 @@ def linear(
         return reference.linear(x, weight, bias, residual, activation)
     (n_out, n_in), lead = map(int, weight.shape), x.shape[:-1]
     m = int(math.prod(lead))
-    x2, w = x.reshape(m, n_in).contiguous(), weight.contiguous()
+    x2, w = contiguous(x.reshape(m, n_in)), contiguous(weight)
 
     def backward(gradient: Tensor) -> list[Tensor | None]:
-        dy = gradient.contiguous()
+        dy = contiguous(gradient)
         du = dy if pre is None else gelu_backward(dy, pre, threads)
         dx = matmul(du, w, (m, n_in, n_out), (n_out, 1), (n_in, 1), threads=threads)[0]
         dw, *db = matmul(
@@ -68,8 +68,8 @@ def linear(
         grads = [dx, dw, *db] + [dy] * (residual is not None)
         return [g.cast(t.dtype) for g, t in zip(grads, given, strict=True)]
 
-    b = None if bias is None else bias.contiguous()
-    r = None if residual is None else residual.reshape(m, n_out).contiguous()
+    b = None if bias is None else contiguous(bias)
+    r = None if residual is None else contiguous(residual.reshape(m, n_out))
     activate = activation == "gelu"
     if m <= FEW:
         y, *kept = matvec(x2, w, b, r, activate, threads, backward)

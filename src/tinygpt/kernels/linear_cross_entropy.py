@@ -2,9 +2,9 @@
 
 With V = 50257 the logits of a batch are larger than everything else in a small model, and so is
 their gradient. But a row's loss needs no other row, so the rows are worked off in chunks. For each
-chunk of rows X, with the weight W (V, C) and all of its logits S = W Xᵀ in one scratch buffer::
+chunk of rows X, with the weight W (V, C) and its logits S = W Xᵀ::
 
-    scores     S, and for each block of the vocabulary the largest score m and Σ exp(S - m)
+    scores     for each block of the vocabulary the largest score m, exp(S - m) and its sum
     losses     the blocks' m and sums combined, and from them each row's loss
     products   P = ∂loss/∂S = (softmax(S) - one-hot) / rows,  ∂loss/∂X += P W,  ∂loss/∂W += Pᵀ X
 
@@ -26,13 +26,14 @@ from tinygrad import Tensor, dtypes
 
 from tinygpt.kernels import loss_kernels, reference
 from tinygpt.kernels.cross_entropy import cross_entropy
+from tinygpt.kernels.fallback import falls_back, obstacle
 from tinygpt.kernels.linear import supported
 from tinygpt.kernels.loss_kernels import BLOCK, Plan
 from tinygpt.kernels.matmul import register_tile
 from tinygpt.kernels.norm import empty, sum_dtype
-from tinygpt.kernels.phases import run
+from tinygpt.kernels.phases import contiguous, run
 
-CHUNK = 256
+CHUNK = 512
 """About how many rows are worked off at a time."""
 MOST_CHUNKS = 48
 """A kernel takes something of every chunk, and tinygrad 62 buffers at most."""
@@ -47,10 +48,12 @@ def linear_cross_entropy(
     products; without, it takes one for the loss and three more when gradients are asked for. GPUs
     take the plain way.
     """
+    if falls_back("loss", obstacle(x, weight, ids=[targets])):
+        return reference.cross_entropy(reference.linear(x, weight), targets)
     if not supported(x, weight):
         return cross_entropy(reference.linear(x, weight), targets)
     (N, C), V = map(int, x.shape), int(weight.shape[0])
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = contiguous(x), contiguous(weight)
     chunk = max(CHUNK, -(-N // MOST_CHUNKS))
     work = Work(x, weight, targets, Plan(N, C, V, *register_tile(chunk), chunk))
     statistics = work.run(gradient)
@@ -61,7 +64,7 @@ def linear_cross_entropy(
         if not ready:  # not computed with the loss, or already scaled for another caller
             work.run(gradient=True)
         ready = False
-        grads = work.scaled(g.contiguous())
+        grads = work.scaled(contiguous(g))
         found = [d.reshape(t.shape).cast(t.dtype) for d, t in zip(grads, (x, weight), strict=True)]
         return [*(None for _ in (work.inverse, *statistics)), *found]
 
@@ -73,7 +76,7 @@ def linear_cross_entropy(
 class Work:
     """The launches for all chunks, and the buffers that go from one to the next.
 
-    Two buffers serve all chunks and are written in place: the scores and dweight. Whoever realizes
+    Two buffers serve all chunks and are written in place: the powers and dweight. Whoever realizes
     one result after another must not make tinygrad run a launch again whose inputs are gone. So
     each launch depends on all that came before it, by inputs that it does not use if need be.
     """
@@ -87,7 +90,7 @@ class Work:
         self.inverse, self.targets, *self.chunks = self.launch(
             loss_kernels.prepare,
             [self.new(1), ids(rows), *(ids(1) for _ in range(plan.chunks))],
-            [targets.cast(dtypes.int32).contiguous()],
+            [contiguous(targets.cast(dtypes.int32))],
             name=f"loss_prepare_{plan.name}",
         )
         self.by_row, self.by_column = self.launch(
@@ -100,28 +103,28 @@ class Work:
     def run(self, gradient: bool) -> list[Tensor]:
         """Work off all rows; -> each chunk's statistics. With ``gradient`` sets dx and dweight."""
         plan, new, launch = self.plan, self.new, self.launch
-        scores = new(plan.blocks * BLOCK, plan.rows)
+        powers = new(plan.blocks * BLOCK, plan.rows)
         self.dx, self.dweight = [], new(plan.V, plan.C)
         found: list[Tensor] = []
         before: list[Tensor] = []
         flops = 2 * plan.rows * plan.V * plan.C
         for chunk in self.chunks:
-            outputs = [scores, new(plan.blocks, plan.rows), new(plan.blocks, plan.rows)]
+            outputs = [powers, new(plan.blocks, plan.rows), new(plan.blocks, plan.rows)]
             inputs = [chunk, self.by_row, self.weight, *before]
-            scores, *sums = launch(
+            powers, largest, sums = launch(
                 loss_kernels.scores, outputs, inputs, name=f"loss_scores_{plan.name}", ops=flops
             )
-            inputs = [chunk, *sums, scores, self.targets, self.inverse]
+            inputs = [chunk, largest, sums, self.by_row, self.weight, self.targets, self.inverse]
             out = [new(3, plan.rows)]
             before = launch(loss_kernels.statistics, out, inputs, name=f"loss_rows_{plan.name}")
             found += before
             if gradient:
                 outputs = [self.dweight, new(plan.parts, plan.rows, plan.C)]
-                inputs = [chunk, self.by_column, scores, found[-1], self.targets, self.inverse]
+                inputs = [chunk, self.by_column, powers, largest, found[-1]]
                 self.dweight, parts = launch(
                     loss_kernels.products,
                     outputs,
-                    [*inputs, self.weight],
+                    [*inputs, self.targets, self.inverse, self.weight],
                     name=f"loss_products_{plan.name}",
                     ops=2 * flops,
                 )

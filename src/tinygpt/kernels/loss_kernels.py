@@ -18,6 +18,8 @@ from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, as_uop,
 BLOCK = 48
 """Rows of the weight that are worked off at a time: a multiple of every tile's rows."""
 PARTS = 16
+LOWEST = -3e38
+"""Below every score but those beyond V, which are -inf: a block of these has exp(S - m) = 0."""
 DEPTH = 256
 """Most steps of a product between two visits to memory."""
 
@@ -112,7 +114,7 @@ def scores(
     *unused: Array,
     plan: Plan,
 ) -> None:
-    """A block of S = W Xᵀ, and for each of its columns the largest m and the sum of exp(S - m)."""
+    """A block of S = W Xᵀ: the largest m of each column, all exp(S - m), and their sum."""
     block, C, V, L, rows = k.units(plan.blocks), plan.C, plan.V, k.lanes, plan.rows
     kind = scores.dtype
     acc, m, z = k.tile(plan.tile, kind), k.tile(1, kind), k.tile(1, kind)
@@ -132,17 +134,18 @@ def scores(
             with k.phase() as lane:
                 for u, place in enumerate(places):
                     scores[place + lane] = (first + u < V).where(acc[u, lane], -math.inf)
-        fill(k, -math.inf, 1, m)
+        fill(k, LOWEST, 1, m)
         with k.loop(BLOCK) as v, k.phase() as lane:
             m[0, lane] = m[0, lane].maximum(scores[(block * BLOCK + v) * rows + j * L + lane])
         fill(k, 0.0, 1, z)
         with k.loop(BLOCK) as v, k.phase() as lane:
-            score = scores[(block * BLOCK + v) * rows + j * L + lane]
-            z[0, lane] = z[0, lane] + exp2((score - m[0, lane]) * LOG2E)
+            at = (block * BLOCK + v) * rows + j * L + lane
+            power = exp2((scores[at] - m[0, lane]) * LOG2E)
+            scores[at] = power
+            z[0, lane] = z[0, lane] + power
         with k.phase() as lane:
             largest[block * rows + j * L + lane] = m[0, lane]
-            # a block that lies beyond V has no exp(S - m), only -inf - -inf
-            sums[block * rows + j * L + lane] = (m[0, lane] > -math.inf).where(z[0, lane], 0.0)
+            sums[block * rows + j * L + lane] = z[0, lane]
 
 
 def statistics(
@@ -151,27 +154,34 @@ def statistics(
     chunk: Array,
     largest: Array,
     sums: Array,
-    scores: Array,
+    by_row: Array,
+    weight: Array,
     targets: Array,
     inverse: Array,
-    *,
+    *unused: Array,
     plan: Plan,
 ) -> None:
     """Each row's loss, its m, and 1 / (z · the number of rows), 0 if the row does not count."""
-    first, rows, kind = k.units(plan.rows // k.lanes) * k.lanes, plan.rows, out.dtype
-    m, z = k.tile(1, kind), k.tile(1, kind)
-    fill(k, -math.inf, 1, m)
+    panel = k.units(plan.rows // k.lanes)
+    first, rows, kind, C = panel * k.lanes, plan.rows, out.dtype, plan.C
+    m, z, logit = k.tile(1, kind), k.tile(1, kind), k.tile(1, kind)
+    fill(k, LOWEST, 1, m)
     with k.loop(plan.blocks) as b, k.phase() as lane:
         m[0, lane] = m[0, lane].maximum(largest[b * rows + first + lane])
-    fill(k, 0.0, 1, z)
+    fill(k, 0.0, 1, z, logit)
     with k.loop(plan.blocks) as b, k.phase() as lane:
         at = b * rows + first + lane
         z[0, lane] = z[0, lane] + sums[at] * exp2((largest[at] - m[0, lane]) * LOG2E)
+    number = as_index(chunk[0])
+    with k.loop(C) as c, k.phase() as lane:  # the score itself is gone
+        target = targets[number * rows + first + lane]
+        row = as_index(within(target, plan.V).where(target, 0))
+        x = by_row[((number * (rows // k.lanes) + panel) * C + c) * k.lanes + lane]
+        logit[0, lane] = logit[0, lane] + x * weight[row * C + c].cast(kind)
     with k.phase() as lane:
         at = first + lane
-        target = targets[as_index(chunk[0]) * rows + at]
-        logit = scores[as_index(within(target, plan.V).where(target, 0)) * rows + at]
-        out[at] = row_loss(target, plan.V, logit, m[0, lane], z[0, lane])
+        target = targets[number * rows + at]
+        out[at] = row_loss(target, plan.V, logit[0, lane], m[0, lane], z[0, lane])
         out[rows + at] = m[0, lane]
         out[2 * rows + at] = (target < 0).where(as_uop(0.0, kind), inverse[0] / z[0, lane])
 
@@ -182,7 +192,8 @@ def products(
     dx_parts: Array,
     chunk: Array,
     by_column: Array,
-    scores: Array,
+    powers: Array,
+    largest: Array,
     statistics: Array,
     targets: Array,
     inverse: Array,
@@ -197,22 +208,28 @@ def products(
         plan.V,
         k.lanes,
         plan.rows,
-        scores.dtype,
+        powers.dtype,
     )
     number = as_index(chunk[0])
     # columns of these tiles are read one behind the other: a width that is no power of two
     # keeps them from falling on the same few lines of the cache
     p, w = k.tile(BLOCK, kind, width=rows + L), k.tile(C, kind, width=BLOCK)
+    factor = k.tile(1, kind, width=rows)
     with k.loop(rows * C // L) as j, k.phase() as lane:
         dx_parts[(part * rows * C + j * L) + lane] = 0.0
     with k.loop(plan.blocks // plan.parts) as i:
-        first = (part * (plan.blocks // plan.parts) + i) * BLOCK
+        block = part * (plan.blocks // plan.parts) + i
+        first = block * BLOCK
+        with k.loop(rows // L) as j, k.phase() as lane:
+            at = j * L + lane
+            shrink = exp2((largest[block * rows + at] - statistics[rows + at]) * LOG2E)
+            factor[0, at] = shrink * statistics[2 * rows + at]
         with k.loop(BLOCK) as v:
             with k.loop(rows // L) as j, k.phase() as lane:
                 at = j * L + lane
-                power = exp2((scores[(first + v) * rows + at] - statistics[rows + at]) * LOG2E)
                 hit = as_index(targets[number * rows + at]).eq(first + v)
-                p[v, at] = power * statistics[2 * rows + at] - hit.where(inverse[0], 0.0)
+                power = powers[(first + v) * rows + at]
+                p[v, at] = power * factor[0, at] - hit.where(inverse[0], 0.0)
             with k.phase(C) as c:
                 w[c, v] = weight[minimum(first + v, V - 1) * C + c].cast(kind)
         with k.loop(rows // L) as j:

@@ -24,7 +24,8 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.phases import Array, Kernel, Tile, as_uop, minimum, run
+from tinygpt.kernels.fallback import falls_back, obstacle
+from tinygpt.kernels.phases import Array, Kernel, Tile, as_uop, contiguous, minimum, run
 
 LANES = 16
 ROWS = 4  # rows at a time: the additions of one row wait for each other, those of four overlap
@@ -36,20 +37,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
     weight and bias are (C,). Half precision is summed in float32. Ba et al. (2016).
     """
-    if not plain_shapes(x):
+    if falls_back("norm", obstacle(x, weight)):
         return reference.layer_norm(x, weight, bias, eps)
     *outer, width = map(int, x.shape)
     rows = prod(outer)
     group = largest_divisor(rows, ROWS)
     launch = partial(run, lanes=LANES, rows=rows, width=width, group=group)
     size = f"{rows}x{width}"
-    x = x.contiguous()
-    affine = [weight.contiguous()] if bias is None else [weight.contiguous(), bias.contiguous()]
+    x = contiguous(x)
+    affine = [contiguous(weight)] if bias is None else [contiguous(weight), contiguous(bias)]
 
     def backward(gradient: Tensor) -> list[Tensor | None]:
         parts = largest_divisor(rows // group, PARTS)
         outputs = [empty(x, *outer, width), *(empty(mean, parts, width) for _ in affine)]
-        inputs = [gradient.contiguous(), x, mean, rstd, affine[0]]
+        inputs = [contiguous(gradient), x, mean, rstd, affine[0]]
         dx, *pieces = launch(_backward, outputs, inputs, name=f"norm_grad_{size}", parts=parts)
         sums = [empty(t, width) for t in affine]
         return [dx, *run(_add_parts, sums, pieces, lanes=LANES, parts=parts, width=width)]
@@ -223,14 +224,6 @@ def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
                 tile[u, lane] = value
 
 
-def plain_shapes(*tensors: Tensor) -> bool:
-    """Whether kernels can take these: each on one device, and of fixed sizes without a zero."""
-    return all(
-        isinstance(t.device, str) and all(isinstance(n, int) and n > 0 for n in t.shape)
-        for t in tensors
-    )
-
-
 def sum_dtype(x: Tensor) -> DType:
     """The type to add up elements of x in: at least float32."""
     return dtypes.float64 if x.dtype == dtypes.float64 else dtypes.float32
@@ -242,5 +235,9 @@ def largest_divisor(n: int, limit: int) -> int:
 
 
 def empty(t: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
-    """Memory for a kernel's output, on the device of t and of its type unless another is given."""
-    return Tensor.empty(*shape, dtype=dtype or t.dtype, device=t.device)
+    """Memory for a kernel's output, on t's devices, cut along the axis along which t is cut."""
+    new = partial(Tensor.empty, dtype=dtype or t.dtype, device=t.device)
+    if isinstance(t.device, tuple) and (axis := t.uop.axis) is not None:
+        local = [n // len(t.device) if i == axis else n for i, n in enumerate(shape)]
+        return Tensor(new(*local).uop.unshard(axis))
+    return new(*shape)

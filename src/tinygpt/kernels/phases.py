@@ -264,6 +264,20 @@ class Kernel:
         assert self._stores is not None, "assignments stand inside a phase"
         self._stores.append(store)
 
+    @contextmanager
+    def repeat_while(self, condition: Callable[[], UOp]) -> Iterator[None]:
+        """Phases that run once, and again for as long as ``condition()`` is true at their end.
+
+        Unlike the length of a ``loop``, the condition may depend on units and other loops.
+        """
+        self._ranges += 1
+        loop: UOp = UOp.loop(self._ranges - 1)
+        self._order += (loop,)
+        self._depth += 1
+        yield
+        self._depth -= 1
+        self._order = (self._order[0].end(loop, condition()),)
+
 
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels on this tensor's device run as workgroups of threads."""
@@ -274,6 +288,11 @@ def on_gpu(x: Tensor) -> bool:
 def default_threads() -> int:
     """The number of cores that kernels are split over: what `multicore` runs on, or 1."""
     return max(1, multicore.threads())
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """``x`` in memory, row by row. Unlike ``Tensor.contiguous`` it copies no kernel's output."""
+    return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -329,12 +348,40 @@ def run(
     def body(*buffers: UOp) -> UOp:
         return build(fn, buffers, len(outputs), shape, name, ops, fixed)
 
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        assert backward is not None
-        found = backward(Tensor(grad))
-        return (None,) * len(outputs) + tuple(None if g is None else g.uop for g in found)
-
-    filled = Tensor.custom_kernel(
-        *outputs, *inputs, fxn=body, grad_fxn=gradient if backward else None
-    )
+    gradient = Gradient(backward, len(outputs)) if backward else None
+    filled = Tensor.custom_kernel(*outputs, *inputs, fxn=body, grad_fxn=gradient)
     return filled[: len(outputs)]
+
+
+class Gradient:
+    """``backward`` in the form that tinygrad asks for; it can be told to let go of its Tensors."""
+
+    def __init__(self, backward: Backward, outputs: int) -> None:
+        self.backward: Backward | None = backward
+        self.outputs = outputs
+        if _open_gradients:
+            _open_gradients[-1].append(self)
+
+    def __call__(self, grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        assert self.backward is not None, "a gradient through a function that was captured without"
+        found = self.backward(Tensor(grad))
+        return (None,) * self.outputs + tuple(None if g is None else g.uop for g in found)
+
+
+_open_gradients: list[list[Gradient]] = []
+
+
+@contextmanager
+def all_gradients_taken() -> Iterator[None]:
+    """What is computed in this block is differentiated in this block, or never.
+
+    What the backward passes hold on to is let go at its end. A captured jit keeps its kernels, they
+    keep their backward passes, and memory that a Tensor has is not used for anything else: an
+    evaluation took as much of it as a training step.
+    """
+    _open_gradients.append([])
+    try:
+        yield
+    finally:
+        for gradient in _open_gradients.pop():
+            gradient.backward = None

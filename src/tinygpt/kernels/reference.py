@@ -11,6 +11,8 @@ from typing import Literal
 
 from tinygrad import Tensor, dtypes
 
+from tinygpt.kernels.masks import keeps, stream
+
 
 def linear(
     x: Tensor,
@@ -53,33 +55,56 @@ def causal_mask(queries: int, keys: int) -> Tensor:
     return Tensor.arange(keys).reshape(1, keys) <= i
 
 
+def dropout_mask(rows: int, columns: int, p: float, key: Tensor) -> Tensor:
+    """Boolean (rows, columns): what dropout with probability p keeps, by ``key`` (2,) uint32."""
+    row = Tensor.arange(rows, dtype=dtypes.uint32).reshape(rows, 1)
+    column = Tensor.arange(columns, dtype=dtypes.uint32)
+    start, stride = stream((key[0], key[1]), row)
+    return keeps(start, stride, column, p)
+
+
+def dropout(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) -> Tensor:
+    """residual + x, of which each element is 0 with probability p, the rest divided by 1 - p."""
+    width = int(x.shape[-1])
+    mask = dropout_mask(int(x.numel()) // width, width, p, key.to(x.device))
+    y = mask.reshape(x.shape).where(x / (1 - p), 0)
+    return y if residual is None else residual + y
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     is_causal: bool = False,
-    keep: Tensor | None = None,
-    keep_probability: float = 1.0,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √D) v, the formula of Vaswani et al. (2017).
 
     q is (B, H, Tq, D), k and v are (B, H, Tk, D). With ``is_causal`` the queries are the last Tq of
-    the Tk positions and see nothing behind themselves. ``keep`` (B, H, Tq, Tk) is dropout's mask.
+    the Tk positions and see nothing behind themselves. With ``dropout``, the probability,
+    weights are dropped by ``key``, in a mask with a row for each sequence, head and key position.
     """
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))  # (B, H, Tq, Tk)
     if is_causal and q.shape[-2] != 1:  # a single query is the last position: it sees every key
         mask = causal_mask(int(q.shape[-2]), int(k.shape[-2]))
         scores = mask.where(scores, -math.inf)
     weights = scores.softmax(-1)
-    if keep is not None:
-        weights = keep.where(weights, 0) / keep_probability
+    if dropout:
+        assert key is not None, "dropout needs a key"
+        (B, H, Tq, _), Tk = map(int, q.shape), int(k.shape[2])
+        mask = dropout_mask(B * H * Tk, Tq, dropout, key.to(q.device))
+        mask = mask.reshape(B, H, Tk, Tq).transpose(2, 3)
+        weights = mask.where(weights / (1 - dropout), 0)
     return weights @ v
 
 
-def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
+def packed_attention(
+    qkv: Tensor, n_head: int, dropout: float = 0.0, key: Tensor | None = None
+) -> Tensor:
     """Causal attention of queries, keys and values (B, T, 3C), side by side -> (B, T, C)."""
     q, k, v = (split_heads(part, n_head) for part in qkv.chunk(3, dim=2))  # (B, H, T, D)
-    return merge_heads(attention(q, k, v, is_causal=True))
+    return merge_heads(attention(q, k, v, True, dropout, key))
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
@@ -133,21 +158,45 @@ def adamw_update(
     decay: Sequence[float],
     clip: float = 0.0,
     scale: float = 1.0,
+    loss: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> Tensor:
-    """One step of AdamW, in place; -> the gradients' norm ().
+    """One step of AdamW, in place; -> the loss, the gradients' norm, was the step taken? (3,)
 
-    The gradients are multiplied by ``scale`` and then clipped to the norm ``clip``, if it is not 0.
-    What is updated has to be realized together with the norm. b1_t and b2_t are the powers of the
+    Loss and gradients are multiplied by ``scale``, the gradients then clipped to the norm ``clip``,
+    if it is not 0. The step is taken if ``loss`` () and the norm lie below the ``limits`` (2,).
+    What is updated has to be realized together with the result. b1_t and b2_t are the powers of the
     betas so far. Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
     """
+    loss, limits = judged(loss, limits, lr)
     norm = global_norm(grads) * scale
+    report = verdict(loss * scale, norm, limits)
+    taken = report[2] > 0
     factor = clip_factor(norm, clip) * scale if clip else scale
-    b1_t.assign(b1_t * beta1)
-    b2_t.assign(b2_t * beta2)
+    assign_if(taken, b1_t, b1_t * beta1)
+    assign_if(taken, b2_t, b2_t * beta2)
     for p, gradient, m_p, v_p, rate in zip(params, grads, m, v, decay, strict=True):
         g = gradient * factor
-        m_p.assign(beta1 * m_p + (1 - beta1) * g)
-        v_p.assign(beta2 * v_p + (1 - beta2) * g * g)
+        assign_if(taken, m_p, beta1 * m_p + (1 - beta1) * g)
+        assign_if(taken, v_p, beta2 * v_p + (1 - beta2) * g * g)
         direction = (m_p / (1 - b1_t)) / ((v_p / (1 - b2_t)).sqrt() + eps)
-        p.assign((p.detach() * (1 - lr * rate) - lr * direction).cast(p.dtype))
-    return norm
+        assign_if(taken, p, (p.detach() * (1 - lr * rate) - lr * direction).cast(p.dtype))
+    return report
+
+
+def judged(loss: Tensor | None, limits: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the limits (2,) that decide on a step: 0 and infinities where not given."""
+    loss = like.zeros_like().contiguous() if loss is None else loss
+    limits = like.full_like(math.inf).expand(2).contiguous() if limits is None else limits
+    return loss.reshape(()), limits
+
+
+def verdict(loss: Tensor, norm: Tensor, limits: Tensor) -> Tensor:
+    """(3,): the loss, the norm, and 1 if both are finite and below their limits, else 0."""
+    taken = (loss > -math.inf) & (loss < limits[0]) & (norm < limits[1])
+    return Tensor.stack(loss.cast(norm.dtype), norm, taken.cast(norm.dtype))
+
+
+def assign_if(taken: Tensor, tensor: Tensor, value: Tensor) -> Tensor:
+    """Assign ``value`` if ``taken`` () is true; else every bit stays as it is."""
+    return tensor.assign(taken.where(value, tensor.detach()))

@@ -10,8 +10,7 @@
  *
  * A kernel of several pieces is called once for each piece, with the number of the piece in
  * argument `slot`; the pieces are independent, and the caller and the workers share them. All of
- * a command's pieces are done before the next command starts. The list ends in MAX_ARGS spare
- * words, because a call reads a round number of arguments.
+ * a command's pieces are done before the next command starts.
  */
 
 typedef unsigned long long word;
@@ -131,8 +130,7 @@ static void open(struct pool *pool, struct gate *gate, word value) {
 
 /* A kernel's parameters are pointers and integers, so a call with more words than it takes is
  * harmless in the C calling conventions of x86-64 and arm64: four sizes of call serve all. */
-#define A1(i) (i == slot ? piece : a[i])
-#define A4(i) A1(i), A1(i + 1), A1(i + 2), A1(i + 3)
+#define A4(i) a[i], a[i + 1], a[i + 2], a[i + 3]
 #define A8(i) A4(i), A4(i + 4)
 #define A16(i) A8(i), A8(i + 8)
 #define W4 word, word, word, word
@@ -140,8 +138,10 @@ static void open(struct pool *pool, struct gate *gate, word value) {
 #define W16 W8, W8
 
 static void call(const word *command, word piece) {
-  const word *a = command + 2;
-  word slot = SLOT(command), n = ARGUMENTS(command);
+  /* A copy, because to choose each word between the list and the piece takes clang a second. */
+  word a[64], slot = SLOT(command), n = ARGUMENTS(command);
+  for (word i = 0; i < n; i++) a[i] = command[2 + i];
+  if (slot < n) a[slot] = piece;
   void *kernel = (void *)command[0];
   if (n <= 8)
     ((void (*)(W8))kernel)(A8(0));

@@ -75,7 +75,7 @@ def command(kernel: int, pieces: int, slot: int, arguments: Sequence[int]) -> li
 
 def command_list(words: Sequence[int]) -> Commands:
     """Commands in a row, ready to run. Negative numbers become their two's complement."""
-    return (ctypes.c_uint64 * (len(words) + MAX_ARGS + 1))(*words)
+    return (ctypes.c_uint64 * len(words))(*words)
 
 
 class Pool:

@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING
 
 from tinygpt.runtime.device import COMPILER_CURE, compiler, prepare, require_device
 from tinygpt.runtime.folders import cache_dir
-from tinygpt.runtime.machine import cores, memory, peak_memory, total_memory
+from tinygpt.runtime.machine import (
+    available_memory,
+    cores,
+    memory,
+    peak_memory,
+    total_memory,
+)
 
 if TYPE_CHECKING:
     from tinygpt.runtime.checks import Check
 
 __all__ = [
     "COMPILER_CURE",
+    "available_memory",
     "cache_dir",
     "compiler",
     "cores",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tinygpt.errors import DeviceError
 from tinygpt.runtime.folders import cache_dir, private_temp
-from tinygpt.runtime.machine import processor
+from tinygpt.runtime.machine import may_have_accelerator, processor
 
 COMPILER_CURE = "pip install 'tinygpt[offline]'"
 """Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
@@ -23,17 +23,20 @@ SHIM_PREFIX = "zig-clang-"
 
 
 def prepare() -> None:
-    """Set CC, CACHEDB and PARALLEL for tinygrad where the user has not; cheap and idempotent.
+    """Set CC, CACHEDB, DEV and PARALLEL for tinygrad where the user has not; cheap and idempotent.
 
     CC becomes a shim around the clang inside the wheel ``ziglang`` if no clang is on PATH. Each
     compiler and processor gets a kernel cache of its own: kernels are compiled for the very
     processor they run on, and a home folder may be shared. PARALLEL=0 keeps tinygrad from
-    starting compile processes that would live as long as the program.
+    starting compile processes that would live as long as the program. DEV=CPU is set where there is
+    plainly no other device: to try them all takes tinygrad half a second.
 
     It starts no process and never fails: what is wrong is told later, by ``require_device`` or
     ``doctor``, where there is someone to read it.
     """
     os.environ.setdefault("PARALLEL", "0")
+    if not os.environ.get("DEV") and not may_have_accelerator():
+        os.environ["DEV"] = "CPU"
     try:
         if not os.environ.get("CC") and not clang_on_path() and (zig := bundled_zig()):
             os.environ["CC"] = str(shim(zig))

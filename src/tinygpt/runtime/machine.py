@@ -42,6 +42,25 @@ def total_memory() -> int:
     return min(total, int(limit[0])) if limit and limit[0].isdigit() else total
 
 
+def available_memory() -> int:
+    """Memory that this process could still take without swapping, in bytes; 0 where unknown.
+
+    Caches that the system would give up for it count as free.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = {name: int(rest.split()[0]) * 1024 for name, rest in (s.split(":") for s in lines)}
+    except (OSError, ValueError, IndexError):
+        return total_memory()  # all that can be told
+    free = found.get("MemAvailable", 0)
+    limit, used = _control_group("memory.max"), _control_group("memory.current")
+    if limit and used and limit[0].isdigit():
+        words = _control_group("memory.stat")
+        cached = dict(zip(words[::2], words[1::2], strict=False)).get("inactive_file", "0")
+        free = min(free, max(int(limit[0]) - int(used[0]) + int(cached), 0))
+    return free
+
+
 def processor() -> str:
     """Everything that decides which instructions run here: kernels are compiled for just that."""
     machine = os.uname().machine if hasattr(os, "uname") else ""
@@ -52,6 +71,40 @@ def processor() -> str:
         return machine
     kept = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
     return "\n".join([machine, *(line for line in first if line.startswith(kept))])
+
+
+def may_have_accelerator() -> bool:
+    """Whether tinygrad could find anything but the processor here; true where that is uncertain."""
+    if sys.platform != "linux":
+        return True
+    bus = Path("/sys/bus")
+    return (
+        any(map(os.path.exists, ACCELERATORS))
+        or any(
+            _read(d / "class")[:4] in DISPLAYS and _read(d / "vendor") in MAKERS
+            for d in bus.glob("pci/devices/*")
+        )
+        or any(_read(path) in USB_BRIDGES for path in bus.glob("usb/devices/*/idVendor"))
+    )
+
+
+ACCELERATORS = (
+    *("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dri", "/dev/dxg", "/dev/kgsl-3d0"),
+    "/etc/OpenCL/vendors",
+)
+"""What the drivers of NVIDIA, AMD, WSL, Qualcomm and OpenCL leave on a Linux system."""
+DISPLAYS = ("0x03", "0x12")
+"""Classes of PCI devices: displays and accelerators, which tinygrad can drive without a driver."""
+MAKERS = ("0x1002", "0x10de", "0x8086", "0x5143")
+USB_BRIDGES = ("add1", "3801", "174c")
+"""Boxes that put a graphics card on a USB port."""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _core_quota() -> int | None:

@@ -11,6 +11,7 @@ from tinygpt.tokenizers.base import BaseTokenizer, TextStream, Tokenizer, finger
 from tinygpt.tokenizers.bpe import BPETokenizer
 from tinygpt.tokenizers.chunks import chunks
 from tinygpt.tokenizers.simple import ByteTokenizer, CharTokenizer
+from tinygpt.untrusted import brief
 
 __all__ = [
     "BPETokenizer",
@@ -39,7 +40,7 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(_KINDS)
         raise TokenizerError(
-            f"This is no saved tokenizer: its kind is {kind!r}, wanted one of {known}. "
+            f"This is no saved tokenizer: its kind is {brief(kind)}, wanted one of {known}. "
             f"Files of other tools and of newer versions cannot be read."
         )
     return _KINDS[kind].from_dict(values)
@@ -48,7 +49,7 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer that ``save`` wrote; ``path`` may also be a folder with tokenizer.json."""
     path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path / "tokenizer.json" if _exists(path) and path.is_dir() else path
     try:
         return tokenizer_from_dict(read_json(file))
     except TokenizerError as error:
@@ -71,17 +72,26 @@ def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -
         return ByteTokenizer()
     if spec == "char":
         return CharTokenizer.train(text())
-    if name == "bpe" and size.isdecimal():
+    if name == "bpe" and size.isdecimal() and len(size) < 20:
         return BPETokenizer.train(text(), int(size))
-    if str(spec) and Path(spec).exists():
+    if str(spec) and _exists(Path(spec)):
         return load_tokenizer(spec)
     if name == "bpe":
-        raise TokenizerError(f"{spec!r} lacks the size of the vocabulary. Try bpe:1024.")
+        raise TokenizerError(
+            f"{brief(str(spec))} lacks a size of the vocabulary that can be. Try bpe:1024."
+        )
     raise TokenizerError(
-        f"There is no tokenizer {str(spec)!r} and no file of that name."
-        f"{nearest(str(spec), ['gpt2', 'bpe:1024', 'char', 'byte'])} "
+        f"There is no tokenizer {brief(str(spec), 200)} and no file of that name."
+        f"{nearest(str(spec)[:99], ['gpt2', 'bpe:1024', 'char', 'byte'])} "
         f"Wanted: gpt2, bpe:N, char, byte, or the path of a saved tokenizer."
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a link to itself
+        return False
 
 
 def _is_small(pieces: Iterable[str]) -> bool:

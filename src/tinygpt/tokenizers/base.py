@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
 from tinygpt.files import replacing
+from tinygpt.untrusted import brief, parse_json, read_bounded
 
-MAX_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 64 << 20
 """A larger file is no saved tokenizer and is not read."""
 
 
@@ -100,7 +101,7 @@ class BaseTokenizer:
         values = read_json(path)
         if values.get("kind") != cls.kind:
             raise TokenizerError(
-                f"{path} holds a tokenizer of kind {values.get('kind')!r}, not {cls.kind!r}. "
+                f"{path} holds a tokenizer of kind {brief(values.get('kind'))}, not {cls.kind!r}. "
                 f"load_tokenizer(path) reads every kind."
             )
         return cls.from_dict(values)
@@ -125,12 +126,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, or a TokenizerError that says what the file is instead."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise TokenizerError(f"{path} is too large for a saved tokenizer.")
-        values = json.loads(path.read_bytes())
+        content = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # a name that no file can have
+        raise TokenizerError(f"{brief(str(path))} cannot be read: {error}.") from error
+    try:
+        values = parse_json(content)
+    except ValueError as error:
         raise TokenizerError(f"{path} is not a saved tokenizer: it is not JSON.") from error
     if not isinstance(values, dict):
         raise TokenizerError(f"{path} is not a saved tokenizer: it holds no JSON object.")

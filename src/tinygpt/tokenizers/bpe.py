@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.errors import TokenizerError, nearest
+from tinygpt.errors import TokenizerError
 from tinygpt.tokenizers.base import BaseTokenizer, checked_ids, utf8
 from tinygpt.tokenizers.chunks import chunks, split_space
 from tinygpt.tokenizers.vocabulary import load_encoding
+from tinygpt.untrusted import brief
 
 if TYPE_CHECKING:
     import tiktoken
@@ -118,13 +119,19 @@ class BPETokenizer(BaseTokenizer):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         if "encoding" in values:
-            return cls(str(values["encoding"]))
-        pattern = str(values.get("pattern"))
-        if pattern not in PATTERNS:
+            encoding = values["encoding"]
+            if not isinstance(encoding, str) or len(encoding) > 99:
+                raise TokenizerError(
+                    f"The saved vocabulary is damaged: its encoding is {brief(encoding)}, wanted a "
+                    f"name such as 'gpt2'."
+                )
+            return cls(encoding)
+        pattern = values.get("pattern")
+        if not isinstance(pattern, str) or pattern not in PATTERNS:  # a name, never a pattern
             known = list(PATTERNS)
             raise TokenizerError(
-                f"The saved vocabulary splits text by {pattern!r}, which this version does not "
-                f"know.{nearest(pattern, known)} Known: {', '.join(known)}."
+                f"The saved vocabulary splits text by {brief(pattern)}, which this version does "
+                f"not know. Known: {', '.join(known)}."
             )
         return cls._from_merges(_checked_merges(values.get("merges")), pattern)
 
@@ -151,7 +158,7 @@ def _checked_merges(merges: object) -> list[bytes]:
             token = b""
         if len(token) < 2 or token in tokens:
             raise TokenizerError(
-                f"The saved vocabulary is damaged: merge {at} is {str(text)[:40]!r}, wanted base64 "
+                f"The saved vocabulary is damaged: merge {at} is {brief(text)}, wanted base64 "
                 f"of two or more bytes that no other merge has."
             )
         tokens[token] = None

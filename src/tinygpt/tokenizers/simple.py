@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -66,7 +67,11 @@ class CharTokenizer(BaseTokenizer):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         chars = values.get("chars")
-        if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
+        if (
+            not isinstance(chars, str)
+            or not 0 < len(chars) <= sys.maxunicode + 1
+            or list(chars) != sorted(set(chars))
+        ):
             raise TokenizerError(
                 "The saved character vocabulary is damaged: 'chars' must be a text of different "
                 "characters in the order of their code points."

@@ -5,7 +5,11 @@ softmax" (2018). Memory is linear in T: the forward pass keeps its result and on
 from which the backward pass makes the weights again, tile by tile. docs/attention.md derives it.
 
 Results are the same, bit for bit, for any number of threads. float32, half and bfloat16 are
-computed in float32, float64 in float64. Tensors on several devices go to the plain twins.
+computed in float32, float64 in float64. Tensors that are cut along the batch, or along the heads,
+are computed where they lie; cut otherwise, or with dropout, they go to the plain twins.
+
+``dropout`` is the probability with which a weight is dropped; the others are divided by 1 - dropout
+(GPT-2 does so in training). ``key``, (2,) uint32, chooses which, as ``masks`` says.
 """
 
 from __future__ import annotations
@@ -14,33 +18,45 @@ from collections.abc import Callable, Sequence
 
 from tinygrad import Device, Tensor, UOp, dtypes
 
-from tinygpt.errors import UsageError
+from tinygpt.errors import KernelError, UsageError
 from tinygpt.kernels import reference
 from tinygpt.kernels.attention import backward
 from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, sum_dtype, tile_shape
-from tinygpt.kernels.norm import empty, plain_shapes
-from tinygpt.kernels.phases import default_threads, run
+from tinygpt.kernels.fallback import falls_back, first_device, obstacle
+from tinygpt.kernels.norm import empty
+from tinygpt.kernels.phases import contiguous, default_threads, run
 
 __all__ = ["decode_attention", "flash_attention", "packed_attention"]
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+) -> Tensor:
     """softmax(q kᵀ / √D) v for q (B, H, Tq, D), k and v (B, H, Tk, D) -> (B, H, Tq, D).
 
     With ``is_causal`` the queries are the last Tq of the Tk positions, and see nothing behind
     themselves.
     """
     _check(q, k, v, is_causal)
-    if not plain_shapes(q, k, v):
-        return reference.attention(q, k, v, is_causal)
+    _check_dropout(dropout, key)
+    if falls_back("attention", obstacle(q, k, v, axes=() if dropout else (0, 1))):
+        return reference.attention(q, k, v, is_causal, dropout, key)
     (B, H, Tq, D), Tk = map(int, q.shape), int(k.shape[2])
-    problem = Problem(B, H, Tq, Tk, D, is_causal and Tq > 1, packed=False)
-    return _attention(problem, (B, H, Tq, D), [x.contiguous() for x in (q, k, v)])
+    (b, h), causal = _each(q, B, H), is_causal and Tq > 1
+    problem = Problem(b, h, Tq, Tk, D, causal, packed=False, dropout=dropout)
+    return _attention(problem, (B, H, Tq, D), (B, H, Tq), [contiguous(x) for x in (q, k, v)], key)
 
 
-def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
+def packed_attention(
+    qkv: Tensor, n_head: int, dropout: float = 0.0, key: Tensor | None = None
+) -> Tensor:
     """Causal self-attention of the queries, keys and values (B, T, 3C) side by side -> (B, T, C).
 
     The same as ``flash_attention``, for arrays as the linear layers around it write and read them:
@@ -52,11 +68,14 @@ def packed_attention(qkv: Tensor, n_head: int) -> Tensor:
             f"heads. Give (batch, time, 3 * n_head * head_size)."
         )
     _check_dtypes(qkv)
-    if not plain_shapes(qkv):
-        return reference.packed_attention(qkv, n_head)
+    _check_dropout(dropout, key)
+    if falls_back("attention", obstacle(qkv, axes=() if dropout else (0,))):
+        return reference.packed_attention(qkv, n_head, dropout, key)
     B, T, width = map(int, qkv.shape)
-    problem = Problem(B, n_head, T, T, width // (3 * n_head), T > 1, packed=True)
-    return _attention(problem, (B, T, width // 3), [qkv.contiguous()])
+    D = width // (3 * n_head)
+    b, h = _each(qkv, B, n_head)
+    problem = Problem(b, h, T, T, D, T > 1, packed=True, dropout=dropout)
+    return _attention(problem, (B, T, width // 3), (B, n_head, T), [contiguous(qkv)], key)
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | UOp | int) -> Tensor:
@@ -65,14 +84,16 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | U
     keys and values are (B, H, Tmax, D), of which the first ``length`` positions count, at least one
     and at most Tmax; what lies behind them is not read. ``length`` is data, an int32 Tensor with
     one element or a bound variable, so that one jitted function serves all positions. There is no
-    gradient.
+    gradient. Raises UsageError for more queries, and KernelError where it cannot run (`obstacle`).
     """
     _check(q, keys, values, False)
-    if q.shape[2] != 1 or not plain_shapes(q, keys, values):
+    if q.shape[2] != 1:
         raise UsageError(
             f"q {q.shape} and keys {keys.shape} were given; decode_attention takes one query per "
-            f"sequence, on one device. flash_attention takes more."
+            f"sequence. flash_attention takes more."
         )
+    if why := obstacle(q, keys, values):
+        raise KernelError(f"decode_attention cannot run here: {why}. reference.attention can.")
     if not isinstance(length, Tensor):
         number = [length] if isinstance(length, int) else length
         length = Tensor(number, dtype=dtypes.int32, device=q.device)
@@ -80,7 +101,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | U
     return run(
         decode,
         [empty(q, B, H, 1, D)],
-        [q.contiguous(), keys.contiguous(), values.contiguous(), length.reshape(1).contiguous()],
+        [contiguous(q), contiguous(keys), contiguous(values), contiguous(length.reshape(1))],
         lanes=tile_shape(_gpu(q))[0],
         name=f"attention_decode_{B}_{H}_{T}_{D}",
         ops=4 * B * H * T * D,
@@ -90,28 +111,40 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | U
     )[0]
 
 
-def _attention(p: Problem, shape: tuple[int, ...], inputs: list[Tensor]) -> Tensor:
-    def gradients(gradient: Tensor) -> list[Tensor]:
-        saved = [out.detach(), lse]
-        return _gradients(p, gradient.cast(out.dtype).contiguous(), saved, inputs)
-
+def _attention(
+    p: Problem,
+    shape: tuple[int, ...],
+    rows: tuple[int, ...],
+    inputs: list[Tensor],
+    key: Tensor | None,
+) -> Tensor:
+    """The result, of the given shape; ``rows`` is that of a number for each query (B, H, Tq)."""
     x = inputs[0]
-    outputs = [empty(x, *shape), empty(x, p.B, p.H, p.Tq, dtype=sum_dtype(x.dtype))]
-    out, lse = _run(forward, p, 2, outputs, inputs, gradients)
+    keys = [contiguous(key.to(x.device))] if p.dropout and key is not None else []
+
+    def gradients(gradient: Tensor) -> list[Tensor | None]:
+        saved = [out.detach(), lse]
+        grad = contiguous(gradient.cast(out.dtype))
+        return [*_gradients(p, grad, saved, inputs, keys), *(None for _ in keys)]
+
+    outputs = [empty(x, *shape), empty(x, *rows, dtype=sum_dtype(x.dtype))]
+    out, lse = _run(forward, p, 2, outputs, [*inputs, *keys], gradients)
     return out
 
 
-def _gradients(p: Problem, grad: Tensor, saved: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The gradients of the inputs, given that of the result."""
+def _gradients(
+    p: Problem, grad: Tensor, saved: list[Tensor], inputs: list[Tensor], keys: list[Tensor]
+) -> list[Tensor]:
+    """The gradients of the inputs, given that of the result; ``keys`` is dropout's, if any."""
     out, lse = saved
     sums = [empty(x, *map(int, x.shape), dtype=lse.dtype) for x in inputs]
     delta = empty(lse, *map(int, lse.shape))
     fuse = not _gpu(grad) and default_threads() <= p.B * p.H
     if fuse:
-        found = _run(backward.fused, p, 5, [*sums, delta], [grad, out, lse, *inputs])[:-1]
+        found = _run(backward.fused, p, 5, [*sums, delta], [grad, out, lse, *inputs, *keys])[:-1]
     else:
         delta = _run(backward.deltas, p, 0, [delta], [grad, out])[0]
-        given = [grad, lse, delta, *inputs]
+        given = [grad, lse, delta, *inputs, *keys]
         first = _run(backward.queries, p, 3, sums[:1], given)
         rest = first if p.packed else sums[1:]
         found = _run(backward.keys, p, 4, rest, given)
@@ -140,9 +173,16 @@ def _run(
     )
 
 
+def _each(x: Tensor, B: int, H: int) -> tuple[int, int]:
+    """How much of a batch of B with H heads each device has, x being cut along one or neither."""
+    if isinstance(x.device, str):
+        return B, H
+    count = len(x.device or ())
+    return (B // count, H) if x.uop.axis == 0 else (B, H // count)
+
+
 def _gpu(x: Tensor) -> bool:
-    assert isinstance(x.device, str)
-    return bool(Device[x.device].renderer.has_local)
+    return bool(Device[first_device(x)].renderer.has_local)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
@@ -158,6 +198,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
             f"Causal queries are the last ones: give as many keys, or is_causal=False."
         )
     _check_dtypes(q, k, v)
+
+
+def _check_dropout(dropout: float, key: Tensor | None) -> None:
+    if not 0 <= dropout < 1:
+        raise UsageError(f"dropout={dropout!r} is not a probability from 0 to less than 1.")
+    if dropout and (key is None or key.shape != (2,) or key.dtype != dtypes.uint32):
+        given = "none" if key is None else f"{key.shape} {key.dtype.name}"
+        raise UsageError(f"dropout={dropout:g} needs a key (2,) of type uint32; given was {given}.")
 
 
 def _check_dtypes(*inputs: Tensor) -> None:

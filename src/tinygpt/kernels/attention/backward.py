@@ -6,7 +6,8 @@ With W the weights, O = W V, and for the gradient dO of the result:
                                                                      dK = scale dSᵀ Q
 
 where delta, one number for each query, is the sum of dO * O along the head: the softmax's own
-gradient. W is not stored: 2 ** (score - lse) makes it again.
+gradient. W is not stored: 2 ** (score - lse) makes it again. Dropout, a mask M of zeros and of
+1 / (1 - p), turns the first W into M * W and dW into M * dW, and leaves delta as it is.
 
 Lanes are keys, and blocks of queries pass by. dQ is summed in memory, key tile after key tile,
 with the head's dimensions for lanes. There are two ways to share out the work, which add the same
@@ -23,6 +24,7 @@ from tinygrad import UOp
 
 from tinygpt.kernels.attention.tiles import (
     HIDDEN,
+    Dropout,
     Head,
     Matrix,
     Problem,
@@ -120,6 +122,7 @@ class Sweep:
         self.key_t, self.value_t = k.tile(p.D, dtype), k.tile(p.D, dtype)  # (D, lanes)
         self.w = k.tile(self.block, dtype)  # (queries, lanes)
         self.ds = k.tile(self.block, dtype, shared=True)
+        self.drop = Dropout(k, p, head, inputs, k.lanes)
 
     def keys(self, tile: UOp, dk: Head, dv: Head, dq: Head | None = None) -> None:
         """dK and dV of a tile of keys, and what it adds to dQ."""
@@ -140,7 +143,7 @@ class Sweep:
                 self.add_to_queries(tile, block, dq)
         with k.loop(p.D) as d, k.phase() as lane:
             dk.put(self.key_row(tile, lane), d, dk_t[d, lane] * p.scale)
-            dv.put(self.key_row(tile, lane), d, dv_t[d, lane])
+            dv.put(self.key_row(tile, lane), d, dv_t[d, lane] * p.boost)
 
     def take(self, tile: UOp) -> None:
         """A tile of keys and values, with lanes for keys; and the keys as they are, for dQ."""
@@ -150,7 +153,8 @@ class Sweep:
         with self.k.loop(self.p.D) as d, self.k.phase() as lane:
             t = self.key_row(tile, lane)
             self.key_t[d, lane] = self.key_rows(lane, d) * self.p.log2_scale
-            self.value_t[d, lane] = self.value[t, d]
+            self.value_t[d, lane] = self.value[t, d] * self.p.boost
+        self.drop.take(lambda r: self.key_row(tile, r))
 
     def rows(self, block: UOp) -> tuple[Matrix, Matrix]:
         """A block of queries, and of the gradient of their results."""
@@ -168,10 +172,11 @@ class Sweep:
         def weights(x: UOp, dw: UOp, lane: UOp) -> None:
             t = self.first + self.query_row(block, x)
             score = self.w[x, lane] - self.lse[t]
-            seen = self.seen(position(block) * self.block + position(x), tile, lane)
+            query = position(block) * self.block + position(x)
+            seen = self.seen(query, tile, lane)
             weight = power(score if seen is None else seen.where(score, HIDDEN))
-            self.w[x, lane] = weight
-            self.ds[x, lane] = weight * (dw - self.delta[t])
+            self.w[x, lane] = self.drop(weight, lane, query)
+            self.ds[x, lane] = weight * (self.drop(dw, lane, query) - self.delta[t])
 
         product(k, self.block, p.D, q, element(self.key_t), store(self.w))
         product(k, self.block, p.D, grad, element(self.value_t), weights)

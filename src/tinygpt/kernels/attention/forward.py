@@ -6,6 +6,7 @@ from tinygrad import UOp
 
 from tinygpt.kernels.attention.tiles import (
     HIDDEN,
+    Dropout,
     Problem,
     block_size,
     blocks,
@@ -33,7 +34,7 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
         m' = max(m, s)                  per query
         w = 2 ** (s - m')               the new weights, at most 1
         l = l 2 ** (m - m') + Σ w       what was summed under the old m is scaled down
-        o = o 2 ** (m - m') + w v
+        o = o 2 ** (m - m') + w v       where dropout has put zeros into w, but not into l
 
     At the end out = o / l and lse = m + log2(l). Scores are to the base 2. A unit is a group of
     tiles, which take turns with a block of keys while it is at hand.
@@ -51,6 +52,7 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
     scaled, o, w = k.tile(size * D, dtype), k.tile(size * D, dtype), k.tile(block, dtype)
     m, total = k.tile(size, dtype), k.tile(size, dtype)
     m_new, shrink = k.tile(1, dtype), k.tile(1, dtype)
+    drop = Dropout(k, p, head, inputs, block)
     with k.loop(size) as tile:
         with k.loop(D) as d, k.phase() as lane:
             scaled[tile * D + d, lane] = q[query(tile, lane), d] * p.log2_scale
@@ -66,6 +68,7 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
             return at if p.Tk % block == 0 else clamp(at, p.Tk)
 
         keys, values = key.rows(k, row, block, D), value.rows(k, row, block, D)
+        drop.take(row)
         hidden = j * block - p.ahead - first  # queries of the group that see nothing of the block
         skipped = (hidden < 0).where(as_index(0), hidden) // k.lanes if p.causal and size > 1 else 0
         with counted(k, size - skipped, size) as i:
@@ -88,7 +91,7 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
                 total[tile, lane] = total[tile, lane] * shrink[0, lane]
             with k.loop(block) as x, k.phase() as lane:
                 weight = power(w[x, lane] - m_new[0, lane])
-                w[x, lane] = weight
+                w[x, lane] = drop(weight, x, position(query(tile, lane)))
                 total[tile, lane] = total[tile, lane] + weight
             product(
                 k,
@@ -99,8 +102,9 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
                 store(o, tile * D),
                 lambda d, lane: o[tile * D + d, lane] * shrink[0, lane],
             )
-    with k.loop(size) as tile:
-        with k.phase() as lane:
-            lse[head * p.Tq + query(tile, lane)] = m[tile, lane] + total[tile, lane].log2()
-        with k.loop(D) as d, k.phase() as lane:
-            result.put(query(tile, lane), d, o[tile * D + d, lane] / total[tile, lane])
+    with k.loop(size) as tile, k.phase() as lane:
+        lse[head * p.Tq + query(tile, lane)] = m[tile, lane] + total[tile, lane].log2()
+    # A loop of its own: what two loops inside one share, tinygrad may leave inside the first.
+    with k.loop(size) as tile, k.loop(D) as d, k.phase() as lane:
+        mean = o[tile * D + d, lane] / total[tile, lane]
+        result.put(query(tile, lane), d, mean * p.boost)

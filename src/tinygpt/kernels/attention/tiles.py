@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tinygrad import UOp, dtypes
 from tinygrad.dtype import DType
 
+from tinygpt.kernels.masks import keeps, stream
 from tinygpt.kernels.matmul import register_tiles
 from tinygpt.kernels.phases import Array, Index, Kernel, Tile, Value, as_index, as_uop, exp2
 
@@ -35,6 +36,8 @@ class Problem:
     D: int
     causal: bool
     packed: bool
+    dropout: float = 0.0
+    """The probability with which a weight is dropped. If it is not 0, the inputs end with a key."""
 
     @property
     def scale(self) -> float:
@@ -51,10 +54,15 @@ class Problem:
         """How many keys query 0 can see besides its own: the queries are the last positions."""
         return self.Tk - self.Tq
 
+    @property
+    def boost(self) -> float:
+        """What the weights that dropout keeps are multiplied by: 1 without it."""
+        return 1 / (1 - self.dropout)
+
     def name(self, kind: str) -> str:
         """A kernel's name, for profiles."""
-        causal = "_causal" if self.causal else ""
-        return f"attention_{kind}_{self.B}_{self.H}_{self.Tq}_{self.Tk}_{self.D}{causal}"
+        sort = ("_causal" if self.causal else "") + ("_dropout" if self.dropout else "")
+        return f"attention_{kind}_{self.B}_{self.H}_{self.Tq}_{self.Tk}_{self.D}{sort}"
 
     def ops(self, products: int) -> int:
         """Floating-point operations of so many products of all queries and keys."""
@@ -73,9 +81,8 @@ class Problem:
         """The head's queries, keys and values, or their gradients, from one array or three."""
         if self.packed:
             return [self.head(arrays[0], head, self.Tq, part, 3) for part in range(3)]
-        return [
-            self.head(x, head, T) for x, T in zip(arrays, (self.Tq, self.Tk, self.Tk), strict=True)
-        ]
+        lengths = (self.Tq, self.Tk, self.Tk)
+        return [self.head(x, head, T) for x, T in zip(arrays[:3], lengths, strict=True)]
 
 
 class Head:
@@ -110,6 +117,40 @@ class Head:
 
 Matrix = Callable[[Index, Index], UOp]
 """The element of a row and a column."""
+
+
+class Dropout:
+    """Dropout of the weights of one head; without dropout in the problem, nothing at all.
+
+    A row of the mask belongs to a key, a column to a query. The streams of up to ``n`` keys are
+    kept at hand: `take` them first.
+    """
+
+    def __init__(self, k: Kernel, p: Problem, head: UOp, inputs: Sequence[Array], n: int) -> None:
+        self._k, self._p, self._first = k, p, head * p.Tk
+        if p.dropout:
+            self._key, self._n = inputs[-1], blocks(n, k.lanes)
+            width = self._n * k.lanes
+            self._start, self._stride = (
+                k.tile(1, dtypes.uint32, width=width, shared=True) for _ in range(2)
+            )
+
+    def take(self, row: Callable[[Index], UOp]) -> None:
+        """The streams of the keys at the positions row(0), row(1), ..."""
+        if not self._p.dropout:
+            return
+        key = (self._key[0], self._key[1])
+        with self._k.loop(self._n) as i, self._k.phase() as lane:
+            x = i * self._k.lanes + lane
+            number = (position(self._first) + position(row(x))).cast(dtypes.uint32)
+            self._start[0, x], self._stride[0, x] = stream(key, number)
+
+    def __call__(self, value: UOp, x: Index, query: UOp) -> UOp:
+        """The value of key row(x) and a query, or 0 where it is dropped."""
+        if not self._p.dropout:
+            return value
+        start, stride = self._start[0, x], self._stride[0, x]
+        return keeps(start, stride, query.cast(dtypes.uint32), self._p.dropout).where(value, 0.0)
 
 
 def sum_dtype(dtype: DType) -> DType:
@@ -232,12 +273,8 @@ def counted(k: Kernel, n: Index, most: int) -> Iterator[UOp]:
     count = k.tile(1, dtypes.int32)
     with k.phase() as lane:
         count[0, lane] = 0
-    k._ranges += 1
-    loop = UOp.loop(k._ranges - 1)
-    k._order += (loop,)
-    i = count[0, 0]
-    yield at_most(i, most)
-    with k.phase(1):
-        count[0, 0] = i + 1
-    again = count[0, 0] < position(n)
-    k._order = (k._order[0].end(loop, again),)
+    with k.repeat_while(lambda: count[0, 0] < position(n)):
+        i = count[0, 0]
+        yield at_most(i, most)
+        with k.phase(1):
+            count[0, 0] = i + 1

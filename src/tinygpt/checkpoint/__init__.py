@@ -1,0 +1,44 @@
+"""One self-describing safetensors file per checkpoint, written whole or not at all.
+
+``format`` is what stands in the file, ``reader`` checks every byte of it, ``writer`` makes it
+from memory, ``folder`` knows the names beside each other, and ``keeping`` which of them are good.
+``state`` is the way from and to a model, and ``background`` saves while a run goes on.
+"""
+
+from tinygpt.checkpoint.background import Saver
+from tinygpt.checkpoint.folder import (
+    best_checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    mark_best,
+)
+from tinygpt.checkpoint.format import FORMAT_VERSION, Meta
+from tinygpt.checkpoint.keeping import newest_good, remove_old
+from tinygpt.checkpoint.reader import describe, read, read_meta, verify
+from tinygpt.checkpoint.state import Copier, load, named_tensors, save, state_size
+from tinygpt.checkpoint.writer import Snapshot, foresee_space, write, writing
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Copier",
+    "Meta",
+    "Saver",
+    "Snapshot",
+    "best_checkpoint",
+    "checkpoint_path",
+    "describe",
+    "foresee_space",
+    "list_checkpoints",
+    "load",
+    "mark_best",
+    "named_tensors",
+    "newest_good",
+    "read",
+    "read_meta",
+    "remove_old",
+    "save",
+    "state_size",
+    "verify",
+    "write",
+    "writing",
+]

@@ -1,0 +1,74 @@
+"""The names in a folder of checkpoints, and the two small files that stand beside them.
+
+ckpt_N.safetensors   the checkpoint of step N
+best.json            which of them is the best one
+run.json             which run they belong to
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tinygpt.checkpoint.writer import writing
+from tinygpt.files import replacing
+from tinygpt.untrusted import parse_json, read_bounded
+
+BEST, RUN = "best.json", "run.json"
+MAX_FILE_BYTES = 1 << 16
+"""A larger file is neither of them and is not read."""
+
+
+def checkpoint_path(folder: str | Path, iter_num: int) -> Path:
+    return Path(folder) / f"ckpt_{iter_num}.safetensors"
+
+
+def named_step(path: Path) -> int | None:
+    """The step that a checkpoint's name speaks of; None for any other name."""
+    found = re.fullmatch(r"ckpt_([0-9]+)\.safetensors", path.name)
+    return int(found[1]) if found else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest step first."""
+    try:
+        numbered = [(named_step(path), path) for path in folder.iterdir() if path.is_file()]
+    except OSError:
+        return []
+    return [path for _, path in sorted((n, path) for n, path in numbered if n is not None)]
+
+
+def mark_best(path: Path, val_loss: float) -> None:
+    """Write down which checkpoint of its folder is the best one. Raises CheckpointError."""
+    _write(path.parent / BEST, {"checkpoint": path.name, "val_loss": val_loss})
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The one marked as best, if it is still there."""
+    name = _read(folder / BEST, "checkpoint")
+    return next((path for path in list_checkpoints(folder) if path.name == name), None)
+
+
+def run_of(folder: Path) -> str | None:
+    """The number of the run that a folder is of."""
+    run = _read(folder / RUN, "run")
+    return run if isinstance(run, str) else None
+
+
+def mark_run(folder: Path, run: str) -> None:
+    """Write down which run a folder is of. Raises CheckpointError."""
+    _write(folder / RUN, {"run": run})
+
+
+def _read(path: Path, key: str) -> Any:
+    try:
+        return parse_json(read_bounded(path, MAX_FILE_BYTES))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    with writing(path), replacing(path) as file:
+        file.write(json.dumps(value).encode())

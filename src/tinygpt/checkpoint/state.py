@@ -1,0 +1,197 @@
+"""Between a model with its optimizer and checkpoints.
+
+tinygrad is imported where it is used: who only looks at files does not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinygpt.checkpoint.format import Array, Layout, Meta, arrange
+from tinygpt.checkpoint.reader import describe, read, read_meta
+from tinygpt.checkpoint.writer import Snapshot, write
+from tinygpt.config import GPTConfig
+from tinygpt.errors import CheckpointError
+from tinygpt.files import remove_stale
+
+if TYPE_CHECKING:
+    from tinygrad import Tensor
+    from tinygrad.device import Buffer
+    from tinygrad.nn.optim import Optimizer
+    from tinygrad.uop.ops import UOp
+
+    from tinygpt.model import Transformer
+
+
+def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta) -> Path:
+    """Write a checkpoint atomically and return its path.
+
+    Raises CheckpointError if the folder cannot be written; what stood at ``path`` stays.
+    """
+    remove_stale(path.parent)
+    return write(path, Copier(model, optimizer).copy(), meta)
+
+
+def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = None) -> Meta:
+    """Read weights, and the optimizer's state if one is given, into place.
+
+    Values are assigned to the existing buffers, so functions that were jitted before see them.
+    Nothing is changed unless all of the file is whole and fits.
+    """
+    from tinygrad import Tensor
+
+    path = Path(path)
+    wanted = named_tensors(model, optimizer)
+    _check_same_model(path, read_meta(path).model, model.config)
+    meta, arrays = read(path, wanted)
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise CheckpointError(_explain_missing(path, missing))
+    for name, tensor in wanted.items():
+        found = arrays[name].shape
+        if found != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {found}, but {tensor.shape} is wanted."
+            )
+    for name, tensor in wanted.items():
+        tensor.assign(Tensor(arrays[name], device=tensor.device).cast(tensor.dtype)).realize()
+    return meta
+
+
+def named_tensors(model: Transformer, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """All that a checkpoint holds, under the names that it has there."""
+    from tinygpt.optim import optimizer_state
+
+    parameters = model.parameters()
+    tensors = {f"model.{name}": p for name, p in parameters.items()}
+    if optimizer is not None:
+        state = optimizer_state(optimizer, parameters)
+        tensors |= {f"optimizer.{name}": t for name, t in state.items()}
+    return tensors
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    from tinygrad.dtype import _to_np_dtype
+
+    kinds = [(name, np.dtype(_to_np_dtype(t.dtype)), t.shape) for name, t in tensors.items()]
+    return arrange((name, dtype, tuple(map(int, shape))) for name, dtype, shape in kinds)
+
+
+def state_size(model: Transformer, optimizer: Optimizer | None) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return max(place.end for place in layout_of(named_tensors(model, optimizer)).values())
+
+
+class Copier:
+    """Copies the state of a model and its optimizer into memory that is used again each time.
+
+    That takes as much memory as the state has, 12 bytes for each parameter with Adam.
+    """
+
+    def __init__(self, model: Transformer, optimizer: Optimizer | None) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._prepare(named_tensors(model, optimizer))
+
+    def copy(self) -> Snapshot:
+        """The values of this moment. They stand in the snapshot until the next call."""
+        from tinygrad import Device
+
+        tensors = named_tensors(self.model, self.optimizer)
+        same = len(tensors) == len(self._sources) and all(
+            source.tensor is tensors.get(name) for name, source in self._sources.items()
+        )
+        if not same:  # somebody put other Tensors into the place of the former
+            self._prepare(tensors)
+        for device in self._devices:
+            Device[device].synchronize()
+        for source in self._sources.values():
+            source.copy()
+        return self.snapshot
+
+    def _prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        self.snapshot = Snapshot(layout_of(tensors))
+        self._sources = {n: _Source(t, self.snapshot.array(n)) for n, t in tensors.items()}
+        self._devices = {t.device for t in tensors.values() if isinstance(t.device, str)}
+
+
+@dataclass
+class _Source:
+    """A Tensor, and where its values go.
+
+    They are fetched from its memory itself, because ``Tensor.numpy()`` takes half a millisecond:
+    for the 159 Tensors of a small model more time than a training step.
+    """
+
+    tensor: Tensor
+    out: Array
+    uop: UOp | None = None
+    buffer: Buffer | None = None
+    """What ``uop`` stands for."""
+    memory: Array | None = None
+    """What lies in ``buffer``, where the processor can reach it."""
+
+    def copy(self) -> None:
+        """Everything that was to be computed on the device has been."""
+        if self.tensor.uop is not self.uop:
+            self.uop, self.buffer = self.tensor.uop, _buffer(self.tensor, self.out)
+            self.memory = _memory(self.buffer, self.out)
+        if self.memory is not None:
+            np.copyto(self.out, self.memory)
+        elif self.buffer is not None:
+            _fetch(self.buffer, self.out)
+        else:  # not computed yet, a view of something larger, or on several devices
+            np.copyto(self.out, self.tensor.numpy())
+
+
+def _buffer(tensor: Tensor, out: Array) -> Buffer | None:
+    """The buffer that holds the values of a Tensor and nothing else, as they are in ``out``."""
+    from tinygrad.device import Buffer
+
+    if not tensor.uop.has_buffer_identity():
+        return None
+    buffer = tensor.uop.base.buffer
+    if not isinstance(buffer, Buffer) or not buffer.is_initialized():
+        return None
+    return buffer if buffer.nbytes == out.nbytes else None
+
+
+def _memory(buffer: Buffer | None, like: Array) -> Array | None:
+    """The memory of a buffer without a copy, if the processor can reach it."""
+    if buffer is None or not hasattr(buffer.allocator, "_as_buffer"):
+        return None
+    memory = buffer.as_memoryview(force_zero_copy=True)
+    return np.frombuffer(memory, like.dtype).reshape(like.shape)
+
+
+def _fetch(buffer: Buffer, out: Array) -> None:
+    """Copy from a device with memory of its own."""
+    from tinygrad.device import Buffer
+
+    memory = out.reshape(-1).view(np.uint8).data
+    Buffer("PYTHON", buffer.size, buffer.dtype, opaque=memory).copy_from(buffer)
+
+
+def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:
+    a, b = found.to_dict(), wanted.to_dict()
+    free = ("dropout", "attention")  # how it is trained and computed, not what it is
+    differing = [f"{k}={a[k]} (this model: {b[k]})" for k in b if a[k] != b[k] and k not in free]
+    if differing:
+        raise CheckpointError(
+            f"{path} is of another model: {', '.join(differing)}. Build the model with these "
+            f"values, or use load({str(path)!r}), which does."
+        )
+
+
+def _explain_missing(path: Path, missing: list[str]) -> str:
+    if not any(name.startswith("optimizer.") for name in describe(path)["tensors"]):
+        return (
+            f"{path} holds weights but no optimizer state. Load it without an optimizer to use the "
+            f"weights alone."
+        )
+    listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+    return f"{path} lacks {listed}. It was saved with another kind of optimizer or model."

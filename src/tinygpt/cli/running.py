@@ -1,0 +1,153 @@
+"""From settings to a run: the text, its tokens, the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tinygpt.cli.console import say
+from tinygpt.cli.options import DataConfig, Settings
+from tinygpt.display.text import duration
+from tinygpt.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from tinygpt.config import GPTConfig, TrainConfig
+    from tinygpt.data import Tokens
+    from tinygpt.runs import TrainingRun
+    from tinygpt.tokenizers import Tokenizer
+
+RUNS = Path("runs")
+"""Where runs go that were given no folder."""
+LARGEST_VOCAB = 1 << 20
+"""More tokens than any vocabulary has: a file of tokens that needs so many may be made up."""
+
+
+class Material(NamedTuple):
+    """What a model learns from, and the shape that this gives it."""
+
+    name: str
+    training: Tokens
+    held_out: Tokens | None
+    tokenizer: Tokenizer | None
+    shape: GPTConfig
+
+
+def gather(settings: Settings, saved: Path | None = None) -> Material:
+    """Read the text and make its tokens; ``saved`` is the file of a tokenizer, if it is there."""
+    from tinygpt import data
+
+    name, tokens, tokenizer = _read(settings, saved)
+    vocab_size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
+    if tokenizer is None and "vocab_size" not in settings.model and vocab_size > LARGEST_VOCAB:
+        raise DataError(
+            f"{name} has a token of number {vocab_size - 1:,}, and the model would need a row for "
+            f"each below it. If that is right, say so: --model.vocab-size {vocab_size}"
+        )
+    shape = settings.model_config(vocab_size)
+    training, held_out = data.split(tokens, settings.data.val_fraction, shape.block_size)
+    return Material(name, training, held_out, tokenizer, shape)
+
+
+def foresee(shape: GPTConfig, train: TrainConfig, allow_memory: bool) -> None:
+    """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed."""
+    from tinygpt import preflight
+
+    estimate = preflight.check(shape, train, allow=allow_memory)
+    say(f"memory: {estimate}")
+    if not preflight.on_cpu():
+        say("time: known when the first steps are done")
+        return
+    seconds = preflight.seconds_per_step(estimate, preflight.measured_rate())
+    say(
+        f"time: about {1000 * seconds:,.0f} ms a step, {estimate.tokens / seconds:,.0f} tokens/s, "
+        f"{duration(seconds * train.max_iters)} for {train.max_iters:,} steps"
+    )
+
+
+def make_run(
+    settings: Settings,
+    material: Material,
+    folder: Path,
+    resume: bool = False,
+    allow_change: Sequence[str] = (),
+) -> TrainingRun:
+    """A run, ready to be iterated over."""
+    from tinygpt.api import GPT
+    from tinygpt.runs import TrainingRun
+
+    return TrainingRun(
+        GPT(material.shape, settings.train.seed),
+        settings.train,
+        material.training,
+        material.held_out,
+        tokenizer=material.tokenizer,
+        folder=folder,
+        resume=resume,
+        source=_lasting(settings.data, material.name).to_dict(),
+        allow_change=allow_change,
+    )
+
+
+def introduce(run: TrainingRun) -> None:
+    """Say what there is to know before a run starts."""
+    vocabulary, held_out = run.tokenizer, run.val_tokens
+    size = run.model.config.vocab_size
+    kind = f"{vocabulary.kind} of {vocabulary.vocab_size:,}" if vocabulary else f"{size:,} ids"
+    held = f"{len(held_out):,} for validation" if held_out is not None else "no validation"
+    say(f"tokens: {len(run.train_tokens):,} for training, {held} ({kind})")
+    say(f"model: {run.model.num_params():,} parameters")
+    say(f"run: {run.folder}" + (f", from step {run.iter_num:,}" if run.iter_num else ""))
+    for message in run.take_notices():
+        say(message)
+
+
+def _read(settings: Settings, saved: Path | None) -> tuple[str, Tokens, Tokenizer | None]:
+    """-> a name for the text, its tokens, and their tokenizer if that is known."""
+    from tinygpt import data
+    from tinygpt.corpus import open_corpus
+    from tinygpt.tokenizers import load_tokenizer, make_tokenizer
+
+    source, spec = str(settings.data.source), settings.data.tokenizer
+    if saved is not None and saved.is_file():
+        tokenizer: Tokenizer | None = load_tokenizer(saved)
+    else:
+        tokenizer = None
+    if Path(source).suffix in data.TOKEN_FILES:
+        if tokenizer is None and spec is not None:
+            tokenizer = make_tokenizer(spec, lambda: _no_text(source))
+        size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
+        return Path(source).stem, data.load_tokens(source, size), tokenizer
+    corpus = open_corpus(source, field=settings.data.field, glob=settings.data.glob)
+    say(f"text: {corpus.description}")
+    tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
+    return corpus.name, data.load_tokens(data.tokenize(corpus, tokenizer)), tokenizer
+
+
+def _no_text(source: str) -> list[str]:
+    raise UsageError(
+        f"{source} holds tokens, from which no tokenizer can be trained. Name the one that made "
+        f"them with --tokenizer gpt2, byte or the path of a saved one; or give none."
+    )
+
+
+def _lasting(data: DataConfig, chosen: str) -> DataConfig:
+    """Paths made absolute and ``auto`` replaced by what it chose, so that a run can be resumed."""
+    values = data.to_dict()
+    if values["source"] == "auto" and not Path("auto").exists():
+        values["source"] = chosen
+    for name in ("source", "tokenizer"):
+        value = values[name]
+        if value is not None and Path(value).exists():
+            values[name] = str(Path(value).resolve())
+    return DataConfig.from_dict(values)
+
+
+def new_folder(name: str) -> Path:
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:40] or "text"
+    folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    while folder.exists():
+        folder = folder.with_name(folder.name + "x")
+    return folder

@@ -1,0 +1,123 @@
+"""What the kernels should compute, in float64 and numpy: results, and their gradients by hand.
+
+Every function takes the gradient of its result last, and returns the result and the gradients of
+its inputs. Shapes are those of ``kernels``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Ids = npt.NDArray[Any]
+
+
+def attention(q: Array, k: Array, v: Array, causal: bool, grad: Array) -> list[Array]:
+    """softmax(q kᵀ / √D) v; causal queries are the last of the positions."""
+    (Tq, D), Tk = q.shape[2:], k.shape[2]
+    scores = q @ k.swapaxes(2, 3) / math.sqrt(D)  # (B, H, Tq, Tk)
+    if causal:
+        scores = np.where(np.tri(Tq, Tk, Tk - Tq, dtype=bool), scores, -np.inf)
+    weights = softmax(scores)
+    dv, dweights = weights.swapaxes(2, 3) @ grad, grad @ v.swapaxes(2, 3)
+    dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) / math.sqrt(D)
+    return [weights @ v, dscores @ k, dscores.swapaxes(2, 3) @ q, dv]
+
+
+def packed_attention(qkv: Array, n_head: int, grad: Array) -> list[Array]:
+    """Causal attention of queries, keys and values (B, T, 3C) side by side."""
+    B, T, width = qkv.shape
+    D = width // (3 * n_head)
+    q, k, v = qkv.reshape(B, T, 3, n_head, D).transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    by_head = grad.reshape(B, T, n_head, D).transpose(0, 2, 1, 3)
+    out, *gradients = attention(q, k, v, True, by_head)
+    dqkv = np.stack(gradients).transpose(1, 3, 0, 2, 4).reshape(B, T, width)
+    return [out.transpose(0, 2, 1, 3).reshape(B, T, width // 3), dqkv]
+
+
+def linear(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
+    """x Wᵀ + b"""
+    return [x @ weight.T + bias, grad @ weight, grad.T @ x, grad.sum(0)]
+
+
+def linear_gelu(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
+    """GELU of x Wᵀ + b, by GPT-2's formula."""
+    u = linear(x, weight, bias, grad)[0]
+    c = math.sqrt(2 / math.pi)
+    t = np.tanh(c * (u + 0.044715 * u**3))
+    slope = (1 + t) / 2 + u / 2 * (1 - t**2) * c * (1 + 3 * 0.044715 * u**2)
+    return [u * (1 + t) / 2, *linear(x, weight, bias, grad * slope)[1:]]
+
+
+def linear_residual(
+    x: Array, weight: Array, bias: Array, residual: Array, grad: Array
+) -> list[Array]:
+    """residual + x Wᵀ + b"""
+    y, *gradients = linear(x, weight, bias, grad)
+    return [residual + y, *gradients, grad]
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
+    """The last axis of x (N, C) with mean 0 and variance 1, scaled and shifted."""
+    rstd = 1 / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    normal = (x - x.mean(-1, keepdims=True)) * rstd
+    g = grad * weight
+    along = (g * normal).mean(-1, keepdims=True)
+    dx = rstd * (g - g.mean(-1, keepdims=True) - normal * along)
+    return [normal * weight + bias, dx, (grad * normal).sum(0), grad.sum(0)]
+
+
+def embedding(weight: Array, positions: Array, tokens: Ids, grad: Array) -> list[Array]:
+    """weight[tokens] + positions, tokens (B, T)"""
+    dweight = np.zeros_like(weight)
+    np.add.at(dweight, tokens, grad)
+    return [weight[tokens] + positions, dweight, grad.sum(0)]
+
+
+def loss(x: Array, weight: Array, targets: Ids, grad: Array) -> list[Array]:
+    """Mean of -log softmax(x Wᵀ)[target] over the targets that are not negative."""
+    logits = x @ weight.T
+    counted = np.flatnonzero(targets >= 0)
+    p = softmax(logits[counted])
+    at = np.arange(len(counted)), targets[counted]
+    mean = -np.log(p[at]).mean()
+    p[at] -= 1
+    dlogits = np.zeros_like(logits)
+    dlogits[counted] = p / len(counted) * grad
+    return [mean, dlogits @ weight, dlogits.T @ x]
+
+
+def adamw(
+    parts: list[tuple[Array, Array, Array, Array]],
+    step: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    clip: float,
+) -> list[Array]:
+    """Step number ``step`` for (parameter, gradient, m, v)s -> norm, then parameter, m, v of each.
+
+    The gradients are first clipped to the norm ``clip`` of all of them.
+    """
+    norm = np.sqrt(sum((g**2).sum() for _, g, _, _ in parts))
+    found = [norm]
+    for p, g, m, v in parts:
+        g = g * min(1.0, clip / (norm + 1e-6))
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        update = (m / (1 - beta1**step)) / (np.sqrt(v / (1 - beta2**step)) + eps)
+        found += [p * (1 - lr * decay) - lr * update, m, v]
+    return found
+
+
+def softmax(scores: Array) -> Array:
+    """Of the last axis."""
+    e: Array = np.exp(scores - scores.max(-1, keepdims=True))
+    e /= e.sum(-1, keepdims=True)
+    return e

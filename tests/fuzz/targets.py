@@ -1,0 +1,209 @@
+"""The loaders as functions of bytes. They return, or raise a Finding.
+
+Each writes the bytes to a file, reads it as a user would, and lets nothing but a TinyGPTError pass.
+What is read without an error has to keep a promise: a checkpoint holds what it claims, settings
+mean the same when they are written and read again, and so on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.fuzz.corpus import FILES
+from tests.fuzz.limits import Finding, limited
+from tests.fuzz.making import checkpoint, container, seal
+from tinygpt import checkpoint as checkpoints
+from tinygpt import lock
+from tinygpt.checkpoint.folder import run_of
+from tinygpt.cli.options import file_tables, resolve
+from tinygpt.corpus import open_corpus
+from tinygpt.data import load_tokens
+from tinygpt.errors import DataError, TinyGPTError, TokenizerError
+from tinygpt.metrics import read
+from tinygpt.plots import read_curves
+from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
+
+LONGEST_MESSAGE = 600
+"""Characters of an error, besides the path: none repeats much of a file."""
+
+
+def folder() -> Path:
+    """A folder for the files of this process, made when it is first needed."""
+    global _folder
+    if _folder is None:
+        _folder = Path(tempfile.mkdtemp(prefix="tinygpt-fuzz-"))
+        atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+    return _folder
+
+
+_folder: Path | None = None
+
+
+def _path(kind: str, data: bytes, suffix: str | None = None) -> Path:
+    path = folder() / FILES[kind]
+    path = path if suffix is None else path.with_suffix(suffix)
+    path.write_bytes(data)
+    return path
+
+
+@contextlib.contextmanager
+def _loading(data: bytes, what: str) -> Iterator[None]:
+    """Within the limits, and without any error but ours."""
+    with limited(len(data), what):
+        try:
+            yield
+        except TinyGPTError as error:
+            message = str(error).replace(str(_folder), "")
+            if len(message) > LONGEST_MESSAGE:
+                raise Finding(f"{what}: an error of {len(message)} characters") from error
+        except Exception as error:
+            raise Finding(f"{what}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def fuzz_checkpoint(data: bytes) -> None:
+    """A file as it is, whose hashes are mostly wrong."""
+    path = _path("checkpoint", data)
+    with _loading(data, "checkpoint"):
+        meta = checkpoints.read_meta(path)
+        if meta.model.num_params() > len(data):
+            raise Finding("checkpoint: it claims more parameters than it has bytes")
+        checkpoints.describe(path)
+        if meta.tokenizer is not None:
+            tokenizer_from_dict(meta.tokenizer)
+        checkpoints.verify(path)
+
+
+def fuzz_sealed(data: bytes) -> None:
+    """The same after the digest of its header has been put right."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) >= 8 + length:
+        data = container(seal(data[8 : 8 + length]), data[8 + length :])
+    fuzz_checkpoint(data)
+
+
+def fuzz_description(data: bytes) -> None:
+    """A checkpoint that is right in all but what it says of itself, which is ``data``."""
+    fuzz_checkpoint(checkpoint(description=data.decode("utf-8", "replace")))
+
+
+def fuzz_config(data: bytes) -> None:
+    path = _path("config", data)
+    texts = folder() / "texts"
+    texts.mkdir(exist_ok=True)
+    (texts / "a.txt").write_text("hello")
+    with _loading(data, "config"):
+        settings = resolve(file_tables(path))
+        settings.model_config(65)
+        again = folder() / "again.toml"
+        again.write_text(settings.to_toml(), encoding="utf-8")
+        if resolve(file_tables(again)).train != settings.train:
+            raise Finding("config: it changes when it is written and read")
+        open_corpus(texts, glob=settings.data.glob)
+
+
+def fuzz_tokenizer(data: bytes) -> None:
+    path = _path("tokenizer", data)
+    with _loading(data, "tokenizer"), _offline():
+        tokenizer = load_tokenizer(path)
+        for text in ("the cat", "  née\n"):
+            with contextlib.suppress(TokenizerError):
+                if tokenizer.decode(tokenizer.encode(text)) != text:
+                    raise Finding("tokenizer: a text does not come back")
+        if load_tokenizer(tokenizer.save(folder() / "again.json")) != tokenizer:
+            raise Finding("tokenizer: it changes when it is written and read")
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Names of published encodings are looked up on the network; not from here."""
+
+    def refuse(url: str, *rest: object) -> bytes:
+        raise TokenizerError("no network")
+
+    before = vocabulary._downloaded
+    vocabulary._downloaded = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        vocabulary._downloaded = before
+
+
+def fuzz_npy(data: bytes) -> None:
+    _load_tokens(_path("tokens", data), data)
+
+
+def fuzz_bin(data: bytes) -> None:
+    _load_tokens(_path("tokens", data, ".bin"), data)
+
+
+def _load_tokens(path: Path, data: bytes) -> None:
+    with _loading(data, "tokens"):
+        tokens = load_tokens(path, 50_000)
+        if tokens.ndim != 1 or tokens.nbytes > len(data):
+            raise Finding("tokens: more than the file holds")
+        if not 0 <= int(tokens.sum()) < 50_000 * len(tokens):
+            raise Finding("tokens: out of range")
+
+
+def fuzz_jsonl(data: bytes) -> None:
+    _read_text(_path("jsonl", data), data)
+
+
+def fuzz_text(data: bytes) -> None:
+    _read_text(_path("text", data), data)
+
+
+def _read_text(path: Path, data: bytes) -> None:
+    with _loading(data, "text"):
+        length = sum(len(piece.encode()) for piece in open_corpus(path).pieces())
+        if length > len(data) * 3:
+            raise Finding("text: more than the file holds")
+
+
+def fuzz_metrics(data: bytes) -> None:
+    path = _path("metrics", data)
+    with _loading(data, "metrics"):
+        with contextlib.suppress(DataError):
+            list(read(path))
+        curves = read_curves(path)
+        for _, y in curves.smooth_train + curves.lr:
+            if not abs(y) < 1e31:
+                raise Finding(f"metrics: {y} cannot be drawn")
+
+
+def fuzz_best(data: bytes) -> None:
+    """best.json, run.json and run.lock, which are passed over if they are damaged."""
+    _path("checkpoint", b"")
+    path = _path("best", data)
+    (path.parent / "run.json").write_bytes(data)
+    with _loading(data, "best"), path.open("rb") as file:
+        best, run = checkpoints.best_checkpoint(path.parent), run_of(path.parent)
+        holder = lock._read(file.fileno())
+        if holder is not None and (holder.pid < 1 or len(str(holder)) > LONGEST_MESSAGE):
+            raise Finding(f"best: {holder} cannot hold a lock")
+        if best is not None and best.parent != path.parent:
+            raise Finding(f"best: {best} is not in the folder")
+        if run is not None and not isinstance(run, str):
+            raise Finding("best: a run that is no text")
+    (path.parent / "run.json").unlink()
+
+
+TARGETS: dict[str, tuple[str, Callable[[bytes], None]]] = {
+    "checkpoint": ("checkpoint", fuzz_checkpoint),
+    "sealed": ("checkpoint", fuzz_sealed),
+    "description": ("checkpoint", fuzz_description),
+    "config": ("config", fuzz_config),
+    "tokenizer": ("tokenizer", fuzz_tokenizer),
+    "npy": ("tokens", fuzz_npy),
+    "bin": ("tokens", fuzz_bin),
+    "jsonl": ("jsonl", fuzz_jsonl),
+    "text": ("text", fuzz_text),
+    "metrics": ("metrics", fuzz_metrics),
+    "best": ("best", fuzz_best),
+}
+"""By name: the kind of files to begin with, and the function."""

@@ -1,0 +1,133 @@
+"""Lowered kernels: kept on disk, made by several processes, and the same as ever."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from tinygpt.programs import WORTH_A_FORK, Forks
+
+SCRIPT = """
+import sys
+from tinygrad import Tensor, codegen
+from tinygpt import kernels
+
+lowered, lower = [], codegen.do_to_program
+def counted(ast, renderer):
+    lowered.append(ast)
+    return lower(ast, renderer)
+codegen.do_to_program = counted
+
+x = Tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 9.0]])
+y = kernels.layer_norm(x, Tensor.ones(3).contiguous(), Tensor.zeros(3).contiguous())
+z = kernels.linear(y, x, activation="gelu").sum(1).tolist()
+print(len(lowered), z)
+"""
+
+
+def run(database, **environment):
+    """-> (kernels that this process lowered itself, what they computed)"""
+    ours = {**os.environ, "CACHEDB": str(database), "TINYGPT_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=ours, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, _, values = done.stdout.partition(" ")
+    return int(count), values
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A database that one process has filled, and what that process found."""
+    database = tmp_path_factory.mktemp("kernels") / "cache.db"
+    return database, *run(database)
+
+
+def test_a_second_process_lowers_nothing_and_computes_the_same(kept):
+    database, count, values = kept
+    assert count > 2
+    assert run(database) == (0, values)
+
+
+def test_other_settings_make_other_programs(kept):
+    database, count, values = kept
+    found, same = run(database, TRANSCENDENTAL="2")
+    assert found == count and same[:8] == values[:8]
+
+
+def test_without_a_cache_everything_is_lowered_anew(kept):
+    database, count, values = kept
+    assert run(database, CACHELEVEL="0") == (count, values)
+
+
+def test_a_damaged_entry_is_made_again(kept, tmp_path):
+    database, count, values = kept
+    damaged = tmp_path / "damaged.db"
+    with sqlite3.connect(database) as source, sqlite3.connect(damaged) as copy:
+        source.backup(copy)
+        names = "SELECT name FROM sqlite_master WHERE name LIKE 'tinygpt_programs%'"
+        (table,) = copy.execute(names).fetchone()
+        copy.execute(f"UPDATE '{table}' SET val = substr(val, 1, 100)")
+    assert run(damaged) == (count, values)
+    assert run(damaged) == (0, values)
+
+
+def test_several_processes_find_the_same(kept, tmp_path):
+    _, count, values = kept
+    found, same = run(tmp_path / "cache.db", TINYGPT_THREADS="2")
+    assert found <= count and same == values
+    assert run(tmp_path / "cache.db", TINYGPT_THREADS="2") == (0, values)
+
+
+# ---- the forks by themselves ----
+
+
+def tasks(count):
+    return [(i, None, {}) for i in range(count)]
+
+
+def whoami(task):
+    return task[0], os.getpid()
+
+
+def test_forks_share_the_work_out_and_are_gone_afterwards():
+    made = dict(Forks(3).imap_unordered(whoami, tasks(3 * WORTH_A_FORK + 1)))
+    assert sorted(made) == list(range(3 * WORTH_A_FORK + 1))
+    assert len(set(made.values())) == 3 and os.getpid() in made.values()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_little_work_is_not_shared_out():
+    made = dict(Forks(3).imap_unordered(whoami, tasks(2 * WORTH_A_FORK - 1)))
+    assert set(made.values()) == {os.getpid()}
+
+
+def test_what_a_child_fails_to_make_is_made_here():
+    here = os.getpid()
+
+    def make(task):
+        if os.getpid() != here:
+            raise MemoryError
+        return whoami(task)
+
+    made = dict(Forks(2).imap_unordered(make, tasks(2 * WORTH_A_FORK)))
+    assert len(made) == 2 * WORTH_A_FORK and set(made.values()) == {here}
+
+
+def test_an_error_of_the_work_itself_is_raised_and_children_are_stopped():
+    def make(task):
+        if task[0] == 0:
+            raise ValueError("cannot be lowered")
+        os.read(silent, 1)  # for ever
+        return whoami(task)
+
+    silent, held = os.pipe()
+    with pytest.raises(ValueError, match="cannot be lowered"):
+        list(Forks(2).imap_unordered(make, tasks(2 * WORTH_A_FORK)))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    os.close(silent)
+    os.close(held)
