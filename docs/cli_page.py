@@ -13,10 +13,12 @@ INTRODUCTION = """\
 # Command line
 
 Results go to stdout, everything else to stderr. The exit code is 0 for success, 1 for failure, 2
-for wrong use and 130 after Ctrl-C. `minimiggy` is another name of the same program.
+for wrong use, 129 after a closed terminal, 130 after Ctrl-C and 143 after SIGTERM. `minimiggy` is
+another name of the same program.
 
-Every command also takes `--threads N`, the number of cores to use (all of them by default), and
-`--debug`, which shows the traceback of an error.
+Every command also takes `--threads N`, the number of cores to use (all of them by default);
+`--strict`, which makes an error of the notice that a fast kernel cannot run here; and `--debug`,
+which shows the traceback of an error.
 """
 
 

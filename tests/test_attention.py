@@ -354,10 +354,15 @@ def test_any_larger_sizes_will_do_too(
 
 # --- the option of the config -------------------------------------------------
 
-SMALL = {"block_size": 8, "vocab_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+SMALL = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
 IDS = np.random.default_rng(0).integers(0, 16, (2, 8)).astype(np.int32)
 
 
+# tinygrad's optimiser, for all but our kernels, takes longer than running such a model.
+QUICKLY = Context(NOOPT=1)
+
+
+@QUICKLY
 def results(**options: Any) -> list[np.ndarray]:
     """Loss and gradients of training, then logits of a prompt and of decoding behind it."""
     model = Transformer(GPTConfig(**SMALL | options))
@@ -416,17 +421,17 @@ def test_a_config_from_before_the_option_is_auto() -> None:
         GPTConfig(**SMALL, attention="fast")  # type: ignore[arg-type]
 
 
+@QUICKLY
 def losses(steps: int, plainly: bool) -> list[float]:
     """Of training a tiny model, clipping and decay included."""
     rng = np.random.default_rng(0)
     tokens = np.cumsum(rng.integers(0, 3, 2000)) % 16  # something to learn
-    model = Transformer(GPTConfig(**SMALL | {"n_layer": 1}))
+    model = Transformer(GPTConfig(**SMALL))
     config = TrainConfig(
         batch_size=4, max_iters=steps, warmup_steps=5, learning_rate=3e-3, weight_decay=0.1
     )
     optimizer = make_optimizer(model.parameters(), config)
-    quickly = Context(NOOPT=1)  # tinygrad's optimiser takes longer than these few steps
-    with kernels.plain() if plainly else contextlib.nullcontext(), quickly:
+    with kernels.plain() if plainly else contextlib.nullcontext():
         return [s.train_loss for s in train_steps(model, optimizer, config, tokens)]
 
 

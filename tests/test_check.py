@@ -215,39 +215,41 @@ def test_an_unknown_kernel_is_refused_with_advice(capsys: pytest.CaptureFixture[
 # --- falling back ------------------------------------------------------------
 
 
-def qkv(device: str | tuple[str, ...] = "CPU") -> Tensor:
-    x = Tensor(np.random.default_rng(0).standard_normal((2, 8, 48), np.float32)).realize()
-    return x.shard(device, axis=0) if isinstance(device, tuple) else x
+def qkv() -> Tensor:
+    return Tensor(np.random.default_rng(0).standard_normal((2, 8, 48), np.float32)).realize()
 
 
 def test_a_fallback_is_told_once_for_each_kernel_and_reason(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = kernels.self_attention(qkv(), 2).numpy()
     assert told(caplog) == []
     for _ in range(2):
-        found = kernels.self_attention(qkv(TWO), 2).numpy()
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+        kernels.self_attention(qkv().cast(dtypes.fp8e4m3), 2)
     [message] = told(caplog)
-    assert "attention" in message and "several devices" in message
-    kernels.layer_norm(qkv(TWO), Tensor.ones(48).to(TWO), None)
-    assert len(told(caplog)) == 2 and "norm" in told(caplog)[1]
-    kernels.self_attention(qkv().cast(dtypes.fp8e4m3), 2)
-    assert len(told(caplog)) == 3 and "float8" in told(caplog)[2]
+    assert " for attention here: " in message and "float8" in message
+    monkeypatch.setattr(fallback, "_renderer_obstacle", lambda device: f"{device} is a toaster")
+    for _ in range(2):
+        found = kernels.self_attention(qkv(), 2).numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert len(told(caplog)) == 2 and "CPU is a toaster" in told(caplog)[1]
+    kernels.layer_norm(qkv(), Tensor.ones(48), None)
+    assert len(told(caplog)) == 3 and " for norm here: " in told(caplog)[2]
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """Every kernel, on tensors of two devices."""
-    x = Tensor.ones(4, 16).contiguous().shard(TWO, axis=0)
-    w, ids = Tensor.ones(8, 16).contiguous().to(TWO), Tensor([1, 2, 3, 4]).shard(TWO, axis=0)
+    """Every kernel, by its name in the log."""
+    x, w = Tensor.ones(4, 16).contiguous(), Tensor.ones(8, 16).contiguous()
+    ids = Tensor([1, 2, 3, 4])
     parts = [[x.clone()] for _ in range(4)]
-    scalars = [Tensor([0.5]).contiguous().to(TWO) for _ in range(3)]
+    scalars = [Tensor([0.5]).contiguous() for _ in range(3)]
     settings = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": [0.0]}
     return {
         "linear": lambda: kernels.linear(x, w),
         "norm": lambda: kernels.layer_norm(x, w[0], None),
         "embedding": lambda: kernels.embedding(ids.reshape(4, 1), w),
-        "attention": lambda: kernels.self_attention(qkv(TWO), 2),
+        "attention": lambda: kernels.self_attention(qkv(), 2),
+        "dropout": lambda: kernels.dropout(x, 0.5, Tensor([1, 2], dtype=dtypes.uint32)),
         "loss": lambda: kernels.loss(x, w, ids, gradient=True),
         "adamw": lambda: kernels.adamw_update(*parts, *scalars, **settings),
     }
@@ -255,7 +257,10 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("kernel", calls())
 def test_strict_makes_an_error_of_every_kernels_fallback(
-    kernel: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kernel: str,
+    nowhere: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     call = calls()[kernel]
     with kernels.plain():
@@ -264,7 +269,7 @@ def test_strict_makes_an_error_of_every_kernels_fallback(
     call()
     assert [f" for {kernel} here: " in message for message in told(caplog)] == [True]
     monkeypatch.setenv(fallback.STRICT, "1")
-    with pytest.raises(KernelError, match=f"for {kernel} here: .* several devices.*--strict"):
+    with pytest.raises(KernelError, match=f"for {kernel} here: CPU is a toaster.*--strict"):
         call()
     with kernels.plain():
         call()

@@ -98,6 +98,7 @@ def check_command(line: str) -> None:
     if "--threads" in words:  # every verb takes it, and none of their parsers knows
         at = words.index("--threads")
         assert int(words.pop(at + 1)) >= 0 and words.pop(at)
+    words = [word for word in words if word not in ("--strict", "--debug")]
     verb = next(word for word in words if not word.startswith("-"))
     assert verb in VERBS, f"{line}: there is no {verb!r}"
     parse = make_app(Path(program).name, verb).parse_args

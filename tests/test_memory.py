@@ -1,5 +1,6 @@
 """What a run takes of memory is foreseen before it starts, and does not grow while it goes on."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -179,7 +180,7 @@ def test_the_pace_is_that_of_a_product():
     assert 1e8 < rate < 1e15
     estimate = preflight.preflight(GPTConfig(), TrainConfig())
     seconds = preflight.seconds_per_step(estimate, 1e11)
-    assert seconds == pytest.approx(estimate.flops / 0.7e11 + 5 * preflight.LAUNCHING)
+    assert seconds == pytest.approx(estimate.flops / 0.9e11 + 5 * preflight.LAUNCHING)
 
 
 def test_free_memory_is_the_systems_within_the_containers_limit(monkeypatch):
@@ -196,10 +197,15 @@ def test_free_memory_is_the_systems_within_the_containers_limit(monkeypatch):
 
 
 def slope(found, start):
-    """Bytes that the process takes with each step after ``start``, and the device's sizes."""
+    """Bytes that the process takes with each step after ``start``, and the device's sizes.
+
+    The slope is the median of those between all pairs (Theil and Sen), which one jump, when the
+    allocator takes a bit more, does not move.
+    """
     late = np.array([row for row in found["after"] if row[0] >= start])
     assert len(late) > 8
-    return np.polyfit(late[:, 0], late[:, 1], 1)[0], set(late[:, 2])
+    pairs = itertools.combinations(late, 2)
+    return np.median([(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]), set(late[:, 2])
 
 
 def test_memory_is_flat_over_300_steps(tmp_path):

@@ -210,8 +210,7 @@ class TrainConfig(Config):
     grad_accum_steps: int = 1
     """Micro-batches whose gradients are averaged into one step."""
     skip_spikes: float | None = None
-    """Skip a step whose loss or gradient norm lies this many standard deviations above the mean of
-    the 128 steps before; 6 is a good value. If not set, only what is no number is skipped."""
+    """Skip a step whose loss or norm is so many deviations above 128 others; if not set, none."""
     max_skipped: int = 10
     """Stop when so many steps in a row had to be skipped."""
     seed: int = 1337

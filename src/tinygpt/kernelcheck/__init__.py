@@ -25,7 +25,7 @@ from tinygpt.kernels.linear import supported
 TOLERANCE = 2e-5
 """The largest error that passes, as a part of the largest number of a result, or of 1."""
 
-ROUNDS = 5
+ROUNDS = 3
 """Timings of each way, of which the median counts."""
 
 
@@ -95,7 +95,7 @@ def check_kernel(kernel: str, timed: bool = True) -> KernelReport:
     cases, typical = KERNELS[kernel]
     probe = Tensor([0.0])
     if falls_back(kernel, why := obstacle(probe)):
-        return KernelReport(kernel, Device.DEFAULT, (), None, f"not checked, {why}")
+        return KernelReport(kernel, Device.DEFAULT, (), None, f"not checked: {why}")
     note = ""
     if kernel == "linear" and not supported(probe):
         note = "on this device linear layers are tinygrad's own products: both ways are the same"
@@ -147,7 +147,7 @@ def _timer(way: Results, inputs: Sequence[Array]) -> Callable[[], float]:
         device.synchronize()
         return time.perf_counter() - start
 
-    for _ in range(3):  # eagerly, to capture it, and once to warm up
+    for _ in range(2):  # eagerly, and to capture it
         seconds()
     return seconds
 

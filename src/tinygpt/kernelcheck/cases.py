@@ -63,7 +63,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def attention_timed() -> Case:
-    return _packed("packed B4 H4 T256 D32", 4, 4, 256, 32)
+    return _packed("packed B2 H4 T256 D32", 2, 4, 256, 32)
 
 
 def _attention(shape: str, B: int, H: int, Tq: int, Tk: int, D: int, causal: bool) -> Case:

@@ -93,7 +93,7 @@ def self_attention(
 
     Weights are dropped with the probability ``dropout``; ``key`` (2,) uint32 chooses which.
     """
-    if takes_flash(method, qkv):
+    if takes_flash(method, obstacle(qkv, axes=() if dropout else (0,))):
         return fast_packed_attention(qkv, n_head, dropout, key)
     return reference.packed_attention(qkv, n_head, dropout, key)
 
@@ -110,18 +110,21 @@ def cached_attention(
     keys and values (B, H, block_size, D) are a cache. A single query is the step of decoding:
     ``length`` may then be a bound variable.
     """
-    flash = takes_flash(method, q, keys, values)
-    if flash and q.shape[2] == 1:
+    decoding = q.shape[2] == 1
+    flash = takes_flash(method, obstacle(q, keys, values, axes=() if decoding else (0, 1)))
+    if flash and decoding:
         return decode_attention(q, keys, values, length)
     k, v = keys[:, :, :length], values[:, :, :length]
     return (flash_attention if flash else reference.attention)(q, k, v, is_causal=True)
 
 
-def takes_flash(method: AttentionMethod, *inputs: Tensor) -> bool:
-    """Whether the flash kernels run attention of these; KernelError if they must and cannot."""
+def takes_flash(method: AttentionMethod, why: str | None) -> bool:
+    """Whether flash attention runs, which it cannot if there is a reason ``why`` not.
+
+    Raises KernelError if it must and cannot.
+    """
     if _only_twins or method == "plain":
         return False
-    why = obstacle(*inputs)
     if why and method == "flash":
         raise KernelError(
             f"attention='flash' was asked for, and flash attention cannot run here: {why}. "

@@ -17,6 +17,8 @@ from tinygrad.uop.ops import UOp
 from tinygpt.multicore.pool import MAX_ARGS, Pool, command, command_list
 from tinygpt.runtime import cores
 
+COMPILERS = ("", "CLANG", "LLVM")
+"""Those of tinygrad's renderers for the CPU whose kernels follow C's calling convention."""
 UNSPLIT = 0xFFFF  # the slot of a kernel that takes no number of a piece
 
 
@@ -97,7 +99,7 @@ class PoolGraph(GraphRunner):
         info = new_call.src[0].arg
         return (
             len(info.globals) + len(info.vars) <= MAX_ARGS
-            and info.target.renderer != "LVP"
+            and info.target.renderer in COMPILERS
             and all(isinstance(device, CPUDevice) for device in batch_devs)
         )
 
@@ -109,7 +111,8 @@ class PoolProgram(CPUProgram):
         super().__init__(device, obj)
         self.pool = pool
         names = [name for name, *_ in obj.signature]
-        self.core = names.index("core_id") if "core_id" in names and not self.lvp else None
+        callable_from_c = obj.target.renderer in COMPILERS
+        self.core = names.index("core_id") if "core_id" in names and callable_from_c else None
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ from pathlib import Path
 from tinygpt.errors import DeviceError
 from tinygpt.runtime import device, folders, machine
 
-NOT_FOR_USERS = ("test", "oracle", "docs")
+NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
 """Extras for those who work on tinygpt itself."""
 
 
