@@ -9,16 +9,15 @@ alone and go to the device along with the batch, so the device can decide for it
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinygpt.config import TrainConfig
 from tinygpt.errors import CheckpointError
 
 WINDOW = 128
-"""Steps that a spike is judged by; half of them must have been taken before any is."""
+"""Steps that a spike is judged by; half as many must have been before any is."""
 LEAST_DEVIATION = 0.01
 """Share of the mean that the deviation is taken to be at least, where steps hardly differ."""
 
@@ -52,21 +51,24 @@ class Guard:
         losses, norms = zip(*self._seen, strict=True)
         return self._limit(losses), self._limit(norms)
 
-    def _limit(self, values: Iterable[float]) -> float:
+    def _limit(self, values: Sequence[float]) -> float:
         assert self.spikes is not None
-        values = list(values)
-        mean = statistics.fmean(values)
-        deviation = max(statistics.pstdev(values), LEAST_DEVIATION * abs(mean))
-        return mean + self.spikes * deviation
+        mean = math.fsum(values) / len(values)
+        variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
+        return mean + self.spikes * max(math.sqrt(variance), LEAST_DEVIATION * abs(mean))
 
     def see(self, loss: float, norm: float, taken: bool) -> None:
-        """Take note of a step. What was skipped has no say in what is a spike."""
-        if not taken:
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            return
-        self.in_a_row = 0
-        if self.spikes is not None:
-            self._seen.append((loss, norm))
+        """Take note of a step.
+
+        A spike counts no more than its limit among the steps that later ones are judged by: it
+        does not open the door to others, yet a level that changes slowly is followed. What is no
+        number does not count at all.
+        """
+        self.skipped += not taken
+        self.in_a_row = 0 if taken else self.in_a_row + 1
+        if self.spikes is not None and math.isfinite(loss) and math.isfinite(norm):
+            most_loss, most_norm = self.limits()
+            self._seen.append((min(loss, most_loss), min(norm, most_norm)))
 
     @property
     def exhausted(self) -> bool:

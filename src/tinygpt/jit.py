@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from tinygrad import Tensor, TinyJit
+from tinygrad.helpers import Context
 
 from tinygpt.kernels.phases import all_gradients_taken
 
 
-def jit(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def jit(function: Callable[..., Tensor], short: bool = False) -> Callable[..., Tensor]:
     """``function``, captured when it is first called, and replayed from then on.
 
     TinyJit itself calls a function once before, for the sake of those that make their state when
     they are first called. Ours are handed all they need, realized. For them that call would only
     lower and plan everything twice, and keep the memory of a step that nobody planned: 3 GB for
     GPT-2. The result is the same Tensor at each call, with new values.
+
+    A ``short`` function is replayed in one piece; of others tinygrad makes batches of kernels,
+    between which Python can look for signals.
     """
 
-    def traced(*given: Any, **named: Any) -> Tensor:
+    def traced(*given: Any) -> Tensor:
         with all_gradients_taken():
-            return function(*given, **named)
+            return function(*given)
 
     jitted: Any = TinyJit(traced)
     jitted.cnt = 1  # calls so far; the second one is captured
-    captured: Callable[..., Tensor] = jitted
-    return captured
+    if not short:
+        captured: Callable[..., Tensor] = jitted
+        return captured
+
+    def call(*args: Any) -> Tensor:
+        with Context(JIT_BATCH_SIZE=0) if jitted.captured is None else nullcontext():
+            result: Tensor = jitted(*args)
+        return result
+
+    return call

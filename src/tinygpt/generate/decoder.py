@@ -144,7 +144,7 @@ class _Forward:
     def __init__(self, compute: Compute, size: int, length: int, position: UOp) -> None:
         ids = zeros((size, length), dtypes.int32)
         self._ids, self._position = ids, cache(position.bind)
-        self._logits = jit(lambda position: compute(ids, position))
+        self._logits = jit(lambda position: compute(ids, position), short=True)
 
     def __call__(self, ids: Ids, position: int) -> Logits:
         write(self._ids, ids)
