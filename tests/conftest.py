@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,13 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 
 hypothesis.settings.register_profile("tinygpt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tinygpt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def foreground() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and so would its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
