@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -24,6 +25,10 @@ def memory() -> int:
 
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes; 0 where the system does not tell."""
+    if sys.platform == "linux":  # where getrusage counts what the process was forked from as well
+        with suppress(OSError, ValueError, IndexError):
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows
