@@ -14,7 +14,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
 from tinygpt.kernels.reference import clip_factor, global_norm, verdict
-from tinygpt.transfer import zeros
+from tinygpt.transfer import zeros_like
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -54,8 +54,8 @@ class AdamW(Optimizer):
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
         self.lr = _scalar(lr, self.device)
         self.b1_t, self.b2_t = _scalar(1.0, self.device), _scalar(1.0, self.device)
-        self.m = [_zeros_like(p) for p in self.params]
-        self.v = [_zeros_like(p) for p in self.params]
+        self.m = [zeros_like(p, dtypes.float32) for p in self.params]
+        self.v = [zeros_like(p, dtypes.float32) for p in self.params]
 
     def update(
         self,
@@ -176,7 +176,3 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> d
 
 def _scalar(value: float, device: str | tuple[str, ...]) -> Tensor:
     return Tensor([value], dtype=dtypes.float32, device=device).contiguous().realize()
-
-
-def _zeros_like(p: Tensor) -> Tensor:
-    return zeros([int(n) for n in p.shape], dtypes.float32, p.device)

@@ -26,7 +26,7 @@ from tinygpt.guard import NO_LIMITS, Guard, Limits, why_skipped
 from tinygpt.jit import jit
 from tinygpt.model import Noise, Transformer
 from tinygpt.optim import AdamW, learning_rate, realize_state, stock_update
-from tinygpt.transfer import read, write, zeros
+from tinygpt.transfer import read, write, zeros, zeros_like
 
 Tokens = npt.NDArray[np.integer]
 
@@ -121,7 +121,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return step
 
     loss_sum = zeros((1,), dtypes.float32)
-    sums = [zeros([int(n) for n in p.shape], p.dtype, p.device) for p in params]
+    sums = [zeros_like(p) for p in params]
 
     @jit
     def accumulate() -> Tensor:

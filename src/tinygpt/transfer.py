@@ -27,6 +27,11 @@ def zeros(
     return write(Tensor.empty(*shape, dtype=dtype, device=device), np.zeros(shape))
 
 
+def zeros_like(tensor: Tensor, dtype: DType | None = None) -> Tensor:
+    """Realized zeros in the shape of a Tensor, where that one is."""
+    return zeros([int(n) for n in tensor.shape], dtype or tensor.dtype, tensor.device)
+
+
 def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
     """Copy values of the same shape into a Tensor with a buffer on one device, in place."""
     buffer = _buffer(tensor).ensure_allocated()

@@ -178,10 +178,9 @@ class Saver:
 
     def _run(self) -> str:
         """The number of the folder's run, which is drawn with its first checkpoint."""
-        run = run_of(self.folder) or _run_of_newest(self.folder)
+        run = run_of(self.folder)
         if run is None:
-            run = secrets.token_hex(8)
-        if run_of(self.folder) is None:
+            run = _run_of_newest(self.folder) or secrets.token_hex(8)
             mark_run(self.folder, run)
         return run
 
