@@ -41,6 +41,10 @@ class ChangedRunError(CheckpointError):
         self.reason, self.fields = reason, fields
 
 
+class InteropError(TinyGPTError, ValueError):
+    """A model or file of another tool that cannot be taken over, or one of ours handed on."""
+
+
 class TrainingError(TinyGPTError, RuntimeError):
     """Training that cannot go on, such as a loss that is no longer a number."""
 

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tinygpt.runtime.device import COMPILER_CURE, compiler, prepare, require_device
+from tinygpt.runtime.device import (
+    COMPILER_CURE,
+    bundled_zig,
+    compiler,
+    prepare,
+    require_device,
+)
 from tinygpt.runtime.folders import cache_dir
 from tinygpt.runtime.machine import (
     available_memory,
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPILER_CURE",
     "available_memory",
+    "bundled_zig",
     "cache_dir",
     "compiler",
     "cores",

@@ -1,0 +1,75 @@
+"""``tinygpt export hf``: a folder that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygpt.cli.console import say, show_json
+from tinygpt.cli.models import load_model
+from tinygpt.cli.options import Switch, file_tables
+
+if TYPE_CHECKING:
+    from tinygpt.api import GPT
+    from tinygpt.tokenizers import Tokenizer
+
+
+def export_hf(
+    run: Path,
+    /,
+    *,
+    out: Path,
+    tokenizer: str | None = None,
+    json: Switch = False,
+) -> None:
+    """Write a model as a folder that transformers loads, and prove that it computes the same.
+
+    The folder is read back, by transformers where it is installed, and its logits are compared with
+    ours. It appears whole or not at all.
+
+    Parameters
+    ----------
+    run
+        Run folder, of which the best checkpoint is taken, or a checkpoint.
+    out
+        Folder to write, which must not exist.
+    tokenizer
+        gpt2, byte or a saved tokenizer, for a checkpoint that holds none; none writes none.
+    json
+        Print a summary as JSON.
+    """
+    from dataclasses import asdict
+
+    from tinygpt.checkpoint import read_meta
+    from tinygpt.interop.folders import check_free
+    from tinygpt.interop.hf_export import export
+    from tinygpt.runs import choose_checkpoint
+
+    check_free(out)
+    chosen = choose_checkpoint(run)
+    model, vocabulary = _load(chosen, tokenizer)
+    proved = export(model, vocabulary, out, read_meta(chosen), _text_of(chosen.parent))
+    if not model.config.bias:
+        say("the model has no biases: they are written as zeros")
+    say(f"{proved} (of {proved.tokens} tokens)")
+    say(f"wrote {out}: {model.num_params():,} parameters")
+    if json:
+        found = {"folder": str(out), "checkpoint": str(chosen), "parameters": model.num_params()}
+        show_json(found | {"parity": asdict(proved)})
+
+
+def _load(path: Path, tokenizer: str | None) -> tuple[GPT, Tokenizer | None]:
+    if tokenizer != "none":
+        return load_model(path, tokenizer)
+    from tinygpt import runtime
+    from tinygpt.api import load
+
+    runtime.require_device()
+    return load(path)[0], None
+
+
+def _text_of(folder: Path) -> str | None:
+    """The name of the text that a run learned from, without the place where it lies."""
+    settings = folder / "config.toml"
+    source = file_tables(settings).get("data", {}).get("source") if settings.is_file() else None
+    return None if source is None else Path(source).name

@@ -1,0 +1,83 @@
+"""``tinygpt export web``: a model as one web page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from tinygpt.cli.console import say
+from tinygpt.cli.models import load_model
+from tinygpt.errors import UsageError
+
+
+def export_web(
+    run: Path,
+    /,
+    *,
+    out: Path,
+    weights: Literal["float16", "float32", "int8"] = "float16",
+    title: str | None = None,
+    description: str | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Write one web page that runs the model in the visitor's browser.
+
+    It opens from disk or any host of files, needs no server and makes no request.
+
+    Parameters
+    ----------
+    run
+        Run folder, of which the best checkpoint is taken, or a checkpoint.
+    out
+        File to write, such as page.html.
+    weights
+        How the weights are carried: float16 in half the size, int8 in a quarter, or float32.
+    title
+        Title of the page. [default: the name of the run]
+    description
+        A sentence or two below the title. [default: what it was trained on]
+    tokenizer
+        gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    """
+    _check_target(out)
+    began = time.perf_counter()
+    model, own = load_model(run, tokenizer)
+
+    from tinygpt.interop import web
+    from tinygpt.interop.web.card import card
+    from tinygpt.runs import choose_checkpoint
+
+    told = card(choose_checkpoint(run))
+    if description is None:
+        text = f" on {told['data']}" if "data" in told else ""
+        description = f"A GPT of {told['parameters']:,} parameters, trained{text} with TinyGPT."
+    name = run.name if run.is_dir() else run.absolute().parent.name
+    made = web.export_web(
+        model,
+        own,
+        out,
+        kind=weights,
+        title=title or name or "TinyGPT",
+        description=description,
+        card=told,
+    )
+    seconds = time.perf_counter() - began
+    say(
+        f"checked: logits within {made.difference:.1e} of the model's (weights as {weights}), and "
+        f"the same text"
+    )
+    say(
+        f"wrote {made.path}, {_size(made.size)} ({_size(made.weights)} of weights, "
+        f"{_size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
+    )
+
+
+def _check_target(out: Path) -> None:
+    """UsageError for a target that cannot be, before the work begins."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder. Give the file to write: {out / 'page.html'}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.0f} KB"

@@ -1,0 +1,111 @@
+"""A trained model as one web page that needs no server and makes no request.
+
+``capture`` makes C of the kernels, ``wasm`` compiles it, ``weights`` rounds and cuts the weights,
+``vocabulary`` describes the tokenizer, ``page`` puts them into one file with the scripts in the
+folder ``page``, and ``parity`` sees to it that what is in there computes the same as the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinygpt.errors import InteropError, UsageError
+from tinygpt.files import replacing
+from tinygpt.interop.web import page, vocabulary, weights
+from tinygpt.interop.web.capture import capture
+from tinygpt.interop.web.wasm import compile_wasm
+from tinygpt.interop.web.weights import KINDS, Kind
+from tinygpt.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from tinygpt.model import Transformer
+
+__all__ = ["KINDS", "Exported", "Kind", "export_web"]
+
+LARGEST = 1 << 29
+"""Bytes of a page: what browsers still open. GPT-2 124M takes 333 MB as float16."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    size: int
+    """Bytes of the file."""
+    weights: int
+    """Bytes of the weights in it, before base64."""
+    module: int
+    difference: float
+    """The largest difference of a logit from the model's, with the weights rounded alike."""
+
+
+def export_web(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    kind: Kind = "float16",
+    title: str = "TinyGPT",
+    description: str = "",
+    card: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a page that runs ``model``; the same model and texts give the same bytes.
+
+    ``card`` holds what the page tells about the model, as JSON values. The model's weights are
+    rounded to ``kind`` in place, as the page has them. Raises UsageError if the page would be too
+    large, or a weight or the tokenizer does not fit in; InteropError if what was compiled does not
+    compute what the model does. No file is left then.
+    """
+    from tinygpt.interop.web.parity import check
+    from tinygpt.transfer import read, write
+
+    described = vocabulary.describe(tokenizer)
+    _check_size(model, kind)
+    parameters = model.parameters()
+    arrays = {name: read(p) for name, p in parameters.items()}
+    weights.check(arrays, kind)
+    source = capture(model.config)
+    module = compile_wasm(source.text)
+    places = {name: at for name, at, _ in source.weights}
+    chunks = list(weights.chunks(arrays, places, kind))
+    for name, values in arrays.items():
+        write(parameters[name], weights.rounded(values, kind))
+    difference = check(model, module, chunks)
+    about = {
+        "title": title,
+        "description": description,
+        "config": model.config.to_dict(),
+        "weights": kind,
+        "chunks": len(chunks),
+        "tokenizer": described,
+        "card": dict(card or {}),
+        "parity": float(f"{difference:.3g}"),
+    }
+    try:
+        with replacing(path) as file:
+            for piece in page.render(
+                title=title, description=description, about=about, module=module, chunks=chunks
+            ):
+                file.write(piece)
+    except OSError as error:
+        raise InteropError(
+            f"{path} could not be written: {error.strerror}. Nothing was left there."
+        ) from error
+    carried = sum(len(chunk.data) for chunk in chunks)
+    return Exported(path, path.stat().st_size, carried, len(module), difference)
+
+
+def _check_size(model: Transformer, kind: Kind) -> None:
+    width = {"float32": 4, "float16": 2, "int8": 1}[kind]
+    size = model.num_params() * width * 4 // 3
+    if size > LARGEST:
+        smaller = [k for k, w in (("float16", 2), ("int8", 1)) if w < width]
+        advice = f" Try --weights {smaller[-1]}." if smaller else " Export it to another format."
+        raise UsageError(
+            f"As {kind} this model's page would have {size / 1e6:,.0f} MB, and browsers open "
+            f"{LARGEST / 1e6:,.0f} MB at most.{advice}"
+        )

@@ -1,0 +1,66 @@
+"""What a page tells of how its model came about."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinygpt import checkpoint, metrics
+from tinygpt.untrusted import read_bounded
+
+POINTS = 200
+"""Points of a curve: as many as a small picture can show."""
+MAX_CONFIG_BYTES = 1 << 16
+
+
+def card(path: Path) -> dict[str, Any]:
+    """Figures and loss curves of the checkpoint at ``path`` and the run that it lies in.
+
+    Of the text only its name is told, not where it lay.
+    """
+    meta = checkpoint.read_meta(path)
+    told: dict[str, Any] = {
+        "steps": meta.iter_num,
+        "parameters": meta.model.num_params(),
+        "data": _name_of_text(path.parent / "config.toml"),
+        "val_loss": meta.progress.get("best_val_loss"),
+        "train_loss": meta.progress.get("train_loss"),
+        "seconds": meta.progress.get("elapsed"),
+    }
+    known = {name: value for name, value in told.items() if value is not None}
+    return known | _curves(path.parent / "metrics.jsonl", meta.iter_num)
+
+
+def _name_of_text(config: Path) -> str | None:
+    try:
+        source = tomllib.loads(read_bounded(config, MAX_CONFIG_BYTES).decode())["data"]["source"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return Path(source).name if isinstance(source, str) else None
+
+
+def _curves(path: Path, last: int) -> dict[str, Any]:
+    """The losses up to step ``last``, as [step, loss]; means of equal stretches of training."""
+    train: list[tuple[int, float]] = []
+    val: list[tuple[int, float]] = []
+    if not path.is_file():
+        return {}
+    for row in metrics.read(path):
+        step = row.get("iter")
+        if type(step) is not int or step > last:
+            continue
+        for points, name in ((train, "train_loss"), (val, "val_loss")):
+            value = row.get(name)
+            if isinstance(value, float):
+                points.append((step, value))
+    curves = {"train": _thinned(train), "val": _thinned(val)}
+    return {"curves": curves} if len(train) > 1 else {}
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
+    stretch = max(1, -(-len(points) // POINTS))
+    parts = [points[i : i + stretch] for i in range(0, len(points), stretch)]
+    means = [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
+    return [[step, round(loss, 4)] for step, loss in means]

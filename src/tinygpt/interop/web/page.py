@@ -1,0 +1,95 @@
+"""One HTML file out of a module, weights, a vocabulary, and the page's own scripts and style.
+
+What the browser may do is written in the file: nothing but the scripts in it, each known by its
+hash, and no request at all. Weights come last, in chunks, so that the page shows itself, and how
+much of it there is, while a large one is still being read. All that a run says of itself, its name
+included, is text in JSON, which the scripts show as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+from tinygpt.interop.web.weights import Chunk
+
+WORKER = ("model.mjs", "sampling.mjs", "tokenizer.mjs", "worker.mjs")
+UI = ("curve.mjs", "ui.mjs")
+"""The scripts of each side, in the order in which they need one another."""
+
+
+def render(
+    *,
+    title: str,
+    description: str,
+    about: Mapping[str, Any],
+    module: bytes,
+    chunks: Iterable[Chunk],
+) -> Iterator[bytes]:
+    """The file, piece by piece. ``about`` is what the scripts know of the model, as JSON values."""
+    worker, ui, style = _scripts(WORKER), _scripts(UI), _asset("style.css")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {_hash(ui)} 'wasm-unsafe-eval'",
+            f"style-src {_hash(style)}",
+            "worker-src blob:",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    parts = {
+        "policy": policy,
+        "title": html.escape(title),
+        "description": html.escape(description),
+        "style": style,
+        "about": _json(about),
+        "module": _base64(module),
+        "worker": _json(worker),
+        "ui": ui,
+    }
+    head, tail = _asset("template.html").split("{{weights}}")
+    yield _fill(head, parts)
+    for chunk in chunks:
+        yield (
+            f'<script type="text/plain" class="weights" data-kind="{chunk.kind}" '
+            f'data-at="{chunk.at}" data-columns="{chunk.columns}">{_base64(chunk.data)}</script>\n'
+        ).encode()
+    yield _fill(tail, parts)
+
+
+def _fill(template: str, parts: Mapping[str, str]) -> bytes:
+    """In one pass, so that nothing that is filled in is taken for a name."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template).encode()
+
+
+def _scripts(names: Iterable[str]) -> str:
+    """Modules as one script: they know each other without being imported."""
+    text = "\n".join(_asset(name) for name in names)
+    text = re.sub(r"^import .*?;\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"^export ", "", text, flags=re.MULTILINE)
+
+
+def _asset(name: str) -> str:
+    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")
+
+
+def _json(value: object) -> str:
+    """JSON that an element of HTML can hold, whatever is in it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return text.replace("<", "\\u003c")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{_base64(hashlib.sha256(text.encode()).digest())}'"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

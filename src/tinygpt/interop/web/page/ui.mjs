@@ -1,0 +1,276 @@
+// What is seen and pressed. The model is in a worker; this side shows what it says. Every text, be
+// it the model's, the run's or the visitor's, is put in as text, never as HTML.
+
+import { LABELS, drawCurves } from './curve.mjs';
+
+const find = (id) => document.getElementById(id);
+const about = JSON.parse(find('about').textContent);
+const text = find('text');
+const SHARED = ['count', 'temperature', 'topK', 'topP', 'seed'];
+
+// Loading ------------------------------------------------------------------------------------------
+
+const worker = new Worker(
+  URL.createObjectURL(new Blob([JSON.parse(find('worker').textContent)], { type: 'text/javascript' })),
+);
+const module = bytesOf(find('module').textContent);
+worker.postMessage({ type: 'start', module, config: about.config, tokenizer: about.tokenizer });
+
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const characters = atob(base64);
+  const bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
+}
+
+// Weights arrive as elements while the file is read; each goes to the worker and is forgotten.
+let loaded = 0;
+function take(element) {
+  const { kind, at, columns } = element.dataset;
+  const bytes = bytesOf(element.textContent);
+  const chunk = { kind, at: Number(at), columns: Number(columns) };
+  worker.postMessage({ type: 'weights', chunk, bytes }, [bytes.buffer]);
+  element.remove();
+  find('progress').value = ++loaded / about.chunks;
+  if (loaded === about.chunks) worker.postMessage({ type: 'loaded' });
+}
+
+// An element may be seen before all of its text is there; it is whole once another one follows it.
+const takeWhole = () => {
+  for (const element of document.querySelectorAll('script.weights')) {
+    if (element.nextElementSibling || document.readyState !== 'loading') take(element);
+  }
+};
+const watching = new MutationObserver(takeWhole);
+watching.observe(document.body, { childList: true });
+document.addEventListener('DOMContentLoaded', () => {
+  watching.disconnect();
+  takeWhole();
+  if (loaded !== about.chunks) fail('This file is not whole: weights are missing at its end.');
+});
+
+// Writing ------------------------------------------------------------------------------------------
+
+const past = []; // texts to go back to
+let writing = false;
+
+function options() {
+  const given = {};
+  for (const name of SHARED) {
+    const field = find(name);
+    const value = Number(field.value);
+    if (field.value === '' || !Number.isFinite(value) || !field.checkValidity()) {
+      find('settings').open = true;
+      field.focus();
+      throw new Error(`${field.labels[0].textContent}: wanted a number from ${field.min} to ${field.max}.`);
+    }
+    given[name] = value;
+  }
+  return given;
+}
+
+function write(message = { type: 'generate', text: text.value }) {
+  if (writing || find('go').disabled) return;
+  if (find('fresh').checked) find('seed').value = crypto.getRandomValues(new Uint32Array(1))[0];
+  try {
+    worker.postMessage({ ...message, options: options() });
+  } catch (error) {
+    return fail(error.message);
+  }
+  fail('');
+  past.push(text.value);
+  setWriting(true);
+  find('status').textContent = 'writing';
+}
+
+function setWriting(now) {
+  writing = now;
+  text.readOnly = now;
+  text.setAttribute('aria-busy', now);
+  find('go').disabled = now;
+  find('stop').disabled = !now;
+  find('undo').disabled = now || !past.length;
+  find('share').disabled = now;
+}
+
+function fail(message) {
+  find('error').textContent = message;
+  find('error').hidden = !message;
+}
+
+const heard = {
+  ready() {
+    find('loading').hidden = true;
+    setWriting(false);
+    document.documentElement.dataset.ready = Math.round(performance.now());
+    if (readLink()) write();
+  },
+  branched({ text: whole }) {
+    text.value = whole;
+  },
+  written({ drop, text: added }) {
+    document.documentElement.dataset.first ??= Math.round(performance.now());
+    const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+    text.value = text.value.slice(0, text.value.length - drop) + added;
+    if (atEnd) text.scrollTop = text.scrollHeight;
+  },
+  done({ count, seconds, error }) {
+    if (writing && error) past.pop();
+    setWriting(false);
+    fail(error ?? '');
+    const pace = count > 1 ? `, ${Math.round(count / seconds).toLocaleString('en')} per second` : '';
+    find('status').textContent = error ? '' : `${count.toLocaleString('en')} tokens${pace}`;
+    document.documentElement.dataset.pace = count / seconds;
+    if (find('look').open) askForTokens();
+  },
+  tokens: ({ tokens }) => showTokens(tokens),
+  candidates: (message) => showCandidates(message),
+};
+worker.onmessage = ({ data }) => heard[data.type](data);
+worker.onerror = (event) => fail(`The model could not be started: ${event.message ?? 'no worker'}.`);
+
+find('go').onclick = () => write();
+find('stop').onclick = () => worker.postMessage({ type: 'stop' });
+find('undo').onclick = () => {
+  text.value = past.pop();
+  find('undo').disabled = !past.length;
+  find('status').textContent = 'undone';
+  if (find('look').open) askForTokens();
+};
+document.addEventListener('keydown', (event) => {
+  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) write();
+  if (event.key === 'Escape' && writing) worker.postMessage({ type: 'stop' });
+});
+
+// Links --------------------------------------------------------------------------------------------
+
+find('share').onclick = async () => {
+  const values = SHARED.map((name) => [name, find(name).value]);
+  const prompt = past.length ? past.at(-1) : text.value;
+  const link = new URL(location.href);
+  link.hash = new URLSearchParams([['prompt', prompt], ...values]).toString();
+  history.replaceState(null, '', link);
+  try {
+    await navigator.clipboard.writeText(link.href);
+    find('status').textContent = 'link copied';
+  } catch {
+    find('status').textContent = 'the link is in the address bar';
+  }
+};
+
+// A link carries a prompt, a seed and the settings, behind the # that no server ever sees.
+function readLink() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  if (!given.has('prompt')) return false;
+  text.value = given.get('prompt');
+  for (const name of SHARED) {
+    if (given.has(name) && given.get(name).trim() !== '' && Number.isFinite(Number(given.get(name)))) {
+      find(name).value = given.get(name);
+    }
+  }
+  find('fresh').checked = false;
+  return true;
+}
+
+// Tokens and their alternatives --------------------------------------------------------------------
+
+const SHOWN = 500; // tokens, the last ones
+
+function askForTokens() {
+  find('candidates').replaceChildren();
+  worker.postMessage({ type: 'tokens', text: text.value });
+}
+
+find('look').ontoggle = () => {
+  if (find('look').open && !writing && !find('go').disabled) askForTokens();
+};
+text.oninput = () => {
+  if (find('look').open) askForTokens();
+};
+
+function showTokens(tokens) {
+  const shownFrom = Math.max(0, tokens.length - SHOWN);
+  const buttons = tokens.slice(shownFrom).map((token, i) => {
+    const button = element('button', visible(token));
+    button.type = 'button';
+    button.setAttribute('aria-pressed', 'false');
+    button.disabled = shownFrom + i === 0; // nothing stands before the first one
+    button.onclick = () => {
+      for (const other of buttons) other.setAttribute('aria-pressed', String(other === button));
+      worker.postMessage({ type: 'candidates', index: shownFrom + i });
+    };
+    return button;
+  });
+  find('tokens').replaceChildren(...buttons);
+}
+
+function showCandidates({ index, chosen, list }) {
+  const table = element('table');
+  table.append(element('caption', 'What the model held likely here. Choose one to go on from it.'));
+  for (const { id, p, text: token } of list) {
+    const row = table.insertRow();
+    const head = element('th');
+    head.scope = 'row';
+    const button = element('button', visible(token));
+    button.type = 'button';
+    button.onclick = () => write({ type: 'branch', index, id });
+    if (id === chosen) button.append(element('span', ' (here)'));
+    head.append(button);
+    row.append(head);
+    const meter = element('meter');
+    meter.value = p;
+    meter.setAttribute('aria-label', `${(100 * p).toFixed(1)} percent`);
+    const bar = row.insertCell();
+    bar.className = 'bar-cell';
+    bar.append(meter);
+    const number = row.insertCell();
+    number.className = 'number';
+    number.textContent = `${(100 * p).toFixed(1)} %`;
+  }
+  find('candidates').replaceChildren(table);
+}
+
+// Spaces and controls as signs, so that there is something to see.
+function visible(token) {
+  const signs = { ' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍' };
+  return token.replace(/^\s+|\s+$|[\n\t\r]/g, (spaces) => Array.from(spaces, (c) => signs[c] ?? c).join(''));
+}
+
+function element(name, content = '') {
+  const made = document.createElement(name);
+  made.textContent = content;
+  return made;
+}
+
+// About --------------------------------------------------------------------------------------------
+
+function showCard({ card, config, weights, parity }) {
+  const number = (n) => n.toLocaleString('en', { maximumFractionDigits: 4 });
+  const shape = `${config.n_layer} layers, ${config.n_head} heads, ${config.n_embd} wide`;
+  const rows = [
+    ['Trained on', card.data],
+    ['Steps', card.steps && number(card.steps)],
+    ['Validation loss', card.val_loss && number(card.val_loss)],
+    ['Parameters', card.parameters && number(card.parameters)],
+    ['Shape', `${shape}; sees ${number(config.block_size)} tokens at a time`],
+    ['Vocabulary', `${number(config.vocab_size)} tokens (${about.tokenizer.kind})`],
+    ['Weights', `${weights}; the logits are within ${parity.toExponential(0)} of the model's own`],
+  ];
+  for (const [name, value] of rows) {
+    if (value) find('card').append(element('dt', name), element('dd', value));
+  }
+  if (!card.curves) return;
+  find('curve').append(drawCurves(card.curves));
+  const legend = element('ul');
+  legend.className = 'legend';
+  for (const [name, points] of Object.entries(card.curves)) {
+    if (points.length < 2) continue;
+    const item = element('li', LABELS[name]);
+    item.className = name;
+    legend.append(item);
+  }
+  find('curve').append(legend);
+}
+
+showCard(about);

@@ -1,0 +1,132 @@
+// The page's second thread: it owns the model, so that the page never freezes.
+//
+// In:  start {module, config, tokenizer}, weights {chunk, bytes}, loaded, generate {text, options},
+//      branch {index, id, options}, stop, tokens {text}, candidates {index}
+// Out: ready, branched {text}, written {drop, text}, done {count, seconds, error}, tokens {tokens},
+//      candidates {index, chosen, list}
+
+import { Model } from './model.mjs';
+import { likeliest, randomStream, sample } from './sampling.mjs';
+import { TextStream, makeTokenizer } from './tokenizer.mjs';
+
+const PAUSE = 16; // milliseconds of writing before messages are looked at
+const CANDIDATES = 12;
+
+class Writer {
+  constructor(model, tokenizer, post) {
+    this.model = model;
+    this.tokenizer = tokenizer;
+    this.post = post;
+    this.text = '';
+    this.ids = []; // what `text` consists of: text that was written keeps the ids it was written in
+    this.stopped = false;
+  }
+
+  async generate({ text, options }) {
+    this.take(text);
+    if (!this.ids.length) throw new Error('Write something for the model to go on from.');
+    this.stopped = false;
+    const random = randomStream(options.seed);
+    const stream = new TextStream(this.tokenizer);
+    const whole = this.ids.map((id) => stream.push(id)).join('');
+    let drop = this.text.length - whole.length; // U+FFFD for the beginning of a character
+    let added = '';
+    const tell = () => {
+      if (added || drop) this.post({ type: 'written', drop, text: added });
+      this.text = this.text.slice(0, this.text.length - drop) + added;
+      [drop, added] = [0, ''];
+    };
+    const began = performance.now();
+    let count = 0;
+    for (let last = began; count < options.count && !this.stopped; count++) {
+      const id = sample(this.logits(this.ids), options, random);
+      this.ids.push(id);
+      added += stream.push(id);
+      if (count && performance.now() - last < PAUSE) continue;
+      tell();
+      await pause();
+      last = performance.now();
+    }
+    added += stream.flush();
+    tell();
+    this.post({ type: 'done', count, seconds: (performance.now() - began) / 1000 });
+  }
+
+  // Go on from another token at a place that `candidates` was asked for.
+  async branch({ index, id, options }) {
+    this.ids = [...this.ids.slice(0, index), id];
+    const stream = new TextStream(this.tokenizer);
+    this.text = this.ids.map((each) => stream.push(each)).join('') + stream.flush();
+    this.post({ type: 'branched', text: this.text });
+    await this.generate({ text: this.text, options });
+  }
+
+  tokens({ text }) {
+    this.take(text);
+    this.post({ type: 'tokens', tokens: this.ids.map((id) => this.token(id)) });
+  }
+
+  // What might have stood in the place of a token.
+  candidates({ index }) {
+    const logits = this.logits(this.ids.slice(0, index));
+    const list = likeliest(logits, CANDIDATES).map(([id, p]) => ({ id, p, text: this.token(id) }));
+    this.post({ type: 'candidates', index, chosen: this.ids[index], list });
+  }
+
+  take(text) {
+    if (text === this.text) return;
+    this.ids = this.tokenizer.encode(text);
+    this.text = text;
+  }
+
+  // A vocabulary may be padded to a round number of rows; these are no tokens.
+  logits(ids) {
+    return this.model.logits(ids).subarray(0, this.tokenizer.size);
+  }
+
+  // The text of one token, or its bytes where they are no whole characters.
+  token(id) {
+    const bytes = this.tokenizer.bytes(id);
+    try {
+      return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
+    } catch {
+      return Array.from(bytes, (b) => `\\x${b.toString(16).padStart(2, '0')}`).join('');
+    }
+  }
+}
+
+// Lets messages in. A timer would wait four milliseconds.
+const pause = () =>
+  new Promise((resolve) => {
+    const channel = new MessageChannel();
+    channel.port1.onmessage = () => {
+      channel.port1.close();
+      resolve();
+    };
+    channel.port2.postMessage(0);
+  });
+
+let model, writer;
+
+const heard = {
+  async start({ module, config, tokenizer }) {
+    model = await Model.load(module, config);
+    writer = new Writer(model, makeTokenizer(tokenizer), postMessage.bind(self));
+  },
+  weights: ({ chunk, bytes }) => model.put(chunk, bytes),
+  loaded: () => postMessage({ type: 'ready' }),
+  stop: () => (writer.stopped = true),
+  generate: (message) => writer.generate(message),
+  branch: (message) => writer.branch(message),
+  tokens: (message) => writer.tokens(message),
+  candidates: (message) => writer.candidates(message),
+};
+
+// One thing after another, in the order in which they came; only a stop does not wait.
+let turn = Promise.resolve();
+self.onmessage = ({ data }) => {
+  if (data.type === 'stop') return heard.stop();
+  turn = turn
+    .then(() => heard[data.type](data))
+    .catch((error) => postMessage({ type: 'done', count: 0, seconds: 0, error: error.message }));
+};

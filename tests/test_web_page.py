@@ -1,0 +1,239 @@
+"""The exported page in a real browser, from a file, with the network off."""
+
+from __future__ import annotations
+
+import urllib.parse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from tests.browser import OpenPage, axe_violations, browser, open_page, overflow
+from tests.mixed_text import mixed_text
+from tests.test_web import make
+from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig
+from tinygpt.config import SampleConfig
+from tinygpt.generate import generate_text
+from tinygpt.interop.web import export_web
+from tinygpt.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+__all__ = ["browser", "open_page"]
+
+TEXT = mixed_text(40_000)
+HOSTILE = "</textarea></script><img src=x onerror=alert(1)>"
+CARD = {
+    "data": HOSTILE,
+    "steps": 40,
+    "curves": {"train": [[i, 5 - i / 20] for i in range(1, 41)], "val": [[20, 4.1], [40, 3.2]]},
+}
+TOKENIZERS: dict[str, Tokenizer] = {
+    "byte": ByteTokenizer(),
+    "char": CharTokenizer(TEXT + HOSTILE),
+    "bpe": BPETokenizer.train(TEXT, 400),
+    "gpt2": BPETokenizer("gpt2"),
+}
+
+
+class Made(NamedTuple):
+    model: GPT
+    tokenizer: Tokenizer
+    path: Path
+
+    def text(self, prompt: str, count: int) -> str:
+        """What ``tinygpt generate`` writes, greedily."""
+        greedy = SampleConfig(temperature=0)
+        pieces = generate_text(self.model, self.tokenizer, prompt, count, greedy)
+        return prompt + "".join(pieces)
+
+
+_made: dict[str, Made] = {}
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A page with the tokenizer that the test is parametrized with, or else bytes."""
+    name = getattr(request, "param", "byte")
+    if name not in _made:
+        tokenizer = TOKENIZERS[name]
+        model = make(GPTConfig(32, tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=32))
+        path = tmp_path_factory.mktemp(name) / f"{name}.html"
+        export_web(model, tokenizer, path, title=HOSTILE, description=HOSTILE, card=CARD)
+        _made[name] = Made(model, tokenizer, path)
+    return _made[name]
+
+
+def link(path: Path, prompt: str, **settings: object) -> str:
+    query = urllib.parse.urlencode({"prompt": prompt, **settings}, quote_via=urllib.parse.quote)
+    return f"{path.as_uri()}#{query}"
+
+
+def ready(page: Page) -> Page:
+    page.wait_for_selector("html[data-ready]", state="attached")
+    return page
+
+
+def done(page: Page) -> str:
+    """The text, once the page has finished to write."""
+    page.wait_for_selector("#text[aria-busy=false]")
+    return page.input_value("#text")
+
+
+def set_up(page: Page, **settings: object) -> None:
+    page.evaluate("document.getElementById('settings').open = true")
+    page.uncheck("#fresh")
+    for name, value in settings.items():
+        page.fill(f"#{name}", str(value))
+
+
+@pytest.mark.parametrize("made", TOKENIZERS, indirect=True)
+def test_greedy_text_is_that_of_generate(made: Made, open_page: OpenPage) -> None:
+    prompt = "".join(c for c in "诗和远方 🙂 Größe: ROMEO" if c in TEXT or made.path.stem != "char")
+    address = link(made.path, prompt, temperature=0, count=60)
+    page = open_page(address, offline=True)
+    page.wait_for_selector("html[data-pace]", state="attached")
+    assert page.input_value("#text") == made.text(prompt, 60)
+
+
+def test_hostile_prompts_and_names_are_text(made: Made, open_page: OpenPage) -> None:
+    page = open_page(link(made.path, HOSTILE, temperature=0, count=5), offline=True)
+    page.wait_for_selector("html[data-pace]", state="attached")
+    assert page.input_value("#text") == made.text(HOSTILE, 5)
+    assert page.title() == page.text_content("h1") == HOSTILE
+    assert HOSTILE in (page.text_content("#card") or "")
+    page.click("#look summary")
+    page.wait_for_selector("#tokens button")
+    assert page.query_selector("img") is None
+
+
+def test_writing_stops_and_goes_on(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    set_up(page, temperature=0, count=10000)
+    page.fill("#text", "Once")
+    page.click("#go")
+    page.wait_for_selector("#stop:enabled")
+    page.click("#stop")
+    stopped = done(page)
+    written = len(made.tokenizer.encode(stopped.rstrip("\ufffd"))) - 4
+    assert 0 < written < 10000
+    page.fill("#count", "20")
+    page.click("#go")
+    page.wait_for_selector("#go:enabled")
+    longer = page.input_value("#text")
+    # as if it had never been stopped, within a character too
+    assert made.text("Once", written + 40).startswith(longer.rstrip("\ufffd"))
+    assert len(longer) > len(stopped)
+    page.click("#undo")
+    assert page.input_value("#text") == stopped
+    page.click("#undo")
+    assert page.input_value("#text") == "Once"
+    assert page.is_disabled("#undo")
+
+
+def test_the_text_can_be_changed_and_continued(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    set_up(page, temperature=0, count=8)
+    for prompt in ("Ein Anfang", "ein anderer", "e"):
+        page.fill("#text", prompt)
+        page.press("#text", "Control+Enter")
+        page.wait_for_selector("#go:enabled")
+        assert page.input_value("#text") == made.text(prompt, 8)
+
+
+def test_candidates_are_shown_and_lead_to_another_text(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(link(made.path, "abc def", temperature=0, count=10), offline=True))
+    page.wait_for_selector("html[data-pace]", state="attached")
+    page.click("#look summary")
+    tokens = page.locator("#tokens button")
+    tokens.nth(7).wait_for()
+    assert tokens.count() == 17
+    assert tokens.first.is_disabled()  # nothing stands before it
+    tokens.nth(8).click()
+    rows = page.locator("#candidates tr")
+    rows.first.wait_for()
+    assert "(here)" in rows.first.inner_text()  # greedy text consists of the likeliest
+    shares = [float(t.rstrip(" %")) for t in page.locator("#candidates .number").all_inner_texts()]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
+    before = page.input_value("#text")
+    rows.nth(1).get_by_role("button").click()
+    page.wait_for_selector("#go:enabled")
+    after = page.input_value("#text")
+    assert after != before and after.startswith("abc def")
+    page.click("#undo")
+    assert page.input_value("#text") == before
+
+
+def test_a_link_gives_the_same_text_again(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    set_up(page, temperature=1.2, count=30, seed=77, topK=50, topP=0.95)
+    page.fill("#text", "诗 & <b>")
+    page.click("#go")
+    page.wait_for_selector("#share:enabled")
+    page.click("#share")
+    page.wait_for_selector("#status:has-text('link')")
+    again = open_page(page.evaluate("location.href"), offline=True)
+    again.wait_for_selector("html[data-pace]", state="attached")
+    assert again.input_value("#text") == page.input_value("#text")
+    other = open_page(page.evaluate("location.href").replace("seed=77", "seed=78"), offline=True)
+    other.wait_for_selector("html[data-pace]", state="attached")
+    assert other.input_value("#text") != page.input_value("#text")
+
+
+@pytest.mark.parametrize("made", ["char"], indirect=True)
+def test_what_cannot_be_is_said(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    page.click("#go")
+    page.wait_for_selector("#error:has-text('Write something')")
+    page.fill("#text", "a\U0001f9ff")
+    page.click("#go")
+    page.wait_for_selector("#error:has-text('never seen the character')")
+    page.fill("#text", "a")
+    set_up(page, temperature=99)
+    page.click("#go")
+    page.wait_for_selector("#error:has-text('wanted a number from 0 to 5')")
+    page.fill("#temperature", "0")
+    page.fill("#count", "3")
+    page.click("#go")
+    page.wait_for_selector("#undo:enabled")
+    assert page.is_hidden("#error")
+
+
+def test_a_file_that_is_cut_short_is_said(made: Made, open_page: OpenPage, tmp_path: Path) -> None:
+    text = made.path.read_text()
+    cut = tmp_path / "cut.html"
+    cut.write_text(text[: text.rindex('<script type="text/plain" class="weights"')])
+    page = open_page(cut.as_uri(), offline=True)
+    page.wait_for_selector("#error:has-text('not whole')")
+    assert page.is_disabled("#go")
+
+
+def test_it_works_by_keyboard_alone(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    page.keyboard.press("Tab")
+    page.keyboard.type("With keys")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#undo:enabled")
+    assert page.input_value("#text") != "With keys"
+    seen = set()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"undo", "share", "SUMMARY"} <= seen
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everyone_can_use_it(made: Made, open_page: OpenPage, scheme: str) -> None:
+    view = {"width": 360, "height": 740} if scheme == "dark" else {"width": 1000, "height": 800}
+    address = link(made.path, "abc", temperature=0, count=40)
+    page = open_page(address, offline=True, color_scheme=scheme, viewport=view)
+    page.wait_for_selector("html[data-pace]", state="attached")
+    page.click("#settings summary")
+    page.click("#look summary")
+    page.click("#tokens button:nth-child(5)")
+    page.wait_for_selector("#candidates table")
+    assert overflow(page) <= 0
+    assert axe_violations(page) == []
+    assert page.locator("svg.curves path").count() == 2
