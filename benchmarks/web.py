@@ -1,6 +1,6 @@
 """The exported web page in headless Chromium: size, time to the first token, tokens per second.
 
-    python benchmarks/web.py [--config baby | gpt2] [--weights float16 | float32 | int8] [--rounds R]
+    python benchmarks/web.py [--config baby | gpt2] [--weights KIND] [--rounds R]
 
 Correctness comes first: the export compares logits and 100 greedy tokens with the model's before it
 writes the page, and here the page's greedy text has to be that of ``generate_text``. Then the page
@@ -110,8 +110,8 @@ def main() -> None:
     show_machine(where, 1)
     found = measure(options.config, options.weights, options.rounds)
     print(
-        f"page {found['bytes'] / 1e6:.2f} MB, weights {found['weights'] / 1e6:.2f} MB before base64, "
-        f"module {found['module'] / 1e3:.0f} KB; {found['of_allowed']:.0%} of 1.1 x base64 + 150 KB"
+        f"page {found['bytes'] / 1e6:.2f} MB, {found['of_allowed']:.0%} of 1.1 x base64 + 150 KB; "
+        f"weights {found['weights'] / 1e6:.2f} MB before base64, module {found['module'] / 1e3:.0f} KB"
     )
     print(f"exported in {found['export_seconds']:.1f} s, logits within {found['difference']:.1e}")
     print(f"first token {found['first_token_ms'].show('.0f')} ms after opening")

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.browser import OpenPage, axe_violations, browser, open_page, overflow
+from tests.browser import (
+    ARGUMENTS,
+    CHROMIUM,
+    OpenPage,
+    axe_violations,
+    browser,
+    open_page,
+    overflow,
+)
 from tests.mixed_text import mixed_text
 from tests.test_web import make
 from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig
@@ -18,7 +26,7 @@ from tinygpt.interop.web import export_web
 from tinygpt.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 __all__ = ["browser", "open_page"]
 
@@ -237,3 +245,35 @@ def test_everyone_can_use_it(made: Made, open_page: OpenPage, scheme: str) -> No
     assert overflow(page) <= 0
     assert axe_violations(page) == []
     assert page.locator("svg.curves path").count() == 2
+
+
+SOFTWARE_CARD = [
+    *("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"),
+    *("--use-vulkan=swiftshader", "--disable-vulkan-surface"),
+]
+
+
+def test_a_graphics_card_writes_the_same_text(browser: Browser, tmp_path: Path) -> None:
+    """On one that is emulated, which the page would rightly not choose for its speed."""
+    model = make(GPTConfig(32, 256, n_layer=2, n_head=2, n_embd=32))
+    path, tokenizer = tmp_path / "page.html", ByteTokenizer()
+    export_web(model, tokenizer, path, webgpu=True)
+    text = path.read_text()
+    by_speed = "const quicker = !differ && (await"
+    assert text.count(by_speed) == 1
+    path.write_text(text.replace(by_speed, "const quicker = !differ || (await"))
+    expected = Made(model, tokenizer, path).text("诗 ab", 60)
+
+    arguments = [a for a in ARGUMENTS if a != "--disable-gpu"]
+    chromium = browser.browser_type.launch(
+        executable_path=CHROMIUM, args=[*arguments, *SOFTWARE_CARD]
+    )
+    try:
+        page = chromium.new_page()
+        page.goto(link(path, "诗 ab", temperature=0, count=60))
+        page.wait_for_selector("html[data-pace]", state="attached")
+        if "graphics card" not in (page.text_content("#card") or ""):
+            pytest.skip("this Chromium has no emulated graphics card")
+        assert page.input_value("#text") == expected
+    finally:
+        chromium.close()

@@ -1,8 +1,9 @@
 """A trained model as one web page that needs no server and makes no request.
 
-``capture`` makes C of the kernels, ``wasm`` compiles it, ``weights`` rounds and cuts the weights,
-``vocabulary`` describes the tokenizer, ``page`` puts them into one file with the scripts in the
-folder ``page``, and ``parity`` sees to it that what is in there computes the same as the model.
+``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
+makes the same for graphics cards. ``weights`` rounds and cuts the weights, ``vocabulary`` describes
+the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``, and
+``parity`` sees to it that what is in there computes the same as the model.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
 from tinygpt.files import replacing
 from tinygpt.interop.web import page, vocabulary, weights
-from tinygpt.interop.web.capture import capture
+from tinygpt.interop.web.capture import Source, capture
+from tinygpt.interop.web.shaders import WORTH_IT, shaders
 from tinygpt.interop.web.wasm import compile_wasm
 from tinygpt.interop.web.weights import KINDS, Kind
 from tinygpt.tokenizers import Tokenizer
@@ -52,11 +55,12 @@ def export_web(
     title: str = "TinyGPT",
     description: str = "",
     card: Mapping[str, Any] | None = None,
+    webgpu: bool | None = None,
 ) -> Exported:
     """Write a page that runs ``model``; the same model and texts give the same bytes.
 
-    ``card`` holds what the page tells about the model, as JSON values. The model's weights are
-    rounded to ``kind`` in place, as the page has them. Raises UsageError if the page would be too
+    ``card`` holds what the page tells about the model, as JSON values. ``webgpu`` puts shaders in,
+    which None leaves out of pages too small to gain from them. The model's weights are rounded to ``kind`` in place, as the page has them. Raises UsageError if the page would be too
     large, or a weight or the tokenizer does not fit in; InteropError if what was compiled does not
     compute what the model does. No file is left then.
     """
@@ -75,7 +79,7 @@ def export_web(
     for name, values in arrays.items():
         write(parameters[name], weights.rounded(values, kind))
     difference = check(model, module, chunks)
-    about = {
+    about: dict[str, Any] = {
         "title": title,
         "description": description,
         "config": model.config.to_dict(),
@@ -85,6 +89,8 @@ def export_web(
         "card": dict(card or {}),
         "parity": float(f"{difference:.3g}"),
     }
+    if model.num_params() >= WORTH_IT if webgpu is None else webgpu:
+        about["shaders"] = _shaders(model.config, source)
     try:
         with replacing(path) as file:
             for piece in page.render(
@@ -97,6 +103,13 @@ def export_web(
         ) from error
     carried = sum(len(chunk.data) for chunk in chunks)
     return Exported(path, path.stat().st_size, carried, len(module), difference)
+
+
+def _shaders(config: GPTConfig, source: Source) -> dict[str, Any]:
+    """The shaders, with the place of each weight in the module's memory: there they come from."""
+    made = shaders(config)
+    weights = [[made["weights"][name], at, size] for name, at, size in source.weights]
+    return {**made, "weights": weights}
 
 
 def _check_size(model: Transformer, kind: Kind) -> None:

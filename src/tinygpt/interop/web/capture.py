@@ -1,31 +1,20 @@
-"""The C text of a model's forward pass, made of the very kernels that generate on a CPU.
-
-It depends on the model's shape and on nothing else: not on the weights, nor on the processor, the
-number of its cores or the devices that this machine has. So it is made in a process of its own,
-which sees one core and no accelerator: ``python -m tinygpt.interop.web.capture`` reads a config as
-JSON and writes a ``Source`` as JSON.
-"""
+"""A model's forward pass as C, made of the very kernels that generate on a CPU."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
+from tinygpt.interop.web.forward import Call, Function, answer, forward, in_own_process
 
 if TYPE_CHECKING:
-    from tinygrad import Tensor
     from tinygrad.device import Buffer
-    from tinygrad.uop.ops import UOp
 
 ALIGNMENT = 64
 """Bytes: a line of the cache, and a multiple of every vector."""
@@ -50,11 +39,10 @@ HEAD = """\
 
 @dataclass(frozen=True)
 class Source:
-    """C text with the functions ``step(position)`` and ``window(last)``.
+    """C text with the functions ``step(position)`` and ``window(last)`` of ``forward``.
 
-    ``step`` takes the token in ``ids()[0]`` to a position of the cache, ``window`` all of ``ids()``
-    to the first block_size positions, of which the one called ``last`` counts. Either leaves the
-    logits (V,) of what follows in ``logits()``. The weights, float32, belong at ``weights()``.
+    Either leaves the logits (V,) of what follows in ``logits()``. Ids, int32, belong at ``ids()``,
+    and the weights, float32, at ``weights()``.
     """
 
     text: str
@@ -67,70 +55,29 @@ class Source:
 @cache
 def capture(config: GPTConfig) -> Source:
     """The forward pass of a model of this shape. It takes some seconds the first time."""
-    environment = {**os.environ, "DEV": "CPU", "TINYGPT_THREADS": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", __spec__.name],
-        input=json.dumps(config.to_dict()).encode(),
-        capture_output=True,
-        env=environment,
-        check=False,
-    )
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise KernelError(f"No C could be made of this model: {''.join(last) or 'it was killed'}.")
-    made = json.loads(done.stdout)
+    environment = {"DEV": "CPU", "TINYGPT_THREADS": "0"}
+    made = in_own_process(__spec__.name, config, environment)
     return Source(made["text"], tuple(tuple(w) for w in made["weights"]), made["size"])
 
 
-def main() -> None:
-    config = GPTConfig.from_dict(json.load(sys.stdin))
-    json.dump(asdict(_capture(config)), sys.stdout)
-
-
 def _capture(config: GPTConfig) -> Source:
-    from tinygrad import Variable, dtypes
-    from tinygrad.helpers import Context
-
-    from tinygpt.cache import KVCache
-    from tinygpt.jit import jit
-    from tinygpt.model import Transformer
-    from tinygpt.transfer import zeros
-
-    model, kv = Transformer(config).eval(), KVCache(config, 1)
-    ids = zeros((1, config.block_size), dtypes.int32)
-    one = zeros((1, 1), dtypes.int32)
-    position = Variable("position", 0, config.block_size - 1)
-    last = Variable("last", 0, config.block_size - 1)
-
-    def step(position: UOp) -> Tensor:
-        kv.position = position
-        return model.unembed(model.hidden(one, kv)).float().realize()
-
-    def window(last: UOp) -> Tensor:
-        kv.position = 0
-        x = model.hidden(ids, kv)  # (1, T, C)
-        return model.unembed(x[:, last : last + 1]).float().realize()
-
-    program = _Program({name: _buffer(p) for name, p in model.parameters().items()})
-    program.name(_buffer(ids), "ids_")
-    program.name(_buffer(one), "ids_")
-    for layer in kv.layers:
-        for tensor in (layer.keys, layer.values):
-            program.scratch(_buffer(tensor))
-    functions: list[tuple[Callable[[UOp], Tensor], UOp]] = [(step, position), (window, last)]
-    with Context(JIT=2, NUM_CPU_THREADS=1):  # each kernel by itself, and whole
-        for function, variable in functions:
-            captured: Any = jit(function)
-            captured(variable.bind(0))
-            program.add(function.__name__, captured.captured)
-    return program.source(4 * config.block_size)
+    captured = forward(config)
+    program = _Program(captured.weights)
+    for buffer in captured.ids:
+        program.name(buffer, "ids_")
+    for buffer in captured.cache:
+        program.scratch(buffer)
+    for function in captured.functions:
+        program.add(function)
+    return program.source(4 * config.block_size, 4 * config.vocab_size)
 
 
 class _Program:
     """Kernels and the memory they work on, as C."""
 
     def __init__(self, weights: Mapping[str, Buffer]) -> None:
-        self._weights, self._size = [], 0
+        self._weights: list[tuple[str, int, int]] = []
+        self._size = 0
         self._names: dict[int, str] = {}  # of a buffer: the C expression for where it begins
         self._kept: list[Buffer] = []  # so that no other takes over its id
         self._scratch: list[str] = []
@@ -140,7 +87,7 @@ class _Program:
         for name, buffer in weights.items():
             self.name(buffer, f"(weights_ + {self._size})")
             self._weights.append((name, self._size, buffer.nbytes))
-            self._size += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
+            self._size += _aligned(buffer.nbytes)
 
     def name(self, buffer: Buffer, expression: str) -> None:
         """Say where a buffer is in C."""
@@ -150,30 +97,27 @@ class _Program:
     def scratch(self, buffer: Buffer) -> None:
         """Give a buffer memory of its own."""
         name = f"scratch{len(self._scratch)}"
-        size = -(-buffer.base.nbytes // ALIGNMENT) * ALIGNMENT
+        size = _aligned(buffer.base.nbytes)
         self._scratch.append(f"static unsigned char {name}[{size}] ALIGNED;")
         self.name(buffer, name)
 
-    def add(self, name: str, captured: Any) -> None:
+    def add(self, function: Function) -> None:
         """A function that runs what was captured, and copies what comes of it to the logits."""
-        calls, variables = [], set()
-        for call in captured.linear.src:
-            words, names = self._call(call)
-            calls.append(f"  {words};")
-            variables |= names
-        result = captured.ret.uop.buffer
-        out = f"(float *)({self._names[id(result.base)]} + {result.offset})"
-        calls.append(f"  __builtin_memcpy(logits_, {out}, sizeof logits_);")
-        self._logits = result.nbytes
-        given = ", ".join(f"int {v}" for v in sorted(variables))
-        self._functions.append("\n".join([f"void EXPORT({name})({given}) {{", *calls, "}"]))
+        calls = [f"  {self._call(call)};" for call in function.calls]
+        calls.append(f"  __builtin_memcpy(logits_, {self._at(function.result)}, sizeof logits_);")
+        given = ", ".join(
+            f"int {v}" for v in sorted({v for c in function.calls for v in c.variables})
+        )
+        self._functions.append(
+            "\n".join([f"void EXPORT({function.name})({given}) {{", *calls, "}"])
+        )
 
-    def source(self, ids: int) -> Source:
-        """The whole, with room for so many bytes of ids."""
+    def source(self, ids: int, logits: int) -> Source:
+        """The whole, with room for so many bytes of ids and of logits."""
         memory = [
             f"static unsigned char weights_[{self._size}] ALIGNED;",
             f"static unsigned char ids_[{ids}] ALIGNED;",
-            f"static unsigned char logits_[{self._logits}] ALIGNED;",
+            f"static unsigned char logits_[{logits}] ALIGNED;",
             *self._scratch,
         ]
         where = [
@@ -182,31 +126,20 @@ class _Program:
         parts = [HEAD, *self._types, *self._kernels.values(), *memory, *where, *self._functions]
         return Source("\n".join(parts) + "\n", tuple(self._weights), self._size)
 
-    def _call(self, call: UOp) -> tuple[str, set[str]]:
-        """One kernel's call, and the variables in it."""
-        from tinygrad.engine.realize import get_call_arg_uops, get_call_var_uops
-        from tinygrad.uop.ops import Ops
+    def _call(self, call: Call) -> str:
+        if any(n != 1 for n in call.info.global_size) or call.info.runtimevars:
+            raise KernelError(f"{call.info.function_name} is split over several threads")
+        pointers = []
+        for buffer, written, kind in zip(call.buffers, call.written, call.types, strict=True):
+            if id(buffer.base) not in self._names:
+                if not written:
+                    raise KernelError("a buffer is read that nothing has written")
+                self.scratch(buffer)
+            pointers.append(f"({C_TYPES[kind]} *)({self._at(buffer)})")
+        kernel = self._kernel(call.info.function_name, call.text)
+        return f"{kernel}({', '.join([*pointers, *call.variables])})"
 
-        program = call.src[0]
-        if program.op is not Ops.PROGRAM:
-            raise KernelError(f"{program.op} is no kernel")
-        info: Any = program.arg
-        if any(n != 1 for n in info.global_size) or info.runtimevars:
-            raise KernelError(f"{info.function_name} is split over several threads")
-        text = next(s.arg for s in program.src if s.op is Ops.SOURCE)
-        given = get_call_arg_uops(call)
-        places = [self._place(given[i].buffer, i in info.outs) for i in info.globals]
-        kinds = [C_TYPES[given[i].dtype.name] for i in info.globals]
-        names = [v.expr for v in get_call_var_uops(call, program)]
-        pointers = [f"({kind} *)({place})" for kind, place in zip(kinds, places, strict=True)]
-        function = self._kernel(info.function_name, text)
-        return f"{function}({', '.join(pointers + names)})", set(names)
-
-    def _place(self, buffer: Buffer, written: bool) -> str:
-        if id(buffer.base) not in self._names:
-            if not written:
-                raise KernelError("a buffer is read that nothing has written")
-            self.scratch(buffer)
+    def _at(self, buffer: Buffer) -> str:
         return f"{self._names[id(buffer.base)]} + {buffer.offset}"
 
     def _kernel(self, name: str, text: str) -> str:
@@ -224,9 +157,9 @@ class _Program:
         return unique
 
 
-def _buffer(tensor: Tensor) -> Any:
-    return tensor.uop.base.buffer
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 if __name__ == "__main__":
-    main()
+    answer(lambda config: asdict(_capture(config)))

@@ -19,7 +19,7 @@ from typing import Any
 
 from tinygpt.interop.web.weights import Chunk
 
-WORKER = ("model.mjs", "sampling.mjs", "tokenizer.mjs", "worker.mjs")
+WORKER = ("model.mjs", "webgpu.mjs", "sampling.mjs", "tokenizer.mjs", "worker.mjs")
 UI = ("curve.mjs", "ui.mjs")
 """The scripts of each side, in the order in which they need one another."""
 

@@ -1,55 +1,68 @@
-// The model: a WebAssembly module made of TinyGPT's own kernels, and what decides which of its two
-// functions is called. step(position) adds one token to the cache of keys and values, window(last)
-// fills all of it at once.
+// The model: what decides which of the two functions of its forward pass is called. step(position)
+// adds one token to the cache of keys and values, window(last) fills all of it at once.
 
 export class Model {
-  // bytes: the module; config: {block_size, vocab_size}, more is not read.
-  static async load(bytes, config) {
-    const { instance } = await WebAssembly.instantiate(bytes, {});
-    return new Model(instance.exports, config);
-  }
-
-  constructor(module, config) {
-    this.module = module;
+  // runner: {ids, out, step, window}, such as a WASM module or a graphics card; its functions may
+  // return promises. config: {block_size}, more is not read.
+  constructor(runner, config) {
+    this.runner = runner;
     this.T = config.block_size;
-    this.V = config.vocab_size;
     this.cached = []; // the ids whose keys and values are in the cache
-    this.ids = new Int32Array(module.memory.buffer, module.ids(), this.T);
-    this.out = new Float32Array(module.memory.buffer, module.logits(), this.V);
-  }
-
-  // Put a chunk of weights in its place.
-  put({ kind, at, columns }, bytes) {
-    const start = this.module.weights() + 4 * at;
-    const count = kind === 'float32' ? bytes.length / 4
-      : kind === 'float16' ? bytes.length / 2
-      : columns * (bytes.length / (columns + 4));
-    unpack[kind](new Float32Array(this.module.memory.buffer, start, count), bytes, columns);
-    this.cached = [];
   }
 
   // The logits of what follows the last of the ids. They stand until the next call.
   //
   // Beyond T only the last T ids count. They then stand at other positions than before, so nothing
   // that is cached holds any longer: each further token costs a whole window.
-  logits(ids) {
+  async logits(ids) {
+    const { runner } = this;
     const window = ids.slice(-this.T);
     const last = window.length - 1;
     let known = 0;
     while (known < last && this.cached[known] === window[known]) known++;
     if (window.length - known > Math.max(4, this.T / 4)) {
-      this.ids.fill(0).set(window);
-      this.module.window(last); // which leaves nothing behind the last one
+      this.cached = [];
+      runner.ids.fill(0).set(window);
+      await runner.window(last); // which leaves nothing behind the last one
       this.cached = window;
-      return this.out;
+      return runner.out;
     }
-    const same = this.cached[last] === window[last]; // then what is cached behind it still holds
+    const same = known === last && this.cached[last] === window[last];
+    if (!same) this.cached = this.cached.slice(0, known); // what was behind holds no longer
     for (let position = known; position <= last; position++) {
-      this.ids[0] = window[position];
-      this.module.step(position);
+      runner.ids[0] = window[position];
+      await runner.step(position);
     }
-    if (!same || known < last) this.cached = window;
-    return this.out;
+    if (!same) this.cached = window;
+    return runner.out;
+  }
+}
+
+// A WebAssembly module made of TinyGPT's own kernels.
+export class Wasm {
+  static async load(bytes, config) {
+    const { instance } = await WebAssembly.instantiate(bytes, {});
+    return new Wasm(instance.exports, config);
+  }
+
+  constructor(module, { block_size, vocab_size }) {
+    this.module = module;
+    this.memory = module.memory.buffer;
+    this.ids = new Int32Array(this.memory, module.ids(), block_size);
+    this.out = new Float32Array(this.memory, module.logits(), vocab_size);
+    this.step = module.step;
+    this.window = module.window;
+  }
+
+  // Put a chunk of weights in its place.
+  put({ kind, at, columns }, bytes) {
+    const counts = {
+      float32: () => bytes.length / 4,
+      float16: () => bytes.length / 2,
+      int8: () => columns * (bytes.length / (columns + 4)),
+    };
+    const start = this.module.weights() + 4 * at;
+    unpack[kind](new Float32Array(this.memory, start, counts[kind]()), bytes, columns);
   }
 }
 
@@ -61,11 +74,14 @@ const unpack = {
     const halves = new Uint16Array(bytes.buffer, bytes.byteOffset, out.length);
     for (let i = 0; i < out.length; i++) out[i] = HALVES[halves[i]];
   },
+  // The scales of all rows come first.
   int8(out, bytes, columns) {
     const rows = out.length / columns;
     const scales = new Float32Array(bytes.buffer, bytes.byteOffset, rows);
     const numbers = new Int8Array(bytes.buffer, bytes.byteOffset + 4 * rows, out.length);
-    for (let i = 0; i < out.length; i++) out[i] = numbers[i] * scales[(i / columns) | 0];
+    for (let row = 0, i = 0; row < rows; row++) {
+      for (const end = i + columns; i < end; i++) out[i] = numbers[i] * scales[row];
+    }
   },
 };
 

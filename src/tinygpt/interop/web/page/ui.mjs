@@ -14,7 +14,8 @@ const worker = new Worker(
   URL.createObjectURL(new Blob([JSON.parse(find('worker').textContent)], { type: 'text/javascript' })),
 );
 const module = bytesOf(find('module').textContent);
-worker.postMessage({ type: 'start', module, config: about.config, tokenizer: about.tokenizer });
+const { config, tokenizer, shaders } = about;
+worker.postMessage({ type: 'start', module, config, tokenizer, shaders });
 
 function bytesOf(base64) {
   if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
@@ -100,7 +101,8 @@ function fail(message) {
 }
 
 const heard = {
-  ready() {
+  ready({ where }) {
+    find('card').append(element('dt', 'Runs on'), element('dd', `your ${where}`));
     find('loading').hidden = true;
     setWriting(false);
     document.documentElement.dataset.ready = Math.round(performance.now());
@@ -245,7 +247,7 @@ function element(name, content = '') {
 
 // About --------------------------------------------------------------------------------------------
 
-function showCard({ card, config, weights, parity }) {
+function showCard({ card, weights, parity }) {
   const number = (n) => n.toLocaleString('en', { maximumFractionDigits: 4 });
   const shape = `${config.n_layer} layers, ${config.n_head} heads, ${config.n_embd} wide`;
   const rows = [

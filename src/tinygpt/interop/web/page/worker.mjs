@@ -1,13 +1,15 @@
 // The page's second thread: it owns the model, so that the page never freezes.
 //
-// In:  start {module, config, tokenizer}, weights {chunk, bytes}, loaded, generate {text, options},
-//      branch {index, id, options}, stop, tokens {text}, candidates {index}
-// Out: ready, branched {text}, written {drop, text}, done {count, seconds, error}, tokens {tokens},
-//      candidates {index, chosen, list}
+// In:  start {module, config, tokenizer, shaders}, weights {chunk, bytes}, loaded,
+//      generate {text, options}, branch {index, id, options}, stop, tokens {text},
+//      candidates {index}
+// Out: ready {where}, branched {text}, written {drop, text}, done {count, seconds, error},
+//      tokens {tokens}, candidates {index, chosen, list}
 
-import { Model } from './model.mjs';
+import { Model, Wasm } from './model.mjs';
 import { likeliest, randomStream, sample } from './sampling.mjs';
 import { TextStream, makeTokenizer } from './tokenizer.mjs';
+import { choose } from './webgpu.mjs';
 
 const PAUSE = 16; // milliseconds of writing before messages are looked at
 const CANDIDATES = 12;
@@ -39,7 +41,7 @@ class Writer {
     const began = performance.now();
     let count = 0;
     for (let last = began; count < options.count && !this.stopped; count++) {
-      const id = sample(this.logits(this.ids), options, random);
+      const id = sample(await this.logits(this.ids), options, random);
       this.ids.push(id);
       added += stream.push(id);
       if (count && performance.now() - last < PAUSE) continue;
@@ -67,8 +69,8 @@ class Writer {
   }
 
   // What might have stood in the place of a token.
-  candidates({ index }) {
-    const logits = this.logits(this.ids.slice(0, index));
+  async candidates({ index }) {
+    const logits = await this.logits(this.ids.slice(0, index));
     const list = likeliest(logits, CANDIDATES).map(([id, p]) => ({ id, p, text: this.token(id) }));
     this.post({ type: 'candidates', index, chosen: this.ids[index], list });
   }
@@ -80,8 +82,8 @@ class Writer {
   }
 
   // A vocabulary may be padded to a round number of rows; these are no tokens.
-  logits(ids) {
-    return this.model.logits(ids).subarray(0, this.tokenizer.size);
+  async logits(ids) {
+    return (await this.model.logits(ids)).subarray(0, this.tokenizer.size);
   }
 
   // The text of one token, or its bytes where they are no whole characters.
@@ -106,15 +108,20 @@ const pause = () =>
     channel.port2.postMessage(0);
   });
 
-let model, writer;
+let wasm, given, writer;
 
 const heard = {
-  async start({ module, config, tokenizer }) {
-    model = await Model.load(module, config);
-    writer = new Writer(model, makeTokenizer(tokenizer), postMessage.bind(self));
+  async start(message) {
+    given = message;
+    wasm = await Wasm.load(given.module, given.config);
   },
-  weights: ({ chunk, bytes }) => model.put(chunk, bytes),
-  loaded: () => postMessage({ type: 'ready' }),
+  weights: ({ chunk, bytes }) => wasm.put(chunk, bytes),
+  async loaded() {
+    const [runner, where] = await choose(wasm, given.shaders);
+    const post = postMessage.bind(self);
+    writer = new Writer(new Model(runner, given.config), makeTokenizer(given.tokenizer), post);
+    post({ type: 'ready', where });
+  },
   stop: () => (writer.stopped = true),
   generate: (message) => writer.generate(message),
   branch: (message) => writer.branch(message),

@@ -1,0 +1,139 @@
+"""A model's forward pass as the kernels that tinygrad makes of it, for others to render.
+
+It depends on the model's shape and on nothing else: not on the weights, nor on the processor, the
+number of its cores or the devices that this machine has. So it is captured in a process of its own,
+which sees one core, or a device that is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tinygpt.config import GPTConfig
+from tinygpt.errors import KernelError
+
+if TYPE_CHECKING:
+    from tinygrad import Tensor
+    from tinygrad.device import Buffer
+    from tinygrad.uop.ops import UOp
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel's launch."""
+
+    info: Any
+    """tinygrad's: the kernel's name, sizes, and which of its arguments it writes."""
+    text: str
+    """Its source."""
+    buffers: tuple[Buffer, ...]
+    written: tuple[bool, ...]
+    types: tuple[str, ...]
+    variables: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    name: str
+    calls: tuple[Call, ...]
+    result: Buffer
+    """Logits (V,)."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """``step(position)`` takes ids[0] to a position of the cache; ``window(last)`` takes all ids to
+    the first block_size positions, of which the one called ``last`` counts."""
+
+    weights: Mapping[str, Buffer]
+    ids: tuple[Buffer, ...]
+    cache: tuple[Buffer, ...]
+    functions: tuple[Function, ...]
+
+
+def forward(config: GPTConfig, plain: bool = False) -> Forward:
+    """Capture both functions; ``plain`` takes tinygrad's own operations instead of our kernels."""
+    from tinygrad import Variable, dtypes
+    from tinygrad.helpers import Context
+
+    from tinygpt import kernels
+    from tinygpt.cache import KVCache
+    from tinygpt.jit import jit
+    from tinygpt.model import Transformer
+    from tinygpt.transfer import zeros
+
+    model, cache = Transformer(config).eval(), KVCache(config, 1)
+    one, ids = (zeros((1, n), dtypes.int32) for n in (1, config.block_size))
+
+    def step(position: UOp) -> Tensor:
+        cache.position = position
+        return model.unembed(model.hidden(one, cache)).float().realize()
+
+    def window(last: UOp) -> Tensor:
+        cache.position = 0
+        x = model.hidden(ids, cache)  # (1, T, C)
+        return model.unembed(x[:, last : last + 1]).float().realize()
+
+    functions = []
+    with Context(JIT=2, NUM_CPU_THREADS=1):  # each kernel by itself, and whole
+        for function, name in ((step, "position"), (window, "last")):
+            captured: Any = jit(function)
+            with kernels.plain() if plain else nullcontext():
+                captured(Variable(name, 0, config.block_size - 1).bind(0))
+            calls = tuple(_calls(captured.captured.linear.src))
+            result = captured.captured.ret.uop.buffer
+            functions.append(Function(function.__name__, calls, result))
+    caches = [_buffer(t) for layer in cache.layers for t in (layer.keys, layer.values)]
+    weights = {name: _buffer(p) for name, p in model.parameters().items()}
+    return Forward(weights, (_buffer(one), _buffer(ids)), tuple(caches), tuple(functions))
+
+
+def _calls(captured: Any) -> Iterator[Call]:
+    from tinygrad.engine.realize import get_call_arg_uops, get_call_var_uops
+    from tinygrad.uop.ops import Ops
+
+    for call in captured:
+        program = call.src[0]
+        if program.op is not Ops.PROGRAM:
+            raise KernelError(f"{program.op} is no kernel")
+        info: Any = program.arg
+        given = [get_call_arg_uops(call)[i] for i in info.globals]
+        yield Call(
+            info,
+            next(s.arg for s in program.src if s.op is Ops.SOURCE),
+            tuple(uop.buffer for uop in given),
+            tuple(i in info.outs for i in info.globals),
+            tuple(uop.dtype.name for uop in given),
+            tuple(v.expr for v in get_call_var_uops(call, program)),
+        )
+
+
+def _buffer(tensor: Tensor) -> Any:
+    return tensor.uop.base.buffer
+
+
+def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str]) -> Any:
+    """What ``python -m module`` makes of a config, from JSON to JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        input=json.dumps(config.to_dict()).encode(),
+        capture_output=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise KernelError(f"No code could be made of this model: {''.join(last) or 'killed'}.")
+    return json.loads(done.stdout)
+
+
+def answer(make: Callable[[GPTConfig], Any]) -> None:
+    """The other side of ``in_own_process``."""
+    json.dump(make(GPTConfig.from_dict(json.load(sys.stdin))), sys.stdout)
