@@ -60,9 +60,11 @@ def export_web(
     """Write a page that runs ``model``; the same model and texts give the same bytes.
 
     ``card`` holds what the page tells about the model, as JSON values. ``webgpu`` puts shaders in,
-    which None leaves out of pages too small to gain from them. The model's weights are rounded to ``kind`` in place, as the page has them. Raises UsageError if the page would be too
-    large, or a weight or the tokenizer does not fit in; InteropError if what was compiled does not
-    compute what the model does. No file is left then.
+    which None leaves out of pages too small to gain from them. The model's weights are rounded to
+    ``kind`` in place, as the page has them.
+
+    Raises UsageError if the page would be too large, or a weight or the tokenizer does not fit in;
+    InteropError if what was compiled does not compute what the model does. No file is left then.
     """
     from tinygpt.interop.web.parity import check
     from tinygpt.transfer import read, write

@@ -105,12 +105,9 @@ class _Program:
         """A function that runs what was captured, and copies what comes of it to the logits."""
         calls = [f"  {self._call(call)};" for call in function.calls]
         calls.append(f"  __builtin_memcpy(logits_, {self._at(function.result)}, sizeof logits_);")
-        given = ", ".join(
-            f"int {v}" for v in sorted({v for c in function.calls for v in c.variables})
-        )
-        self._functions.append(
-            "\n".join([f"void EXPORT({function.name})({given}) {{", *calls, "}"])
-        )
+        variables = sorted({name for call in function.calls for name in call.variables})
+        head = f"void EXPORT({function.name})({', '.join(f'int {v}' for v in variables)}) {{"
+        self._functions.append("\n".join([head, *calls, "}"]))
 
     def source(self, ids: int, logits: int) -> Source:
         """The whole, with room for so many bytes of ids and of logits."""

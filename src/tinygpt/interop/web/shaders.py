@@ -30,7 +30,7 @@ OFFSETS = 256
 def shaders(config: GPTConfig) -> dict[str, Any]:
     """What the page's ``webgpu.mjs`` needs to run a model of this shape, as JSON values.
 
-    ``kernels`` are texts; ``buffers`` sizes in bytes; ``weights``, ``ids`` and for each function its
+    ``kernels`` are texts and ``buffers`` sizes in bytes; ``weights``, ``ids`` and each function's
     ``result`` say which buffer is which. A launch is its kernel, its buffers, as number, offset and
     bytes, its variables and, for each axis, the constant and the factor of the variable in the
     number of workgroups.
