@@ -111,7 +111,7 @@ def main() -> None:
     found = measure(options.config, options.weights, options.rounds)
     print(
         f"page {found['bytes'] / 1e6:.2f} MB, {found['of_allowed']:.0%} of 1.1 x base64 + 150 KB; "
-        f"weights {found['weights'] / 1e6:.2f} MB before base64, module {found['module'] / 1e3:.0f} KB"
+        f"weights {found['weights'] / 1e6:.2f} MB before it, module {found['module'] / 1e3:.0f} KB"
     )
     print(f"exported in {found['export_seconds']:.1f} s, logits within {found['difference']:.1e}")
     print(f"first token {found['first_token_ms'].show('.0f')} ms after opening")
