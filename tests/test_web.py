@@ -339,7 +339,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     rows = [{"iter": i, "train_loss": 5 - i / 20} for i in range(1, 41)]
     rows[19]["val_loss"] = rows[39]["val_loss"] = 3.5
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "config.toml").write_text('[data]\nsource = "/home/someone/secret/诗.txt"\n')
+    (run / "config.toml").write_text('[data]\nsource = "/somewhere/secret/诗.txt"\n')
     page = tmp_path / "page.html"
     assert main(["export", "web", str(run), "--out", str(page), "--weights", "int8"]) == 0
     told = capsys.readouterr().err
