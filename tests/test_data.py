@@ -216,6 +216,48 @@ def test_files_that_are_no_token_files(tmp_path: Path) -> None:
         load_tokens("novel.txt")
 
 
+def llmc(magic: int, version: int, count: int, tokens: Any, zeros: int = 253) -> bytes:
+    """A token file as llm.c writes it: a header of 256 int32, and the tokens."""
+    return np.array([magic, version, count] + [0] * zeros, "<i4").tobytes() + tokens.tobytes()
+
+
+def test_token_files_of_llm_c_and_nanogpt_are_read(tmp_path: Path) -> None:
+    ids = np.arange(40000, 50000)
+    path = tmp_path / "train.bin"
+    for magic, version, dtype in ((20240520, 1, "<u2"), (20240801, 7, "<u4")):
+        path.write_bytes(llmc(magic, version, len(ids), ids.astype(dtype)))
+        tokens = load_tokens(path, 50257)
+        assert isinstance(tokens, np.memmap) and tokens.dtype == dtype
+        assert (tokens == ids).all()
+    path.write_bytes(ids.astype("<u2").tobytes())
+    assert (load_tokens(path) == ids).all()
+    path.write_bytes(np.array([7], "<u2").tobytes())  # shorter than a magic number
+    assert load_tokens(path).tolist() == [7]
+
+
+TEN = np.arange(10, dtype="<u2")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (llmc(20240520, 2, 10, TEN), "in version 2; .* version 1 can be read"),
+        (llmc(20240801, 1, 10, TEN), "in version 1; .* version 7 can be read"),
+        (llmc(20240520, 1, 11, TEN), "announces 11 tokens, .* 1,046 bytes, and it has 1,044"),
+        (llmc(20240520, 1, 9, TEN), "announces 9 tokens"),
+        (llmc(20240520, 1, -1, TEN), "announces -1 tokens"),
+        (llmc(20240520, 1, 2**31 - 1, TEN), "announces 2,147,483,647 tokens"),
+        (llmc(20240520, 1, 10, TEN, zeros=5), "ends within the header"),
+        (llmc(20240520, 1, 0, TEN[:0]), "no tokens"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_llm_c_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "train.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_tokens(path)
+
+
 @hypothesis.given(st.integers(0, 127), st.integers(0, 255))
 def test_a_flipped_header_is_an_error_or_still_tokens(
     tmp_path_factory: pytest.TempPathFactory, place: int, value: int

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tinygpt.api import GPT as GPT
     from tinygpt.api import load as load
+    from tinygpt.api import load_pretrained as load_pretrained
     from tinygpt.api import train as train
     from tinygpt.config import PRESETS as PRESETS
     from tinygpt.config import GPTConfig as GPTConfig
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "GPT": "api",
     "load": "api",
+    "load_pretrained": "api",
     "train": "api",
     "GPTConfig": "config",
     "SampleConfig": "config",

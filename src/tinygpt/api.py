@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
 
-from tinygpt import checkpoint, data, generate
-from tinygpt.config import GPTConfig, SampleConfig, TrainConfig
-from tinygpt.display import make_display
+from tinygpt import checkpoint, data, generate, lora
+from tinygpt import quantize as quantization
+from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
+from tinygpt.display import watch
 from tinygpt.errors import UsageError
+from tinygpt.interop import hf
 from tinygpt.model import Transformer
 from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
 from tinygpt.tokenizers import Tokenizer, tokenizer_from_dict
@@ -30,9 +32,23 @@ class GPT(Transformer):
     >>> longer = model.generate(Tensor([[1, 2, 3]], dtype="int32"), max_tokens=10)  # (1, 13)
     """
 
-    def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
+    def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
         super().__init__(config, seed)
+        self.origin: dict[str, Any] | None = None
+        """The checkpoint that the weights are from, as ``checkpoint.Meta.init`` has it."""
         self.decoder = generate.Decoder(self)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """A GPT-2 from Hugging Face in inference mode; see ``load_pretrained`` for its tokenizer.
+
+        ``source`` is a folder, a .safetensors file in one, or a name: gpt2, gpt2-medium,
+        gpt2-large, gpt2-xl, distilgpt2, owner/name. Raises InteropError.
+        """
+        found = hf.open_pretrained(source)
+        model = cls(found.config, seed=None)
+        hf.load_weights(model, found)
+        return model.eval()
 
     def generate(
         self,
@@ -55,6 +71,11 @@ class GPT(Transformer):
         config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty)
         return generate.generate(self.decoder, idx, max_tokens, config, seed=seed, stop=stop)
 
+    def quantize(self) -> Self:
+        """Round the weights to int8, in place: for generation only, see ``quantize.quantize``."""
+        self.decoder = generate.Decoder(self)  # the one before holds on to the weights before
+        return quantization.quantize(self)
+
     def save_checkpoint(
         self,
         iter_num: int,
@@ -69,6 +90,8 @@ class GPT(Transformer):
         """
         if not isinstance(iter_num, int) or iter_num < 0:
             raise UsageError(f"iter_num={iter_num!r} is not a step number, 0 or above.")
+        if any(name.endswith(ADAPTERS) for name in self.parameters()):
+            raise UsageError("This model has adapters: lora.merge(model) makes it a plain one.")
         described = None if tokenizer is None else tokenizer.to_dict()
         meta = checkpoint.Meta(iter_num, self.config, tokenizer=described)
         path = checkpoint.checkpoint_path(folder, iter_num)
@@ -100,6 +123,7 @@ def train(
     With ``out_dir`` the run keeps its metrics, samples and checkpoints there, and ``resume=True``
     goes on from its newest checkpoint. A resumed run must have its own data and settings, but for
     those named in ``allow_change``, such as ``("max_iters",)``. ``show`` prints progress on stderr.
+    What adapters learn, with ``lora_rank``, is in the model's own weights when this returns.
 
     >>> result = train(model, TrainConfig(max_iters=1000), tokens)
     >>> result.iter_num, result.best_val_loss
@@ -117,26 +141,39 @@ def train(
         folder=out_dir,
         resume=resume,
         allow_change=allow_change,
+        init=model.origin if isinstance(model, GPT) else None,
     )
-    if not show:
-        for _ in run:
+    try:
+        for _ in watch(run, show=show):
             pass
-        return run.result
-    with make_display(train_config, start=run.iter_num) as display:
-        for step in run:
-            display.update(step)
+    finally:
+        lora.merge(model)
+        if isinstance(model, GPT):
+            model.origin = None  # they are no longer those
     return run.result
 
 
-def load(path: str | Path) -> tuple[GPT, Tokenizer | None]:
+def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT, Tokenizer | None]:
     """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
 
-    Of a run folder the best checkpoint is taken, or else the newest.
+    Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
+    are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
     """
     chosen = choose_checkpoint(Path(path))
     meta = checkpoint.read_meta(chosen)
-    model = GPT(meta.model)
-    checkpoint.load(chosen, model)
+    model = GPT(meta.model, seed=None)
+    if quantize is None:
+        checkpoint.load(chosen, model)
+    else:
+        with checkpoint.weights(chosen, model) as fetch:
+            quantization.quantize(model, fetch)
+    model.origin = checkpoint.origin(chosen)
     tokenizer = None if meta.tokenizer is None else tokenizer_from_dict(meta.tokenizer)
     model.eval()
     return model, tokenizer
+
+
+def load_pretrained(source: str | Path) -> tuple[GPT, Tokenizer | None]:
+    """``GPT.from_pretrained(source)``, and the tokenizer that lies beside the weights, if any."""
+    tokenizer = hf.open_pretrained(source).tokenizer
+    return GPT.from_pretrained(source), tokenizer

@@ -24,7 +24,12 @@ from tinygpt.untrusted import clip, is_sparse, open_regular
 Tokens = NDArray[Any]
 """A 1-D array of token ids in any integer type; mostly a memory-mapped file."""
 TOKEN_FILES = (".npy", ".bin")
-"""Suffixes of token files: ours, and the raw little-endian uint16 that nanoGPT writes."""
+"""Suffixes of token files: ours, and those that nanoGPT and llm.c write."""
+LLMC_HEADER = 256 * 4
+"""Bytes of the header that llm.c puts before its tokens: 256 int32."""
+LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+"""Its magic numbers, each with its version and the type of the tokens. As the first two tokens of a
+raw file, which has none, they would be 55448 or 55729, beyond GPT-2's vocabulary, and 308."""
 SPAN = 1 << 22
 """Tokens looked at in one go, where all have to be looked at."""
 MAX_NPY_HEADER = 4096
@@ -134,8 +139,8 @@ def _as_array(source: object) -> Tokens:
 def _map_file(path: Path) -> Tokens:
     if path.suffix not in TOKEN_FILES:
         raise DataError(
-            f"{path} is no token file (.npy, or .bin with uint16). Text is tokenized first: "
-            f"tokenize(open_corpus(path), tokenizer)."
+            f"{path} is no token file (.npy, or .bin as of nanoGPT or llm.c). Text is tokenized "
+            f"first: tokenize(open_corpus(path), tokenizer)."
         )
     try:
         with open_regular(path) as file:
@@ -152,10 +157,33 @@ def _map_file(path: Path) -> Tokens:
 
 
 def _map_bin(file: BinaryIO) -> Tokens:
+    """llm.c's token file if it begins with a magic number of these, else nanoGPT's raw uint16."""
     size = os.fstat(file.fileno()).st_size
+    header = np.frombuffer(file.read(min(LLMC_HEADER, size) // 4 * 4), "<i4")
+    if len(header) and int(header[0]) in LLMC:
+        return _map_llmc(file, size, header)
     if size % 2 or not size:
         raise DataError(f"{file.name} has {size} bytes, wanted a number of uint16 tokens.")
     return np.memmap(file, "<u2", "r")
+
+
+def _map_llmc(file: BinaryIO, size: int, header: NDArray[np.int32]) -> Tokens:
+    if size < LLMC_HEADER:
+        raise DataError(f"{file.name} ends within the header of llm.c, after {size} bytes.")
+    magic, version, count = map(int, header[:3])
+    wanted, dtype = LLMC[magic]
+    if version != wanted:
+        raise DataError(
+            f"{file.name} is a token file of llm.c in version {version}; of those with its magic "
+            f"number, {magic}, version {wanted} can be read."
+        )
+    length = LLMC_HEADER + count * np.dtype(dtype).itemsize
+    if count < 0 or length != size:
+        raise DataError(
+            f"{file.name} is damaged or incomplete: its header announces {count:,} tokens, which "
+            f"would make {length:,} bytes, and it has {size:,}."
+        )
+    return np.memmap(file, dtype, "r", LLMC_HEADER, (count,)) if count else np.zeros(0, dtype)
 
 
 def _map_npy(file: BinaryIO) -> Tokens:

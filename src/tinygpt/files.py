@@ -11,7 +11,8 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,8 @@ STALE = ".tmp"
 """How the names of unfinished files end; they begin with a dot."""
 CHUNK = 2**26
 """Bytes that are handed to the system at once."""
+WATCH = 0.1
+"""Seconds between two looks at a download."""
 ATTEMPTS = 4
 """How often a download that breaks off is taken up again."""
 
@@ -32,23 +35,82 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Whoever reads ``path``, even after a crash or a power cut at any instant, finds the old content
     or the new one, never a part: the data goes to disk first, then the name, then the folder that
-    holds the name. Missing folders are made. Raises OSError where the folder cannot be written.
+    holds the name. Missing folders are made. Raises OSError where the folder cannot be written, and
+    if ``path`` is a device, a pipe or a folder. Until then the file is at ``file.name``, for
+    programs that want to open it themselves.
     """
+    _check_replaceable(path)
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{STALE}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
-            _lock(handle)
+        with open(temporary, "xb", opener=_create) as file:
+            _lock(file.fileno())
             yield file
             file.flush()
-            sync(handle)
+            sync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    """A new name takes the place of anything: of /dev/null too, for who may do all things."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o666)
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes ``folder`` when the block ends without an error.
+
+    It is made beside ``folder``, under a name that begins with a dot, and is removed if anything
+    goes wrong; what a killed process left there of an earlier try is removed too. ``folder`` itself
+    may be there if it is empty. Raises OSError, FileExistsError if something is in it.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  # without any ..
+    make_folder(folder.parent)
+    check_free(folder)
+    _remove_stale_folders(folder)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}{STALE}")
+    temporary.mkdir()
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield temporary
+        sync_folder(temporary)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+    sync_folder(folder.parent)
+
+
+def check_free(folder: Path) -> None:
+    """FileExistsError if something is at ``folder`` already, but for a folder without content."""
+    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if not empty and (folder.is_symlink() or folder.exists()):
+        raise FileExistsError(errno.EEXIST, "it is there already", str(folder))
+
+
+def _remove_stale_folders(folder: Path) -> None:
+    with suppress(OSError):
+        for path in folder.parent.iterdir():
+            name = rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}{re.escape(STALE)}"
+            if re.fullmatch(name, path.name) and path.is_dir() and not path.is_symlink():
+                with suppress(OSError):
+                    if not _is_locked(path):
+                        shutil.rmtree(path)
 
 
 def write_all(handle: int, data: bytes | memoryview) -> None:
@@ -137,11 +199,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url: str, path: Path, sha256: str, *, deadline: float | None = None) -> Path:
+def download(
+    url: str,
+    path: Path,
+    sha256: str,
+    *,
+    deadline: float | None = None,
+    size: int | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Path:
     """Fetch ``url`` to ``path`` and return ``path``, whose content then has the digest ``sha256``.
 
     What has arrived is kept beside it as ``.part``, and a later call goes on from there. With a
     ``deadline`` in seconds the call gives up in time whatever hangs, the name lookup included.
+    More than ``size`` bytes are not taken; ``watch`` is told how many have arrived, time and again.
     Raises DataError that says what went wrong.
     """
     stop = threading.Event()
@@ -149,14 +220,17 @@ def download(url: str, path: Path, sha256: str, *, deadline: float | None = None
 
     def work() -> None:
         try:
-            _fetch(url, path, sha256, stop)
+            _fetch(url, path, sha256, stop, size)
         except Exception as error:
             failures.append(error)
 
     thread = threading.Thread(target=work, daemon=True, name="tinygpt-download")
     thread.start()
     try:
-        thread.join(deadline)
+        if watch is None:
+            thread.join(deadline)
+        else:
+            _watch(thread, path.with_name(path.name + ".part"), deadline, watch)
     finally:
         stop.set()
     if thread.is_alive():
@@ -164,6 +238,17 @@ def download(url: str, path: Path, sha256: str, *, deadline: float | None = None
     if failures:
         raise _explain(url, path, failures[0]) from failures[0]
     return path
+
+
+def _watch(
+    thread: threading.Thread, part: Path, deadline: float | None, watch: Callable[[int], None]
+) -> None:
+    """Wait for the thread, and tell how much of the file is there meanwhile."""
+    start = time.monotonic()
+    while thread.is_alive() and (deadline is None or time.monotonic() - start < deadline):
+        thread.join(WATCH)
+        if count := _size(part):
+            watch(count)
 
 
 def _explain(url: str, path: Path, error: Exception) -> DataError:
@@ -181,7 +266,9 @@ def _explain(url: str, path: Path, error: Exception) -> DataError:
     return DataError(f"{path} could not be written: {error}.")
 
 
-def _fetch(url: str, path: Path, sha256: str, stop: threading.Event) -> None:
+def _fetch(
+    url: str, path: Path, sha256: str, stop: threading.Event, size: int | None = None
+) -> None:
     """Transfer, resume what breaks off, verify, and only then give the file its name."""
     import requests
 
@@ -191,7 +278,7 @@ def _fetch(url: str, path: Path, sha256: str, stop: threading.Event) -> None:
         before = _size(part)
         failure: Exception | None = None
         try:
-            _transfer(url, part, before, stop)
+            _transfer(url, part, before, stop, size)
         except requests.RequestException as error:
             failure = error
         if stop.is_set():
@@ -212,7 +299,9 @@ def _fetch(url: str, path: Path, sha256: str, stop: threading.Event) -> None:
     raise DataError(f"{url} broke off {ATTEMPTS} times. What has arrived is kept; try again.")
 
 
-def _transfer(url: str, part: Path, start: int, stop: threading.Event) -> None:
+def _transfer(
+    url: str, part: Path, start: int, stop: threading.Event, size: int | None = None
+) -> None:
     """Append what is missing after byte ``start``; a server that cannot do that sends it all."""
     import requests
 
@@ -228,10 +317,16 @@ def _transfer(url: str, part: Path, start: int, stop: threading.Event) -> None:
             for block in response.iter_content(1 << 13):
                 if stop.is_set():
                     return
+                if size is not None and file.tell() + len(block) > size:
+                    part.unlink()
+                    raise DataError(f"{url} sends more than the {size:,} bytes it should have.")
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

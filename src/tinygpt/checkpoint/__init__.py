@@ -12,11 +12,19 @@ from tinygpt.checkpoint.folder import (
     list_checkpoints,
     mark_best,
 )
-from tinygpt.checkpoint.format import FORMAT_VERSION, Meta
+from tinygpt.checkpoint.format import FORMAT_VERSION, Meta, arrange
 from tinygpt.checkpoint.keeping import newest_good, remove_old
-from tinygpt.checkpoint.reader import describe, read, read_meta, verify
-from tinygpt.checkpoint.state import Copier, load, named_tensors, save, state_size
-from tinygpt.checkpoint.writer import Snapshot, foresee_space, write, writing
+from tinygpt.checkpoint.reader import describe, origin, read, read_meta, verify
+from tinygpt.checkpoint.state import (
+    Copier,
+    load,
+    named_tensors,
+    save,
+    start_from,
+    state_size,
+    weights,
+)
+from tinygpt.checkpoint.writer import Snapshot, foresee_space, stream, write, writing
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,6 +32,7 @@ __all__ = [
     "Meta",
     "Saver",
     "Snapshot",
+    "arrange",
     "best_checkpoint",
     "checkpoint_path",
     "describe",
@@ -33,12 +42,16 @@ __all__ = [
     "mark_best",
     "named_tensors",
     "newest_good",
+    "origin",
     "read",
     "read_meta",
     "remove_old",
     "save",
+    "start_from",
     "state_size",
+    "stream",
     "verify",
+    "weights",
     "write",
     "writing",
 ]

@@ -57,6 +57,8 @@ class Meta:
     """Seed and step: all that batches and dropout depend on."""
     run: str | None = None
     """The run it belongs to, by a number that is drawn once for each run."""
+    init: dict[str, Any] | None = None
+    """The checkpoint that the run began with, if it did: path, iter_num, run and sha256."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -68,6 +70,7 @@ class Meta:
             "progress": self.progress,
             "random_state": self.random_state,
             "run": self.run,
+            "init": self.init,
         }
 
     @classmethod
@@ -83,6 +86,7 @@ class Meta:
             progress=values["progress"],
             random_state=values["random_state"],
             run=values.get("run"),
+            init=values.get("init"),
         )
 
 
@@ -95,8 +99,8 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
     step, progress, state = values["iter_num"], values["progress"], values["random_state"]
     if type(step) is not int or not 0 <= step < 2**63:
         raise ValueError(f"its step is {brief(step)}")
-    for name in ("tokenizer", "data", "random_state"):
-        if not isinstance(values[name], dict | None):
+    for name in ("tokenizer", "data", "random_state", "init"):
+        if not isinstance(values.get(name), dict | None):
             raise ValueError(f"{name} is {brief(values[name])}")
     if not isinstance(progress, dict):
         raise ValueError(f"progress is {brief(progress)}")

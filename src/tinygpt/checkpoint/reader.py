@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from tinygpt.checkpoint.folder import checkpoint_path, list_checkpoints, named_step, run_of
 from tinygpt.checkpoint.format import BROKEN, Array, Header, Layout, Meta, Place, decode
-from tinygpt.config import GPTConfig
+from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
@@ -58,11 +59,37 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta,
     if damaged:
         listed = clip(", ".join(damaged[:5]))
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-        raise CheckpointError(
-            f"{path} is damaged: the bytes of {listed}{more} do not match their "
-            f"hash. Use an older checkpoint."
-        )
+        raise CheckpointError(_damaged(path, f"{listed}{more}"))
     return meta, arrays
+
+
+def _damaged(path: Path, names: str) -> str:
+    return (
+        f"{path} is damaged: the bytes of {names} do not match their hash. Use an older checkpoint."
+    )
+
+
+@contextlib.contextmanager
+def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array | None]]]:
+    """-> what a checkpoint says of itself, and a function that reads one tensor by its name
+
+    For those who cannot have all of them in memory. Of a name that is not there it makes None.
+    Raises CheckpointError as ``read`` does, but only for what is asked for.
+    """
+    path = Path(path)
+    with _opened(path) as (file, header):
+        meta = _meta(path, header)
+
+        def fetch(name: str) -> Array | None:
+            if (place := header.layout.get(name)) is None:
+                return None
+            file.seek(header.data + place.start)
+            array, digest = _read_tensor(file, place)
+            if digest != header.hashes[name]:
+                raise CheckpointError(_damaged(path, name))
+            return array
+
+        yield meta, fetch
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -73,6 +100,20 @@ def describe(path: str | Path) -> dict[str, Any]:
         tensors = {n: {"dtype": p.dtype, "shape": list(p.shape)} for n, p in header.layout.items()}
         described = {k: v for k, v in header.described.items() if k != "sha256"}
         return {**described, "tensors": tensors, "bytes": path.stat().st_size}
+
+
+def origin(path: str | Path) -> dict[str, Any]:
+    """What a run that begins with these weights will say of them, in ``Meta.init``.
+
+    The hash is of all weights' hashes: the same for the same weights, wherever they are.
+    """
+    path = Path(path)
+    with _opened(path) as (_, header):
+        meta = _meta(path, header)
+        hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
+    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    where = str(path.resolve())
+    return {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
 
 
 @contextlib.contextmanager
@@ -117,7 +158,7 @@ def _meta(path: Path, header: Header) -> Meta:
 WEIGHTS, STATE = "model.", "optimizer."
 """How the names of tensors begin."""
 MOST_STATE = 8
-"""Numbers that an optimizer may keep for each weight, besides ``FEW`` single ones."""
+"""Numbers that optimizer and adapters may keep for each weight, besides ``FEW`` single ones."""
 FEW = 4096
 MOST_CACHE = 64
 """Keys and values of one full context for each weight."""
@@ -128,14 +169,15 @@ def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
 
     So whatever is allocated later is no more than a multiple of what somebody had to store.
     """
-    weights = [place for name, place in layout.items() if name.startswith(WEIGHTS)]
-    count = sum(math.prod(place.shape) for place in weights)
+    weights = {name: place for name, place in layout.items() if name.startswith(WEIGHTS)}
+    own = [place for name, place in weights.items() if not name.endswith(ADAPTERS)]
+    count = sum(math.prod(place.shape) for place in own)
     if count != config.num_params():
         raise CheckpointError(
             f"{path} is damaged or made up: its config claims {config.num_params():,} parameters, "
             f"but it holds {count:,}."
         )
-    if any(place.numpy_dtype.kind != "f" for place in weights):
+    if any(place.numpy_dtype.kind != "f" for place in weights.values()):
         raise CheckpointError(f"{path} is damaged or made up: its weights are no real numbers.")
     strange = [name for name in layout if not name.startswith((WEIGHTS, STATE))]
     if strange:

@@ -5,18 +5,26 @@ tinygrad is imported where it is used: who only looks at files does not wait for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinygpt.checkpoint.format import Array, Layout, Meta, arrange
-from tinygpt.checkpoint.reader import describe, read, read_meta
+from tinygpt.checkpoint.reader import (
+    WEIGHTS,
+    describe,
+    one_by_one,
+    origin,
+    read,
+    read_meta,
+)
 from tinygpt.checkpoint.writer import Snapshot, write
-from tinygpt.config import GPTConfig
-from tinygpt.errors import CheckpointError
+from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
+from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files import remove_stale
 
 if TYPE_CHECKING:
@@ -41,14 +49,98 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     """Read weights, and the optimizer's state if one is given, into place.
 
     Values are assigned to the existing buffers, so functions that were jitted before see them.
-    Nothing is changed unless all of the file is whole and fits.
+    Nothing is changed unless all of the file is whole and fits. What LoRA's adapters have learned
+    is added to the weights, unless the model has such adapters too.
     """
-    from tinygrad import Tensor
-
     path = Path(path)
     wanted = named_tensors(model, optimizer)
     _check_same_model(path, read_meta(path).model, model.config)
-    meta, arrays = read(path, wanted)
+    meta, arrays = _read_merged(path, wanted)
+    _assign(path, wanted, arrays)
+    return meta
+
+
+def start_from(path: str | Path, model: Transformer) -> dict[str, Any]:
+    """Take over the weights of another run; -> where they are from, as ``Meta.init`` has it.
+
+    A model of a smaller block_size takes the embeddings of the first positions. Raises
+    CheckpointError if the weights are damaged or do not fit.
+    """
+    path = Path(path)
+    found, block_size = read_meta(path).model, model.config.block_size
+    if block_size > found.block_size:
+        raise CheckpointError(
+            f"{path} knows {found.block_size} positions, and block_size={block_size} would need "
+            f"more: they are learned, and nobody has learned those."
+        )
+    _check_same_model(path, replace(found, block_size=block_size), model.config)
+    wanted = named_tensors(model, None)
+    _, arrays = _read_merged(path, wanted)
+    positions = f"{WEIGHTS}wpe.weight"
+    if positions in arrays:
+        arrays[positions] = arrays[positions][:block_size]
+    _assign(path, wanted, arrays)
+    return origin(path)
+
+
+def _read_merged(path: Path, wanted: Mapping[str, Tensor]) -> tuple[Meta, dict[str, Array]]:
+    """``read``; adapters that are not wanted themselves are added to the weights they belong to."""
+    layers = [name.removesuffix(".weight") for name in wanted if name.endswith(".weight")]
+    adapters = {layer + end for layer in layers for end in ADAPTERS} - wanted.keys()
+    meta, arrays = read(path, {*wanted, *adapters})
+    for layer in layers:
+        if any(layer + end in adapters and layer + end in arrays for end in ADAPTERS):
+            parts = [arrays.pop(layer + end, None) for end in (".weight", *ADAPTERS)]
+            arrays[f"{layer}.weight"] = _merged(path, layer, meta.train, *parts)
+    return meta, arrays
+
+
+@contextmanager
+def weights(path: str | Path, model: Transformer) -> Iterator[Callable[[str], Array]]:
+    """-> a function that reads one parameter of ``model`` at a time, by its name
+
+    ``load`` for those who cannot have all of them in memory: the model itself stays as it is.
+    """
+    path = Path(path)
+    shapes = {name: tuple(map(int, p.shape)) for name, p in model.parameters().items()}
+    with one_by_one(path) as (meta, find):
+        _check_same_model(path, meta.model, model.config)
+
+        def fetch(name: str) -> Array:
+            array, layer = find(WEIGHTS + name), WEIGHTS + name.removesuffix(".weight")
+            a, b = (find(layer + end) for end in ADAPTERS)
+            if a is not None or b is not None:
+                array = _merged(path, layer, meta.train, array, a, b)
+            if array is None or array.shape != shapes[name]:
+                raise CheckpointError(f"{path} has no {name} of the shape {shapes[name]}.")
+            return array.astype(np.float32, copy=False)
+
+        yield fetch
+
+
+def _merged(
+    path: Path,
+    layer: str,
+    train: TrainConfig | None,
+    weight: Array | None,
+    a: Array | None,
+    b: Array | None,
+) -> Array:
+    """The weight (O, I) of a layer with what its adapter has learned, if they fit together."""
+    from tinygpt.lora import merged
+
+    rank = None if train is None else train.lora_rank
+    if train is not None and rank and weight is not None and a is not None and b is not None:
+        n_out, *n_in = weight.shape
+        if (a.shape, b.shape) == ((rank, *n_in), (n_out, rank)):
+            return merged(weight, a, b, train.lora_alpha / rank)
+    raise CheckpointError(f"{path} is damaged or made up: the adapter of {layer} does not fit it.")
+
+
+def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> None:
+    """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit."""
+    from tinygrad import Tensor
+
     missing = [name for name in wanted if name not in arrays]
     if missing:
         raise CheckpointError(_explain_missing(path, missing))
@@ -60,7 +152,6 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
             )
     for name, tensor in wanted.items():
         tensor.assign(Tensor(arrays[name], device=tensor.device).cast(tensor.dtype)).realize()
-    return meta
 
 
 def named_tensors(model: Transformer, optimizer: Optimizer | None) -> dict[str, Tensor]:
@@ -94,6 +185,11 @@ class Copier:
     """
 
     def __init__(self, model: Transformer, optimizer: Optimizer | None) -> None:
+        if model.quantized:
+            raise UsageError(
+                "This model was quantised, and a checkpoint holds the weights before: they are in "
+                "the one that it was loaded from."
+            )
         self.model, self.optimizer = model, optimizer
         self._prepare(named_tensors(model, optimizer))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from tinygpt.checkpoint.format import Array, Layout, Meta, encode
+from tinygpt.checkpoint.format import ZEROS, Array, Layout, Meta, encode
 from tinygpt.errors import CheckpointError
 from tinygpt.files import free_space, replacing, write_all
 
@@ -56,6 +56,33 @@ def write(path: Path, snapshot: Snapshot, meta: Meta) -> Path:
         with replacing(path) as file:
             write_all(file.fileno(), header)
             write_all(file.fileno(), snapshot.memory.data)
+    return path
+
+
+def stream(
+    path: Path, layout: Layout, pieces: Callable[[str], Iterable[Array]], meta: Meta
+) -> Path:
+    """The same for tensors that come in pieces, flat, so that none has to be in memory whole.
+
+    The header with the hashes of what was written takes the place of one of the same length.
+    """
+    hashes = dict.fromkeys(layout, ZEROS.decode())
+    header = encode(meta, layout, hashes)
+    with writing(path):
+        check_space(path.parent, len(header) + max(place.end for place in layout.values()))
+        with replacing(path) as file:
+            write_all(file.fileno(), header)
+            for name, place in layout.items():
+                digest, left = hashlib.sha256(), place.end - place.start
+                for piece in pieces(name):
+                    data = np.ascontiguousarray(piece, place.numpy_dtype).view(np.uint8).data
+                    digest.update(data)
+                    write_all(file.fileno(), data)
+                    left -= len(data)
+                assert not left, f"the pieces of {name} are not as long as it is"
+                hashes[name] = digest.hexdigest()
+            file.seek(0)
+            write_all(file.fileno(), encode(meta, layout, hashes))
     return path
 
 

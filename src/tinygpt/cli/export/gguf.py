@@ -50,12 +50,13 @@ def export_gguf(
     if done.added:
         say("llama.cpp wants a token that ends a text: one was added, which is never the likeliest")
     if done.unrounded:
-        say(
-            f"stored as f16, since their rows are no multiple of 32 long: {len(done.unrounded)} weights"
-        )
+        say(f"{len(done.unrounded)} weights are stored as f16: q8_0 wants rows of 32, 64, 96 …")
     say(f"largest logit difference to what is read from the file: {done.difference:.2g}")
     if type != "f32":
         say(f"rounding the weights changes logits by up to {done.rounding:.2g}")
     say(f"wrote {out}: {model.num_params():,} parameters, {done.size / 1e6:,.1f} MB")
+    if model.config.block_size % 256:
+        # llama.cpp rounds the context up, and there are no positions behind the last one
+        say(f"llama.cpp breaks off behind token {model.config.block_size}: limit it with -n")
     if json:
         show_json({"checkpoint": str(chosen), "type": type, **asdict(done)})

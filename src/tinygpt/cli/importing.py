@@ -1,0 +1,103 @@
+"""``tinygpt import``: weights that others trained, as a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclopts import App
+
+from tinygpt import runtime
+from tinygpt.cli.console import command, say, show_json
+from tinygpt.cli.options import Switch
+from tinygpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from tinygpt.interop.hf import Pretrained
+    from tinygpt.tokenizers import Tokenizer
+
+app = App(name="import", help="Take in weights that others trained.")
+
+
+@app.command(name="hf")
+def import_hf(
+    source: str,
+    /,
+    *,
+    out: Path,
+    tokenizer: str | None = None,
+    check: Switch = False,
+    json: Switch = False,
+) -> None:
+    """Make a run of a GPT-2 from Hugging Face, to generate, evaluate, train and export.
+
+    Parameters
+    ----------
+    source
+        Folder with config.json and model.safetensors, or a .safetensors file in one; or a name of
+        the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, owner/name.
+    out
+        Folder of the run, which must not exist.
+    tokenizer
+        gpt2, byte, a saved one, or none. [default: the one beside the weights]
+    check
+        Compare the model's logits with a plain forward pass first: takes memory and seconds.
+    json
+        Print a summary as JSON.
+    """
+    from tinygpt.interop.folders import check_free
+    from tinygpt.interop.hf import import_run, open_pretrained
+
+    check_free(out)
+    found = open_pretrained(source, progress=True)
+    vocabulary = _tokenizer(found, tokenizer)
+    difference = _checked(found) if check else None
+    path = import_run(found, out, vocabulary)
+    if difference is not None:
+        say(f"largest logit difference to a plain forward pass: {difference:.2g}")
+    say(f"wrote {path}: {found.config.num_params():,} parameters, from {found.dtypes}")
+    if vocabulary is None:
+        say("It has no tokenizer: name one where text is needed, such as --tokenizer gpt2.")
+    else:
+        say("Let it write:")
+        say("  " + command("generate", out))
+    if json:
+        show_json(
+            {
+                "run": str(out),
+                "checkpoint": str(path),
+                "source": found.source,
+                "parameters": found.config.num_params(),
+                "model": found.config.to_dict(),
+                "tokenizer": None if vocabulary is None else vocabulary.kind,
+                "types": found.dtypes,
+                "parity": difference,
+            }
+        )
+
+
+def _tokenizer(found: Pretrained, spec: str | None) -> Tokenizer | None:
+    """The one that was named, or else the one beside the weights; it has to fit."""
+    from tinygpt.tokenizers import make_tokenizer
+
+    if spec is None:
+        return found.tokenizer
+    if spec == "none":
+        return None
+    named = make_tokenizer(spec, lambda: _no_text(spec))
+    found.check_vocabulary(named)
+    return named
+
+
+def _no_text(spec: str) -> list[str]:
+    raise UsageError(
+        f"--tokenizer {spec} would have to be trained. Give gpt2, byte, a saved one or none."
+    )
+
+
+def _checked(found: Pretrained) -> float:
+    """How far our model's logits are from those of the plain forward pass."""
+    from tinygpt.interop.hf import check
+
+    runtime.require_device()
+    return check(found)

@@ -1,0 +1,42 @@
+"""How GGUF files store weights: whole, in half the bits, or in a quarter."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Kind = Literal["f32", "f16", "q8_0"]
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+BLOCK = 32
+"""Numbers that share a scale in q8_0."""
+
+
+def store(values: Floats, kind: Kind) -> tuple[Array, Floats]:
+    """-> what is stored of ``values``, and what a reader gets from that
+
+    q8_0 stores rows of bytes: for every 32 numbers a float16 scale, the largest of them by amount
+    over 127, and 32 whole numbers from -127 to 127. Rows must be a multiple of 32 long.
+    """
+    if kind == "f32":
+        return values, values
+    with np.errstate(all="ignore"):  # what is too large is found when the logits are compared
+        return _half(values) if kind == "f16" else _bytes(values)
+
+
+def _half(values: Floats) -> tuple[Array, Floats]:
+    half = values.astype(np.float16)
+    return half, half.astype(np.float32)
+
+
+def _bytes(values: Floats) -> tuple[Array, Floats]:
+    blocks = values.reshape(-1, BLOCK)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    whole = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
+    half = scale.astype(np.float16)
+    stored = np.concatenate([half.view(np.uint8), whole.astype(np.int8).view(np.uint8)], axis=1)
+    rounded = half.astype(np.float32) * whole
+    return stored.reshape(*values.shape[:-1], -1), rounded.reshape(values.shape)

@@ -1,0 +1,279 @@
+"""GPT-2 as Hugging Face keeps it: a folder with config.json and model.safetensors, read in place.
+
+Their linear layers are ``Conv1D``, whose weight is (in, out); ours are (out, in). Their names may
+begin with ``transformer.``; the causal masks that old versions stored beside the weights
+(``attn.bias``, ``attn.masked_bias``) are left out. Weights may be float32, float16 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinygpt import checkpoint
+from tinygpt.config import GPTConfig, to_toml
+from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
+from tinygpt.files import replacing
+from tinygpt.interop import hub, parity
+from tinygpt.interop.folders import new_folder
+from tinygpt.interop.hf_config import read_config
+from tinygpt.interop.hf_tokenizer import read_tokenizer
+from tinygpt.interop.safetensors import WEIGHTS, Entry, Floats, read_file, refuse_pickle
+from tinygpt.interop.shards import INDEX, read_shards
+from tinygpt.tokenizers import Tokenizer
+from tinygpt.untrusted import clip
+
+if TYPE_CHECKING:
+    from tinygpt.model import Transformer
+
+WEIGHTS_FILE = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+PREFIX = "transformer."
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+"""Causal masks, which are no weights."""
+TURNED = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
+"""Weights that are stored (in, out)."""
+OTHER_TOKENIZER = (
+    "Name the tokenizer that belongs to the model, such as --tokenizer gpt2, or take the weights "
+    "alone: --tokenizer none"
+)
+LISTED = 5
+"""Names that an error lists at most."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A GPT-2 that others trained: its shape, and where each of its weights is in a mapped file."""
+
+    source: str
+    folder: Path
+    config: GPTConfig
+    entries: Mapping[str, Entry]
+    """By our names, which are GPT-2's without the prefix."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The one beside the weights, if there is one.
+
+        InteropError if it is of another size, or cannot be read.
+        """
+        try:
+            found = read_tokenizer(self.folder)
+        except TokenizerError as error:
+            raise InteropError(f"{error} {OTHER_TOKENIZER}") from error
+        if found is not None:
+            self.check_vocabulary(found)
+        return found
+
+    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """InteropError unless the model has a row for each token and no more."""
+        if tokenizer.vocab_size != self.config.vocab_size:
+            raise InteropError(
+                f"{self.source}: the model has a vocabulary of {self.config.vocab_size:,}, and the "
+                f"tokenizer one of {tokenizer.vocab_size:,}. {OTHER_TOKENIZER}"
+            )
+
+    @property
+    def dtypes(self) -> str:
+        """The types of the weights in the files, such as F16."""
+        return ", ".join(sorted({entry.dtype for entry in self.entries.values()}))
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        """A weight as our model has it, in float32, flat, a piece at a time."""
+        entry = self.entries[name]
+        pieces = self._turned(entry) if TURNED.fullmatch(name) else entry.pieces()
+        for piece in pieces:
+            if not np.isfinite(piece).all():
+                raise InteropError(f"{entry.path}: {name} holds values that are not finite.")
+            yield piece
+
+    def _turned(self, entry: Entry) -> Iterator[Floats]:
+        yield np.ascontiguousarray(entry.floats().T).reshape(-1)  # (in, out) -> (out, in)
+        entry.release()
+
+    def fetch(self, name: str) -> Floats:
+        """A weight as it is stored, by Hugging Face's name: for ``parity.plain_logits``."""
+        entry = self.entries[name.removeprefix(PREFIX)]
+        entry.release()  # of the one before
+        return entry.floats()
+
+
+def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of our model by name, in the order of the forward pass."""
+    C, V = config.n_embd, config.vocab_size
+    linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
+    mlp = {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    found: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C)}
+    for i in range(config.n_layer):
+        for part in ({"ln_1": (C,)}, linear, {"ln_2": (C,)}, mlp):
+            for name, shape in part.items():
+                found |= _layer(f"h.{i}.{name}", shape, config.bias)
+    found |= _layer("ln_f", (C,), config.bias)
+    return found if config.tie_embeddings else found | {"lm_head.weight": (V, C)}
+
+
+def _layer(name: str, shape: tuple[int, ...], bias: bool) -> dict[str, tuple[int, ...]]:
+    weight = {f"{name}.weight": shape}
+    return weight | {f"{name}.bias": shape[:1]} if bias else weight
+
+
+# Finding ----------------------------------------------------------------------------------------
+
+
+def open_pretrained(source: str | Path, progress: bool = False) -> Pretrained:
+    """The GPT-2 in a folder, in the folder of a .safetensors file, or of a name on the hub.
+
+    Everything is checked but the values. Nothing is read of the weights yet. ``progress`` shows a
+    bar where something has to be fetched. Raises InteropError that says what does not fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder, files = path, _weight_files(path)
+    elif path.is_file():
+        folder, files = path.parent, path
+    else:
+        folder = hub.fetch(str(source), progress)
+        files = _weight_files(folder)
+    found = read_shards(files) if files.name == INDEX else read_file(files)
+    if not (folder / "config.json").exists():
+        raise InteropError(f"{files} needs the config.json of the model beside it: its shape.")
+    config = read_config(folder / "config.json")
+    return Pretrained(str(source), folder, config, _matched(files, config, found))
+
+
+def _weight_files(folder: Path) -> Path:
+    """The file with the weights in a folder, or the one that says in which they are."""
+    for name in (WEIGHTS_FILE, INDEX):
+        if (folder / name).exists():
+            return folder / name
+    if checkpoint.list_checkpoints(folder):
+        raise UsageError(f"{folder} is a run of TinyGPT's own; there is nothing to import.")
+    for pickle in (PICKLE, f"{PICKLE}.index.json"):
+        if (folder / pickle).exists():
+            raise InteropError(refuse_pickle(folder / pickle))
+    if not (folder / "config.json").exists():
+        raise InteropError(
+            f"{folder} is no folder of Hugging Face's: it has no config.json and no {WEIGHTS_FILE}."
+        )
+    raise InteropError(f"{folder} has a config.json, but no weights: {WEIGHTS_FILE} is missing.")
+
+
+def _matched(path: Path, config: GPTConfig, found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries by our names; InteropError for what is missing, too much, or does not fit."""
+    ours = {name.removeprefix(PREFIX): entry for name, entry in found.items()}
+    if len(ours) != len(found):
+        raise InteropError(f"{path} holds weights both with and without the prefix {PREFIX!r}.")
+    ours = {name: entry for name, entry in ours.items() if not BUFFERS.fullmatch(name)}
+    if config.tie_embeddings:
+        ours = _without_copy(path, ours)
+    wanted = shapes(config)
+    _check_names(path, wanted, ours)
+    for name, shape in wanted.items():
+        _check_entry(path, name, shape, ours[name])
+    return {name: ours[name] for name in wanted}
+
+
+def _without_copy(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Tied embeddings are stored once, under either name, or twice, and then they are the same."""
+    head = entries.pop("lm_head.weight", None)
+    if head is None:
+        return entries
+    embedding = entries.setdefault("wte.weight", head)
+    if not _same(embedding, head):
+        raise InteropError(
+            f"{path}: lm_head.weight differs from wte.weight, but config.json says that they are "
+            f"one. If they are not, set tie_word_embeddings to false there."
+        )
+    return entries
+
+
+def _same(a: Entry, b: Entry) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or a.dtype not in WEIGHTS:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(a.pieces(), b.pieces(), strict=True))
+
+
+def _check_names(path: Path, wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
+    for names, others, said in ((wanted, found, "lacks"), (found, wanted, "holds")):
+        lost = [name for name in names if name not in others]
+        if lost:
+            listed = clip(", ".join(lost[:LISTED])) + (", …" if len(lost) > LISTED else "")
+            known = list(others) if len(others) < 10_000 else []
+            near = nearest(lost[0][:99], [n for n in known if n not in names])
+            what = "" if said == "lacks" else ", which the GPT-2 of its config.json does not have"
+            raise InteropError(
+                f"{path} {said} {len(lost):,} weight{'s' * (len(lost) > 1)}{what}: {listed}.{near}"
+            )
+
+
+def _check_entry(path: Path, name: str, shape: tuple[int, ...], entry: Entry) -> None:
+    stored = shape[::-1] if TURNED.fullmatch(name) else shape
+    if entry.shape != stored:
+        raise InteropError(
+            f"{path}: {name} has shape {entry.shape}, and by config.json it would be {stored}."
+        )
+    if entry.dtype not in WEIGHTS:
+        raise InteropError(
+            f"{path}: {name} is of type {entry.dtype}; weights are {', '.join(WEIGHTS)}."
+        )
+
+
+# Taking it in -----------------------------------------------------------------------------------
+
+
+def load_weights(model: Transformer, pretrained: Pretrained) -> None:
+    """Put the weights into a model of the same shape, one after another."""
+    from tinygpt.transfer import fill
+
+    for name, parameter in model.parameters().items():
+        fill(parameter, pretrained.pieces(name))
+
+
+def check(pretrained: Pretrained) -> float:
+    """The largest difference of our model's logits to those of a plain forward pass in numpy.
+
+    Raises InteropError if it is too large.
+    """
+    from tinygpt.model import Transformer
+
+    model = Transformer(pretrained.config, seed=None)
+    load_weights(model, pretrained)
+    ids = parity.fixed_prompt(pretrained.config)
+    plain = parity.plain_logits(pretrained.fetch, pretrained.config, ids)
+    return parity.compare(parity.our_logits(model, ids), plain, reader="A plain forward pass")
+
+
+def _public(source: str) -> str:
+    """Where weights come from, to be passed on with them: of a path no more than its last name."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None) -> Path:
+    """Make a run of it, with one checkpoint, of step 0; -> the checkpoint.
+
+    The folder appears whole or not at all. Weights go from file to file a piece at a time.
+    """
+    layout = checkpoint.arrange(
+        (f"model.{name}", np.dtype(np.float32), shape)
+        for name, shape in shapes(pretrained.config).items()
+    )
+    meta = checkpoint.Meta(
+        0,
+        pretrained.config,
+        tokenizer=None if tokenizer is None else tokenizer.to_dict(),
+        progress={"imported": {"source": _public(pretrained.source), "types": pretrained.dtypes}},
+    )
+    with new_folder(folder) as staging:
+        path = checkpoint.checkpoint_path(staging, 0)
+        checkpoint.stream(path, layout, lambda name: pretrained.pieces(name[len("model.") :]), meta)
+        with replacing(staging / "config.toml") as file:
+            file.write(to_toml({"model": pretrained.config}, comments=True).encode())
+        if tokenizer is not None:
+            tokenizer.save(staging / "tokenizer.json")
+    return checkpoint.checkpoint_path(folder, 0)

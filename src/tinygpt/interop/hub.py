@@ -1,0 +1,240 @@
+"""Models of the Hugging Face hub by name: fetched once, verified, kept in the user's cache folder.
+
+The hub tells the size and the hash of each file before it is fetched: the SHA-256 of large files,
+and of small ones the SHA-1 that git knows them by. ``HF_ENDPOINT`` names another server that speaks
+the same protocol, as it does for Hugging Face's own tools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+
+from tinygpt import runtime
+from tinygpt.errors import DataError, InteropError, nearest
+from tinygpt.files import download, replacing
+from tinygpt.interop.shards import INDEX, weight_map
+from tinygpt.untrusted import brief
+
+if TYPE_CHECKING:
+    from requests import Response
+
+NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+"""Models by the short names that everybody uses."""
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+ENDPOINT = "https://huggingface.co"
+WEIGHTS = "model.safetensors"
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json")
+"""Files that may be missing."""
+SMALL = 16 << 20
+"""Bytes that a file other than weights may have."""
+TIMEOUT = (5, 20)
+"""Seconds to wait for a connection, and for an answer."""
+REDIRECTS = 5
+
+Watch = Callable[[str, int, int], None]
+"""Told a file's name, how many of its bytes have arrived, and how many it has."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub says of a file."""
+
+    url: str
+    size: int
+    digest: str
+    """SHA-256 in hexadecimal, or the SHA-1 that git gives to the content."""
+
+
+def fetch(name: str, progress: bool = False) -> Path:
+    """The folder with a model's config.json, weights and tokenizer, fetched unless it is there.
+
+    ``name`` is ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, ``distilgpt2`` or
+    ``owner/name``. Raises InteropError: where the hub cannot be reached, it says which files belong
+    where.
+    """
+    repository = NAMES.get(name, name)
+    if not REPOSITORY.fullmatch(repository) or ".." in repository:
+        raise InteropError(
+            f"There is no file or folder {brief(name, 200)}, and no model of that name."
+            f"{nearest(name[:99], list(NAMES))} Known names: {', '.join(NAMES)}, or owner/name."
+        )
+    try:
+        folder = runtime.cache_dir() / "hub" / repository.replace("/", "--")
+        if not _is_complete(folder):
+            with _bar(progress) as watch:
+                _fetch_all(repository, folder, watch)
+    except (DataError, OSError) as error:
+        raise InteropError(_by_hand(name, repository, error)) from error
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """The weights come last, so that the rest is there when they are."""
+    if not (folder / "config.json").is_file():
+        return False
+    if (folder / WEIGHTS).is_file():
+        return True
+    index = folder / INDEX
+    return index.is_file() and all((folder / n).is_file() for n in weight_map(index).values())
+
+
+def _fetch_all(repository: str, folder: Path, watch: Watch) -> None:
+    site = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
+    base = f"{site}/{repository}/resolve/main"
+    _small(_wanted(f"{base}/config.json"), folder / "config.json")
+    for name in TOKENIZER:
+        if remote := _ask(f"{base}/{name}"):
+            _small(remote, folder / name)
+    if remote := _ask(f"{base}/{WEIGHTS}"):
+        _large(remote, folder / WEIGHTS, watch)
+        return
+    remote = _ask(f"{base}/{INDEX}")
+    if remote is None:
+        raise DataError(
+            f"{repository} has neither {WEIGHTS} nor {INDEX}: its weights are perhaps a pickle, "
+            f"which TinyGPT does not open."
+        )
+    _small(remote, folder / INDEX)
+    for shard in sorted(set(weight_map(folder / INDEX).values())):
+        _large(_wanted(f"{base}/{shard}"), folder / shard, watch)
+
+
+def _wanted(url: str) -> Remote:
+    remote = _ask(url)
+    if remote is None:
+        raise DataError(f"{url} answered 404: there is no such file.")
+    return remote
+
+
+def _ask(url: str) -> Remote | None:
+    """What the hub says of a file; None if there is none.
+
+    The answer for a large file points to where its bytes are, and has its hash in the headers; that
+    for a model which was renamed points to the model's new place.
+    """
+    import requests
+
+    asked = url
+    try:
+        for _ in range(REDIRECTS):
+            headers = {"Accept-Encoding": "identity"}
+            answer = requests.head(asked, headers=headers, timeout=TIMEOUT)
+            if answer.status_code == 404:
+                return None
+            answer.raise_for_status()
+            if "X-Linked-Etag" in answer.headers or not answer.is_redirect:
+                return _described(url, answer)
+            asked = urljoin(asked, answer.headers["Location"])
+            if urlsplit(asked).netloc != urlsplit(url).netloc:
+                raise DataError(f"{url} leads elsewhere without telling its hash: not taken.")
+    except requests.HTTPError as error:
+        said = f"{error.response.status_code} {error.response.reason}"
+        raise DataError(f"{url} answered {said}.") from error
+    except requests.RequestException as error:
+        raise DataError(f"{url} could not be reached ({type(error).__name__}).") from error
+    raise DataError(f"{url} leads from one address to the next, {REDIRECTS} times.")
+
+
+def _described(url: str, answer: Response) -> Remote:
+    headers = answer.headers
+    of_link = "X-Linked-Etag" in headers
+    tag = headers.get("X-Linked-Etag" if of_link else "ETag", "")
+    size = headers.get("X-Linked-Size" if of_link else "Content-Length", "")
+    digest = tag.removeprefix("W/").strip('"').lower()
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) or not re.fullmatch("[0-9]+", size):
+        raise DataError(f"{url}: the server does not tell its size and hash, so it is not taken.")
+    return Remote(url, int(size), digest)
+
+
+def _large(remote: Remote, path: Path, watch: Watch) -> None:
+    """A file with weights, resumed where it broke off."""
+    if path.is_file():
+        return
+    if len(remote.digest) != 64:
+        raise DataError(f"{remote.url}: the server does not tell its SHA-256, so it is not taken.")
+    download(
+        remote.url,
+        path,
+        remote.digest,
+        size=remote.size,
+        watch=lambda count: watch(path.name, count, remote.size),
+    )
+
+
+def _small(remote: Remote, path: Path) -> None:
+    """A file that is read in one go."""
+    import requests
+
+    if remote.size > SMALL:
+        raise DataError(f"{remote.url} has {remote.size:,} bytes, far more than such a file needs.")
+    try:
+        with requests.get(remote.url, stream=True, timeout=TIMEOUT) as answer:
+            answer.raise_for_status()
+            content = b"".join(_bounded(answer, remote.size + 1))
+    except requests.RequestException as error:
+        raise DataError(f"{remote.url} broke off ({type(error).__name__}). Try again.") from error
+    if _digest(content, len(remote.digest)) != remote.digest:
+        raise DataError(
+            f"{remote.url} is not the file it should be: its hash is not {remote.digest}. "
+            f"Something on the way changed it; nothing was kept."
+        )
+    with replacing(path) as file:
+        file.write(content)
+
+
+def _bounded(answer: Response, limit: int) -> Iterator[bytes]:
+    count = 0
+    for block in answer.iter_content(1 << 16):
+        yield block
+        count += len(block)
+        if count >= limit:
+            return
+
+
+def _digest(content: bytes, length: int) -> str:
+    if length == 64:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _by_hand(name: str, repository: str, error: Exception) -> str:
+    files = f"config.json, {WEIGHTS}, vocab.json and merges.txt"
+    return (
+        f"{name} could not be fetched: {error}\n"
+        f"What has arrived is kept; try again to go on. Or fetch it yourself, on another machine "
+        f"if need be: put {files}\nof {ENDPOINT}/{repository} into a folder, and give that "
+        f"folder in place of the name."
+    )
+
+
+@contextmanager
+def _bar(shown: bool) -> Iterator[Watch]:
+    """A progress bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+        tasks = {}
+
+        def watch(name: str, count: int, size: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=size)
+            bar.update(tasks[name], completed=count)
+
+        yield watch
