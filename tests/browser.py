@@ -53,7 +53,7 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
     yield open_
     for watched in opened:
         watched.page.context.close()
-        assert watched.problems == []
+        assert not watched.problems, watched.problems
 
 
 class Watched:

@@ -1,13 +1,27 @@
-"""The decoding kernel: one query per head against a cache whose length is data."""
+"""The decoding kernels: one query per head against a cache whose length is data.
+
+In `decode` all sequences of a batch have the same length. In `decode_rows` each has its own, and
+its own place in a cache that has places for more: texts that began at different times.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from tinygrad import UOp
 
-from tinygpt.kernels.attention.tiles import HIDDEN, at_most, blocks, clamp, power, sum_dtype
+from tinygpt.kernels.attention.tiles import (
+    HIDDEN,
+    at_most,
+    blocks,
+    clamp,
+    counted,
+    power,
+    sum_dtype,
+)
 from tinygpt.kernels.phases import Array, Index, Kernel, Tile, minimum
 
 BLOCK = 64
@@ -32,30 +46,91 @@ def decode(
     T: int,
     D: int,
 ) -> None:
-    """out = softmax(q kᵀ / √D) v over the first ``length[0]`` of T keys, for each head.
+    """out = softmax(q kᵀ / √D) v over the first ``length[0]`` of T keys, for each head."""
+    head = k.units(heads)
+    n = at_most(length[0], T)
+    at = Head(query=head * D, cache=head * (T * D), result=head * D)
+    _attend(k, out, q, keys, values, at, n, k.loop((n + (BLOCK - 1)) // BLOCK), D)
+
+
+def decode_rows(
+    k: Kernel,
+    out: Array,
+    keys: Array,
+    values: Array,
+    qkv: Array,
+    places: Array,
+    positions: Array,
+    *,
+    rows: int,
+    P: int,
+    H: int,
+    T: int,
+    D: int,
+) -> None:
+    """Each row's own key and value into the cache, then out = softmax(q kᵀ / √D) v up to there.
+
+    qkv is (rows, 3, H, D), out (rows, H, D), keys and values are (P, H, T, D). A row has the place
+    ``places[row]`` there, and stands at ``positions[row]``.
+    """
+    unit = k.units(rows * H)
+    row, h = unit // H, unit % H
+    position = at_most(positions[row], T - 1)
+    query = row * (3 * H * D) + h * D
+    at = Head(query, (at_most(places[row], P - 1) * H + h) * (T * D), unit * D)
+    for part, cache in enumerate((keys, values), start=1):
+        with k.loop(blocks(D, k.lanes)) as j, k.phase() as lane:
+            d = j * k.lanes + lane
+            new = qkv[query + part * (H * D) + clamp(d, D)]
+            cache.put(at.cache + position * D + d, new, d < D if D % k.lanes else None)
+    n = position + 1
+    loop = counted(k, (n + (BLOCK - 1)) // BLOCK, blocks(T, BLOCK))
+    _attend(k, out, qkv, keys, values, at, n, loop, D)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where a head's query, keys and values, and result begin."""
+
+    query: UOp
+    cache: UOp
+    result: UOp
+
+
+def _attend(
+    k: Kernel,
+    out: Array,
+    q: Array,
+    keys: Array,
+    values: Array,
+    at: Head,
+    n: UOp,
+    each_block: AbstractContextManager[UOp],
+    D: int,
+) -> None:
+    """The result of one head, which sees the first n keys: so many blocks of them.
 
     Online softmax, as in `forward`. Reading the cache is all the work there is, so lanes are the
     head's dimensions, in which it is read in order; the scores are added up across the lanes.
     """
-    head = k.units(heads)
     dtype, W, parts = sum_dtype(q.dtype), k.lanes, range(blocks(D, k.lanes))
     scaled, o = k.tile(len(parts), dtype), k.tile(len(parts), dtype)
     products, w = k.tile(ROWS, dtype, shared=True), k.tile(1, dtype, width=BLOCK, shared=True)
     lanes = k.tile(1, dtype, shared=True)
     sums, m, m_new, total, shrink = (k.tile(n, dtype, width=1) for n in (ROWS, 1, 1, 1, 1))
-    n, groups = at_most(length[0], T), range(BLOCK // W)
+    groups = range(BLOCK // W)
 
     def number(cache: Array, t: Index, part: Index, lane: Index) -> UOp:
-        return cache[(head * T + minimum(t, n - 1)) * D + clamp(part * W + lane, D)].cast(dtype)
+        return cache[at.cache + minimum(t, n - 1) * D + clamp(part * W + lane, D)].cast(dtype)
 
     with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
-        query = q[head * D + clamp(d, D)].cast(dtype) * (math.log2(math.e) / math.sqrt(D))
+        query = q[at.query + clamp(d, D)].cast(dtype) * (math.log2(math.e) / math.sqrt(D))
         scaled[part, lane] = (d < D).where(query, 0.0)
         o[part, lane] = 0.0
     with k.phase(1):
         m[0, 0], total[0, 0] = HIDDEN, 0.0
-    with k.loop((n + (BLOCK - 1)) // BLOCK) as j:
+    with each_block as j:
         with k.loop(BLOCK // ROWS) as i:
             first = j * BLOCK + i * ROWS
             with k.loop(ROWS) as x, k.phase() as lane:
@@ -89,14 +164,24 @@ def decode(
             o[part, lane] = sum_so_far
     with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
-        out.put(head * D + d, o[part, lane] / total[0, 0], d < D if D % W else None)
+        out.put(at.result + d, o[part, lane] / total[0, 0], d < D if D % W else None)
 
 
 def _add_across(k: Kernel, sums: Tile, tile: Tile, rows: int) -> None:
-    """sums[x, 0] = the sum of tile[x, lane] over the lanes."""
+    """sums[x, 0] = the sum of tile[x, lane] over the lanes. The tile is spent."""
+    width = k.lanes
+    while width % 2 == 0 and width > 4 and not k.gpu:  # by halves, in vectors
+        width //= 2
+        with k.phase(width) as lane:
+            for x in range(rows):
+                tile[x, lane] = tile[x, lane] + tile[x, lane + width]
+    if width == 4:
+        with k.phase(rows) as row:
+            sums[row, 0] = (tile[row, 0] + tile[row, 1]) + (tile[row, 2] + tile[row, 3])
+        return
     with k.phase(1):
         for x in range(rows):
             sums[x, 0] = 0.0
-    with k.loop(k.lanes) as lane, k.phase(1):
+    with k.loop(width) as lane, k.phase(1):
         for x in range(rows):
             sums[x, 0] = sums[x, 0] + tile[x, lane]

@@ -1,0 +1,83 @@
+"""Pictures of the playground for the README: `screenshots.py RUN docs`, with the run's model."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page, expect, sync_playwright
+from tests.browser import ARGUMENTS, CHROMIUM
+
+PROMPT = "ROMEO:\nWhat shall I say to "
+WINDOW = {"width": 1180, "height": 940}
+
+
+@contextlib.contextmanager
+def serving(run: str) -> Iterator[str]:
+    """The address of a server of this run, on a free port."""
+    command = [sys.executable, "-m", "tinygpt", "serve", run, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            found = re.search(r" at (http\S+)", server.stderr.readline())
+            if found is None:
+                sys.exit(f"{run} cannot be served: {server.stderr.read()}")
+            yield found[1]
+        finally:
+            server.terminate()
+
+
+def write_some(page: Page, address: str) -> None:
+    """The same text each time: the seed is held."""
+    page.goto(address)
+    page.get_by_label("Text to continue").fill(PROMPT)
+    page.locator("#random").uncheck()
+    for name, value in {"seed": 12, "max_tokens": 56, "temperature": 0.8}.items():
+        page.locator(f"#{name}").fill(str(value))
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("#status")).to_have_text("56 tokens written.", timeout=60_000)
+
+
+def open_a_token(page: Page) -> None:
+    """Go back to a token of the middle."""
+    title = page.locator("#candidates h3")
+    for _ in range(12):
+        before = title.inner_text()
+        page.get_by_role("button", name="Token before").click()
+        expect(title).not_to_have_text(before)
+    expect(page.locator("#candidates [aria-current]")).to_be_visible(timeout=60_000)
+    expect(page.locator(".candidates")).to_have_attribute("aria-busy", "false", timeout=60_000)
+    page.mouse.move(0, 0)
+
+
+def open_attention(page: Page) -> None:
+    page.get_by_role("tab", name="Attention").click()
+    expect(page.locator("#pair")).to_contain_text("looks at", timeout=60_000)
+    page.get_by_label("Tokens", exact=True).and_(page.locator("select")).select_option("24")
+    expect(page.locator("#attention")).to_contain_text("Layer")
+    page.get_by_role("button", name="Head 1").click()
+
+
+def take(run: str, folder: Path) -> None:
+    with serving(run) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        for scheme, name in (("light", "playground.png"), ("dark", "playground-dark.png")):
+            profile: dict[str, Any] = {"viewport": WINDOW, "color_scheme": scheme}
+            page = browser.new_page(**profile, reduced_motion="reduce")
+            for _ in range(2):  # the first time kernels are compiled, and the speed is not theirs
+                write_some(page, address)
+            open_a_token(page)
+            page.screenshot(path=folder / name)
+            if scheme == "light":
+                open_attention(page)
+                page.wait_for_timeout(3000)  # for the shorter map
+                page.locator("section.inside").screenshot(path=folder / "attention.png")
+            page.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    take(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,272 @@
+"""``tinygpt serve`` and ``tinygpt dashboard``: what a browser, or a program, can ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from tinygpt.cli.console import command, say
+from tinygpt.cli.models import Quantize, load_model
+from tinygpt.cli.options import Switch
+from tinygpt.cli.running import RUNS
+from tinygpt.cli.signals import Words, run_signals
+from tinygpt.display.text import printable
+from tinygpt.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+
+    from tinygpt.runs import TrainingRun
+    from tinygpt.server.dashboard import Board
+    from tinygpt.server.service import Service
+
+Names = Annotated[list[str], Parameter(negative=())]
+
+API_KEY = "TINYGPT_API_KEY"
+"""The environment variable that holds the key; unlike --api-key it is in no list of processes."""
+SHORTEST_KEY = 12
+MOST_PLACES = 256
+WATCHING = Words("closing the dashboard", "what trains goes on")
+WORDS = Words("finishing the answers that are being written", "their answers are cut short")
+
+
+def serve(
+    run: Path,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    allow_host: Names | None = None,
+    places: int = 16,
+    tokenizer: str | None = None,
+    quantize: Quantize | None = None,
+    open: Switch = False,
+) -> int:
+    """Serve a model: a page to play with, and an API like OpenAI's.
+
+    Parameters
+    ----------
+    run
+        Run folder, of which the best checkpoint is taken, or a checkpoint.
+    host
+        Where to listen. Any place but this machine itself needs a key.
+    port
+        Port to listen on; 0 takes a free one.
+    api_key
+        Key that clients must send. Better: set TINYGPT_API_KEY, which nobody else can see.
+    allow_host
+        Another name by which the server is called, such as that of a proxy; may be repeated.
+    places
+        Texts that are written at once; others wait.
+    tokenizer
+        gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    quantize
+        int8: round the weights, for a quarter of the memory and faster writing.
+    open
+        Open the page in a browser.
+    """
+    require_extra()
+    from tinygpt.server.listening import Server, listen, url
+
+    key = _key(api_key, host, "serve", run)
+    if not 1 <= places <= MOST_PLACES:
+        raise UsageError(f"--places {places} is out of range: it must be from 1 to {MOST_PLACES}.")
+    with listen(host, port) as listener:
+        service = _service(run, tokenizer, quantize, places)
+        from tinygpt.server.app import make_app
+
+        board = _board(run, key)
+        app = make_app(service, api_key=key, hosts=[host, *(allow_host or [])], board=board)
+        server, address = Server(app, service.limits), url(listener, host)
+        with run_signals(server.stop, None, say, WORDS) as received, service.engine:
+            service.engine.warm_up()
+            _introduce(service, address, key, board)
+            if open:
+                open_browser(address)
+            server.run([listener])
+    return 128 + received[0] if received else 0
+
+
+def dashboard(
+    *runs: Path,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    api_key: str | None = None,
+    allow_host: Names | None = None,
+    open: Switch = False,
+) -> int:
+    """Watch runs in the browser while they train.
+
+    Only files are read: no model is loaded, and whatever trains is not slowed.
+
+    Parameters
+    ----------
+    runs
+        Run folders, or folders that hold some. [default: runs]
+    host
+        Where to listen. Anywhere but on this machine itself, reading needs the key too.
+    port
+        Port to listen on; if it is taken, one of the next.
+    api_key
+        Key for saving and stopping. Better: set TINYGPT_API_KEY. [default: another one every time]
+    allow_host
+        Another name by which the server is called, such as that of a proxy; may be repeated.
+    open
+        Open the page in a browser.
+    """
+    require_extra()
+    from tinygpt.server.dashboard import Board, make_app
+    from tinygpt.server.limits import Limits
+    from tinygpt.server.listening import Server, url
+    from tinygpt.server.security import is_loopback
+    from tinygpt.server.thread import listen_nearby
+    from tinygpt.server.watch import Watch
+
+    if not runs and not RUNS.is_dir():
+        raise UsageError(f"There is no folder {RUNS} here. Say which runs to watch: their folders.")
+    key = _key(api_key, host, "dashboard", *runs)
+    board = Board(Watch(runs or [RUNS]), key)
+    board.watch.refresh()
+    with listen_nearby(host, port) as listener:
+        app = make_app(
+            board,
+            api_key=None if is_loopback(host) else key,
+            hosts=[host, *(allow_host or [])],
+        )
+        server, address = Server(app, Limits(shutdown_seconds=1)), url(listener, host)
+        with run_signals(server.stop, None, say, WATCHING) as received:
+            _tell_address(listener, address, port, board.key, shown=key is None)
+            say("Ctrl-C ends it; what trains goes on.")
+            if open:
+                open_browser(f"{address}/#key={board.key}")
+            server.run([listener])
+    return 128 + received[0] if received else 0
+
+
+@contextlib.contextmanager
+def dashboard_beside(run: TrainingRun, port: int) -> Iterator[Callable[[], bool]]:
+    """The dashboard of a run that this process trains; yields what tells if it was stopped there.
+
+    Runs in the usual folder are shown together, for comparison.
+    """
+    from tinygpt.server.dashboard import Board, make_app
+    from tinygpt.server.listening import url
+    from tinygpt.server.steering import Here
+    from tinygpt.server.thread import ServerThread, listen_nearby
+    from tinygpt.server.watch import Watch
+
+    assert run.folder is not None
+    others = [RUNS] if run.folder.absolute().parent == RUNS.absolute() else []
+    here = Here(run.save_soon, run.stop)
+    key = _key(None, "127.0.0.1", "train")
+    board = Board(Watch([run.folder, *others]), key, {run.folder: here})
+    with listen_nearby("127.0.0.1", port) as listener, ServerThread(make_app(board), listener):
+        address = url(listener, "127.0.0.1")
+        _tell_address(listener, address, port, board.key, shown=key is None)
+        yield lambda: here.stopped
+
+
+def _tell_address(
+    listener: socket.socket, address: str, port: int, key: str, *, shown: bool
+) -> None:
+    """Where the dashboard is; a key that was made for it comes along, one that was given does not.
+
+    What stands behind the # of an address stays in the browser.
+    """
+    if port not in (0, listener.getsockname()[1]):
+        say(f"port {port} is taken")
+    say(f"dashboard: {address}/" + (f"#key={key}" if shown else ""))
+    say(f"  key for saving and stopping: {key if shown else f'that of {API_KEY} or --api-key'}")
+
+
+def require_extra() -> None:
+    """Refuse to go on without the packages that a server needs."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"A server needs {error.name}, which is not installed. Install it: "
+            f"pip install 'tinygpt[serve]'"
+        ) from error
+
+
+def _key(given: str | None, host: str, *words: object) -> str | None:
+    """The key that clients must send, which only a server for this machine can do without.
+
+    ``words`` are the command that is to be told with a key.
+    """
+    from tinygpt.server.security import is_loopback
+
+    key = given if given is not None else os.environ.get(API_KEY) or None
+    if key is None:
+        if is_loopback(host):
+            return None
+        raise UsageError(
+            f"--host {host} can be reached from other machines, so it needs a key. For example:\n"
+            f"  {API_KEY}={secrets.token_urlsafe(24)} {command(*words, '--host', host)}"
+        )
+    if len(key) < SHORTEST_KEY or not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError(
+            f"The API key must have at least {SHORTEST_KEY} characters, all of them visible ASCII. "
+            f"A good one: {secrets.token_urlsafe(24)}"
+        )
+    return key
+
+
+def _service(run: Path, tokenizer: str | None, quantize: Quantize | None, places: int) -> Service:
+    from tinygpt.runs import choose_checkpoint
+    from tinygpt.server.engine import Engine
+    from tinygpt.server.service import Service
+
+    model, own = load_model(run, tokenizer, quantize)
+    chosen = choose_checkpoint(run)
+    created = int(chosen.stat().st_mtime)
+    return Service(Engine(model, own, places), model, own, _name(run), run, created)
+
+
+def _board(run: Path, key: str | None) -> Board | None:
+    """The dashboard of the run that is served; a checkpoint alone has none."""
+    from tinygpt.server.dashboard import Board
+    from tinygpt.server.watch import Watch, is_run
+
+    return Board(Watch([run]), key, playground=True) if is_run(run) else None
+
+
+def _name(run: Path) -> str:
+    """What clients call the model: the folder's name, and the checkpoint's if it was chosen."""
+    path = run.resolve()
+    name = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
+    return printable(name).replace("\n", " ") or "model"
+
+
+def _introduce(service: Service, address: str, key: str | None, board: Board | None) -> None:
+    """What there is, and a line to try it with."""
+    body = json.dumps({"prompt": "The ", "max_tokens": 50})
+    words = ["curl", f"{address}/v1/completions", "-H", "Content-Type: application/json"]
+    line = f"{shlex.join(words)} -d {shlex.quote(body)}"
+    if key is not None:
+        line += f' -H "Authorization: Bearer ${API_KEY}"'
+    say(f"serving {service.name} at {address}")
+    say(f"  {line}")
+    if board is not None:
+        shown = f"#key={board.key}" if key is None else ""
+        say(f"  how it was trained: {address}/dashboard{shown}")
+    say("Ctrl-C ends it.")
+
+
+def open_browser(address: str) -> None:
+    """Open a page; a browser in the terminal, which would wait, does not keep the server."""
+    import webbrowser
+
+    threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

@@ -1,0 +1,140 @@
+"""The routes of the API: OpenAI's two endpoints, what they serve, and how it goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from tinygpt.server.body import read_json, unless_gone
+from tinygpt.server.document import openapi
+from tinygpt.server.engine import EngineClosed
+from tinygpt.server.jobs import Body, Job, chat_job, completion_job
+from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
+from tinygpt.server.refusal import Refusal
+from tinygpt.server.requests import chat_schema, completion_schema
+from tinygpt.server.running import Running
+from tinygpt.server.schema import Schema, check
+from tinygpt.server.service import Service
+
+MakeJob = Callable[[Service, Body], Awaitable[Job]]
+
+
+def routes(service: Service) -> list[Route]:
+    """All of them. Each handler gets the service by hand."""
+    completions = completion_schema(service.name, service.vocab_size, service.limits)
+    chats = chat_schema(service.name, service.limits)
+    document = openapi(service, completions, chats)
+
+    def get(path: str, handler: Callable[..., Awaitable[Response]], *given: object) -> Route:
+        return Route(path, partial(handler, *given), methods=["GET"])
+
+    def post(path: str, schema: Schema, make_job: MakeJob) -> Route:
+        return Route(path, partial(generate, service, schema, make_job), methods=["POST"])
+
+    return [
+        post("/v1/completions", completions, completion_job),
+        post("/v1/chat/completions", chats, chat_job),
+        get("/v1/models", _models, service),
+        get("/v1/models/{id:path}", _one_model, service),
+        get("/healthz", _health),
+        get("/metrics", _metrics, service),
+        get("/openapi.json", _document, document),
+    ]
+
+
+async def generate(
+    service: Service, schema: Schema, make_job: MakeJob, request: Request
+) -> Response:
+    """Check, encode, and let the engine write; a client that goes frees its places."""
+    deadline = asyncio.get_running_loop().time() + service.limits.request_seconds
+    try:
+        body = await read_json(request, service.limits)
+        _check_model(service, body)
+        check(body, schema)
+        return await unless_gone(request, _answer(service, make_job, body, deadline))
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody hears it; it is for the counts
+    except EngineClosed:
+        raise Refusal(503, "The server is shutting down.", code="shutting_down") from None
+
+
+async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: float) -> Response:
+    try:
+        async with asyncio.timeout_at(deadline):
+            job = await make_job(service, body)
+    except TimeoutError:
+        message = "The time for this request was over before it had its turn."
+        raise Refusal(504, message, code="timeout") from None
+    running = Running(service, job, deadline)
+    if job.stream:
+        return _EventStream(running)
+    try:
+        return JSONResponse(await running.whole())
+    finally:
+        running.close()
+
+
+def _check_model(service: Service, body: object) -> None:
+    """Another model than ours is OpenAI's 404, whatever else may be wrong."""
+    model = body.get("model", service.name) if isinstance(body, dict) else service.name
+    if isinstance(model, str) and model != service.name:
+        raise _no_model(service)
+
+
+def _no_model(service: Service) -> Refusal:
+    message = f"There is no such model here. The one that is served: {service.name}"
+    return Refusal(404, message, param="model", code="model_not_found")
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events. However the response ends, the engine's places are free again."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, running: Running) -> None:
+        super().__init__(running.events(), headers={"x-accel-buffering": "no"})
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.close()
+
+
+async def _models(service: Service, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_described(service)]})
+
+
+async def _one_model(service: Service, request: Request) -> Response:
+    if request.path_params["id"] != service.name:
+        raise _no_model(service)
+    return JSONResponse(_described(service))
+
+
+def _described(service: Service) -> dict[str, object]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "tinygpt",
+    }
+
+
+async def _health(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    text = metrics_text(service.counts, service.engine.stats(), service.name)
+    return PlainTextResponse(text, headers={"content-type": CONTENT_TYPE})
+
+
+async def _document(document: object, request: Request) -> Response:
+    return JSONResponse(document)

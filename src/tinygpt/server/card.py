@@ -1,0 +1,66 @@
+"""What the model is, and what its checkpoint and its run say of how it came to be."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tinygpt import checkpoint
+from tinygpt.errors import CheckpointError
+from tinygpt.runs import choose_checkpoint
+from tinygpt.server.service import Service
+from tinygpt.untrusted import parse_toml, read_bounded
+
+MAX_CONFIG = 1 << 16
+"""A larger config.toml is none."""
+
+
+def model_card(service: Service) -> dict[str, Any]:
+    """Everything that a page tells of the model."""
+    config, tokenizer = service.model.config, service.tokenizer
+    card: dict[str, Any] = {
+        "name": service.name,
+        "parameters": service.model.num_params(),
+        "config": config.to_dict(),
+        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
+        "limits": {"max_tokens": service.limits.max_tokens},
+        **_history(service.folder),
+    }
+    told: dict[str, Any] = _without_nan(card)
+    return told
+
+
+def _history(folder: Path | None) -> dict[str, Any]:
+    """Of the training, as far as anybody wrote it down."""
+    unknown = dict.fromkeys(("step", "best_val_loss", "best_iter", "train", "data"))
+    if folder is None:
+        return unknown
+    try:
+        meta = checkpoint.read_meta(choose_checkpoint(folder))
+    except CheckpointError:
+        return unknown
+    return {
+        "step": meta.iter_num,
+        "best_val_loss": meta.progress.get("best_val_loss"),
+        "best_iter": meta.progress.get("best_iter"),
+        "train": None if meta.train is None else meta.train.to_dict(),
+        "data": _data_name(folder if folder.is_dir() else folder.parent),
+    }
+
+
+def _data_name(folder: Path) -> str | None:
+    """The name of the text that the run learned from, without the folders it lies in."""
+    try:
+        tables = parse_toml(read_bounded(folder / "config.toml", MAX_CONFIG).decode())
+        source = tables["data"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Path(source).name or None if isinstance(source, str) else None
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity; null stands for them."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

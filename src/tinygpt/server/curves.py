@@ -1,0 +1,239 @@
+"""Curves of any length in a bounded number of points.
+
+Rows fall into buckets of ``stride`` rows, a power of two, and a bucket keeps the lowest, the
+highest and the mean of its values: a spike stays visible at every width, and what is smoothed later
+is a mean, not a choice. Buckets begin at multiples of the stride, so the page can put new rows into
+the last one, and halve the number of all by joining neighbours, and has what it would get from
+here.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinygpt.untrusted import is_number
+
+Numbers = npt.NDArray[np.float64]
+Row = dict[str, Any]
+
+KEYS = (
+    "iter",
+    "train_loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "memory",
+    "elapsed",
+)
+RANGES = ("train_loss", "grad_norm", "tokens_per_second")
+"""Curves of which least and greatest values are shown beside the mean."""
+POINTS = 1024
+"""The most points of one curve."""
+LAYER_POINTS = 256
+"""The most points of one layer's gradient norm."""
+MAX_ROWS = 2_000_000
+"""Rows of a run that are kept; what comes after is not shown."""
+MAX_LAYERS = 128
+MAX_SKIPPED = 500
+"""Skipped steps that are named; the others are counted."""
+FAR, MAX_STEP = 1e30, 1e12
+"""The largest value and the last step that are shown: a file may hold anything."""
+
+
+class Curves:
+    """The rows of one run in columns, which grow."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.layers: list[str] = []
+        self.skipped: list[tuple[float, str]] = []
+        self.skips = 0
+        self._columns = np.empty((len(KEYS), 1024))
+        self._norms = np.empty((0, 1024), np.float32)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take in rows; those without a step are no rows of a run."""
+        steps = _column(rows, "iter")
+        fine = (steps >= 0) & (steps <= MAX_STEP)
+        if not fine.all():
+            rows = [row for row, good in zip(rows, fine.tolist(), strict=True) if good]
+        rows = rows[: MAX_ROWS - self.rows]
+        if not rows:
+            return
+        self._see_layers(rows)
+        end = self.rows + len(rows)
+        self._make_room(end)
+        for i, key in enumerate(KEYS):
+            self._columns[i, self.rows : end] = _column(rows, key)
+        norms = [_mapping(row.get("grad_norms")) for row in rows]
+        for i, layer in enumerate(self.layers):
+            self._norms[i, self.rows : end] = _column(norms, layer)
+        self._see_skipped(rows)
+        self.rows = end
+
+    def __getitem__(self, key: str) -> Numbers:
+        """All values of one of KEYS; NaN where there is none."""
+        return self._columns[KEYS.index(key), : self.rows]
+
+    def last(self, key: str) -> float | None:
+        """The newest value there is."""
+        values = self[key][-4096:]
+        found = values[~np.isnan(values)]
+        return float(found[-1]) if len(found) else None
+
+    def best(self) -> tuple[float, float] | None:
+        """Step and value of the lowest validation loss."""
+        losses = self["val_loss"]
+        if np.isnan(losses).all():
+            return None
+        at = int(np.nanargmin(losses))
+        return float(self["iter"][at]), float(losses[at])
+
+    def mark(self, rows: int) -> str:
+        """What tells the first ``rows`` rows from those of another, or of a resumed, run."""
+        if not 0 < rows <= self.rows:
+            return ""
+        return f"{zlib.crc32(self._columns[:, rows - 1].tobytes()):08x}"
+
+    def tail(self, start: int) -> dict[str, Any]:
+        """The rows from number ``start`` on, column by column."""
+        columns = {key: plain(self[key][start:]) for key in KEYS}
+        norms = {n: plain(self._norms[i, start : self.rows]) for i, n in enumerate(self.layers)}
+        skipped = [s for s in self.skipped if start < self.rows and s[0] >= self["iter"][start]]
+        return columns | {"layers": norms, "skipped": skipped}
+
+    def overview(
+        self, points: int = POINTS, low: float = -math.inf, high: float = math.inf
+    ) -> dict[str, Any]:
+        """Everything between two steps, in at most ``points`` points a curve."""
+        points = max(2, min(points, POINTS))
+        first, last = self._between(low, high)
+        stride = stride_for(last - first, points)
+        first -= first % stride
+        cut = slice(first, last)
+        layer_stride = max(stride, stride_for(last - first, min(points, LAYER_POINTS)))
+        start = first - first % layer_stride
+        return {
+            "rows": self.rows,
+            "mark": self.mark(self.rows),
+            "first": first,
+            "stride": stride,
+            "x": plain(means(self["iter"][cut], stride), 12),
+            **{
+                key: _described(self[key][cut], stride, key in RANGES)
+                for key in KEYS[1:]
+                if key != "val_loss"
+            },
+            "val_loss": self._evaluations(cut, points),
+            "skipped": [s for s in self.skipped if low <= s[0] <= high],
+            "skips": self.skips,
+            "layers": {
+                "stride": layer_stride,
+                "x": plain(means(self["iter"][start:last], layer_stride), 12),
+                "names": self.layers,
+                "norms": [
+                    plain(means(row[start:last].astype(float), layer_stride), 4)
+                    for row in self._norms
+                ],
+            },
+        }
+
+    def _evaluations(self, cut: slice, points: int) -> dict[str, Any]:
+        """Validation losses are few and far between: steps and values, the lowest among them."""
+        steps, losses = self["iter"][cut], self["val_loss"][cut]
+        steps, losses = (values[~np.isnan(losses)] for values in (steps, losses))
+        size = math.ceil(len(losses) / points) or 1
+        chosen = [i + int(np.argmin(losses[i : i + size])) for i in range(0, len(losses), size)]
+        return {"x": plain(steps[chosen], 12), "y": plain(losses[chosen])}
+
+    def _between(self, low: float, high: float) -> tuple[int, int]:
+        """First and last row of the steps from low to high, with a neighbour on both sides."""
+        steps = np.maximum.accumulate(self["iter"])
+        first = int(np.searchsorted(steps, low, "left")) - 1
+        last = int(np.searchsorted(steps, high, "right")) + 1
+        return max(first, 0), min(last, self.rows)
+
+    def _see_layers(self, rows: Sequence[Row]) -> None:
+        for row in (rows[0], rows[-1], *(r for r in rows if not self.layers)):
+            for name in _mapping(row.get("grad_norms")):
+                if name not in self.layers and len(self.layers) < MAX_LAYERS:
+                    self.layers.append(name)
+        missing = len(self.layers) - len(self._norms)
+        if missing:
+            more = np.full((missing, self._columns.shape[1]), np.nan, np.float32)
+            self._norms = np.concatenate([self._norms, more])
+
+    def _see_skipped(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if reason := row.get("skipped"):
+                self.skips += 1
+                self.skipped.append((float(row["iter"]), str(reason)[:200]))
+        del self.skipped[:-MAX_SKIPPED]
+
+    def _make_room(self, rows: int) -> None:
+        more = max(rows, 2 * self.rows) - self._columns.shape[1]
+        if more > 0:
+            self._columns = np.pad(self._columns, ((0, 0), (0, more)), constant_values=np.nan)
+            self._norms = np.pad(self._norms, ((0, 0), (0, more)), constant_values=np.nan)
+
+
+def stride_for(rows: int, points: int) -> int:
+    """The smallest power of two that needs at most ``points`` buckets for so many rows.
+
+    >>> stride_for(1000, 1000), stride_for(1001, 1000), stride_for(10_000, 1000)
+    (1, 2, 16)
+    """
+    return 1 << max(0, math.ceil(math.log2(max(rows, 1) / points)))
+
+
+def buckets(values: Numbers, stride: int) -> Numbers:
+    """(rows,) -> (buckets, stride), the last one filled up with NaN."""
+    missing = -len(values) % stride
+    return np.pad(values, (0, missing), constant_values=np.nan).reshape(-1, stride)
+
+
+def means(values: Numbers, stride: int) -> Numbers:
+    """The mean of every bucket; NaN where it has no value."""
+    parts = buckets(values, stride)
+    count = (~np.isnan(parts)).sum(1)
+    with np.errstate(invalid="ignore"):
+        mean: Numbers = np.nansum(parts, 1) / count
+    return mean
+
+
+def _described(values: Numbers, stride: int, with_range: bool) -> dict[str, Any]:
+    found = {"mean": plain(means(values, stride))}
+    if with_range:
+        parts = buckets(values, stride)
+        found |= {"low": plain(np.fmin.reduce(parts, 1)), "high": plain(np.fmax.reduce(parts, 1))}
+    return found
+
+
+def plain(values: npt.NDArray[Any], digits: int = 6) -> list[float | None]:
+    """Numbers as JSON can hold them, no longer than a screen can show."""
+    return [None if v != v else float(f"{v:.{digits}g}") for v in values.tolist()]
+
+
+def _column(rows: Sequence[Row], key: str) -> Numbers:
+    """The values of a key; NaN for what is missing, no number or beyond all drawing."""
+    values = [row.get(key) for row in rows]
+    try:
+        found = np.array(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        numbers = [value if is_number(value, -FAR, FAR) else math.nan for value in values]
+        found = np.array(numbers, np.float64)
+    if found.ndim != 1:
+        found = np.full(len(values), np.nan)
+    found[~(np.abs(found) < FAR)] = np.nan
+    return found
+
+
+def _mapping(value: Any) -> Row:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,327 @@
+"""The engine behind the server: many requests decoded together, in one thread that owns tinygrad.
+
+tinygrad is not thread-safe. So one thread computes, and nothing else does: requests come to it
+through a queue, tokens leave it through streams, and whatever else needs the model (`Engine.run`)
+is called in that thread between two steps. A step brings every running request one token further.
+A request waits for a free place, of which there are ``places``; it is then prefilled by itself
+between two steps, one request at a time, so that no running stream waits for more than that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from tinygpt import programs
+from tinygpt.errors import TinyGPTError
+from tinygpt.generate.batching import BatchDecoder
+from tinygpt.model import Transformer
+from tinygpt.sample import choose
+from tinygpt.server.stream import FinishReason, Piece, Request, Stream, wake
+from tinygpt.server.writer import Writer
+from tinygpt.tokenizers import Tokenizer
+
+__all__ = ["Engine", "EngineClosed", "EngineStats", "Piece", "QueueFull", "Request", "Stream"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class QueueFull(TinyGPTError):  # noqa: N818
+    """More requests are waiting than the engine takes; the client should try again later."""
+
+
+class EngineClosed(TinyGPTError):  # noqa: N818
+    """The engine was not started, or has been closed."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine does now, and what it has done since its start."""
+
+    active: int
+    """Requests that have a place."""
+    waiting: int
+    """Requests that wait for one."""
+    places: int
+    queue: int
+    """How many may wait."""
+    requests: int
+    """All that were accepted; the sum of the ended ones, the active and the waiting."""
+    ended: dict[FinishReason, int]
+    """How many ended for which reason."""
+    refused: int
+    """Requests for which the queue was full."""
+    prompt_tokens: int
+    """Of requests that got a place, whole prompts as they were sent."""
+    tokens: int
+    """Tokens generated."""
+    steps: int
+    """Steps of all running requests together."""
+    seconds: float
+    """Since the start."""
+
+
+class Engine:
+    """Decodes the requests of all clients together.
+
+    >>> with Engine(model, tokenizer) as engine:
+    ...     stream = engine.submit(Request((1, 2, 3), max_tokens=20, config=SampleConfig()))
+    ...     text = "".join(piece.text for piece in stream)
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, places: int = 16, queue: int = 128
+    ) -> None:
+        """``places`` requests are decoded together; up to ``queue`` more may wait."""
+        self.model, self.tokenizer = model, tokenizer
+        self.places, self.queue = places, queue
+        self._decoder = BatchDecoder(model, places)
+        self._running: list[Writer] = []
+        self._waiting: deque[Stream] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._changed = threading.Condition()  # guards what is waiting, the calls, and the end
+        self._thread: threading.Thread | None = None
+        self._preparing: tuple[Iterator[Callable[[], object]], Future[None]] | None = None
+        self._open = False
+        self._deadline: float | None = None  # of the streams, once it is closed
+        self._cancelled = False  # is there a stream somebody has cancelled?
+        self._ended: dict[FinishReason, int] = dict.fromkeys(
+            ("stop", "length", "cancelled", "error"), 0
+        )
+        self._requests = self._refused = self._prompt_tokens = self._tokens = self._steps = 0
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Start the engine's thread, once. The model belongs to it from now on."""
+        assert self._thread is None, "an engine is started once"
+        self._open, self._started = True, time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="tinygpt-engine", daemon=True)
+        self._thread.start()
+
+    def warm_up(self) -> Future[None]:
+        """Compile, whenever there is nothing else to do, what is else compiled when it is needed.
+
+        The future tells when that is done.
+        """
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # it can no longer be cancelled
+        with self._changed:
+            self._check_open()
+            self._preparing = self._decoder.preparations(), future
+            self._changed.notify()
+        return future
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Take no more requests, finish within ``drain_seconds`` what is there, cancel the rest.
+
+        Returns when the engine's thread has ended. To close twice does no harm.
+        """
+        with self._changed:
+            self._open, self._deadline = False, time.monotonic() + drain_seconds
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request; its tokens come through the stream.
+
+        Raises QueueFull if too many are waiting, and EngineClosed.
+        """
+        stream = Stream(request, self._on_cancel)
+        with self._changed:
+            self._check_open()
+            if len(self._waiting) >= self.queue:
+                self._refused += 1
+                raise QueueFull(
+                    f"{len(self._running)} requests are running and {len(self._waiting)} are "
+                    f"waiting, which is as many as the server takes. Try again in a few seconds."
+                )
+            self._requests += 1
+            self._waiting.append(stream)
+            self._changed.notify()
+        return stream
+
+    def run(self, function: Callable[[], T]) -> Future[T]:
+        """Call ``function`` in the engine's thread, between two steps; it may use the model.
+
+        What it raises is the future's exception. Streams wait for it meanwhile.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            self._check_open()
+            self._calls.append((future, function))
+            self._changed.notify()
+        return future
+
+    def stats(self) -> EngineStats:
+        """Numbers for a page or for /metrics; from any thread."""
+        with self._changed:
+            return EngineStats(
+                active=len(self._running),
+                waiting=len(self._waiting),
+                places=self.places,
+                queue=self.queue,
+                requests=self._requests,
+                ended=dict(self._ended),
+                refused=self._refused,
+                prompt_tokens=self._prompt_tokens,
+                tokens=self._tokens,
+                steps=self._steps,
+                seconds=time.monotonic() - self._started,
+            )
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise EngineClosed("The engine is not running: it was not started, or it was closed.")
+
+    def _on_cancel(self) -> None:
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify()
+
+    # In the engine's thread
+
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                self._drop_cancelled()
+                self._call()
+                self._admit()
+                self._step()
+                self._prepare()
+        finally:
+            self._open = False
+            self._cancel_all()
+            programs.disconnect()
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False at the end."""
+        with self._changed:
+            while True:
+                busy = self._running or self._waiting or self._calls
+                if self._deadline is not None and (not busy or time.monotonic() > self._deadline):
+                    return False
+                if busy or self._cancelled or self._preparing:
+                    return True
+                self._changed.wait()
+
+    def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        with self._changed:
+            self._cancelled = False
+            gone = [stream for stream in self._waiting if stream.cancelled]
+            self._waiting = deque(s for s in self._waiting if not s.cancelled)
+        for stream in gone:
+            self._end(stream, "cancelled")
+        for writer in [w for w in self._running if w.stream.cancelled]:
+            self._leave(writer, "cancelled")
+
+    def _call(self) -> None:
+        with self._changed:
+            if not self._calls:
+                return
+            future, function = self._calls.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    def _prepare(self) -> None:
+        """Compile one thing more, if there is nothing else to do."""
+        if not self._preparing or self._running or self._waiting or self._calls:
+            return
+        preparations, future = self._preparing
+        try:
+            if prepare := next(preparations, None):
+                prepare()
+                return
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+        self._preparing = None
+
+    def _admit(self) -> None:
+        """Give the next request a place, and prefill it: its first token."""
+        with self._changed:
+            if not self._waiting or len(self._running) == self.places:
+                return
+            stream = self._waiting.popleft()
+        if stream.request.max_tokens == 0:
+            self._end(stream, "length")
+            return
+        line = self._decoder.admit(stream.request.ids)
+        try:
+            writer = Writer(stream, line, self.tokenizer)
+        except Exception as error:  # settings that nobody has checked
+            self._decoder.release(line)
+            self._end(stream, "error", error)
+            return
+        self._running.append(writer)
+        self._prompt_tokens += len(stream.request.ids)
+        self._advance([writer])
+
+    def _step(self) -> None:
+        if self._running:
+            self._steps += 1
+            self._advance(list(self._running))
+
+    def _advance(self, writers: list[Writer]) -> None:
+        """One token for each of these; if that fails, they end with the error."""
+        lines = [writer.line for writer in writers]
+        try:
+            logits = self._decoder.next_logits(lines)[:, : self.tokenizer.vocab_size]
+            choices = [writer.choice for writer in writers]
+            tokens = choose(logits, [line.ids for line in lines], choices).tolist()
+            reasons = [w.advance(*each) for w, *each in zip(writers, tokens, logits, strict=True)]
+        except Exception as error:
+            log.exception("A step of %d requests failed.", len(writers))
+            for writer in writers:
+                self._leave(writer, "error", error)
+            return
+        self._tokens += len(writers)
+        for writer, reason in zip(writers, reasons, strict=True):
+            if reason is not None:
+                self._leave(writer, reason)
+        wake(writer.stream for writer in writers)
+
+    def _leave(self, writer: Writer, reason: FinishReason, error: Exception | None = None) -> None:
+        self._running.remove(writer)
+        self._decoder.release(writer.line)
+        self._end(writer.stream, reason, error)
+
+    def _end(self, stream: Stream, reason: FinishReason, error: Exception | None = None) -> None:
+        self._ended[reason] += 1
+        stream.finish(reason, error)
+        wake([stream])
+
+    def _cancel_all(self) -> None:
+        with self._changed:
+            waiting, calls = list(self._waiting), list(self._calls)
+            self._waiting.clear()
+            self._calls.clear()
+        for stream in waiting:
+            self._end(stream, "cancelled")
+        for writer in list(self._running):
+            self._leave(writer, "cancelled")
+        for future, _ in calls:
+            future.cancel()
+        if self._preparing:
+            self._preparing[1].set_exception(EngineClosed("The engine was closed meanwhile."))

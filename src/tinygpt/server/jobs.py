@@ -1,0 +1,170 @@
+"""From a checked request to what the engine has to do: one request of its for every text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinygpt.config import SampleConfig
+from tinygpt.errors import TinyGPTError
+from tinygpt.server.choices import Delta, Told
+from tinygpt.server.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
+from tinygpt.server.refusal import Refusal
+from tinygpt.server.requests import MAX_CHAT_TOKENS, MAX_TOKENS
+from tinygpt.server.scoring import score
+from tinygpt.server.service import Service
+from tinygpt.server.shapes import ChatShape, CompletionShape
+from tinygpt.server.stream import Request
+from tinygpt.tokenizers import TextStream
+
+Body = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one HTTP request asks for."""
+
+    shape: CompletionShape
+    requests: tuple[Request, ...]
+    """One for every text, in the order of the answer."""
+    echoes: tuple[Delta, ...]
+    """What each text begins with."""
+    prompt_tokens: int
+    stream: bool
+    include_usage: bool
+
+
+async def completion_job(service: Service, body: Body) -> Job:
+    """The work for a body of /v1/completions that its schema has let through."""
+    given = prompts_of(body["prompt"])
+    n = _count(service, body, len(given))
+    if _value(body, "best_of", n) != n:
+        raise _conflict("best_of must be as large as n: nothing is ranked.", "best_of")
+    logprobs = _number(body, "logprobs")
+    prompts = [await asyncio.to_thread(encode, service, each, "prompt") for each in given]
+    echoes = [Delta() for _ in prompts]
+    if body.get("echo"):
+        echoes = [
+            await _echo(service, text, ids, logprobs)
+            for text, ids in zip(given, prompts, strict=True)
+        ]
+    return Job(
+        CompletionShape(service.name, service.tokenizer, logprobs),
+        _requests(body, prompts, n, int(_value(body, "max_tokens", MAX_TOKENS)), logprobs),
+        tuple(echo for echo in echoes for _ in range(n)),
+        sum(map(len, prompts)),
+        *_streaming(body),
+    )
+
+
+async def chat_job(service: Service, body: Body) -> Job:
+    """The work for a body of /v1/chat/completions that its schema has let through."""
+    n = _count(service, body, 1)
+    logprobs = _number(body, "top_logprobs")
+    if logprobs and not body.get("logprobs"):
+        raise _conflict("top_logprobs needs logprobs to be true.", "top_logprobs")
+    logprobs = (logprobs or 0) if body.get("logprobs") else None
+    text = chat_text(body["messages"])
+    ids = await asyncio.to_thread(encode, service, text, "messages")
+    return Job(
+        ChatShape(service.name, service.tokenizer, logprobs),
+        _requests(body, [ids], n, _chat_tokens(body), logprobs, stop=(CHAT_STOP,)),
+        tuple(Delta() for _ in range(n)),
+        len(ids),
+        *_streaming(body),
+    )
+
+
+def _conflict(message: str, param: str) -> Refusal:
+    """Fields that are right in themselves, and which the schema lets through, but not together."""
+    return Refusal(400, message, param=param, code="conflicting_fields")
+
+
+def _value(body: Body, name: str, default: Any) -> Any:
+    """A field's value, where null is the same as nothing."""
+    value = body.get(name)
+    return default if value is None else value
+
+
+def _number(body: Body, name: str) -> int | None:
+    value = body.get(name)
+    return None if value is None else int(value)
+
+
+def _count(service: Service, body: Body, prompts: int) -> int:
+    """Texts for each prompt, or a refusal if that makes too many."""
+    n, most = int(_value(body, "n", 1)), service.limits.choices
+    if n * prompts > most:
+        message = f"{prompts} prompts with n={n} make {n * prompts} texts; {most} are the most."
+        raise _conflict(message, "n")
+    return n
+
+
+def _chat_tokens(body: Body) -> int:
+    names = ("max_completion_tokens", "max_tokens")
+    given = {int(body[name]) for name in names if body.get(name) is not None}
+    if len(given) > 1:
+        message = "max_tokens and max_completion_tokens are one thing: give one of them."
+        raise _conflict(message, "max_tokens")
+    return given.pop() if given else MAX_CHAT_TOKENS
+
+
+def _streaming(body: Body) -> tuple[bool, bool]:
+    """Whether to stream, and whether to count tokens at the end of the stream."""
+    stream, options = bool(body.get("stream")), body.get("stream_options")
+    if options is not None and not stream:
+        raise _conflict("stream_options are for a stream: set stream to true.", "stream_options")
+    return stream, bool((options or {}).get("include_usage"))
+
+
+def _requests(
+    body: Body,
+    prompts: Sequence[Ids],
+    n: int,
+    max_tokens: int,
+    logprobs: int | None,
+    stop: tuple[str, ...] = (),
+) -> tuple[Request, ...]:
+    """Every text has a seed of its own: the seed, the seed + 1, and so on."""
+    config, seed = sampling_of(body), _number(body, "seed")
+    own = _value(body, "stop", ())
+    stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
+    texts = [ids for ids in prompts for _ in range(n)]
+    return tuple(
+        Request(ids, max_tokens, config, None if seed is None else seed + i, stops, logprobs)
+        for i, ids in enumerate(texts)
+    )
+
+
+def sampling_of(body: Body) -> SampleConfig:
+    penalty, min_p = body.get("repetition_penalty"), body.get("min_p")
+    return SampleConfig(
+        temperature=float(_value(body, "temperature", 1)),
+        top_k=_number(body, "top_k"),
+        top_p=body.get("top_p"),
+        min_p=min_p or None,  # 0 is none
+        repetition_penalty=None if penalty == 1 else penalty,
+    )
+
+
+async def _echo(service: Service, prompt: str | list[int], ids: Ids, logprobs: int | None) -> Delta:
+    """The prompt as the beginning of a text; its own log probabilities are a forward pass."""
+    text = prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)
+    if logprobs is None:
+        return Delta(text)
+    block_size = service.model.config.block_size
+    if len(ids) > block_size:
+        message = f"Log probabilities of a prompt (echo) are for {block_size} tokens at most."
+        raise Refusal(400, message, param="logprobs", code="context_length_exceeded")
+    work = service.engine.run(lambda: score(service.model, ids, service.vocab_size, logprobs))
+    try:
+        scores = await asyncio.wrap_future(work)
+    except TinyGPTError as error:
+        raise Refusal(500, str(error), code="model_failed") from error
+    stream, begins, told = TextStream(service.tokenizer), 0, []
+    for token, (logprob, top) in zip(ids, scores, strict=True):
+        told.append(Told(token, logprob, top, begins))
+        begins += len(stream.push(token))
+    return Delta(text, told)

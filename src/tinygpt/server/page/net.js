@@ -1,0 +1,139 @@
+// Talking to the server the page came from, and to nobody else.
+
+import { h } from "./dom.js";
+
+const KEY = "tinygpt-key";
+
+/** What the server, or the way to it, had to say against a request. */
+export class ApiError extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** POST some JSON; -> the answer's JSON. Asks for the key where the server wants one. */
+export async function post(path, body, signal) {
+  const response = await send(path, body, signal);
+  return response.json();
+}
+
+/** POST some JSON; yields the objects of a stream of server-sent events. */
+export async function* events(path, body, signal) {
+  const response = await send(path, body, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read().catch((error) => {
+      throw signal?.aborted ? error : new ApiError("The connection to the server was lost.");
+    });
+    if (done) throw new ApiError("The answer broke off before its end.");
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const data = block.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
+      if (data === undefined) continue; // a comment that keeps the connection alive
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new ApiError(event.error.message);
+      yield event;
+    }
+  }
+}
+
+/** The JSON at a path. */
+export async function get(path, signal) {
+  const response = await request(path, { signal });
+  return response.json();
+}
+
+const send = (path, body, signal) => request(path, {
+  method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
+});
+
+/** A request with the key, if there is one; only what went well is returned. */
+export async function request(path, options = {}) {
+  for (;;) {
+    const key = storedKey();
+    const headers = { ...options.headers };
+    if (key) headers.Authorization = `Bearer ${key}`;
+    const response = await fetch(path, { ...options, headers }).catch((error) => {
+      throw options.signal?.aborted ? error : new ApiError("The server cannot be reached. Is it running?");
+    });
+    if (response.ok) return response;
+    const problem = await explain(response);
+    if (response.status !== 401 || !(await askForKey(key))) throw problem;
+  }
+}
+
+async function explain(response) {
+  const told = await response.json().catch(() => null);
+  const message = told?.error?.message ?? `The server answered ${response.status}.`;
+  return new ApiError(message, response.status);
+}
+
+function storedKey() {
+  try {
+    return sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    return memory;
+  }
+}
+
+let memory = "";
+
+/** Send this key with every request from now on, in this tab. */
+export function keepKey(key) {
+  memory = key;
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    return; // storage is switched off: the key lasts as long as the page
+  }
+}
+
+let asking = null;
+
+/** Ask for the server's key, once for all requests that wait for it; -> whether one was given. */
+function askForKey(refused) {
+  if (storedKey() !== refused) return true; // another request has asked meanwhile
+  asking ??= dialog(refused !== "").then((key) => {
+    asking = null;
+    if (key) keepKey(key);
+    return Boolean(key);
+  });
+  return asking;
+}
+
+function dialog(again) {
+  return new Promise((resolve) => {
+    const input = h("input", { type: "password", id: "key", autocomplete: "off", required: true });
+    const form = h(
+      "form",
+      { class: "key" },
+      h("h2", { id: "key-title" }, "This server wants a key"),
+      h("p", {}, again ? "That key was not the right one." : "Whoever started the server has it."),
+      h("label", { for: "key" }, "Key"),
+      input,
+      h("p", { class: "hint" }, "It is kept in this tab, until you close it."),
+      h(
+        "div",
+        { class: "row" },
+        h("button", { type: "submit", class: "primary" }, "Continue"),
+        h("button", { type: "button", onclick: () => box.close() }, "Cancel"),
+      ),
+    );
+    const box = h("dialog", { "aria-labelledby": "key-title" }, form);
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      box.returnValue = input.value.trim();
+      box.close();
+    });
+    box.addEventListener("close", () => {
+      box.remove();
+      resolve(box.returnValue);
+    });
+    document.body.append(box);
+    box.showModal();
+  });
+}

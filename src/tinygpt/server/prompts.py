@@ -1,0 +1,78 @@
+"""From what was sent to token ids: plain prompts, and chats by way of a template.
+
+A base model knows no roles; it continues text. So a chat becomes a text that looks like one, each
+turn with its speaker before it, and ends where the assistant is about to speak::
+
+    You are brief.
+
+    User: Who are you?
+
+    Assistant:
+
+The model's continuation is the answer, up to where it would let the user speak: ``\\nUser:``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tinygpt.errors import TokenizerError
+from tinygpt.server.refusal import Refusal
+from tinygpt.server.service import Service
+
+Ids = tuple[int, ...]
+
+SPEAKERS = {"user": "User: ", "assistant": "Assistant: "}
+"""What stands before a turn; system and developer messages stand for themselves."""
+ANSWER = "Assistant:"
+TURN = "\n\n"
+CHAT_STOP = "\nUser:"
+"""Where an answer ends, besides the stop strings of the request."""
+
+
+def chat_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text that a chat becomes.
+
+    >>> chat_text([{"role": "user", "content": "Hello"}])
+    'User: Hello\\n\\nAssistant:'
+    """
+    turns = [SPEAKERS.get(m["role"], "") + _content(m["content"]) for m in messages]
+    return TURN.join([*turns, ANSWER])
+
+
+def _content(content: str | Sequence[Mapping[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def prompts_of(value: Any) -> list[str | list[int]]:
+    """The prompts of a completion, checked against its schema: one or several, text or ids."""
+    if isinstance(value, str) or not isinstance(value[0], str | list):
+        return [value]
+    return list(value)
+
+
+def encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
+    """The ids of a prompt, refused where the model has none or the prompt is too long."""
+    if isinstance(prompt, str):
+        try:
+            ids = tuple(service.tokenizer.encode(prompt))
+        except TokenizerError as error:
+            raise Refusal(400, _strange(service, param), param=param, code="bad_text") from error
+    else:
+        ids = tuple(map(int, prompt))
+    most = service.limits.prompt_tokens
+    if len(ids) > most:
+        message = f"{param} has {len(ids)} tokens, and {most} are the most that are taken."
+        raise Refusal(400, message, param=param, code="context_length_exceeded")
+    return ids
+
+
+def _strange(service: Service, param: str) -> str:
+    if service.tokenizer.kind != "char":
+        return f"{param} holds half a character (a lone surrogate), which is no text."
+    template = " The chat template itself needs the letters of 'User' and 'Assistant' and a colon."
+    return (
+        f"{param} holds a character that this model's vocabulary of {service.vocab_size} "
+        f"characters lacks.{template if param == 'messages' else ''}"
+    )

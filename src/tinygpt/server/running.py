@@ -1,0 +1,155 @@
+"""The texts of one answer, written side by side: whole when all are done, or as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from tinygpt.errors import TinyGPTError
+from tinygpt.server.choices import Choice, Delta
+from tinygpt.server.engine import QueueFull
+from tinygpt.server.jobs import Job
+from tinygpt.server.refusal import FAILURE, Refusal
+from tinygpt.server.service import Service
+from tinygpt.server.shapes import usage
+from tinygpt.server.stream import Piece, Stream
+
+RETRY_SECONDS = 2
+"""When to come again after the queue was full."""
+SENT_TOGETHER = 1 << 14
+"""Bytes of events that are sent at once, if more are waiting than the client takes."""
+DONE = b"data: [DONE]\n\n"
+
+Arrived = tuple[int, Piece | None]
+"""A piece of the text with this index; None when it has ended."""
+
+
+class Running:
+    """A job in the engine. Close it, and whatever is not yet written never will be.
+
+    What the streams bring is put into one queue, whose length is bounded by what was asked for;
+    so a client that reads slowly holds up nobody.
+    """
+
+    def __init__(self, service: Service, job: Job, deadline: float) -> None:
+        self.service, self.job, self.deadline = service, job, deadline
+        self.choices = [Choice(i, service.tokenizer, echo) for i, echo in enumerate(job.echoes)]
+        self.streams = _submit_all(service, job)
+        self._arrived: asyncio.Queue[Arrived] = asyncio.Queue()
+        self._tasks = [
+            asyncio.create_task(self._forward(i, stream)) for i, stream in enumerate(self.streams)
+        ]
+
+    def close(self) -> None:
+        """Let go of the engine's places."""
+        for stream in self.streams:
+            if stream.finish_reason is None:
+                stream.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer when every text has ended."""
+        texts = [Delta(c.echo.text, list(c.echo.tokens)) for c in self.choices]
+        async for choice, delta in self._deltas():
+            texts[choice.index].text += delta.text
+            texts[choice.index].tokens += delta.tokens
+        counted = usage(self.job.prompt_tokens, self.choices)
+        return self.job.shape.whole(list(zip(self.choices, texts, strict=True)), counted)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events; those that are there together are sent together."""
+        held = bytearray()
+        async for each in self._events():
+            held += each
+            if self._arrived.empty() or len(held) > SENT_TOGETHER:
+                yield bytes(held)
+                held.clear()
+        yield bytes(held)
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        shape = self.job.shape
+        more = {"usage": None} if self.job.include_usage else {}
+        for choice in self.choices:
+            if opening := shape.opening(choice):
+                yield event(shape.chunk([opening], **more))
+        try:
+            async for choice, delta in self._deltas():
+                if delta:
+                    yield event(shape.chunk([shape.part(choice, delta)], **more))
+                if choice.finish_reason is not None:
+                    yield event(shape.chunk([shape.closing(choice)], **more))
+        except Refusal as refusal:  # too late for a status: clients look for an error in the stream
+            yield event(refusal.body())
+        else:
+            if self.job.include_usage:
+                counted = usage(self.job.prompt_tokens, self.choices)
+                yield event(shape.chunk([], usage=counted))
+        yield DONE
+
+    async def _deltas(self) -> AsyncIterator[tuple[Choice, Delta]]:
+        """What is new of the texts, as it comes; the last of each has a finish reason."""
+        async for index, piece in self._until_deadline():
+            choice = self.choices[index]
+            if piece is not None:
+                yield choice, choice.take(piece)
+                continue
+            _raise_failure(self.streams[index])
+            yield choice, choice.end(self.streams[index].finish_reason)
+
+    async def _until_deadline(self) -> AsyncIterator[Arrived]:
+        """What arrives. When time is up the texts end as they are, if there is anything of them."""
+        open_ = set(range(len(self.streams)))
+        while open_:
+            try:
+                async with asyncio.timeout_at(self.deadline):
+                    index, piece = await self._arrived.get()
+            except TimeoutError:
+                self.close()
+                if not any(choice.count for choice in self.choices):
+                    message = "The time for this request was over before it had its turn."
+                    raise Refusal(504, message, code="timeout") from None
+                for index in sorted(open_):
+                    yield index, None
+                return
+            if piece is None:
+                open_.discard(index)
+            yield index, piece
+
+    async def _forward(self, index: int, stream: Stream) -> None:
+        async for piece in stream:
+            self._arrived.put_nowait((index, piece))
+        self._arrived.put_nowait((index, None))
+
+
+def _submit_all(service: Service, job: Job) -> list[Stream]:
+    """All requests of a job, or none."""
+    streams: list[Stream] = []
+    try:
+        for request in job.requests:
+            streams.append(service.engine.submit(request))
+    except QueueFull as error:
+        for stream in streams:
+            stream.cancel()
+        raise Refusal(
+            429,
+            "More requests are waiting than this server takes. Try again soon.",
+            code="queue_full",
+            headers={"retry-after": str(RETRY_SECONDS)},
+        ) from error
+    return streams
+
+
+def _raise_failure(stream: Stream) -> None:
+    """A model whose numbers are no numbers says so itself; other failures are not for clients."""
+    if isinstance(stream.error, TinyGPTError):
+        raise Refusal(500, str(stream.error), code="model_failed") from stream.error
+    if stream.error is not None:
+        raise FAILURE from stream.error
+
+
+def event(value: object) -> bytes:
+    """One server-sent event with a JSON value."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

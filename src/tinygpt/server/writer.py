@@ -1,0 +1,38 @@
+"""From a request's next tokens to what its stream brings: text, probabilities, an end."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from tinygpt.generate import StopStrings
+from tinygpt.generate.batching import Line
+from tinygpt.sample import first_choice, likeliest, log_probabilities
+from tinygpt.server.stream import FinishReason, Piece, Stream
+from tinygpt.tokenizers import TextStream, Tokenizer
+
+
+class Writer:
+    """A request with a place: what its next token depends on, and what becomes of it."""
+
+    def __init__(self, stream: Stream, line: Line, tokenizer: Tokenizer) -> None:
+        request = stream.request
+        self.stream, self.line = stream, line
+        self.choice = first_choice(request.config, request.seed)
+        self._left, self._logprobs = request.max_tokens, request.logprobs
+        self._text, self._stop = TextStream(tokenizer), StopStrings(request.stop)
+
+    def advance(self, token: int, logits: npt.NDArray[np.float32]) -> FinishReason | None:
+        """Pass on the token, chosen from logits (V,); -> why it is the last one, if it is."""
+        self.line.ids.append(token)
+        self._left -= 1
+        text = self._stop.push(self._text.push(token))
+        if self._left == 0:
+            text += self._stop.push(self._text.flush()) + self._stop.flush()
+        if self._logprobs is None:
+            self.stream.put(Piece(token, text))
+        else:
+            logs = log_probabilities(logits)
+            top = tuple((i, float(logs[i])) for i in likeliest(logs, self._logprobs))
+            self.stream.put(Piece(token, text, float(logs[token]), top))
+        return "stop" if self._stop.stopped else "length" if self._left == 0 else None

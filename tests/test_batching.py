@@ -1,0 +1,365 @@
+"""Texts decoded together: each is, bit for bit, what it would be alone."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tinygrad import Tensor, dtypes, nn
+from tinygrad.helpers import Context
+
+from tests.test_attention import RENDERERS, THREAD, render
+from tests.test_generate import with_strong_weights
+from tinygpt import kernels
+from tinygpt.config import GPTConfig, SampleConfig
+from tinygpt.errors import KernelError, TinyGPTError
+from tinygpt.generate import Decoder
+from tinygpt.generate.batching import BatchDecoder, Line
+from tinygpt.kernels import reference
+from tinygpt.kernels.attention import decode_attention
+from tinygpt.kernels.attention.decode import decode_rows
+from tinygpt.kernels.attention.rows import _keep, keep, rows_attention
+from tinygpt.model import Transformer
+from tinygpt.quantize import quantize
+from tinygpt.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
+from tinygpt.transfer import Port
+
+BLOCK, V = 24, 29
+CONFIG = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=16)
+RNG = np.random.default_rng(0)
+
+
+def tensor(x, dtype=dtypes.float32, device=None):
+    return Tensor(x, dtype=dtype, device=device).contiguous().realize()
+
+
+# The kernels
+
+
+class Problem:
+    """n rows at places and positions of their own; what lies behind a position is NaN."""
+
+    def __init__(self, P, H, T, D, n, seed=0):
+        rng = np.random.default_rng(seed)
+        self.keys, self.values = (
+            rng.normal(size=(P, H, T, D)).astype(np.float32) for _ in range(2)
+        )
+        self.qkv = rng.normal(size=(n, 3 * H * D)).astype(np.float32)
+        self.places = rng.permutation(P)[:n].astype(np.int32)
+        self.positions = rng.integers(0, T, n).astype(np.int32)
+        self.positions[0], self.positions[-1] = 0, T - 1
+        for place, position in zip(self.places, self.positions, strict=True):
+            self.keys[place, :, position:] = self.values[place, :, position:] = np.nan
+        self.H, self.D = H, D
+
+    def run(self, function, device=None):
+        """-> the result, and keys and values as they are left."""
+        keys, values = (tensor(x, device=device) for x in (self.keys, self.values))
+        indices = (tensor(x, dtypes.int32, device) for x in (self.places, self.positions))
+        out = function(tensor(self.qkv, device=device), keys, values, *indices)
+        return out.numpy(), keys.numpy(), values.numpy()
+
+    def written(self):
+        """Keys and values as they ought to be left."""
+        keys, values = self.keys.copy(), self.values.copy()
+        for row, (place, position) in enumerate(zip(self.places, self.positions, strict=True)):
+            _, k, v = self.qkv[row].reshape(3, self.H, self.D)
+            keys[place, :, position], values[place, :, position] = k, v
+        return keys, values
+
+    def exact(self):
+        """The result in float64."""
+        keys, values = (x.astype(np.float64) for x in self.written())
+        out = np.zeros((len(self.qkv), self.H * self.D))
+        for row, (place, position) in enumerate(zip(self.places, self.positions, strict=True)):
+            q = self.qkv[row].reshape(3, self.H, self.D)[0].astype(np.float64)
+            k, v = keys[place, :, : position + 1], values[place, :, : position + 1]
+            scores = np.einsum("hd,htd->ht", q, k) / np.sqrt(self.D)
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            out[row] = np.einsum("ht,htd->hd", weights, v).ravel()
+        return out
+
+
+SHAPES = [(5, 2, 100, 16, 4), (3, 2, 130, 20, 3), (17, 1, 9, 8, 16)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("function", [rows_attention, reference.rows_attention])
+def test_every_row_attends_to_its_own_place_up_to_its_own_position(shape, function):
+    problem = Problem(*shape)
+    out, keys, values = problem.run(function)
+    np.testing.assert_allclose(out, problem.exact(), atol=2e-6)
+    for got, wanted in zip((keys, values), problem.written(), strict=True):
+        np.testing.assert_array_equal(got, wanted)  # and nothing else is touched
+
+
+def test_a_row_is_bitwise_what_decoding_it_alone_gives():
+    P, H, T, D, n = 6, 2, 100, 20, 5
+    problem = Problem(P, H, T, D, n)
+    out, keys, values = problem.run(rows_attention)
+    for row, (place, position) in enumerate(zip(problem.places, problem.positions, strict=True)):
+        q = tensor(problem.qkv[row, : H * D].reshape(1, H, 1, D))
+        cache = (tensor(x[place][None]) for x in (keys, values))
+        alone = decode_attention(q, *cache, int(position) + 1).numpy()
+        np.testing.assert_array_equal(out[row], alone.ravel())
+
+
+@pytest.mark.parametrize("function", [keep, reference.keep])
+def test_a_prompt_goes_to_the_beginning_of_its_place_and_nowhere_else(function):
+    P, H, T, D, n = 3, 2, 12, 20, 7
+    problem = Problem(P, H, T, D, n=1)
+    qkv = RNG.normal(size=(n, 3 * H * D)).astype(np.float32)
+    caches = [tensor(problem.keys), tensor(problem.values)]
+    Tensor.realize(*function(tensor(qkv), *caches, tensor([1], dtypes.int32)))
+    for part, (got, wanted) in enumerate(
+        zip(caches, (problem.keys, problem.values), strict=True), start=1
+    ):
+        wanted[1, :, :n] = qkv.reshape(n, 3, H, D)[:, part].transpose(1, 0, 2)
+        np.testing.assert_array_equal(got.numpy(), wanted)
+
+
+@pytest.mark.skipif(os.environ.get("DEV", "CPU") != "CPU", reason="once is enough")
+def test_the_kernels_for_gpus_are_right_on_the_device_that_emulates_one():
+    problem = Problem(2, 1, 6, 4, 2)
+    out, keys, values = problem.run(rows_attention, "PYTHON")
+    np.testing.assert_allclose(out, problem.exact(), atol=2e-6)
+    np.testing.assert_array_equal(keys, problem.written()[0])
+    np.testing.assert_array_equal(values, problem.written()[1])
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_the_kernels_can_be_written_for_gpus(name):
+    sizes = {"rows": 2, "P": 3, "H": 2, "T": 40, "D": 16}
+    cache = 3 * 2 * 40 * 16
+    for kernel, outputs, lengths in (
+        (decode_rows, 3, (64, cache, cache, 192, 1, 1)),
+        (_keep, 2, (cache, cache, 192, 1)),
+    ):
+        source = render(name, kernel, outputs, lengths, sizes)
+        assert THREAD[name] in source
+        assert "long" not in source and "i64" not in source  # WebGPU has no 64-bit integers
+
+
+# The decoder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_strong_weights(Transformer(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def decoder(model):
+    return Decoder(model)
+
+
+def alone(decoder, ids, count, seed):
+    """Logits (count, V) of a text whose continuation is drawn from the seed."""
+    owner, rng = object(), np.random.default_rng(seed)
+    ids, found = list(ids), []
+    for _ in range(count):
+        found.append(decoder.next_logits(np.array([ids], np.int32), owner)[0])
+        ids.append(int(rng.integers(V)))
+    return np.stack(found)
+
+
+def together(batch, prompts, count, arrivals):
+    """The same for each of several texts, which come in before so many steps."""
+    rngs = [np.random.default_rng(seed) for seed in range(len(prompts))]
+    found = [[] for _ in prompts]
+    waiting, lines = list(range(len(prompts))), {}
+    for step in range(1000):
+        while waiting and arrivals[waiting[0]] <= step and len(lines) < batch.places:
+            i = waiting.pop(0)
+            lines[i] = batch.admit(prompts[i])
+        if not lines and not waiting:
+            break
+        logits = batch.next_logits(list(lines.values()))
+        for (i, line), row in zip(list(lines.items()), logits, strict=True):
+            found[i].append(row)
+            line.ids.append(int(rngs[i].integers(V)))
+            if len(found[i]) == count:
+                batch.release(lines.pop(i))
+    return [np.stack(rows) for rows in found]
+
+
+PROMPTS = [RNG.integers(0, V, n).tolist() for n in (3, 17, BLOCK, 1, BLOCK + 9, 9, 20)]
+
+
+@pytest.fixture(scope="module")
+def wanted(decoder):
+    return [alone(decoder, ids, 12, seed) for seed, ids in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return BatchDecoder(model, 7)
+
+
+@pytest.mark.parametrize("arrivals", [[0] * 7, [0, 0, 1, 2, 5, 5, 9], list(range(0, 98, 14))])
+def test_logits_are_bitwise_those_of_a_decoder_also_past_block_size(arrivals, batch, wanted):
+    np.testing.assert_array_equal(together(batch, PROMPTS, 12, arrivals), wanted)
+
+
+def test_more_texts_than_a_step_has_rows_take_several(model, decoder):
+    batch, prompts = BatchDecoder(model, 19), [[n] for n in range(19)]
+    got = together(batch, prompts, 3, [0] * 19)
+    np.testing.assert_array_equal(got, [alone(decoder, p, 3, i) for i, p in enumerate(prompts)])
+
+
+def test_a_quantised_model_is_decoded_alike():
+    small = quantize(with_strong_weights(Transformer(CONFIG)))
+    decoder = Decoder(small)
+    got = together(BatchDecoder(small, 3), PROMPTS[:3], 8, [0, 0, 1])
+    np.testing.assert_array_equal(got, [alone(decoder, p, 8, i) for i, p in enumerate(PROMPTS[:3])])
+
+
+def test_plain_formulas_give_the_same_to_rounding():
+    small = {"block_size": 8, "n_layer": 1}
+    fast, plain = (
+        with_strong_weights(Transformer(GPTConfig(**CONFIG.to_dict() | small | {"attention": way})))
+        for way in ("auto", "plain")
+    )
+    batch, decoder = BatchDecoder(plain, 2), Decoder(fast)
+    with kernels.plain(), Context(NOOPT=1):  # tinygrad's optimiser takes longer than the model
+        got = together(batch, [[3, 1], [4]], 4, [0, 1])
+    wanted = [alone(decoder, ids, 4, seed) for seed, ids in enumerate([[3, 1], [4]])]
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert (np.argmax(got, -1) == np.argmax(wanted, -1)).all()
+
+
+def test_flash_attention_that_must_and_cannot_run_is_an_error():
+    x = Tensor.zeros(2, 3, 4).cast(dtypes.int32)
+    with pytest.raises(KernelError, match="flash"):
+        kernels.rows_attention(x[0], x, x, x[0, 0], x[0, 0], "flash")
+
+
+def test_the_mode_of_the_model_and_its_dropout_do_not_matter(wanted):
+    config = GPTConfig(**CONFIG.to_dict() | {"dropout": 0.5})
+    mine = with_strong_weights(Transformer(config)).train()
+    got = together(BatchDecoder(mine, 2), PROMPTS[:2], 12, [0, 0])
+    np.testing.assert_array_equal(got, wanted[:2])
+    assert mine.training
+
+
+def test_places_are_given_back_and_no_more_than_there_are_are_given(model):
+    batch = BatchDecoder(model, 2)
+    first, second = batch.admit([1]), batch.admit([2])
+    with pytest.raises(TinyGPTError, match="All 2 places are taken"):
+        batch.admit([3])
+    batch.release(first)
+    assert batch.admit([3]).place == first.place != second.place
+
+
+def test_what_was_prepared_is_not_made_again(batch, wanted):
+    for prepare in batch.preparations():
+        prepare()
+    made = dict(batch._functions)
+    assert len(made) == 2 + 4 + 3  # prompts, steps of up to 8 rows, windows
+    got = together(batch, PROMPTS, 12, [0, 0, 1, 2, 5, 5, 9])
+    np.testing.assert_array_equal(got, wanted)  # preparing leaves nothing behind
+    assert batch._functions == made  # the very same: nothing is compiled for a request
+
+
+def test_the_caches_are_hidden_from_tinygrad(model):
+    mine = with_strong_weights(Transformer(CONFIG))
+    count = len(nn.state.get_parameters(mine))
+    mine.decoder = BatchDecoder(mine, 2)
+    assert len(nn.state.get_parameters(mine)) == count
+
+
+def test_weights_that_change_in_place_are_used(decoder):
+    mine = with_strong_weights(Transformer(CONFIG), seed=5)
+    batch = BatchDecoder(mine, 1)
+    together(batch, [[3]], 2, [0])
+    with_strong_weights(mine)
+    np.testing.assert_array_equal(together(batch, [[3]], 2, [0])[0], alone(decoder, [3], 2, 0))
+
+
+def test_a_line_keeps_its_own_ids():
+    ids = [1, 2]
+    Line(ids, 0).ids.append(3)
+    assert ids == [1, 2]
+
+
+# Numbers in and out
+
+
+def test_a_port_is_a_tensors_memory():
+    x = Tensor.zeros(2, 3, dtype=dtypes.int32).contiguous().realize()
+    port = Port(x)
+    port.write([[1, 2, 3], [4, 5, 6]])
+    assert x.tolist() == [[1, 2, 3], [4, 5, 6]]
+    copy = port.read()
+    port.write(7)
+    assert copy.tolist() == [[1, 2, 3], [4, 5, 6]] and x.tolist() == [[7] * 3] * 2
+    x.assign(x + 1).realize()
+    assert port.read().tolist() == [[8] * 3] * 2
+
+
+def test_a_port_to_memory_out_of_reach_copies():
+    x = Tensor.zeros(3, dtype=dtypes.int32).contiguous().realize()
+    port = Port(x)
+    port._memory = None
+    port.write([1, 2, 3])
+    port.write(4)
+    assert port.read().tolist() == x.tolist() == [4, 4, 4]
+
+
+# Choosing for many
+
+
+@given(
+    st.integers(1, 17), st.sampled_from([1, 2, 65, 300]), st.integers(0, 1000), st.floats(0.1, 100)
+)
+@settings(max_examples=60)
+def test_drawing_for_many_rows_is_drawing_for_each(rows, vocabulary, seed, spread):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, (rows, vocabulary))
+    logits[rng.random(logits.shape) < 0.3] = -np.inf
+    logits[:, rng.integers(vocabulary)] = 1.0
+    uniforms = rng.choice([0.0, 1 - 2**-53, rng.random()], rows).tolist()
+    each = [draw(row, uniform) for row, uniform in zip(logits, uniforms, strict=True)]
+    assert draw_each(logits, uniforms) == each
+
+
+CONFIGS = [
+    SampleConfig(),
+    SampleConfig(temperature=0),
+    SampleConfig(temperature=0.3),
+    SampleConfig(temperature=0, repetition_penalty=1.3),
+    SampleConfig(top_k=5),
+    SampleConfig(top_p=0.7, temperature=0.9),
+    SampleConfig(min_p=0.1, repetition_penalty=2.0),
+    SampleConfig(temperature=1e-9),
+]
+
+
+def test_rows_with_different_settings_choose_as_each_would_alone():
+    logits = np.random.default_rng(4).normal(0, 2, (30, len(CONFIGS), 65)).astype(np.float32)
+    seen = [list(range(i + 1)) for i in range(len(CONFIGS))]
+    together = [first_choice(config, seed) for seed, config in enumerate(CONFIGS)]
+    each = [first_choice(config, seed) for seed, config in enumerate(CONFIGS)]
+    samplers = [make_sampler(config, seed) for seed, config in enumerate(CONFIGS)]
+    for rows in logits:
+        picked = choose(rows, seen, together).tolist()
+        assert picked == [
+            choice.pick(row, np.array(ids))
+            for choice, row, ids in zip(each, rows, seen, strict=True)
+        ]
+        assert picked == [
+            int(sampler(row[None], np.array([ids]))[0])
+            for sampler, row, ids in zip(samplers, rows, seen, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("config", CONFIGS[:3])
+def test_logits_that_are_no_numbers_are_an_error_in_any_row(config):
+    logits = np.zeros((3, 5), np.float32)
+    logits[1, 2] = np.nan
+    with pytest.raises(TinyGPTError, match="1 are not numbers"):
+        choose(logits, [[0]] * 3, [Choice(config, np.random.SeedSequence(0)) for _ in range(3)])

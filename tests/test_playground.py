@@ -1,0 +1,701 @@
+"""The playground: what its endpoints answer, and what the page does in a browser."""
+
+import contextlib
+import http.client
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+from tinygrad import Tensor
+
+from tests.browser import axe_violations, browser, open_page, overflow
+from tests.numpy_gpt2 import GPT2
+from tests.serving import running
+from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig, checkpoint
+from tinygpt.config import to_toml
+from tinygpt.sample import next_logits, softmax
+from tinygpt.server import inspect
+from tinygpt.server.engine import Engine
+from tinygpt.server.service import Service
+from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.transfer import write
+
+__all__ = ["browser", "open_page"]  # fixtures
+
+HOSTILE = '<img src=x onerror="alert(1)"></script><b>run'
+CONFIG = GPTConfig(block_size=48, vocab_size=256, n_layer=2, n_head=3, n_embd=24)
+GREEDY = {"temperature": 0}
+
+
+def opinionated_model(config=CONFIG, seed=3):
+    """A model that nobody has trained, but with large weights: it is sure of what it says.
+
+    Of the bytes it prefers small letters, so that what it writes can be read.
+    """
+    model = GPT(config, seed)
+    rng = np.random.default_rng(seed)
+    for name, parameter in model.parameters().items():
+        if name.endswith("weight") and ".ln_" not in f".{name}":
+            write(parameter, rng.standard_normal(parameter.shape, np.float32) * 0.4)
+    if config.vocab_size == 256:
+        rows = model.wte.weight.numpy().copy()
+        rows[:97] *= 0.1
+        rows[123:] *= 0.1
+        write(model.wte.weight, rows)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return opinionated_model()
+
+
+@pytest.fixture(scope="module")
+def service(model) -> Iterator[Service]:
+    tokenizer = ByteTokenizer()
+    with Engine(model, tokenizer, places=2) as engine:
+        yield Service(engine, model, tokenizer, HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def address(service) -> Iterator[str]:
+    with running(service) as address:
+        yield address
+
+
+def ask(address, path, body, headers=None):
+    """-> status and text of an answer to POST; a body that is no bytes is sent as JSON."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json", **(headers or {})}
+    connection.request("POST", path, content, headers)
+    response = connection.getresponse()
+    try:
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def post(address, path, **body):
+    """The JSON of an answer that is right."""
+    status, text = ask(address, path, body)
+    assert status == 200, text
+    return json.loads(text)
+
+
+def events(address, **body):
+    """The events of a stream of tokens."""
+    status, text = ask(address, "/api/generate", body)
+    assert status == 200, text
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def ids_of(tokens):
+    return [token["id"] for token in tokens]
+
+
+# ---- a look inside ----
+
+
+class Attending(GPT2):
+    """The oracle, which attends by the weights it is given instead of its own."""
+
+    def __init__(self, model, maps):
+        parameters = {name: p.numpy() for name, p in model.parameters().items()}
+        super().__init__(parameters, model.config.n_layer, model.config.n_head)
+        self.maps = maps
+
+    def _attention(self, x, name):
+        qkv, _ = self._linear(x, f"{name}.c_attn")
+        B, T, C = x.shape
+        v = qkv[..., 2 * C :].reshape(B, T, self.n_head, -1)
+        y = np.einsum("hqk,bkhd->bqhd", self.maps[int(name.split(".")[1])], v)
+        return self._linear(y.reshape(B, T, C), f"{name}.c_proj")
+
+
+def test_a_forward_pass_by_the_maps_is_the_models_own():
+    model = opinionated_model(GPTConfig(block_size=24, vocab_size=50, n_layer=3, n_embd=32))
+    ids = np.random.default_rng(1).integers(0, 50, 21).tolist()
+    maps = [inspect.attention(model, ids, layer, 24) for layer in range(3)]
+    assert np.abs(np.diff(maps[2], axis=0)).max() > 0.1, "the heads differ"
+    found = Attending(model, maps).logits([ids])
+    expected = model(Tensor([ids], dtype="int32")).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_only_the_last_positions_are_told_of_all_that_the_model_sees(model):
+    ids = np.random.default_rng(1).integers(0, 256, 100).tolist()
+    whole = inspect.attention(model, ids[-48:], 1, 48)
+    part = inspect.attention(model, ids, 1, 7)
+    assert part.shape == (3, 7, 48)
+    np.testing.assert_allclose(part, whole[:, -7:], atol=1e-6)
+    assert (part[:, 0, 42:] == 0).all() and (part.sum(-1) - 1 < 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SampleConfig(),
+        SampleConfig(0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
+        SampleConfig(0),
+    ],
+)
+def test_candidates_have_the_probabilities_of_the_model_and_of_the_sampler(model, config):
+    ids = list(b"and when")
+    found = inspect.next_token(model.decoder, ids, config, 250)
+    logits = model(Tensor([ids], dtype="int32")).numpy()[0, -1, :250].astype(np.float64)
+    np.testing.assert_allclose(found.model, softmax(logits), atol=1e-5)
+    assert found.sampled.sum() == pytest.approx(1)
+    filtered = next_logits(logits, np.array(ids), config)
+    if config.temperature:
+        np.testing.assert_allclose(found.sampled, softmax(filtered), atol=1e-4)
+        assert found.kept == np.isfinite(filtered).sum()
+    else:
+        assert found.sampled[filtered.argmax()] == 1 and found.kept == 1
+
+
+def test_the_likeliest_come_in_order_and_of_equals_the_lower_id():
+    found = inspect.NextToken(np.array([0.1, 0.3, 0.1, 0.4, 0.1]), np.ones(5) / 5)
+    assert found.likeliest(4) == [3, 1, 0, 2]
+    assert found.likeliest(99) == [3, 1, 0, 2, 4]
+    assert [found.rank(token) for token in (3, 1, 4)] == [1, 2, 3]
+
+
+# ---- the endpoints ----
+
+
+TEXTS = ["plain words", "naïve 語 \U0001f642", "<img src=x onerror=alert(1)>\0\r\n\t "]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_the_cuts_of_every_tokenizer_give_the_text_back_byte_by_byte(model, kind, text):
+    tokenizer = {
+        "byte": ByteTokenizer,
+        "char": lambda: CharTokenizer("".join(TEXTS)),
+        "bpe": lambda: BPETokenizer.train("plain words and naïve ones, 語語語 " * 9, 300),
+    }[kind]()
+    with running(Service(Engine(model, tokenizer), model, tokenizer, "tiny")) as address:
+        tokens = post(address, "/api/tokens", text=text)["tokens"]
+    assert ids_of(tokens) == tokenizer.encode(text)
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == text
+
+
+def test_a_stream_tells_the_cuts_of_the_prompt_and_then_every_token(address, service):
+    told = events(address, ids=list(b"to "), text="be", max_tokens=5, seed=4, temperature=0.9)
+    assert ids_of(told[0]["prompt"]) == list(b"be")
+    assert told[-1] == {"finish_reason": "length"}
+    tokens = [token for event in told[1:-1] for token in event["tokens"]]
+    prompt = Tensor([list(b"to be")], dtype="int32")
+    work = service.engine.run(
+        lambda: service.model.generate(prompt, 5, temperature=0.9, seed=4).tolist()
+    )
+    assert ids_of(tokens) == work.result()[0][5:]
+    after = list(b"to be")
+    for token in tokens:
+        found = post(address, "/api/candidates", ids=after, token=token["id"])["chosen"]
+        assert token["logprob"] == pytest.approx(np.log(found["probability"]), abs=1e-3)
+        after.append(token["id"])
+
+
+def test_what_was_written_can_be_handed_back_and_gone_on_from(address):
+    def tokens(told):
+        return [t for event in told[1:-1] for t in event["tokens"]]
+
+    whole = tokens(events(address, text="So", max_tokens=8, **GREEDY))
+    begun = tokens(events(address, text="So", max_tokens=3, **GREEDY))
+    ids = [*b"So", *ids_of(begun)]
+    rest = events(address, ids=ids, max_tokens=5, **GREEDY)
+    assert rest[0] == {"prompt": []}
+    assert ids_of(begun + tokens(rest)) == ids_of(whole)
+
+
+def test_candidates_tell_both_distributions_and_the_rank_of_a_token(address):
+    found = post(address, "/api/candidates", text="he", token=7, count=4, top_k=2, temperature=1)
+    assert len(found["candidates"]) == 4 and found["kept"] == 2 and found["vocabulary"] == 256
+    own = [each["probability"] for each in found["candidates"]]
+    sampled = [each["sampled"] for each in found["candidates"]]
+    assert own == sorted(own, reverse=True)
+    assert sampled[2:] == [0, 0] and sum(sampled) == pytest.approx(1)
+    assert found["chosen"]["id"] == 7 and found["chosen"]["rank"] > 4
+    assert post(address, "/api/candidates", text="he")["chosen"] is None
+
+
+def test_attention_is_told_in_rows_that_end_at_their_own_token(address, service):
+    text = "x" * 40 + "the end of a long text"
+    told = post(address, "/api/attention", text=text, layer=1, last=20)
+    assert (told["start"], told["position"]) == (42, 14)
+    assert ids_of(told["tokens"]) == list(text[-20:].encode())
+    work = service.engine.run(lambda: inspect.attention(service.model, list(text.encode()), 1, 20))
+    expected = work.result()
+    for head, rows in enumerate(told["weights"]):
+        assert [len(row) for row in rows] == list(range(1, 21))
+        for i, row in enumerate(rows):
+            np.testing.assert_allclose(row, expected[head, i, 28 : 29 + i], atol=1e-4)
+            assert sum(row) + told["before"][head][i] == pytest.approx(1, abs=5e-3)
+
+
+def test_the_card_says_what_the_checkpoint_knows(tmp_path, model):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    train, source = TrainConfig(max_iters=2), {"source": "/somewhere/secret/book.txt"}
+    progress = {"best_val_loss": 1.25, "best_iter": 1, "train_loss": float("inf")}
+    meta = checkpoint.Meta(2, CONFIG, train, progress=progress)
+    checkpoint.save(checkpoint.checkpoint_path(folder, 2), model, None, meta)
+    (folder / "config.toml").write_text(to_toml({"model": CONFIG, "train": train, "data": source}))
+    service = Service(Engine(model, ByteTokenizer()), model, ByteTokenizer(), "a run", folder)
+    with running(service) as address:
+        card = post(address, "/api/model")
+    assert card["name"] == "a run" and card["step"] == 2 and card["data"] == "book.txt"
+    assert (card["best_val_loss"], card["best_iter"]) == (1.25, 1)
+    assert card["parameters"] == model.num_params() and card["config"] == CONFIG.to_dict()
+    assert card["train"]["max_iters"] == 2
+    assert "secret" not in json.dumps(card)
+
+
+def test_a_model_without_a_folder_has_a_card_too(address):
+    card = post(address, "/api/model")
+    assert card["name"] == HOSTILE and card["step"] is None and card["data"] is None
+    assert card["dashboard"] is False
+
+
+WRONG = [
+    ("/api/tokens", b"", 400),
+    ("/api/tokens", b"[", 400),
+    ("/api/tokens", b'"text"', 400),
+    ("/api/tokens", b"[" * 100_000, 400),
+    ("/api/tokens", {}, 400),
+    ("/api/tokens", {"text": 5}, 400),
+    ("/api/tokens", {"text": "\ud800"}, 400),
+    ("/api/tokens", {"text": "x" * 10_000}, 400),
+    ("/api/tokens", b'{"text": "' + b"x" * (1 << 21) + b'"}', 413),
+    ("/api/tokens", {"text": "x", "more": 1}, 400),
+    ("/api/generate", {}, 400),
+    ("/api/generate", {"text": ""}, 400),
+    ("/api/generate", {"ids": [256]}, 400),
+    ("/api/generate", {"ids": [-1]}, 400),
+    ("/api/generate", {"ids": [1.5]}, 400),
+    ("/api/generate", {"ids": [10**30]}, 400),
+    ("/api/generate", {"ids": [1] * 8192, "text": "x"}, 400),
+    ("/api/generate", {"text": "x", "max_tokens": 10**9}, 400),
+    ("/api/generate", {"text": "x", "temperature": -1}, 400),
+    ("/api/generate", {"text": "x", "top_p": 0}, 400),
+    ("/api/generate", b'{"text": "x", "temperature": NaN}', 400),
+    ("/api/generate", {"text": "x", "seed": -1}, 400),
+    ("/api/candidates", {"ids": [], "text": ""}, 400),
+    ("/api/candidates", {"text": "x", "count": 0}, 400),
+    ("/api/candidates", {"text": "x", "count": 51}, 400),
+    ("/api/candidates", {"text": "x", "token": 256}, 400),
+    ("/api/attention", {"text": "x"}, 400),
+    ("/api/attention", {"text": "x", "layer": 2}, 400),
+    ("/api/attention", {"text": "x", "layer": 0, "last": 129}, 400),
+    ("/api/model", b"{", 400),
+]
+
+
+@pytest.mark.parametrize(
+    "path, body, wanted", WRONG, ids=[f"{p}-{i}" for i, (p, *_) in enumerate(WRONG)]
+)
+def test_what_cannot_be_answered_is_refused_in_one_shape(address, path, body, wanted):
+    status, text = ask(address, path, body)
+    assert status == wanted, text
+    assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_character_that_the_vocabulary_lacks_is_a_refusal_not_a_failure(model):
+    tokenizer = CharTokenizer("abc")
+    with running(Service(Engine(model, tokenizer), model, tokenizer, "tiny")) as address:
+        status, text = ask(address, "/api/tokens", {"text": "abd"})
+    assert status == 400 and "vocabulary" in json.loads(text)["error"]["message"]
+
+
+def test_only_so_many_looks_wait_for_the_engine(address, service, monkeypatch):
+    monkeypatch.setattr("tinygpt.server.playground.LOOKS", 0)
+    status, text = ask(address, "/api/candidates", {"text": "x"})
+    assert status == 429 and json.loads(text)["error"]["code"] == "queue_full"
+    monkeypatch.undo()
+    assert post(address, "/api/candidates", text="x")["kept"] > 0
+
+
+def test_a_page_of_another_origin_gets_nothing(address):
+    for path in ("/api/model", "/api/generate", "/api/tokens"):
+        status, _ = ask(address, path, {"text": "x"}, {"origin": "http://evil.example"})
+        assert status == 403
+
+
+# ---- the page ----
+
+
+class Playground:
+    """The page as somebody uses it."""
+
+    def __init__(self, page):
+        from playwright.sync_api import expect
+
+        self.page, self.expect = page, expect
+        self.text = page.get_by_label("Text to continue")
+        self.status = page.locator("#status")
+        self.title = page.locator("#candidates h3")
+
+    def button(self, name):
+        return self.page.get_by_role("button", name=name, exact=False)
+
+    def tab(self, name):
+        self.page.get_by_role("tab", name=name).click()
+
+    def set(self, **fields):
+        """Settings by the ids of their fields."""
+        self.page.locator("#settings").evaluate("(element) => { element.open = true; }")
+        for name, value in fields.items():
+            self.page.locator(f"#{name}").fill(str(value))
+
+    def write(self, count, prompt=None):
+        """Let the model write so many tokens, greedily; -> the text."""
+        self.set(temperature=0, max_tokens=count)
+        if prompt is not None:
+            self.text.fill(prompt)
+        self.button("Continue").click()
+        self.expect(self.status).to_have_text(f"{count} tokens written.")
+        return self.value()
+
+    def value(self):
+        return self.text.input_value()
+
+    def candidates(self):
+        """The rows, when they belong to the place that is looked at."""
+        self.expect(self.page.locator(".candidates")).to_have_attribute("aria-busy", "false")
+        return self.page.locator("#candidates li button")
+
+
+@pytest.fixture
+def playground(open_page, address):
+    page = open_page(address)
+    page.get_by_text(HOSTILE, exact=True).first.wait_for()  # the card has come
+    return Playground(page)
+
+
+def continuation(address, prompt, count):
+    """What the model writes greedily."""
+    told = events(address, text=prompt, max_tokens=count, **GREEDY)
+    tokens = [token for event in told[1:-1] for token in event["tokens"]]
+    return b"".join(bytes(token["bytes"]) for token in tokens).decode(errors="replace")
+
+
+def test_the_continuation_streams_in_after_the_prompt(playground, address):
+    prompt = f"<img src=x onerror=alert(1)> {HOSTILE} "
+    text = playground.write(12, prompt)
+    assert text == prompt + continuation(address, prompt, 12)
+    assert playground.page.locator("img, b").count() == 0
+    highlighted = playground.page.evaluate(
+        "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
+    )
+    assert highlighted == 12
+    playground.expect(playground.page.locator("#meter")).to_contain_text(
+        f"{len(prompt) + 12} tokens"
+    )
+
+
+def test_the_run_is_named_in_text_wherever_it_stands(playground):
+    assert playground.page.title() == f"{HOSTILE} · TinyGPT"
+    assert playground.page.locator("#run").text_content() == HOSTILE
+    playground.tab("Model")
+    card = playground.page.locator("#card")
+    playground.expect(card.get_by_text(HOSTILE, exact=True)).to_be_visible()
+    playground.expect(card).to_contain_text("48 tokens")
+
+
+def test_the_mirror_behind_the_text_breaks_its_lines_where_the_text_does(playground):
+    for text in (
+        "AVAVA fi fl office " * 40,
+        "word\n\n\nword\n",
+        "x" * 999,
+        "語" * 300 + "  " * 200,
+    ):
+        playground.text.fill(text)
+        heights = playground.page.evaluate(
+            "[text.scrollHeight, text.clientHeight, mirror.clientHeight]"
+        )
+        assert len(set(heights)) == 1, text[:20]
+
+
+def test_keyboard_alone_writes_stops_and_undoes(playground):
+    page, keys = playground.page, playground.page.keyboard
+    playground.set(max_tokens=4096)
+    playground.text.focus()
+    keys.type("once")
+    keys.press("Control+Enter")
+    playground.expect(playground.button("Stop")).to_be_visible()
+    playground.expect(playground.text).not_to_have_value("once")
+    assert playground.text.get_attribute("readonly") is not None
+    keys.press("Escape")
+    playground.expect(playground.status).to_contain_text("Stopped after")
+    written = playground.value()
+    assert written.startswith("once") and 4 < len(written) < 4100
+    keys.type("!")
+    assert playground.value() == written + "!"
+    keys.press("Control+z")
+    assert playground.value() == written
+    keys.press("Control+z")
+    assert playground.value() == "once"
+    page.keyboard.press("Control+z")
+    assert playground.value() == ""
+    playground.expect(playground.button("Undo")).to_be_disabled()
+
+
+def test_one_seed_writes_one_text_and_another_one_another(playground):
+    playground.set(temperature=2, max_tokens=20, top_p=1)
+    playground.page.get_by_label("New each time").uncheck()
+    playground.set(seed=5)
+    playground.text.fill("then")
+    playground.button("Continue").click()
+    playground.expect(playground.status).to_have_text("20 tokens written.")
+    first = playground.value()
+    playground.button("Regenerate").click()
+    playground.expect(playground.status).to_contain_text("The same seed wrote the same text again.")
+    assert playground.value() == first
+    playground.set(seed=6)
+    playground.button("Regenerate").click()
+    playground.expect(playground.status).to_have_text("20 tokens written.")
+    assert playground.value() != first and playground.value().startswith("then")
+    playground.button("Undo").click()
+    assert playground.value() == first
+    playground.page.get_by_label("New each time").check()
+    playground.button("Regenerate").click()
+    playground.expect(playground.page.locator("#seed")).not_to_have_value("6")
+
+
+def test_a_token_can_be_opened_and_another_one_taken_in_its_place(playground, address):
+    text = playground.write(10, "a tree")
+    before, after = playground.button("Token before"), playground.button("Token after")
+    for _ in range(6):
+        before.click()
+    playground.expect(playground.title).to_contain_text("Token 11 of 16")
+    playground.expect(playground.page.locator("#candidates [aria-current]")).to_have_count(1)
+    found = post(address, "/api/candidates", text=text[:10], token=ord(text[10]), **GREEDY)
+    rows = playground.candidates()
+    expected = f"{100 * found['candidates'][0]['probability']:.1f} %"
+    playground.expect(rows.first).to_contain_text(expected)
+    assert rows.count() == 10
+    after.click()
+    playground.expect(playground.title).to_contain_text("Token 12 of 16")
+    before.click()
+    playground.expect(playground.title).to_contain_text("Token 11 of 16")
+    other = found["candidates"][3]
+    assert other["id"] != ord(text[10])
+    playground.candidates().nth(3).focus()
+    playground.page.keyboard.press("Enter")
+    branch = text[:10] + other["text"]
+    playground.expect(playground.text).to_have_value(branch)
+    playground.expect(playground.title).to_have_text("The next token")
+    assert playground.write(4) == branch + continuation(address, branch, 4)
+    playground.button("Undo").click()
+    playground.button("Undo").click()
+    assert playground.value() == text
+
+
+def test_a_click_in_the_text_opens_the_token_under_it(playground):
+    playground.write(8, "m" * 20)
+    box = playground.page.evaluate(
+        """() => {
+          const range = document.createRange();
+          range.setStart(mirror.firstChild, 22);
+          range.setEnd(mirror.firstChild, 23);
+          const { right, top, height } = range.getBoundingClientRect();
+          return [right - 1, top + height / 2];
+        }"""
+    )
+    playground.page.mouse.click(*box)  # in the last pixel of the letter
+    playground.expect(playground.title).to_contain_text("Token 23 of 28")
+    playground.page.keyboard.press("ArrowLeft")
+    playground.page.keyboard.press("ArrowLeft")
+    playground.expect(playground.title).to_contain_text("Token 22 of 28")
+
+
+def test_an_edit_keeps_the_tokens_before_it_and_cuts_what_follows_anew(playground):
+    text = playground.write(6, "ab")
+    playground.text.focus()
+    playground.text.evaluate("(area) => area.setSelectionRange(5, 6)")
+    playground.page.keyboard.type("é")
+    assert playground.value() == text[:5] + "é" + text[6:]
+    playground.tab("Tokens")
+    cuts = playground.page.locator(".cut")
+    playground.expect(cuts).to_have_count(9)  # é has two bytes
+    pieces = cuts.locator(".piece").all_text_contents()
+    assert pieces == [*text[:5], r"\xC3", r"\xA9", *text[6:]]
+    sizes = playground.page.evaluate(
+        "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
+    )
+    assert sizes == 3
+
+
+def test_the_cuts_show_what_cannot_be_seen_and_can_be_walked_through(playground):
+    playground.text.fill("a b\n\t語\0")
+    playground.tab("Tokens")
+    cuts = playground.page.locator(".cut")
+    playground.expect(cuts).to_have_count(9)
+    assert cuts.locator(".piece").all_text_contents() == [
+        *("a", "␣", "b", "↵", "⇥", r"\xE8", r"\xAA", r"\x9E", r"\x00"),
+    ]
+    assert cuts.locator(".id").all_text_contents()[:3] == ["97", "32", "98"]
+    playground.page.get_by_role("listbox").focus()
+    playground.page.keyboard.press("Home")
+    playground.page.keyboard.press("ArrowRight")
+    playground.expect(cuts.nth(1)).to_have_attribute("aria-selected", "true")
+    playground.expect(playground.page.locator("#cuts")).to_contain_text("id 32, 1 byte: 20")
+    playground.page.keyboard.press("Enter")
+    playground.expect(playground.title).to_contain_text("Token 2 of 9: ␣")
+
+
+def test_the_attention_picture_has_the_weights_that_the_model_has(playground, address):
+    text = playground.write(6, "the cat sat")
+    playground.tab("Attention")
+    page, picture = playground.page, playground.page.locator(".map canvas")
+    named = page.locator("#pair")
+    playground.expect(named).to_contain_text("looks at")
+    page.get_by_label("Layer").select_option("0")
+    page.get_by_role("button", name="Head 2").click()
+    told = post(address, "/api/attention", text=text, layer=0, last=48)
+    row = told["weights"][2][-1]
+    playground.expect(page.locator("#attention")).to_contain_text("Layer 0, head 2.")
+    playground.expect(named).to_have_text(expected_pair(text, row, int(np.argmax(row))))
+    page.locator(".map").focus()
+    page.keyboard.press("ArrowUp")
+    for _ in range(20):
+        page.keyboard.press("ArrowLeft")
+    row = told["weights"][2][-2]
+    playground.expect(named).to_have_text(expected_pair(text[:-1], row, 0))
+    shades = page.evaluate(
+        """() => {
+          const canvas = document.querySelector(".map canvas");
+          const { width } = canvas;
+          const { data } = canvas.getContext("2d").getImageData(0, 0, width, width);
+          const cell = 26, margin = width - 17 * cell;
+          const middle = (n) => margin + n * cell + 13;
+          const at = (i, j) => [...data.slice(4 * (middle(i) * width + middle(j))).slice(0, 4)];
+          return { margin, column: [...Array(17).keys()].map((i) => at(i, 0)), future: at(3, 9) };
+        }"""
+    )
+    assert shades["margin"] > 0 and shades["future"][3] == 0, "nothing looks ahead"
+    green = [shade[1] for shade in shades["column"]]
+    weights = [told["weights"][2][i][0] for i in range(17)]
+    order = np.argsort(weights)
+    assert (np.diff(np.array(green)[order]) <= 1).all(), "the more weight, the darker"
+    assert max(green) - min(green) > 50
+    box = picture.bounding_box()
+    page.mouse.move(
+        box["x"] + shades["margin"] + 5 * 26 + 9, box["y"] + shades["margin"] + 9 * 26 + 9
+    )
+    row = told["weights"][2][9]
+    playground.expect(named).to_have_text(expected_pair(text[:10], row, 5))
+
+
+def expected_pair(text, row, column):
+    def shown(character):
+        return character.replace(" ", "␣")
+
+    p = row[column]
+    percent = (
+        "<0.01 %" if 0 < p < 1e-4 else "0 %" if p == 0 else f"{100 * p:.{1 if p >= 0.01 else 2}f} %"
+    )
+    return f"{shown(text[-1])} looks at {shown(text[column])}: {percent}"
+
+
+def test_a_refusal_is_told_in_words(playground):
+    playground.text.fill("x" * 9000)
+    error = playground.page.get_by_role("alert")
+    playground.expect(error).to_contain_text("8192 are the most")
+    playground.text.fill("x")
+    playground.expect(error).to_be_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_a_phone_or_a_desk_in_light_or_dark(open_page, address, scheme):
+    width = 360 if scheme == "dark" else 1200
+    page = open_page(
+        address,
+        color_scheme=scheme,
+        viewport={"width": width, "height": 740},
+        device_scale_factor=1,
+    )
+    playground = Playground(page)
+    page.locator("#pages").evaluate(
+        "(element) => { element.hidden = false; }"
+    )  # beside a dashboard
+    playground.write(20, "It was")
+    playground.expect(playground.candidates()).to_have_count(10)
+    assert overflow(page) <= 0
+    assert axe_violations(page) == []
+    for tab in ("Attention", "Tokens", "Model"):
+        playground.tab(tab)
+        if tab == "Attention":
+            playground.expect(page.locator("#pair")).to_contain_text("looks at")
+        assert axe_violations(page) == [], tab
+        assert overflow(page) <= 0, tab
+
+
+def test_the_theme_can_be_chosen_and_is_kept(open_page, address):
+    page = open_page(address, color_scheme="light")
+    theme = page.get_by_role("button", name="Theme")
+
+    def paper():
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    light = paper()
+    theme.click()
+    assert paper() == light
+    theme.click()
+    assert theme.text_content() == "Dark" and paper() != light
+    page.reload()
+    assert paper() != light
+    theme.click()
+    assert theme.text_content() == "Auto" and paper() == light
+
+
+def test_a_server_with_a_key_is_asked_for_it_once(open_page, service):
+    key = "correct horse".replace(" ", "-")
+    with running(service, api_key=key) as address:
+        page = open_page(address)
+        for wrong in ("not-that-one", key):
+            page.get_by_label("Key", exact=True).fill(wrong)
+            page.get_by_role("dialog").get_by_role("button", name="Continue").click()
+        page.get_by_text(HOSTILE, exact=True).first.wait_for()
+        assert page.evaluate("sessionStorage.length") == 1
+        page.reload()
+        page.get_by_text(HOSTILE, exact=True).first.wait_for()
+        playground = Playground(page)
+        assert len(playground.write(3, "if")) == 5
+        page.goto("about:blank")
+
+
+def test_a_half_written_character_can_be_gone_on_from(playground):
+    page = playground.page
+    playground.text.fill("caf")
+    for byte, expected in ((0xC3, "caf\ufffd"), (0xA9, "café")):
+        only = {"id": byte, "bytes": [byte], "probability": 0.5, "sampled": 0.5}
+        answer = {"candidates": [only], "chosen": None, "kept": 1, "vocabulary": 256}
+        with offering(page, answer):
+            page.locator("#candidates li button", has_text=f"\\x{byte:X}").click()
+        playground.expect(playground.text).to_have_value(expected)
+    playground.tab("Tokens")
+    ids = page.locator(".cut .id")
+    playground.expect(ids).to_have_text(["99", "97", "102", "195", "169"])
+    text = playground.write(2)
+    assert text.startswith("café") and len(text) == 6
+
+
+@contextlib.contextmanager
+def offering(page, answer):
+    """The candidates of a server that has only this answer."""
+    page.route("**/api/candidates", lambda route: route.fulfill(json=answer))
+    page.locator("#temperature").fill(
+        "1.5" if page.locator("#temperature").input_value() == "1" else "1"
+    )
+    yield
+    page.unroute("**/api/candidates")
