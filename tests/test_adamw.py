@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, TinyJit
+from tinygrad import Device, Tensor, TinyJit
 
-from tinygpt.kernels import reference
+from tinygpt.kernels import adamw, reference
 from tinygpt.kernels.adamw import adamw_update, split
 
 SHAPES = [(5, 7), (7,), (33, 3), (100,), (16, 64), (1,)]
@@ -33,7 +34,7 @@ class State:
         self,
         shapes: Sequence[tuple[int, ...]] = SHAPES,
         update: Callable[..., Tensor] = adamw_update,
-        **options: float,
+        **options: Any,
     ) -> None:
         self.params = tensors(draw(shapes, 0))
         self.m, self.v = (tensors([np.zeros(s, np.float32) for s in shapes]) for _ in range(2))
@@ -169,6 +170,35 @@ def test_summed_losses_are_averaged_before_they_are_judged() -> None:
         grads = tensors(draw([(3,), (4,)], 1))
         report = ours.judged(Tensor([0.01]).realize(), loss, limits, *grads).numpy()
         assert report[0] == 1.5 and report[2] == 1.0
+
+
+GROUPS = [0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("update", [adamw_update, reference.adamw_update], ids=["fast", "plain"])
+@pytest.mark.parametrize("most", [62, 6, 5])  # buffers: all in one launch, a group cut in two
+def test_groups_have_the_norms_that_numpy_finds(
+    update: Callable[..., Tensor], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(adamw.BUFFERS, Device.DEFAULT, most)
+    ours, grads = State(update=update, groups=GROUPS, scale=0.5), draw(SHAPES, 1)
+    report = ours.judged(Tensor([0.01]).realize(), None, None, *tensors(grads)).numpy()
+    wanted = [
+        0.5 * math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in members))
+        for members in (grads[:2], grads[2:5], grads[5:])
+    ]
+    np.testing.assert_allclose(report[3:], wanted, rtol=1e-6)
+    assert report[1] == pytest.approx(math.hypot(*wanted), rel=1e-6)
+
+
+def test_groups_change_no_bit_of_the_step() -> None:
+    found = []
+    for groups in ((), GROUPS, [0] * len(SHAPES), range(len(SHAPES))):
+        ours = State(groups=groups)
+        step, lr = TinyJit(ours.step), Tensor([0.01]).realize()
+        norms = [step(lr, *tensors(draw(SHAPES, seed))).item() for seed in range(8)]
+        found.append((*norms, bits(ours)))
+    assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("most", [1, 4, 15, 61])

@@ -12,14 +12,11 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from tinygpt import __version__
 from tinygpt.cli import VERBS, main, make_app
-from tinygpt.cli.evaluating import whole_loss
 from tinygpt.cli.options import DataConfig, file_tables, preset_tables, resolve
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig, field_docs
 from tinygpt.errors import ConfigError, DeviceError
@@ -477,18 +474,6 @@ def test_eval_measures_every_token_but_the_first(run_cli, trained, text_file):
     assert code == 0 and found["tokens"] == len(TEXT) - 1
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-
-
-@pytest.mark.parametrize("count", [2, 9, 50, 65])
-def test_the_loss_of_a_whole_text_weighs_every_token_alike(monkeypatch, count):
-    tokens = np.arange(count) % 7
-    model = SimpleNamespace(config=SimpleNamespace(block_size=4))
-
-    def make_evaluate(model, batch_size):  # a "loss" that is the mean of the targets that count
-        return lambda x, y: float(y[y >= 0].mean())
-
-    monkeypatch.setattr(import_module("tinygpt.train"), "make_evaluate", make_evaluate)
-    assert whole_loss(model, tokens, batch_size=3) == pytest.approx(tokens[1:].mean())
 
 
 def test_eval_takes_the_runs_own_validation_text(run_cli, trained):

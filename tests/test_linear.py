@@ -14,7 +14,7 @@ from tinygpt.kernels import reference
 from tinygpt.kernels.linear import FEW, linear, supported
 from tinygpt.kernels.matmul import Plan, matmul, register_tile, register_tiles
 
-ENDINGS = st.sampled_from([None, "gelu", "residual"])
+ENDINGS = st.sampled_from([None, "gelu", "residual", "residual gelu"])
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 97, 128, 130]))
 
 
@@ -23,8 +23,9 @@ def numbers(*shape: int, seed: int) -> np.ndarray:
 
 
 def tensors(m: int, i: int, o: int, ending: str | None, dtype: str = "float32") -> list[Tensor]:
-    """x, W, b, the residual if the ending is one, and a gradient of y."""
-    shapes = [(m, i), (o, i), (o,), *([(m, o)] if ending == "residual" else []), (m, o)]
+    """x, W, b, the residual if the ending has one, and a gradient of y."""
+    residual = [(m, o)] if "residual" in (ending or "") else []
+    shapes = [(m, i), (o, i), (o,), *residual, (m, o)]
     return [Tensor(numbers(*s, seed=n).astype(dtype)).realize() for n, s in enumerate(shapes)]
 
 
@@ -38,19 +39,20 @@ def gelu_slope(u: np.ndarray) -> np.ndarray:
 
 
 def by_numpy(args: list[Tensor], ending: str | None, dy: Tensor | None = None) -> list[np.ndarray]:
-    """y, and with dy the gradients of x, W, b and, if the ending is one, the residual."""
+    """y, and with dy the gradients of x, W, b and, if the ending has one, the residual."""
     x, w, b, *r = (t.numpy().astype(np.float64) for t in args)
-    u = x @ w.T + b
-    y = gelu(u) if ending == "gelu" else u + sum(r)
+    activated = "gelu" in (ending or "")
+    u = x @ w.T + b + sum(r)
+    y = gelu(u) if activated else u
     if dy is None:
         return [y]
     g = dy.numpy().astype(np.float64)
-    du = g * gelu_slope(u) if ending == "gelu" else g
-    return [y, du @ w, du.T @ x, du.sum(0), *([g] if r else [])]
+    du = g * gelu_slope(u) if activated else g
+    return [y, du @ w, du.T @ x, du.sum(0), *([du] if r else [])]
 
 
 def layer(args: list[Tensor], ending: str | None, threads: int = 1) -> Tensor:
-    return linear(*args, activation="gelu" if ending == "gelu" else None, threads=threads)
+    return linear(*args, activation="gelu" if "gelu" in (ending or "") else None, threads=threads)
 
 
 def gradients(y: Tensor, dy: Tensor, of: list[Tensor]) -> list[np.ndarray]:
@@ -82,6 +84,8 @@ def test_forward_equals_numpy_in_float64(
         (1, 1, 1, None),
         (50, 29, 65, "gelu"),  # ragged in every way
         (FEW, 600, 7, "residual"),
+        (FEW, 30, 9, "residual gelu"),
+        (20, 1100, 9, "residual gelu"),  # GELU only of the last block's sum
         (20, 1100, 9, None),  # several blocks of depth
         (24, 8, 1801, None),  # several chunks of rows in dW, and blocks of depth in dx
     ],

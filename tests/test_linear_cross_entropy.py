@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad.helpers import GlobalCounters
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.cross_entropy import cross_entropy
@@ -100,6 +101,23 @@ def test_fused_loss_and_gradients_are_those_of_float64(size: tuple[int, int, int
     agree(loss, wanted)
     agree(dx, 0.5 * dlogits @ w)
     agree(dw, 0.5 * dlogits.T @ x)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_frozen_weight_changes_no_other_number_and_takes_a_third_less(gradient: bool) -> None:
+    N, C, V = N_C_V
+    x, w, t = tensor(numbers(N, C)), tensor(numbers(V, C, seed=1)), tensor(draw_targets(N, V))
+    work, wanted = [], []
+    for frozen in (False, True):
+        GlobalCounters.reset()
+        loss = linear_cross_entropy(x, w, t, gradient=gradient, frozen=frozen)
+        found = results(loss, x, factor=0.5)
+        work.append(GlobalCounters.global_ops)
+        for a, b in zip(found, wanted or found, strict=True):
+            np.testing.assert_array_equal(a, b)
+        wanted = found
+    product = 2 * 96 * C * V  # 70 rows in three chunks of 32
+    assert work[0] - work[1] >= product
 
 
 def test_fused_logits_of_ten_thousand_stay_finite() -> None:

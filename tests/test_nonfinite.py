@@ -115,7 +115,7 @@ def test_a_bad_step_leaves_every_bit_and_the_others_go_on_without_it(
             x, y = next(good)
             assert step(x, y, 1e-3, (0, i)) == spared(x, y, 1e-3, (0, i))
             before = state(model, optimizer)
-            loss, norm, taken = step(*next(bad), 1e-3, (0, i))
+            loss, norm, taken, _ = step(*next(bad), 1e-3, (0, i))
             assert not taken and math.isfinite(loss) is (where == "gradient")
             assert not math.isfinite(norm) or where == "loss"
             assert state(model, optimizer) == before

@@ -30,9 +30,12 @@ ALWAYS_FREE = {
 """Settings that do not change the course of the weights."""
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_embeddings"}
 """What decides which weights there are, and what they mean."""
+LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init"}
+"""What decides which weights learn, and where they began."""
+FIXED = SHAPE | LEARNING
 TRAIN_FIELDS = [f.name for f in fields(TrainConfig)]
 MODEL_FIELDS = [f.name for f in fields(GPTConfig)]
-FIELDS = [*TRAIN_FIELDS, *(f for f in MODEL_FIELDS if f not in SHAPE), "data", "tokenizer"]
+FIELDS = [f for f in (*TRAIN_FIELDS, *MODEL_FIELDS, "data", "tokenizer") if f not in FIXED]
 """What can be named in ``allow_change``."""
 
 
@@ -55,7 +58,7 @@ class Change:
 def parse(allow: Sequence[str]) -> frozenset[str]:
     """The names in ``allow``, checked; UsageError for one that is unknown or can never change."""
     for name in allow:
-        if name not in FIELDS and name not in SHAPE:
+        if name not in FIELDS and name not in FIXED:
             raise UsageError(
                 f"There is no field {name!r} to allow a change of.{nearest(name, FIELDS)} "
                 f"Known: {', '.join(FIELDS)}."
@@ -65,7 +68,17 @@ def parse(allow: Sequence[str]) -> frozenset[str]:
                 f"{name} cannot change within a run: it is part of the model's shape, and the "
                 f"weights of the checkpoint would not fit. Start a new run in another folder."
             )
+        if name in LEARNING:
+            raise UsageError(
+                f"{name} cannot change within a run: the optimizer's moments are those of the "
+                f"weights that learned so far. {START_ANEW}"
+            )
     return frozenset(allow)
+
+
+START_ANEW = (
+    "To go on in another way from the weights of a run, start a new one from it, with --init."
+)
 
 
 def differences(
@@ -94,6 +107,11 @@ def check(path: Path, found: Sequence[Change], allow: frozenset[str], iter_num: 
             f"{path} cannot be resumed: it is of another model, {', '.join(fixed)}, and its "
             f"weights would not fit. Use the run's own settings, or start a new run in another "
             f"folder."
+        )
+    if fixed := [str(change) for change in refused if change.field in LEARNING]:
+        raise CheckpointError(
+            f"{path} cannot be resumed: {', '.join(fixed)} would change, and other weights would "
+            f"learn than so far. Use the run's own settings. {START_ANEW}"
         )
     if refused:
         raise ChangedRunError(

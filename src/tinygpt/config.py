@@ -18,6 +18,10 @@ from tinygpt.untrusted import LARGEST, brief
 
 AttentionMethod = Literal["auto", "flash", "plain"]
 """How attention is computed, see ``GPTConfig.attention``."""
+AdaptedLayers = Literal["all", "attn", "mlp"]
+"""The linear layers that LoRA adapts, see ``TrainConfig.lora_layers``."""
+ADAPTERS = (".lora_a", ".lora_b")
+"""How the names of LoRA's matrices end; they begin with the layer's."""
 
 MAX_PARAMETERS = 20_000_000_000
 """Beyond this a configuration is taken for a slip and refused before anything is allocated."""
@@ -168,13 +172,18 @@ class GPTConfig(Config):
 
     def num_params(self) -> int:
         """Number of parameters a model of this shape has; tied embeddings count once."""
-        C, V, b = self.n_embd, self.vocab_size, int(self.bias)
+        C, V = self.n_embd, self.vocab_size
+        norm = C * (1 + int(self.bias))
+        head = 0 if self.tie_embeddings else V * C
+        return V * C + self.block_size * C + self.n_layer * self.block_params() + norm + head
+
+    def block_params(self) -> int:
+        """Number of parameters of one transformer block."""
+        C, b = self.n_embd, int(self.bias)
         norm = C * (1 + b)
         attention = C * 3 * C + C * C + b * (3 * C + C)
         mlp = C * 4 * C + 4 * C * C + b * (4 * C + C)
-        block = 2 * norm + attention + mlp
-        head = 0 if self.tie_embeddings else V * C
-        return V * C + self.block_size * C + self.n_layer * block + norm + head
+        return 2 * norm + attention + mlp
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,14 @@ class TrainConfig(Config):
     """Steps between sample texts; if not set, one at every evaluation."""
     sample_prompt: str = "\n"
     """Prompt of the sample texts."""
+    freeze: int | None = None
+    """Freeze the embeddings and so many of the first blocks; if not set, nothing."""
+    lora_rank: int | None = None
+    """Train adapters of this rank (LoRA) and freeze the rest; if not set, none. 8 is usual."""
+    lora_alpha: float = 16.0
+    """What adapters compute is multiplied by lora_alpha / lora_rank."""
+    lora_layers: AdaptedLayers = "all"
+    """The linear layers that get adapters: of attention (attn), of the MLP (mlp), or all."""
 
     def check(self) -> None:
         _at_least(
@@ -239,9 +256,18 @@ class TrainConfig(Config):
             "checkpoint_interval",
             "early_stop_patience",
             "sample_interval",
+            "lora_rank",
         )
         _at_least(
-            self, 0, "warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed", "keep_last"
+            self,
+            0,
+            "warmup_steps",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+            "keep_last",
+            "freeze",
         )
         _between(self, 0.0, 1.0, "beta1", "beta2", "weight_decay")
         _require(
@@ -252,6 +278,10 @@ class TrainConfig(Config):
         _require(
             self.skip_spikes is None or self.skip_spikes > 0,
             f"skip_spikes={self.skip_spikes!r} must be above 0; 6 is a good value.",
+        )
+        _require(
+            self.lora_alpha > 0,
+            f"lora_alpha={self.lora_alpha!r} must be above 0; 16 is usual, whatever the rank.",
         )
         _require(self.eps > 0, f"eps={self.eps!r} must be above 0; Adam's usual value is 1e-8.")
         _require(
@@ -277,6 +307,25 @@ class TrainConfig(Config):
                 value is None or value <= high,
                 f"{name}={value!r} is too large: the limit is {high}.",
             )
+
+
+def check_together(model: GPTConfig, train: TrainConfig) -> None:
+    """ConfigError if a model of this shape cannot be trained so."""
+    rank, freeze, most = train.lora_rank, train.freeze, model.n_layer
+    _require(
+        rank is None or rank <= model.n_embd,
+        f"lora_rank={rank} is larger than n_embd={model.n_embd}: no weight of this model has a "
+        f"higher rank, and adapters would only be larger than it. Try lora_rank=8.",
+    )
+    _require(
+        freeze is None or freeze <= most,
+        f"freeze={freeze} is more than the n_layer={most} blocks that the model has.",
+    )
+    _require(
+        rank is None or freeze is None or freeze < most,
+        f"With freeze={freeze} of n_layer={most} blocks frozen there is no layer left that "
+        f"lora_rank={rank} could adapt. Freeze fewer.",
+    )
 
 
 @dataclass(frozen=True)
@@ -372,6 +421,27 @@ PRESETS: dict[str, Preset] = {
         help="GPT-2 124M, for a GPU and a large text",
     ),
 }
+
+
+def fine_tuning(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of TrainConfig for weights that were trained before, by what was ``given`` of it.
+
+    Weights that know much are to change little: a rate of a twentieth of that from scratch, for a
+    few hundred steps. Adapters begin at zero and bear ten times as much (Hu et al., 2021, table
+    11). Decay pulls adapters back to what the model was, which is well, and weights towards zero.
+    """
+    lora = given.get("lora_rank") is not None
+    peak, steps = given.get("learning_rate"), given.get("max_iters")
+    peak = peak if isinstance(peak, int | float) else 5e-4 if lora else 5e-5
+    steps = steps if isinstance(steps, int) else 500
+    return {
+        "learning_rate": peak,
+        "min_lr": peak / 10,
+        "max_iters": steps,
+        "warmup_steps": steps // 20,
+        "eval_interval": 50,
+        "weight_decay": 0.01 if lora else 0.0,
+    }
 
 
 def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = False) -> str:

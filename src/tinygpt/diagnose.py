@@ -106,7 +106,7 @@ def _in_backward(
     model: Transformer, x: Tensor, y: Tensor, key: Tensor, largest: dict[str, float]
 ) -> Finding | None:
     """The gradient that is not finite, the last parameter's first; collects the ``largest``."""
-    named = model.parameters()
+    named = model.trainable()
     gradients = model.loss(x, y, Noise(key)).gradient(*named.values())
     Tensor.realize(*gradients)  # together: what they share is computed once
     for name, gradient in reversed(list(zip(named, gradients, strict=True))):

@@ -94,7 +94,7 @@ def gradcheck(
     tolerance: float = TOLERANCE,
     dropout_key: tuple[int, int] | None = None,
 ) -> GradcheckReport:
-    """Check the gradient of ``model.loss(idx, targets)`` with respect to every parameter.
+    """Check the gradient of ``model.loss(idx, targets)`` of every parameter that learns.
 
     ``epsilon`` is the length of the step in weight space, ``samples`` the number of single elements
     tried per parameter. With ``dropout_key``, two numbers below 2³², the model is checked as it is
@@ -122,7 +122,7 @@ def gradcheck(
         value, gradients = float(loss().item()), _gradients(model, mean_loss())
         # Slopes below this cannot be compared: of the loss no more than 16 digits are known.
         floor = 8 * float(np.finfo(np.float64).eps) * abs(value) / epsilon / tolerance
-        for name, parameter in model.parameters().items():
+        for name, parameter in model.trainable().items():
             weight, gradient = weights[name], gradients[name]
             norm = float(np.linalg.norm(gradient))
             # One slope may vanish by chance, so errors are relative to the parameter's typical one.
@@ -159,7 +159,7 @@ def _realized(tokens: Tensor) -> Tensor:
 
 def _gradients(model: Transformer, loss: Tensor) -> dict[str, Array]:
     """What backpropagation says, by parameter."""
-    parameters = model.parameters()
+    parameters = model.trainable()
     gradients = loss.gradient(*parameters.values())
     Tensor.realize(*gradients)  # together: what they share is computed once
     return {name: g.numpy() for name, g in zip(parameters, gradients, strict=True)}

@@ -74,6 +74,15 @@ def smooth(values: Iterable[float | None], weight: float = 0.9) -> list[float]:
     return out
 
 
+def short(value: float) -> float | None:
+    """A number in four digits, for rows with many of them; None for what is not finite.
+
+    >>> short(0.123456)
+    0.1235
+    """
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Cut:
     """What was found when the rows of a run were cut off behind its checkpoint."""

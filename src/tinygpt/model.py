@@ -7,21 +7,22 @@ B is the batch, T the number of positions, C = n_embd, H = n_head, D = C / H, V 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, Self, cast
 
 import numpy as np
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import UOp, sint
+from tinygrad.uop.ops import sint
 
 from tinygpt import kernels
-from tinygpt.cache import KVCache, LayerCache
-from tinygpt.config import GPTConfig
+from tinygpt.cache import Cache
+from tinygpt.config import AttentionMethod, GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.kernels.reference import merge_heads, split_heads
 from tinygpt.transfer import write
 
-At = tuple[LayerCache, int | UOp]
-"""A layer's cache, and the position in it where the tokens at hand go."""
+Attend = Callable[[Tensor, int, AttentionMethod], Tensor]
+"""A layer's part of a cache: attention (B, T, C) of qkv (B, T, 3C), n_head and the method."""
 
 
 class Noise:
@@ -55,6 +56,11 @@ class Linear:
     ) -> Tensor:
         return kernels.linear(x, self.weight, self.bias, residual, activation)
 
+    def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """Mean cross-entropy in nats of targets (N,), given logits = x Wᵀ for x (N, C)."""
+        frozen = not self.weight.is_param
+        return kernels.loss(x, self.weight, targets, gradient=gradient, frozen=frozen)
+
 
 class LayerNorm:
     """Layer normalisation of the last axis."""
@@ -67,11 +73,15 @@ class LayerNorm:
         return kernels.layer_norm(x, self.weight, self.bias)
 
 
-class Embedding:
-    """A row of weight (rows, C) for each id."""
+class Embedding(Linear):
+    """A row of weight (rows, C) for each id; as a layer it compares x with every row."""
 
     def __init__(self, rows: int, n_embd: int) -> None:
-        self.weight = _parameter(rows, n_embd)
+        super().__init__(n_embd, rows, bias=False)
+
+    def rows(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The rows of tokens (B, T), plus the first T of positions -> (B, T, C)."""
+        return kernels.embedding(tokens, self.weight, positions)
 
 
 class CausalSelfAttention:
@@ -86,26 +96,16 @@ class CausalSelfAttention:
         self.method = config.attention
 
     def __call__(
-        self, x: Tensor, residual: Tensor, noise: Noise | None, cache: At | None
+        self, x: Tensor, residual: Tensor, noise: Noise | None, attend: Attend | None
     ) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C)
-        if cache is not None:
-            y = self._with_cache(qkv, *cache)
+        if attend is not None:
+            y = attend(qkv, self.n_head, self.method)
         elif noise is not None:
             y = kernels.self_attention(qkv, self.n_head, self.method, self.p, noise.draw())
         else:
             y = kernels.self_attention(qkv, self.n_head, self.method)  # (B, T, C)
         return add(self.c_proj, y, residual, self.p, noise)
-
-    def _with_cache(self, qkv: Tensor, cache: LayerCache, position: int | UOp) -> Tensor:
-        q, k, v = self._heads(qkv)
-        keys, values = cache.append(k, v, position)  # (B, H, block_size, D)
-        length = position + q.shape[2]
-        return merge_heads(kernels.cached_attention(q, keys, values, length, self.method))
-
-    def _heads(self, qkv: Tensor) -> list[Tensor]:
-        """(B, T, 3C) -> three (B, H, T, D)"""
-        return [split_heads(part, self.n_head) for part in qkv.chunk(3, dim=2)]
 
 
 class MLP:
@@ -131,9 +131,18 @@ class Block:
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def __call__(self, x: Tensor, noise: Noise | None, cache: At | None) -> Tensor:
-        x = self.attn(self.ln_1(x), x, noise, cache)
+    def __call__(self, x: Tensor, noise: Noise | None, attend: Attend | None) -> Tensor:
+        x = self.attn(self.ln_1(x), x, noise, attend)
         return self.mlp(self.ln_2(x), x, noise)
+
+    def parameters(self, name: str) -> dict[str, Tensor]:
+        """Every parameter by its name, which begins with the block's ``name``, such as h.0."""
+        named = _named(f"{name}.ln_1", self.ln_1)
+        named |= _named(f"{name}.attn.c_attn", self.attn.c_attn)
+        named |= _named(f"{name}.attn.c_proj", self.attn.c_proj)
+        named |= _named(f"{name}.ln_2", self.ln_2)
+        named |= _named(f"{name}.mlp.c_fc", self.mlp.c_fc)
+        return named | _named(f"{name}.mlp.c_proj", self.mlp.c_proj)
 
 
 def add(layer: Linear, x: Tensor, residual: Tensor, p: float, noise: Noise | None) -> Tensor:
@@ -150,37 +159,40 @@ class Transformer:
     >>> logits = model(Tensor([[1, 2, 3]], dtype="int32"))  # (1, 3, 65)
     """
 
-    def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
+    def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
+        """Without a seed the weights are left undefined: for whoever puts others there."""
         self.config = config
         self.training = True
+        self.quantized = False
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
 
     def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, noise: Noise | None = None
+        self, tokens: Tensor, cache: Cache | None = None, noise: Noise | None = None
     ) -> Tensor:
         """The normalised residual stream (B, T, C) behind the last block, for tokens (B, T)."""
         _, T = tokens.shape
-        position = 0 if cache is None else cache.position
-        positions = self.wpe.weight[position : position + T]
-        x = kernels.embedding(tokens, self.wte.weight, positions)  # (B, T, C)
+        table = self.wpe.weight
+        positions = table[:T] if cache is None else cache.positions(table, int(T))
+        x = self.wte.rows(tokens, positions)  # (B, T, C)
         if noise is not None:
             x = kernels.dropout(x, self.config.dropout, noise.draw())
         for i, block in enumerate(self.h):
-            x = block(x, noise, None if cache is None else (cache.layers[i], position))
+            x = block(x, noise, None if cache is None else partial(cache.attend, i))
         return self.ln_f(x)
 
     def __call__(
-        self, tokens: Tensor, cache: KVCache | None = None, noise: Noise | None = None
+        self, tokens: Tensor, cache: Cache | None = None, noise: Noise | None = None
     ) -> Tensor:
         """Logits (B, T, V) for int32 tokens (B, T), T at most block_size.
 
-        With a cache the tokens continue at ``cache.position``. ``noise`` seeds dropout; without it
+        With a cache the tokens continue where it stands. ``noise`` seeds dropout; without it
         a model in training mode draws from tinygrad's global generator.
         """
         self._check(tokens)
@@ -188,7 +200,7 @@ class Transformer:
 
     def unembed(self, x: Tensor) -> Tensor:
         """Logits (..., V) of the residual stream x (..., C)."""
-        return kernels.linear(x, self._output_weight())
+        return self._output()(x)
 
     def loss(self, tokens: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); < 0 is left out."""
@@ -199,27 +211,32 @@ class Transformer:
                 f"each position has one target, the next token."
             )
         x = self.hidden(tokens, noise=self._noise(noise)).reshape(-1, self.config.n_embd)
-        return kernels.loss(x, self._output_weight(), targets.reshape(-1), gradient=self.training)
+        return self._output().loss(x, targets.reshape(-1), gradient=self.training)
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter once, by GPT-2's name, in the order of the forward pass."""
-        named = {"wte.weight": self.wte.weight, "wpe.weight": self.wpe.weight}
+        named = _named("wte", self.wte) | _named("wpe", self.wpe)
         for i, block in enumerate(self.h):
-            named |= _named(f"h.{i}.ln_1", block.ln_1)
-            named |= _named(f"h.{i}.attn.c_attn", block.attn.c_attn)
-            named |= _named(f"h.{i}.attn.c_proj", block.attn.c_proj)
-            named |= _named(f"h.{i}.ln_2", block.ln_2)
-            named |= _named(f"h.{i}.mlp.c_fc", block.mlp.c_fc)
-            named |= _named(f"h.{i}.mlp.c_proj", block.mlp.c_proj)
+            named |= block.parameters(f"h.{i}")
         named |= _named("ln_f", self.ln_f)
         return named if self.config.tie_embeddings else named | _named("lm_head", self.lm_head)
 
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that learn: those that nobody has frozen, which ``lora.prepare`` does."""
+        return {name: p for name, p in self.parameters().items() if p.is_param}
+
     def num_params(self) -> int:
-        """Number of parameters; tied embeddings count once."""
-        return sum(math.prod(_numbers(p.shape)) for p in self.parameters().values())
+        """Number of parameters; tied embeddings count once, the scales of int8 weights do not."""
+        named = self.parameters().items()
+        return sum(math.prod(_numbers(p.shape)) for name, p in named if not name.endswith(".scale"))
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode: dropout is on."""
+        """Training mode: dropout is on. Raises UsageError for a model of int8 weights."""
+        if mode and self.quantized:
+            raise UsageError(
+                "This model was quantised: its weights are int8, for generation only, and cannot "
+                "learn. Train the model it was made of, and quantise that one afterwards."
+            )
         self.training = mode
         return self
 
@@ -227,8 +244,8 @@ class Transformer:
         """Inference mode: dropout is off."""
         return self.train(False)
 
-    def _output_weight(self) -> Tensor:
-        return self.wte.weight if self.config.tie_embeddings else self.lm_head.weight
+    def _output(self) -> Linear:
+        return self.wte if self.config.tie_embeddings else self.lm_head
 
     def _noise(self, noise: Noise | None) -> Noise | None:
         if not self.training or self.config.dropout == 0:
@@ -279,5 +296,5 @@ def _parameter(*shape: int) -> Tensor:
 
 
 def _named(prefix: str, layer: Linear | LayerNorm) -> dict[str, Tensor]:
-    named = {f"{prefix}.weight": layer.weight}
-    return named if layer.bias is None else named | {f"{prefix}.bias": layer.bias}
+    """The Tensors of a layer, whatever its kind."""
+    return {f"{prefix}.{name}": t for name, t in vars(layer).items() if isinstance(t, Tensor)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
-from tinygpt.kernels.reference import clip_factor, global_norm, verdict
+from tinygpt.kernels.reference import clip_factor, global_norm, group_norms, verdict
 from tinygpt.transfer import zeros_like
 
 
@@ -34,9 +34,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class AdamW(Optimizer):
     """Adam (Kingma and Ba, 2015) with decoupled weight decay (Loshchilov and Hutter, 2019).
 
-    ``parameters`` maps names to Tensors. Weight decay applies to matrices and embeddings, not to
-    biases and layer norms. With ``weight_decay=0`` this is Adam. It keeps to tinygrad's optimizer
-    protocol: set each ``.grad``, then ``schedule_step()`` or ``step()``.
+    ``parameters`` maps names to Tensors, of which frozen ones are left alone. Weight decay applies
+    to matrices and embeddings, not to biases and layer norms. With ``weight_decay=0`` this is Adam.
+    It keeps to tinygrad's optimizer protocol: set each ``.grad``, then ``schedule_step()`` or
+    ``step()``.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        self.params = list(parameters.values())
+        self.params = [p for p in parameters.values() if p.is_param]
         self.buffers: list[Tensor] = []
         self.device, self.fused = self.params[0].device, False
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
@@ -64,18 +65,20 @@ class AdamW(Optimizer):
         scale: float = 1.0,
         loss: Tensor | None = None,
         limits: Tensor | None = None,
+        groups: Sequence[int] = (),
     ) -> Tensor:
         """Take one step; -> the loss, the gradients' norm, and whether it was taken: 1 or 0 (3,).
 
         Loss and gradients are multiplied by ``scale``, the gradients then clipped to ``clip``, if
         it is not 0. Unless ``loss`` () and norm lie below the ``limits`` (2,), infinity where not
-        given, nothing changes. Realize ``changed()`` together with the result.
+        given, nothing changes. With ``groups``, see ``by_layer``, the norm of each follows. Realize
+        ``changed()`` together with the result.
         """
         decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in self.params]
         return kernels.adamw_update(
             self.params, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip, scale=scale,
-            loss=loss, limits=limits,
+            loss=loss, limits=limits, groups=groups,
         )  # fmt: skip
 
     def changed(self) -> list[Tensor]:
@@ -90,6 +93,17 @@ class AdamW(Optimizer):
             raise RuntimeError(f"{missing} of {len(self.params)} parameters have no gradient.")
         self.update(gradients)
         return self.changed()
+
+
+def by_layer(names: Iterable[str]) -> tuple[list[str], list[int]]:
+    """The layers that parameters belong to, and for each parameter the number of its layer.
+
+    >>> by_layer(["wte.weight", "h.0.ln_1.weight", "h.0.ln_1.bias", "h.1.ln_1.weight"])
+    (['wte', 'h.0', 'h.1'], [0, 1, 1, 2])
+    """
+    owners = [".".join(name.split(".")[: 2 if name.startswith("h.") else 1]) for name in names]
+    layers = list(dict.fromkeys(owners))
+    return layers, [layers.index(owner) for owner in owners]
 
 
 def realize_state(optimizer: Optimizer) -> None:
@@ -111,10 +125,12 @@ def stock_update(
     scale: float,
     loss: Tensor,
     limits: Tensor,
+    groups: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """What AdamW.update does, for tinygrad's own optimizers; -> its result, and what changes."""
     norm = global_norm(gradients) * scale
-    report = verdict(loss.reshape(()) * scale, norm, limits)
+    others = group_norms(gradients, groups, scale)
+    report = verdict(loss.reshape(()) * scale, norm, limits, *others)
     factor = clip_factor(norm, clip) * scale if clip else scale
     for p, g in zip(params, gradients, strict=True):
         p.grad = g * factor

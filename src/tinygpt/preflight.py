@@ -21,6 +21,7 @@ from tinygpt.errors import UsageError
 from tinygpt.jit import jit
 from tinygpt.kernels import linear
 from tinygpt.kernels.linear_cross_entropy import CHUNK, MOST_CHUNKS
+from tinygpt.lora import count_trainable
 from tinygpt.transfer import read, zeros
 
 FLOAT = 4
@@ -102,58 +103,78 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     """
     C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
     N = train.batch_size * T  # positions of a micro-batch
-    count = model.num_params()
-    activations = N * C * (PER_BLOCK * L + OUTSIDE)
+    learning, adapters = count_trainable(model, train)
+    count = model.num_params() + adapters
+    L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
+    activations = N * C * (PER_BLOCK * L_back + OUTSIDE)
     if model.attention == "plain":
-        activations += L * train.batch_size * model.n_head * T * T
+        activations += L_back * train.batch_size * model.n_head * T * T
     rows = min(N, max(CHUNK, -(-N // MOST_CHUNKS)))
-    accumulated = 3 * count if train.grad_accum_steps > 1 else 0
-    tied = V * C if model.tie_embeddings else 0  # a gradient from either end
+    accumulated = 3 * learning if train.grad_accum_steps > 1 else 0
+    tied = V * C if model.tie_embeddings and learning == count else 0  # a gradient from either end
+    projection = 0 if _output_frozen(model, train) else V * C
     return Estimate(
         parameters=count,
         process=runtime.memory(),
         weights=FLOAT * count,
-        optimizer=FLOAT * 2 * count,
-        gradients=FLOAT * (count + accumulated + tied),
+        optimizer=FLOAT * 2 * learning,
+        gradients=FLOAT * (learning + accumulated + tied),
         activations=FLOAT * activations,
-        loss=FLOAT * V * (rows + C),
+        loss=FLOAT * (V * rows + projection),
         evaluation=FLOAT * (N * C * EVALUATING + V * rows),
-        saving=FLOAT * 3 * count if saves else 0,
+        saving=FLOAT * (count + 2 * learning) if saves else 0,
         layers=L,
         tokens=N * train.grad_accum_steps,
-        flops=N * train.grad_accum_steps * flops_per_token(model),
+        flops=N * train.grad_accum_steps * flops_per_token(model, train),
     )
 
 
-def flops_per_token(model: GPTConfig) -> int:
+def _output_frozen(model: GPTConfig, train: TrainConfig) -> bool:
+    """Whether the weight of the last product, onto the vocabulary, is frozen."""
+    return train.lora_rank is not None or (train.freeze is not None and model.tie_embeddings)
+
+
+def flops_per_token(model: GPTConfig, train: TrainConfig | None = None) -> int:
     """Floating-point operations of a training step per token, the backward pass included.
 
-    Two for each weight forward and four backward; attention sees half of the positions on average.
-    Kaplan et al. (2020); Chowdhery et al. (2022), appendix B.
+    Two for each weight forward, two for the gradient of its input and two for its own, which frozen
+    weights have not, nor the blocks below the first that learns either; attention sees half of the
+    positions on average. Kaplan et al. (2020); Chowdhery et al. (2022), appendix B.
     """
-    C, V, T = model.n_embd, model.vocab_size, model.block_size
+    C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
+    train = train or TrainConfig()
+    learning, adapters = count_trainable(model, train)
     looked_up = T * C + (0 if model.tie_embeddings else V * C)
-    return 6 * (model.num_params() - looked_up) + 6 * model.n_layer * C * T
+    weights = model.num_params() + adapters - looked_up
+    if learning == model.num_params():
+        learning -= looked_up
+    frozen = train.freeze or 0
+    behind = weights - frozen * model.block_params()
+    attention = 2 * L * C * T + 4 * (L - frozen) * C * T
+    return 2 * (weights + behind + learning) + attention
 
 
-def check(model: GPTConfig, train: TrainConfig, *, allow: bool = False) -> Estimate:
+def check(
+    model: GPTConfig, train: TrainConfig, *, allow: bool = False, given: bool = False
+) -> Estimate:
     """The estimate; raises UsageError, with what would fit, if memory will not suffice.
 
     With ``allow`` it does not. Where nobody tells what is free nothing is refused: that is so for
-    accelerators, which tinygrad does not ask.
+    accelerators, which tinygrad does not ask. The weights may be ``given``: then the model cannot
+    be made smaller, but less of it can be trained.
     """
     estimate, free = preflight(model, train), runtime.available_memory() if on_cpu() else 0
     if allow or not free or estimate.needed <= free:
         return estimate
     raise UsageError(
         f"This run needs {estimate}, and only {size(free)} are free. "
-        f"{advice(model, train, free)} To try nevertheless: --allow-memory."
+        f"{advice(model, train, free, given)} To try nevertheless: --allow-memory."
     )
 
 
-def advice(model: GPTConfig, train: TrainConfig, free: int) -> str:
+def advice(model: GPTConfig, train: TrainConfig, free: int, given: bool = False) -> str:
     """The nearest settings that fit into ``free`` bytes, as flags."""
-    for what, smaller_model, smaller in smaller_runs(model, train):
+    for what, smaller_model, smaller in smaller_runs(model, train, given):
         estimate = preflight(smaller_model, smaller)
         if estimate.needed <= ROOM * free:
             flags = _flags(model, smaller_model, "model") + _flags(train, smaller, "train")
@@ -162,16 +183,21 @@ def advice(model: GPTConfig, train: TrainConfig, free: int) -> str:
 
 
 def smaller_runs(
-    model: GPTConfig, train: TrainConfig
+    model: GPTConfig, train: TrainConfig, given: bool = False
 ) -> Iterator[tuple[str, GPTConfig, TrainConfig]]:
-    """Ways to need less, the least change first."""
+    """Ways to need less, the least change first; of a model whose weights are ``given``, or not."""
     rows = train.batch_size * train.grad_accum_steps
     for batch in (b for b in range(train.batch_size - 1, 0, -1) if train.batch_size % b == 0):
         train = replace(train, batch_size=batch, grad_accum_steps=rows // batch)
         yield "The same steps in smaller micro-batches", model, train
+    if given and train.lora_rank is None:
+        train = replace(train, lora_rank=min(8, model.n_embd), freeze=None)
+        yield "Adapters alone", model, train
     while model.block_size > 32:
         model = replace(model, block_size=model.block_size // 2)
         yield "A shorter block", model, train
+    if given:
+        return
     while model.n_layer > 1 or model.n_embd // model.n_head > 16:
         if model.n_layer > 1:
             model = replace(model, n_layer=model.n_layer // 2)

@@ -16,14 +16,16 @@ import logging
 import os
 import pickle
 import signal
+import sqlite3
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinygrad import codegen
+from tinygrad import codegen, helpers
 from tinygrad.engine import realize
 from tinygrad.helpers import CACHELEVEL, DEBUG, VIZ, diskcache_get, diskcache_put
 from tinygrad.runtime import ops_cpu
@@ -34,6 +36,8 @@ from tinygpt import multicore
 log = logging.getLogger(__name__)
 
 _own_workers = realize.get_worker_pool
+_own_connection = helpers.db_connection
+_connections = threading.local()
 
 TABLE = "tinygpt_programs"
 WORTH_A_FORK = 3
@@ -63,8 +67,10 @@ class Programs(dict[tuple[Any, ...], UOp]):
 def install() -> None:
     """Let tinygrad keep lowered kernels on disk from now on; where it cannot, do nothing.
 
+    From now on each thread has a connection to that database of its own.
     tinygrad's own ``CACHELEVEL=0`` switches it off, along with everything else it keeps.
     """
+    helpers.db_connection = _connection
     own = codegen.to_program_cache
     if isinstance(own, Programs) or DEBUG >= 2 or VIZ:  # whoever looks on wants to see it happen
         return
@@ -76,6 +82,21 @@ def install() -> None:
     realize.to_program_cache = kept
     realize.get_worker_pool = _workers
     ops_cpu.do_to_program = codegen.to_program  # four little programs that the device opens with
+
+
+def disconnect() -> None:
+    """Close this thread's connection to the database: for threads that end before the process."""
+    if (mine := _connections.__dict__.pop("mine", None)) is not None:
+        mine.close()
+
+
+def _connection() -> sqlite3.Connection:
+    """tinygrad's connection, one for each thread: the one that made it must also use it."""
+    if not hasattr(_connections, "mine"):
+        helpers._db_connection = None
+        _connections.mine = _own_connection()  # type: ignore[no-untyped-call]
+    mine: sqlite3.Connection = _connections.mine
+    return mine
 
 
 def _load(key: object) -> UOp | None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad.nn.optim import Optimizer
 
-from tinygpt import changes, checkpoint, data, runtime
+from tinygpt import changes, checkpoint, data, lora, runtime
 from tinygpt.config import Config, SampleConfig, TrainConfig, to_toml
 from tinygpt.diagnose import bad_parameter
 from tinygpt.errors import (
@@ -37,7 +37,7 @@ from tinygpt.files import remove_stale, replacing
 from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.guard import Guard
 from tinygpt.lock import FolderLock
-from tinygpt.metrics import Cut, History
+from tinygpt.metrics import Cut, History, short
 from tinygpt.model import Transformer
 from tinygpt.optim import make_optimizer
 from tinygpt.tokenizers import Tokenizer
@@ -47,6 +47,8 @@ Tokens = npt.NDArray[np.integer]
 
 SAMPLE_TOKENS = 120
 """Length of the sample texts."""
+LAYER_ROWS = 2000
+"""About so many rows of a run, and those of skipped steps, have the gradient norm by layer."""
 
 
 @dataclass
@@ -92,6 +94,8 @@ class TrainingRun:
     checkpoint in its folder, with a path from that checkpoint, bit for bit as if never interrupted.
     ``allow_change`` names what may differ from the run that is resumed: fields of its configs,
     ``"data"`` or ``"tokenizer"``. Changes are kept in the checkpoints and in config.toml.
+    ``init`` says where the model's weights are from, see ``checkpoint.start_from``; a run that is
+    resumed knows it. Which of the weights learn, the config says, see ``lora.prepare``.
 
     From here to the end of the iteration, or ``close()``, nobody else can train in the folder.
 
@@ -112,13 +116,18 @@ class TrainingRun:
         resume: bool | str | Path | None = None,
         source: Mapping[str, Any] | None = None,
         allow_change: Sequence[str] = (),
+        init: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
         for tokens in (train_tokens, val_tokens):
             if tokens is not None:
                 data.check_length(tokens, model.config.block_size)
-        self.optimizer = optimizer or make_optimizer(model.parameters(), config)
+        if optimizer is None:
+            lora.prepare(model, config)
+        self.optimizer = optimizer or make_optimizer(model.trainable(), config)
+        self._check_optimizer()
+        self.init = None if init is None else dict(init)
         self.folder = Path(folder) if folder is not None else None
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
@@ -141,6 +150,16 @@ class TrainingRun:
         except BaseException:
             self._let_go()
             raise
+
+    def _check_optimizer(self) -> None:
+        """UsageError if it was given, and would train other weights than the config says."""
+        learning, found = lora.learning(self.model, self.config), self.model.trainable()
+        held = {id(p) for p in self.optimizer.params}
+        if learning != found.keys() or not held <= {id(p) for p in found.values()}:
+            raise UsageError(
+                "The optimizer holds weights that the config freezes, or lacks adapters. Call "
+                "lora.prepare(model, config), then make it from model.trainable(); or give none."
+            )
 
     def stop(self) -> None:
         """End the run after the step in progress, with a checkpoint. Safe in a signal handler."""
@@ -233,6 +252,8 @@ class TrainingRun:
             "elapsed": step.elapsed,
             "memory": runtime.memory(),
         }
+        if step.skipped or step.iter % max(1, self.config.max_iters // LAYER_ROWS) == 0:
+            row["grad_norms"] = {name: short(norm) for name, norm in step.grad_norms.items()}
         self._append(self.history, row)
         if step.sample is not None:
             self._append(self.samples, {"iter": step.iter, "text": step.sample})
@@ -364,6 +385,7 @@ class TrainingRun:
             data=self.fingerprints,
             progress=progress,
             random_state={"seed": self.config.seed, "step": step.iter},
+            init=self.init,
         )
         best_loss = step.val_loss if step.best else None
         return self._saver.save(self.model, self.optimizer, meta, best_loss, first=self._sync)
@@ -420,7 +442,7 @@ class TrainingRun:
         self._check_same_run(path, meta)
         changes.check_random_state(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
-        self.iter_num, self.newest = meta.iter_num, path
+        self.iter_num, self.newest, self.init = meta.iter_num, path, meta.init
         known = {k: v for k, v in meta.progress.items() if k in vars(self.progress)}
         self.progress = Progress(**known)
         self.elapsed = float(meta.progress.get("elapsed", 0.0))

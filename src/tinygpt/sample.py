@@ -34,13 +34,14 @@ def penalise_repetition(logits: Logits, seen: Ids, penalty: float) -> Logits:
     return out
 
 
-def scale_by_temperature(logits: Logits, temperature: float) -> Logits:
+def scale_by_temperature(logits: Logits, temperature: npt.ArrayLike) -> Logits:
     """Divide by a temperature above 0: low ones sharpen the distribution, high ones flatten it.
 
     The largest logit becomes 0, which changes no probability and lets the temperature be tiny.
+    Several rows (B, V) may have a temperature each, (B, 1).
     """
     with np.errstate(over="ignore"):  # to -inf, rightly
-        scaled: Logits = (logits - logits.max()) / temperature
+        scaled: Logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     return scaled
 
 
@@ -87,13 +88,7 @@ def next_logits(logits: npt.ArrayLike, seen: Ids, config: SampleConfig) -> Logit
     The order is repetition penalty, temperature (unless it is 0), top-k, top-p, min-p. Raises
     TinyGPTError if the logits are not numbers.
     """
-    out: Logits = np.array(logits, np.float64)
-    if not math.isfinite(out.max()):  # NaN wins every max
-        raise TinyGPTError(
-            f"Nothing can be sampled from these logits: of {out.size} values {np.isnan(out).sum()} "
-            f"are not numbers and {np.isinf(out).sum()} are infinite. The model's training "
-            f"diverged; use an earlier checkpoint, or train with a lower learning_rate."
-        )
+    out = _finite(logits)
     if config.repetition_penalty is not None:
         out = penalise_repetition(out, seen, config.repetition_penalty)
     if config.temperature > 0:
@@ -107,6 +102,18 @@ def next_logits(logits: npt.ArrayLike, seen: Ids, config: SampleConfig) -> Logit
     return out
 
 
+def _finite(logits: npt.ArrayLike) -> Logits:
+    """A copy in float64 of logits (..., V), or TinyGPTError if they are not numbers."""
+    out: Logits = np.array(logits, np.float64)
+    if not math.isfinite(out.max(axis=-1).sum()):  # NaN wins every max
+        raise TinyGPTError(
+            f"Nothing can be sampled from these logits: of {out.size} values {np.isnan(out).sum()} "
+            f"are not numbers and {np.isinf(out).sum()} are infinite. The model's training "
+            f"diverged; use an earlier checkpoint, or train with a lower learning_rate."
+        )
+    return out
+
+
 def draw(logits: Logits, uniform: float) -> int:
     """The token that a number from [0, 1) picks: the inverse of the cumulative distribution."""
     weights = np.exp(logits - logits.max())
@@ -114,6 +121,68 @@ def draw(logits: Logits, uniform: float) -> int:
     sums = np.cumsum(weights[ids])
     i = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
     return int(ids[min(i, ids.size - 1)])
+
+
+def draw_each(logits: Logits, uniforms: Sequence[float]) -> list[int]:
+    """``draw`` for each row of (B, V), the slow part of it for all rows at once."""
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    picked = []
+    for row, sums, uniform in zip(weights, weights.cumsum(axis=1), uniforms, strict=True):
+        i = int(sums.searchsorted(uniform * sums[-1], side="right"))
+        picked.append(i if i < row.size else int(np.flatnonzero(row)[-1]))
+    return picked
+
+
+class Choice:
+    """How the tokens of one text are chosen: the settings, and random numbers of its own."""
+
+    __slots__ = ("config", "plain", "stream")
+
+    def __init__(self, config: SampleConfig, seed: np.random.SeedSequence) -> None:
+        self.config = config
+        self.stream = np.random.Generator(np.random.Philox(seed))
+        filters = config.top_k, config.top_p, config.min_p, config.repetition_penalty
+        self.plain = filters == (None,) * 4
+        """Whether temperature is all there is."""
+
+    def pick(self, logits: npt.ArrayLike, seen: Ids) -> int:
+        """The next token, given its logits (V,) and the ids so far."""
+        out = next_logits(logits, seen, self.config)
+        return int(out.argmax()) if self.config.temperature == 0 else draw(out, self.uniform())
+
+    def uniform(self) -> float:
+        """The next random number from [0, 1)."""
+        return self.stream.random()
+
+
+def first_choice(config: SampleConfig, seed: int | None = None) -> Choice:
+    """That of the first row of a sampler with this seed."""
+    return Choice(config, np.random.SeedSequence(_checked_seed(seed)).spawn(1)[0])
+
+
+def choose(
+    logits: npt.ArrayLike, seen: Ids | Sequence[Sequence[int]], choices: Sequence[Choice]
+) -> npt.NDArray[np.int32]:
+    """The next tokens (B,) of several texts, given their logits (B, V) and all ids so far.
+
+    Rows that ask for nothing but a temperature are done together, with the same results as alone.
+    """
+    rows: Logits = np.asarray(logits)
+    picked = np.zeros(len(rows), np.int32)
+    greedy, drawn = list[int](), list[int]()
+    for i, choice in enumerate(choices):
+        if not choice.plain:
+            picked[i] = choice.pick(rows[i], np.asarray(seen[i]))
+        else:
+            (greedy if choice.config.temperature == 0 else drawn).append(i)
+    if greedy:
+        picked[greedy] = _finite(rows[greedy]).argmax(axis=1)
+    if drawn:
+        some = [choices[i] for i in drawn]
+        temperature = np.array([[choice.config.temperature] for choice in some])
+        scaled = scale_by_temperature(_finite(rows[drawn]), temperature)
+        picked[drawn] = draw_each(scaled, [choice.uniform() for choice in some])
+    return picked
 
 
 def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
@@ -128,20 +197,30 @@ def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
     [1]
     """
     root = np.random.SeedSequence(_checked_seed(seed))
-    streams: list[np.random.Generator] = []
-
-    def pick_one(row: npt.ArrayLike, seen: Ids, stream: np.random.Generator) -> int:
-        out = next_logits(row, seen, config)
-        return int(out.argmax()) if config.temperature == 0 else draw(out, stream.random())
+    choices: list[Choice] = []
 
     def pick(logits: npt.ArrayLike, seen: Ids) -> npt.NDArray[np.int32]:
-        rows: Sequence[npt.ArrayLike] = np.asarray(logits)  # type: ignore[assignment]
-        while len(streams) < len(rows):
-            streams.append(np.random.Generator(np.random.Philox(root.spawn(1)[0])))
-        picked = [pick_one(*each) for each in zip(rows, seen, streams[: len(rows)], strict=True)]
-        return np.array(picked, np.int32)
+        n = len(np.asarray(logits))
+        while len(choices) < n:
+            choices.append(Choice(config, root.spawn(1)[0]))
+        return choose(logits, seen, choices[:n])
 
     return pick
+
+
+def log_probabilities(logits: npt.ArrayLike) -> Logits:
+    """Natural logs of the probabilities (V,) of logits (V,)."""
+    out: Logits = np.array(logits, np.float64)
+    out -= out.max()
+    out -= np.log(np.exp(out).sum())
+    return out
+
+
+def likeliest(values: Logits, k: int) -> list[int]:
+    """Ids of the k largest values, the largest first; of equals the lower ids."""
+    ids = _largest(values, k) if k else np.arange(0)
+    order = np.argsort(-values[ids], kind="stable")
+    return [int(i) for i in ids[order]]
 
 
 def _checked_seed(seed: int | None) -> int | None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ from tinygpt.errors import TrainingError
 from tinygpt.guard import NO_LIMITS, Guard, Limits, why_skipped
 from tinygpt.jit import jit
 from tinygpt.model import Noise, Transformer
-from tinygpt.optim import AdamW, learning_rate, realize_state, stock_update
+from tinygpt.optim import AdamW, by_layer, learning_rate, realize_state, stock_update
 from tinygpt.transfer import read, write, zeros, zeros_like
 
 Tokens = npt.NDArray[np.integer]
@@ -53,6 +53,8 @@ class Step:
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
     """What whoever watches should be told: a checkpoint that could not be written, for example."""
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """The gradient's norm layer by layer, before clipping: ``wte``, ``h.0``, …"""
 
 
 class TrainStep(Protocol):
@@ -77,6 +79,8 @@ class Outcome(NamedTuple):
     loss: float
     norm: float
     taken: bool
+    norms: Mapping[str, float] = {}
+    """The gradient norm of each layer."""
 
 
 def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
@@ -85,7 +89,8 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     With accumulation one jitted function sums the micro-batches into buffers and another applies
     them, so that memory does not depend on their number.
     """
-    params = list(model.parameters().values())
+    params = list(model.trainable().values())
+    layers, groups = by_layer(model.trainable())
     micro_batches = config.grad_accum_steps
     inputs = Inputs(config.batch_size, model.config.block_size)
     realize_state(optimizer)
@@ -95,9 +100,9 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return loss, loss.gradient(*params)
 
     def update(loss: Tensor, grads: list[Tensor]) -> Tensor:
-        """Take the step or skip it; -> the loss, the gradients' norm, and which it was (3,)."""
+        """Take the step or skip it; -> loss, norm, which it was, norms of the layers (3 + L,)."""
         optimizer.lr.assign(inputs.lr)
-        judged = (config.grad_clip, 1 / micro_batches, loss, inputs.limits)
+        judged = (config.grad_clip, 1 / micro_batches, loss, inputs.limits, groups)
         if isinstance(optimizer, AdamW):
             report, changed = optimizer.update(grads, *judged), optimizer.changed()
         else:
@@ -116,7 +121,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
             inputs.batch(x[0], y[0])
             inputs.draw(*key)
             inputs.update(lr, limits)
-            return _outcome(read(whole_step()))
+            return _outcome(read(whole_step()), layers)
 
         return step
 
@@ -149,7 +154,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
             inputs.draw(seed, number * micro_batches + i)
             accumulate()
         inputs.update(lr, limits)
-        outcome = _outcome(read(apply()))
+        outcome = _outcome(read(apply()), layers)
         clear()
         return outcome
 
@@ -186,9 +191,9 @@ def _key(seed: int, number: int) -> tuple[int, int]:
     return (seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF
 
 
-def _outcome(report: npt.NDArray[Any]) -> Outcome:
-    loss, norm, taken = map(float, report)
-    return Outcome(loss, norm, taken > 0)
+def _outcome(report: npt.NDArray[Any], layers: Sequence[str]) -> Outcome:
+    loss, norm, taken, *norms = report.tolist()
+    return Outcome(loss, norm, taken > 0, dict(zip(layers, norms, strict=True)))
 
 
 def make_evaluate(model: Transformer, batch_size: int) -> Callable[[Tokens, Tokens], float]:
@@ -265,7 +270,7 @@ def train_steps(
         lr = learning_rate(config, i)
         x, y, limits = x.reshape(shape), y.reshape(shape), guard.limits()
         with mode(model, training=True):
-            loss, norm, taken = take_step(x, y, lr, (config.seed, i), limits)
+            loss, norm, taken, norms = take_step(x, y, lr, (config.seed, i), limits)
         guard.see(loss, norm, taken)
         seconds = time.perf_counter() - before
         done, val_loss = i + 1, None
@@ -276,7 +281,8 @@ def train_steps(
             )
         elapsed = time.perf_counter() - began
         skipped = None if taken else why_skipped(loss, norm, limits)
-        yield Step(done, loss, lr, norm, x.size / seconds, elapsed, val_loss, skipped)
+        rate = x.size / seconds
+        yield Step(done, loss, lr, norm, rate, elapsed, val_loss, skipped, grad_norms=norms)
         if skipped and guard.exhausted:
             raise _given_up(model, config, x, y, done, skipped)
 

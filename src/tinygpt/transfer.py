@@ -6,7 +6,7 @@ and ``Tensor.numpy()`` do, costs as much time as the forward pass of a small mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,54 @@ def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
     return tensor
 
 
+def fill(tensor: Tensor, pieces: Iterable[Array]) -> Tensor:
+    """The same for values that come in pieces, flat: they go straight to where they belong."""
+    buffer = _buffer(tensor).ensure_allocated()
+    reachable = hasattr(buffer.allocator, "_as_buffer")
+    kind = _to_np_dtype(buffer.dtype)
+    target = _view(buffer, force_zero_copy=True) if reachable else np.empty(buffer.size, kind)
+    at = 0
+    for piece in pieces:
+        target[at : at + len(piece)] = piece
+        at += len(piece)
+    assert at == buffer.size, "of the same shape"
+    return tensor if reachable else write(tensor, target)
+
+
 def read(tensor: Tensor) -> Array:
     """A copy of the values of a realized, contiguous Tensor on one device."""
     shape = tuple(map(int, tensor.shape))
     buffer = _buffer(tensor)
     assert buffer.is_allocated(), "realized"
     return _view(buffer, allow_zero_copy=True).reshape(shape).copy()
+
+
+class Port:
+    """``write`` and ``read`` for one Tensor, again and again: where it lies is asked only once.
+
+    Nothing may be computing with it when it is written: what was computed is read first.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._shape = tensor, tuple(map(int, tensor.shape))
+        self._buffer = _buffer(tensor).ensure_allocated()
+        self._memory = None
+        if hasattr(self._buffer.allocator, "_as_buffer"):  # memory that the processor can reach
+            self._memory = _view(self._buffer, force_zero_copy=True).reshape(self._shape)
+
+    def write(self, values: npt.ArrayLike) -> None:
+        """Copy values that have the Tensor's shape, or stretch to it, into the Tensor."""
+        if self._memory is None:
+            write(self._tensor, np.broadcast_to(values, self._shape))
+        else:
+            self._memory[...] = values
+
+    def read(self) -> Array:
+        """A copy of the Tensor's values, once everything before has been computed."""
+        if self._memory is None:
+            return read(self._tensor)
+        self._buffer.allocator.dev.synchronize()
+        return self._memory.copy()
 
 
 def _buffer(tensor: Tensor) -> Buffer:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
+import tomllib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -25,6 +27,9 @@ EXTENTS = 1 << 14
 """Written parts that are looked at to tell a sparse file from a full one."""
 DEPTH = 64
 """Lists and objects within each other that a JSON text may hold: far from Python's own limit."""
+MAX_DOTS, MAX_BRACKETS = 256, 1000
+"""Dots in a name of a TOML text, and brackets in all: a config has one and three, and perhaps a
+prompt of code."""
 
 
 def brief(value: object, length: int = 40) -> str:
@@ -129,6 +134,18 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
     _check_depth(value)
     return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What a TOML text says, unless the parser would take for ever, which is a ValueError.
+
+    Its time grows with the cube of the dots in a name, and it calls itself for each bracket.
+    """
+    if text.count("[") + text.count("{") > MAX_BRACKETS:
+        raise ValueError(f"there are more than {MAX_BRACKETS} brackets")
+    if any(part.count(".") > MAX_DOTS for part in re.split("[\n={,]", text)):
+        raise ValueError(f"there are more than {MAX_DOTS} dots in a name")
+    return tomllib.loads(text)
 
 
 def _check_depth(value: Any) -> None:

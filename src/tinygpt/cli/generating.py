@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from tinygpt.cli.console import program_name, say, show_json
-from tinygpt.cli.models import load_model
+from tinygpt.cli.models import Quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch, flags
 from tinygpt.config import SampleConfig
 from tinygpt.display.text import printable
@@ -36,6 +36,8 @@ def generate(
     interactive: Annotated[Switch, Parameter(name=["--interactive", "-i"])] = False,
     echo: bool = True,
     tokenizer: str | None = None,
+    quantize: Quantize | None = None,
+    quantize_data: str | None = None,
     json: Switch = False,
 ) -> None:
     """Let a model continue a text, streamed as it is written.
@@ -60,6 +62,10 @@ def generate(
         Print the prompt before its continuation.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    quantize
+        int8: round the weights, for a quarter of the memory and faster writing.
+    quantize_data
+        Text on which to compare the losses before and after. [default: the run's validation text]
     json
         Print the texts as JSON when they are all there.
     """
@@ -68,8 +74,12 @@ def generate(
     if interactive and (prompt is not None or json):
         raise UsageError("-i asks for the prompts itself: leave --prompt and --json out.")
     config = SampleConfig.from_dict(dict(sample or {}))
+    if quantize_data is not None and quantize is None:
+        raise UsageError("--quantize-data goes with --quantize int8.")
     text = _prompt_text(prompt)
-    writer = _Writer(run, tokenizer, config, max_tokens, seed, stop or [])
+    writer = _Writer(run, tokenizer, config, max_tokens, seed, stop or [], quantize)
+    if quantize is not None:
+        tell_quantized(run, writer.model, writer.tokenizer, quantize_data)
     if interactive:
         _converse(writer, echo, count)
     elif json:
@@ -105,8 +115,9 @@ class _Writer:
         max_tokens: int,
         seed: int | None,
         stop: list[str],
+        quantize: Quantize | None,
     ) -> None:
-        self.model, self.tokenizer = load_model(run, tokenizer)
+        self.model, self.tokenizer = load_model(run, tokenizer, quantize)
         self.config, self.max_tokens, self.seed, self.stop = config, max_tokens, seed, stop
 
     def pieces(self, prompt: str, number: int) -> Iterator[str]:

@@ -105,6 +105,8 @@ def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object
         ("optimizer", "yes" if any(n.startswith("optimizer.") for n in tensors) else "no"),
         ("tokenizer", tokenizer.get("kind", "none")),
     ]
+    if init := found.get("init"):
+        rows.append(("began with", f"{init.get('path')}, step {init.get('iter_num')}"))
     best = progress.get("best_val_loss")
     return rows if best is None else [*rows, ("best loss", f"{best:.4f}")]
 

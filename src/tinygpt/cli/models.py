@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tinygpt import runtime
-from tinygpt.errors import UsageError
+from tinygpt.cli.console import say
+from tinygpt.cli.options import DataConfig
+from tinygpt.cli.texts import own_validation, read_tokens
+from tinygpt.errors import DataError, TokenizerError, UsageError
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
     from tinygpt.tokenizers import Tokenizer
 
 
-def load_model(run: Path, tokenizer: str | None) -> tuple[GPT, Tokenizer]:
-    """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names."""
+Quantize = Literal["int8"]
+"""What weights can be rounded to, see ``tinygpt.quantize``."""
+
+
+def load_model(
+    run: Path, tokenizer: str | None, quantize: Quantize | None = None
+) -> tuple[GPT, Tokenizer]:
+    """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
+
+    With ``quantize`` its weights are rounded as they are read: for generation only.
+    """
     from tinygpt.api import load
     from tinygpt.tokenizers import make_tokenizer
 
     runtime.require_device()
-    model, own = load(run)
+    model, own = load(run, quantize)
     if tokenizer is not None:
         return model, make_tokenizer(tokenizer, lambda: _no_text(tokenizer))
     if own is None:
@@ -28,6 +40,33 @@ def load_model(run: Path, tokenizer: str | None) -> tuple[GPT, Tokenizer]:
             f"byte, or the path of a saved one."
         )
     return model, own
+
+
+def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
+    """Say what rounding has saved, and what it costs on ``data`` or the run's validation text."""
+    from tinygpt import checkpoint, quantize
+    from tinygpt.preflight import size
+
+    before, after = quantize.sizes(model)
+    say(f"int8: the weights take {size(after)} instead of {size(before)}")
+    try:
+        name, tokens = (
+            own_validation(run, model, tokenizer, "To compare: --quantize-data TEXT.txt")
+            if data is None
+            else read_tokens(DataConfig(source=data), model, tokenizer)
+        )
+    except (DataError, TokenizerError, UsageError) as error:
+        if data is not None:
+            raise
+        say(f"loss: not compared. {error}")
+        return
+    assert model.origin is not None, "it was loaded"
+    with checkpoint.weights(model.origin["path"], model) as fetch:
+        found = quantize.compare(model, fetch, tokens)
+    say(
+        f"loss on {found.tokens:,} tokens of {name}: {found.after:.4f} instead of "
+        f"{found.before:.4f} ({found.after - found.before:+.4f})"
+    )
 
 
 def _no_text(spec: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,11 +14,12 @@ from tinygpt.config import (
     Config,
     GPTConfig,
     TrainConfig,
+    check_together,
     field_docs,
     to_toml,
 )
 from tinygpt.errors import ConfigError, nearest
-from tinygpt.untrusted import clip, read_bounded
+from tinygpt.untrusted import clip, parse_toml, read_bounded
 
 Values = Mapping[str, Any]
 Tables = dict[str, dict[str, Any]]
@@ -31,16 +30,16 @@ Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 MAX_FILE_BYTES = 1 << 16
 """A larger file is no config and is not read."""
-MAX_DOTS, MAX_BRACKETS = 256, 1000
-"""Dots in a name, and brackets in all: a config has one and three, and perhaps a prompt of code."""
 
+SHORT_NAMES = {"lora_rank": "--lora-rank"}
+"""Flags that need not be preceded by the name of their table."""
 FOUND_LATER = {"vocab_size": "from the tokenizer"}
 """Defaults that the data decides, in words."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """Where the text comes from and how it becomes tokens."""
+    """Where the text comes from and how it becomes tokens, and where the weights come from."""
 
     source: str | None = None
     """Text file, folder, JSONL file, token file, or shakespeare, pydocs, auto."""
@@ -52,6 +51,10 @@ class DataConfig(Config):
     """Field of a JSONL file that holds the text."""
     glob: str = "**/*.txt"
     """Files of a folder that are read."""
+    init: str | None = None
+    """Run or checkpoint that the weights are taken from; if not set, they are random."""
+    init_sha256: str | None = None
+    """Hash of those weights; written down when the run begins."""
 
     def check(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -105,7 +108,9 @@ def flags(config: type[Config], title: str, defaults: Values = FOUND_LATER) -> A
     for field in fields(config):  # type: ignore[arg-type]
         default = defaults.get(field.name, None if field.default is None else repr(field.default))
         text = docs[field.name] + (f" [default: {default}]" if default is not None else "")
-        types[field.name] = Annotated[hints[field.name], Parameter(help=text, group=group)]
+        names = [field.name.replace("_", "-"), SHORT_NAMES.get(field.name)]
+        parameter = Parameter(name=[name for name in names if name], help=text, group=group)
+        types[field.name] = Annotated[hints[field.name], parameter]
     return TypedDict(f"{config.__name__}Flags", types, total=False)  # type: ignore[operator]
 
 
@@ -122,6 +127,7 @@ def resolve(*layers: Tables) -> Settings:
     model = GPTConfig.from_dict(merged["model"])  # checked here, before any text is read
     given = {name: value for name, value in model.to_dict().items() if name in merged["model"]}
     train, data = TrainConfig.from_dict(merged["train"]), DataConfig.from_dict(merged["data"])
+    check_together(model, train)
     return Settings(given, train, data)
 
 
@@ -144,7 +150,7 @@ def file_tables(path: Path | None) -> Tables:
     if path is None:
         return {}
     try:
-        tables = _parse_toml(read_bounded(path, MAX_FILE_BYTES).decode())
+        tables = parse_toml(read_bounded(path, MAX_FILE_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8, or nested too deeply
@@ -152,18 +158,6 @@ def file_tables(path: Path | None) -> Tables:
     for name, values in tables.items():
         _check_table(path, name, values)
     return tables
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    """What the text says, unless the parser would take for ever.
-
-    Its time grows with the cube of the dots in a name, and it calls itself for each bracket.
-    """
-    if text.count("[") + text.count("{") > MAX_BRACKETS:
-        raise ValueError(f"there are more than {MAX_BRACKETS} brackets")
-    if any(part.count(".") > MAX_DOTS for part in re.split("[\n={,]", text)):
-        raise ValueError(f"there are more than {MAX_DOTS} dots in a name")
-    return tomllib.loads(text)
 
 
 def _check_table(path: Path, name: str, values: Any) -> None:

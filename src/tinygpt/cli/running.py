@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.display.text import duration
-from tinygpt.errors import DataError, UsageError
+from tinygpt.errors import CheckpointError, DataError, UsageError
 
 if TYPE_CHECKING:
-    from tinygpt.config import GPTConfig, TrainConfig
+    from tinygpt.api import GPT
+    from tinygpt.config import GPTConfig
     from tinygpt.data import Tokens
     from tinygpt.runs import TrainingRun
     from tinygpt.tokenizers import Tokenizer
@@ -35,11 +37,11 @@ class Material(NamedTuple):
     shape: GPTConfig
 
 
-def gather(settings: Settings, saved: Path | None = None) -> Material:
-    """Read the text and make its tokens; ``saved`` is the file of a tokenizer, if it is there."""
+def gather(settings: Settings, own: Tokenizer | None = None) -> Material:
+    """Read the text and make its tokens, with the tokenizer that the run has already, if any."""
     from tinygpt import data
 
-    name, tokens, tokenizer = _read(settings, saved)
+    name, tokens, tokenizer = _read(settings, own)
     vocab_size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
     if tokenizer is None and "vocab_size" not in settings.model and vocab_size > LARGEST_VOCAB:
         raise DataError(
@@ -51,11 +53,12 @@ def gather(settings: Settings, saved: Path | None = None) -> Material:
     return Material(name, training, held_out, tokenizer, shape)
 
 
-def foresee(shape: GPTConfig, train: TrainConfig, allow_memory: bool) -> None:
+def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool) -> None:
     """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed."""
     from tinygpt import preflight
 
-    estimate = preflight.check(shape, train, allow=allow_memory)
+    train, given = settings.train, settings.data.init is not None
+    estimate = preflight.check(shape, train, allow=allow_memory, given=given)
     say(f"memory: {estimate}")
     if not preflight.on_cpu():
         say("time: known when the first steps are done")
@@ -76,19 +79,40 @@ def make_run(
 ) -> TrainingRun:
     """A run, ready to be iterated over."""
     from tinygpt.api import GPT
+    from tinygpt.checkpoint import list_checkpoints
     from tinygpt.runs import TrainingRun
 
+    source, model = _lasting(settings.data, material.name), GPT(material.shape, settings.train.seed)
+    if source.init is not None and not (resume and list_checkpoints(folder)):
+        source = _begin(model, source)
     return TrainingRun(
-        GPT(material.shape, settings.train.seed),
+        model,
         settings.train,
         material.training,
         material.held_out,
         tokenizer=material.tokenizer,
         folder=folder,
         resume=resume,
-        source=_lasting(settings.data, material.name).to_dict(),
+        source=source.to_dict(),
         allow_change=allow_change,
+        init=model.origin,
     )
+
+
+def _begin(model: GPT, source: DataConfig) -> DataConfig:
+    """Give a model the weights that its run begins with; -> the same, their hash written down."""
+    from tinygpt import checkpoint
+
+    path, expected = str(source.init), source.init_sha256
+    model.origin = checkpoint.start_from(path, model)
+    found = model.origin["sha256"]
+    if expected not in (None, found):
+        raise CheckpointError(
+            f"{path} no longer holds the weights that this run begins with: their hash was "
+            f"{expected}, and is {found}."
+        )
+    say(f"weights: {path}")
+    return replace(source, init_sha256=found)
 
 
 def introduce(run: TrainingRun) -> None:
@@ -98,23 +122,24 @@ def introduce(run: TrainingRun) -> None:
     kind = f"{vocabulary.kind} of {vocabulary.vocab_size:,}" if vocabulary else f"{size:,} ids"
     held = f"{len(held_out):,} for validation" if held_out is not None else "no validation"
     say(f"tokens: {len(run.train_tokens):,} for training, {held} ({kind})")
-    say(f"model: {run.model.num_params():,} parameters")
+    everything, learning = (
+        sum(p.numel() for p in found.values())
+        for found in (run.model.parameters(), run.model.trainable())
+    )
+    part = f", of which {learning:,} learn" if learning != everything else ""
+    say(f"model: {everything:,} parameters{part}")
     say(f"run: {run.folder}" + (f", from step {run.iter_num:,}" if run.iter_num else ""))
     for message in run.take_notices():
         say(message)
 
 
-def _read(settings: Settings, saved: Path | None) -> tuple[str, Tokens, Tokenizer | None]:
+def _read(settings: Settings, own: Tokenizer | None) -> tuple[str, Tokens, Tokenizer | None]:
     """-> a name for the text, its tokens, and their tokenizer if that is known."""
     from tinygpt import data
     from tinygpt.corpus import open_corpus
-    from tinygpt.tokenizers import load_tokenizer, make_tokenizer
+    from tinygpt.tokenizers import make_tokenizer
 
-    source, spec = str(settings.data.source), settings.data.tokenizer
-    if saved is not None and saved.is_file():
-        tokenizer: Tokenizer | None = load_tokenizer(saved)
-    else:
-        tokenizer = None
+    source, spec, tokenizer = str(settings.data.source), settings.data.tokenizer, own
     if Path(source).suffix in data.TOKEN_FILES:
         if tokenizer is None and spec is not None:
             tokenizer = make_tokenizer(spec, lambda: _no_text(source))
@@ -138,7 +163,7 @@ def _lasting(data: DataConfig, chosen: str) -> DataConfig:
     values = data.to_dict()
     if values["source"] == "auto" and not Path("auto").exists():
         values["source"] = chosen
-    for name in ("source", "tokenizer"):
+    for name in ("source", "tokenizer", "init"):
         value = values[name]
         if value is not None and Path(value).exists():
             values[name] = str(Path(value).resolve())

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
@@ -28,21 +29,36 @@ ECHO = 0.2
 """Seconds within which a second signal is the first one once more: wrappers pass them on."""
 
 
+@dataclass(frozen=True)
+class Words:
+    """What is said to whoever sent a signal."""
+
+    stopping: str = "stopping after this step"
+    stopped: str = "the last checkpoint is as it was"
+
+
+TRAINING = Words()
+
+
 @contextlib.contextmanager
 def run_signals(
-    stop: Callable[[], None], save: Callable[[], None], notice: Callable[[str], None]
+    stop: Callable[[], None],
+    save: Callable[[], None] | None,
+    notice: Callable[[str], None],
+    words: Words = TRAINING,
 ) -> Iterator[list[signal.Signals]]:
     """The first signal that ends programs calls ``stop``, the second ends this one at once.
 
-    SIGUSR1 calls ``save``. Yields the list of the stopping signals that arrived; the exit code of a
-    program that was stopped is 128 and the number of the first. A signal that is ignored, as nohup
-    does with SIGHUP, stays ignored. Outside the main thread nothing is changed.
+    SIGUSR1 calls ``save``, if there is one. Yields the list of the stopping signals that arrived;
+    the exit code of a program that was stopped is 128 and the number of the first. A signal that is
+    ignored, as nohup does with SIGHUP, stays ignored. Outside the main thread nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield []
         return
-    listener = _Listener(stop, save, notice)
-    numbers = [number for number in _known(*STOPPING, *SAVING) if not _ignored(number)]
+    listener = _Listener(stop, save, notice, words)
+    wanted = (*STOPPING, *(SAVING if save is not None else ()))
+    numbers = [number for number in _known(*wanted) if not _ignored(number)]
     before = {number: signal.signal(number, listener.handle) for number in numbers}
     try:
         with _own_thread(numbers, listener.receive):
@@ -54,9 +70,13 @@ def run_signals(
 
 class _Listener:
     def __init__(
-        self, stop: Callable[[], None], save: Callable[[], None], notice: Callable[[str], None]
+        self,
+        stop: Callable[[], None],
+        save: Callable[[], None] | None,
+        notice: Callable[[str], None],
+        words: Words,
     ) -> None:
-        self.stop, self.save, self.notice = stop, save, notice
+        self.stop, self.save, self.notice, self.words = stop, save, notice, words
         self.received: list[signal.Signals] = []
         self.terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
         self._first = 0.0
@@ -68,7 +88,7 @@ class _Listener:
 
     def receive(self, number: int) -> None:
         name = signal.Signals(number).name
-        if number in self._saving:
+        if self.save is not None and number in self._saving:
             self.save()
             self._say(f"{name}: a checkpoint after this step")
             return
@@ -78,9 +98,9 @@ class _Listener:
             if name == "SIGHUP":
                 _silence(self.terminals)  # nobody is there any more, and writing would fail
             self.stop()
-            self._say("stopping after this step; once more stops at once")
+            self._say(f"{self.words.stopping}; once more stops at once")
         elif time.monotonic() - self._first > ECHO:
-            _quit(number, self.terminals)
+            _quit(number, self.terminals, self.words)
 
     def _say(self, message: str) -> None:
         with contextlib.suppress(Exception):  # nothing may end the thread that listens
@@ -138,11 +158,11 @@ def _silence(terminals: list[int]) -> None:
     os.close(null)
 
 
-def _quit(number: int, terminals: list[int]) -> NoReturn:
+def _quit(number: int, terminals: list[int], words: Words) -> NoReturn:
     """Not even ``finally`` is waited for: what a crash at any instant leaves is whole."""
     with contextlib.suppress(OSError):
         if 2 in terminals:
             os.write(2, b"\x1b[?25h\r\n")  # the live view has hidden the cursor
-        message = f"{program_name()}: stopped at once; the last checkpoint is as it was\n"
+        message = f"{program_name()}: stopped at once; {words.stopped}\n"
         os.write(2, message.encode())
     os._exit(128 + number)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
 from tinygpt.cli.console import command, finite, say, show_json
-from tinygpt.cli.options import Switch, Tables, file_tables, flags, preset_tables, resolve
+from tinygpt.cli.finetuning import Beginning
+from tinygpt.cli.options import (
+    Settings,
+    Switch,
+    Tables,
+    file_tables,
+    flags,
+    preset_tables,
+    resolve,
+)
 from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_folder
+from tinygpt.cli.serving import dashboard_beside, require_extra
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
@@ -18,6 +29,7 @@ from tinygpt.metrics import perplexity
 
 if TYPE_CHECKING:
     from tinygpt.runs import TrainingRun
+    from tinygpt.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     ModelFlags = dict[str, Any]
@@ -31,6 +43,7 @@ def train(
     /,
     *,
     out: Path | None = None,
+    init: Path | None = None,
     resume: Switch = False,
     allow_change: list[str] | None = None,
     allow_memory: Switch = False,
@@ -40,6 +53,8 @@ def train(
     val_fraction: float | None = None,
     field: str | None = None,
     glob: str | None = None,
+    dashboard: Switch = False,
+    dashboard_port: int = 8001,
     print_config: Switch = False,
     json: Switch = False,
     model: ModelFlags | None = None,
@@ -47,7 +62,8 @@ def train(
 ) -> int:
     """Train a GPT on a text and keep the run in a folder.
 
-    Settings come from, later ones winning: the defaults, --preset, --config, and the flags.
+    Settings come from, later ones winning: the defaults, --preset, --config, and the flags. With
+    --init the defaults are those of fine-tuning, and the shape is that of the weights.
 
     Parameters
     ----------
@@ -55,6 +71,8 @@ def train(
         Text file, folder, JSONL file or token file; or shakespeare, pydocs, auto.
     out
         Folder of the run. [default: runs/ and a name made from the text and the time]
+    init
+        Run or checkpoint to begin with: its weights, its shape and its tokenizer.
     resume
         Go on with the run in --out from its newest checkpoint, with its own settings.
     allow_change
@@ -73,6 +91,10 @@ def train(
         Field of a JSONL file that holds the text. [default: text]
     glob
         Files of a folder that are read. [default: **/*.txt]
+    dashboard
+        Show the run in the browser while it trains.
+    dashboard_port
+        Port of that page; if it is taken, one of the next.
     print_config
         Print the resolved settings as TOML and stop.
     json
@@ -84,12 +106,15 @@ def train(
         "val_fraction": val_fraction,
         "field": field,
         "glob": glob,
+        "init": None if init is None else str(init),
     }
     tables = {
         "model": dict(model or {}),
         "train": dict(train or {}),
         "data": {name: value for name, value in given.items() if value is not None},
     }
+    if init is not None:
+        tables["data"]["init_sha256"] = None  # a file's would be of other weights
     allow = _fields(allow_change or [])
     if allow and not resume:
         raise UsageError("--allow-change is for a run that goes on: give --resume too.")
@@ -98,7 +123,10 @@ def train(
 
         parse(allow)  # before the text is read
     kept = _settings_of(_folder_to_resume(out)) if resume else {}
-    settings = resolve(kept, preset_tables(preset), file_tables(config), tables)
+    layers = [kept, preset_tables(preset), file_tables(config), tables]
+    beginning = None if resume else _beginning(layers, out)
+    settings = resolve(*(layers if beginning is None else beginning.layers(*layers[1:])))
+    _check_init(settings, kept, resume)
     if print_config:
         print(settings.to_toml(), end="")
         return 0
@@ -110,10 +138,15 @@ def train(
             f"{out} holds a run already, and nothing there is overwritten. Give another folder, or "
             f"go on with it: {go_on}"
         )
+    if dashboard:
+        require_extra()
     runtime.require_device()
-    saved = out / "tokenizer.json" if resume and out and tokenizer is None else None
-    material = gather(settings, saved)
-    foresee(material.shape, settings.train, allow_memory)
+    if beginning is not None:
+        own = beginning.tokenizer(settings.data)
+    else:
+        own = _saved_tokenizer(out) if resume and out and tokenizer is None else None
+    material = gather(settings, own)
+    foresee(material.shape, settings, allow_memory)
     folder = out or new_folder(material.name)
     try:
         run = make_run(settings, material, folder, resume, allow)
@@ -122,7 +155,37 @@ def train(
         knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
         raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
     introduce(run)
-    return _follow(run, json)
+    with dashboard_beside(run, dashboard_port) if dashboard else nullcontext() as stopped:
+        return _follow(run, json, stopped)
+
+
+def _beginning(layers: Sequence[Tables], out: Path | None) -> Beginning | None:
+    """What --init or a file asks to begin with."""
+    given = [t["data"]["init"] for t in layers if "init" in t.get("data", {})]
+    return Beginning(given[-1], out) if given and isinstance(given[-1], str) else None
+
+
+def _check_init(settings: Settings, kept: Tables, resume: bool) -> None:
+    """Weights are taken over when a run begins, and frozen only if they were."""
+    if resume:
+        if settings.data.init != kept.get("data", {}).get("init"):
+            raise UsageError(
+                "--init is for a run that begins: one that goes on has its own weights. Leave it "
+                "out, or leave --resume out and give another --out."
+            )
+    elif settings.data.init is None:
+        for name in ("lora_rank", "freeze"):
+            if getattr(settings.train, name) is not None:
+                raise UsageError(
+                    f"{name} is for weights that have learned something: give --init RUN too."
+                )
+
+
+def _saved_tokenizer(folder: Path) -> Tokenizer | None:
+    from tinygpt.tokenizers import load_tokenizer
+
+    saved = folder / "tokenizer.json"
+    return load_tokenizer(saved) if saved.is_file() else None
 
 
 def _fields(allow: Sequence[str]) -> list[str]:
@@ -170,8 +233,8 @@ def _settings_of(folder: Path) -> dict[str, dict[str, Any]]:
 # Watching it ------------------------------------------------------------------------------------
 
 
-def _follow(run: TrainingRun, json: bool) -> int:
-    """Train to the end, or until a signal; -> the exit code."""
+def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = None) -> int:
+    """Train to the end, or until a signal; -> the exit code. Others can stop it too."""
     from tinygpt.display import make_display
 
     display = make_display(run.config, start=run.iter_num, title=str(run.folder))
@@ -199,7 +262,8 @@ def _follow(run: TrainingRun, json: bool) -> int:
                 "parameters": run.model.num_params(),
             }
         )
-    _tell_end(run, interrupted=bool(received) and result.stopped)
+    asked = bool(received) or (stopped is not None and stopped())
+    _tell_end(run, interrupted=asked and result.stopped)
     return 128 + received[0] if received and result.stopped else 0
 
 

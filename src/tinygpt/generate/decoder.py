@@ -107,7 +107,7 @@ class _Batch:
         and values that are overwritten before they are read.
         """
         n = context.shape[1]
-        length = min(self._block_size, max(SMALLEST_BUCKET, 1 << (n - 1).bit_length()))
+        length = padded_length(n, self._block_size)
         if length not in self._prefill:
             last = Variable("last", 0, length - 1)
             self._prefill[length] = _Forward(self._whole_context, self._size, length, last)
@@ -132,6 +132,11 @@ class _Batch:
     def _logits(self, x: Tensor) -> Tensor:
         """(B, 1, C) -> (B, V)"""
         return self._model.unembed(x).squeeze(1).float().realize()
+
+
+def padded_length(n: int, block_size: int) -> int:
+    """The length that a prompt of n <= block_size tokens is padded to: one of a few."""
+    return min(block_size, max(SMALLEST_BUCKET, 1 << (n - 1).bit_length()))
 
 
 class _Forward:

@@ -23,6 +23,8 @@ from tinygpt.kernels import reference
 from tinygpt.kernels.adamw import adamw_update as fast_adamw_update
 from tinygpt.kernels.attention import decode_attention, flash_attention
 from tinygpt.kernels.attention import packed_attention as fast_packed_attention
+from tinygpt.kernels.attention.rows import keep as fast_keep
+from tinygpt.kernels.attention.rows import rows_attention as fast_rows_attention
 from tinygpt.kernels.cross_entropy import cross_entropy as fast_cross_entropy
 from tinygpt.kernels.dropout import dropout as fast_dropout
 from tinygpt.kernels.embedding import embedding as fast_embedding
@@ -31,6 +33,8 @@ from tinygpt.kernels.linear import linear as fast_linear
 from tinygpt.kernels.linear_cross_entropy import linear_cross_entropy
 from tinygpt.kernels.masks import next_key as next_key
 from tinygpt.kernels.norm import layer_norm as fast_layer_norm
+from tinygpt.kernels.quantized import embedding as fast_quantized_embedding
+from tinygpt.kernels.quantized import linear as fast_quantized_linear
 
 programs.install()
 multicore.install()  # every core, unless TINYGPT_THREADS says otherwise
@@ -56,7 +60,7 @@ def linear(
     residual: Tensor | None = None,
     activation: Literal["gelu"] | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + b, then + residual or GELU, for x (..., I), weight (O, I) -> (..., O)."""
+    """y = x Wᵀ + b, then + residual, then GELU, for x (..., I), weight (O, I) -> (..., O)."""
     given = [t for t in (x, weight, bias, residual) if t is not None]
     if _only_twins or falls_back("linear", obstacle(*given)):
         return reference.linear(x, weight, bias, residual, activation)
@@ -72,6 +76,27 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -
     """Rows of weight (V, C) at tokens (B, T), plus the first T rows of positions -> (B, T, C)."""
     function = reference.embedding if _only_twins else fast_embedding
     return function(tokens, weight, positions)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Literal["gelu"] | None = None,
+) -> Tensor:
+    """`linear` of an int8 weight (O, I) with a scale (O,) for each row; without a gradient."""
+    function = reference.quantized_linear if _only_twins else fast_quantized_linear
+    return function(x, weight, scale, bias, residual, activation)
+
+
+def quantized_embedding(
+    tokens: Tensor, weight: Tensor, scale: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """`embedding` of an int8 weight (V, C) with a scale (V,) for each row; without a gradient."""
+    function = reference.quantized_embedding if _only_twins else fast_quantized_embedding
+    return function(tokens, weight, scale, positions)
 
 
 def dropout(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -118,6 +143,32 @@ def cached_attention(
     return (flash_attention if flash else reference.attention)(q, k, v, is_causal=True)
 
 
+def rows_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
+    positions: Tensor,
+    method: AttentionMethod = "auto",
+) -> Tensor:
+    """The step of decoding for n texts of different lengths: qkv (n, 3C) -> (n, C).
+
+    Each row's key and value are written into keys and values (P, H, block_size, D), at its place
+    and its position; both are int32 (n,). Its query sees the positions up to there.
+    """
+    flash = takes_flash(method, obstacle(qkv, keys, values, ids=[places, positions]))
+    function = fast_rows_attention if flash else reference.rows_attention
+    return function(qkv, keys, values, places, positions)
+
+
+def keep(qkv: Tensor, keys: Tensor, values: Tensor, place: Tensor) -> list[Tensor]:
+    """Write the keys and values of qkv (T, 3C) into the first positions of a place (1,), in place.
+
+    The keys and values (P, H, block_size, D) that are returned have to be realized.
+    """
+    return (reference.keep if _only_twins else fast_keep)(qkv, keys, values, place)
+
+
 def takes_flash(method: AttentionMethod, why: str | None) -> bool:
     """Whether flash attention runs, which it cannot if there is a reason ``why`` not.
 
@@ -133,15 +184,17 @@ def takes_flash(method: AttentionMethod, why: str | None) -> bool:
     return not falls_back("attention", why)
 
 
-def loss(x: Tensor, weight: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+def loss(
+    x: Tensor, weight: Tensor, targets: Tensor, gradient: bool, frozen: bool = False
+) -> Tensor:
     """Mean cross-entropy in nats of targets (N,), given logits = x Wᵀ, x (N, C), weight (V, C).
 
     The logits never exist as a whole. With ``gradient`` the gradients are computed along with the
-    loss, which saves a product. Targets below 0 are left out.
+    loss, which saves a product; that of a ``frozen`` weight is not. Targets below 0 are left out.
     """
     if _only_twins:
         return reference.cross_entropy(reference.linear(x, weight), targets)
-    return linear_cross_entropy(x, weight, targets, gradient=gradient)
+    return linear_cross_entropy(x, weight, targets, gradient=gradient, frozen=frozen)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -167,15 +220,17 @@ def adamw_update(
     scale: float = 1.0,
     loss: Tensor | None = None,
     limits: Tensor | None = None,
+    groups: Sequence[int] = (),
 ) -> Tensor:
     """One step of AdamW, in place; -> the loss, the gradients' norm, was the step taken? (3,)
 
     Loss and gradients are multiplied by ``scale``, the gradients then clipped to the norm ``clip``,
-    if it is not 0. Nothing is changed unless loss and norm lie below the ``limits`` (2,).
+    if it is not 0. Nothing is changed unless loss and norm lie below the ``limits`` (2,). With
+    ``groups``, a number for each parameter, the norms of the groups follow (3 + groups,).
     """
     function = reference.adamw_update if _only_twins else fast_adamw_update
     return function(
         params, grads, m, v, lr, b1_t, b2_t,
         beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip, scale=scale,
-        loss=loss, limits=limits,
+        loss=loss, limits=limits, groups=groups,
     )  # fmt: skip

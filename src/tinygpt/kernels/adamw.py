@@ -17,12 +17,13 @@ Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.fallback import falls_back, first_device, obstacle
@@ -53,12 +54,15 @@ def adamw_update(
     scale: float = 1.0,
     loss: Tensor | None = None,
     limits: Tensor | None = None,
+    groups: Sequence[int] = (),
 ) -> Tensor:
     """Take one step: update params, m, v, b1_t and b2_t in place.
 
     Returns what became of it (3,): the loss, the gradients' norm, and 1 if the step was taken, else
     0. It is taken if ``loss`` () and the norm are finite and below the ``limits`` (2,), infinity
-    unless given. What is updated has to be realized together with the result.
+    unless given. With ``groups``, the number, from 0, of the group that each parameter belongs to,
+    the norm of each group's gradients follows (3 + groups,). What is updated has to be realized
+    together with the result.
 
     ``lr``, ``b1_t`` and ``b2_t`` are (1,), the last two the products β₁ᵗ and β₂ᵗ so far. ``decay``
     is one number for each parameter. Loss and gradients are multiplied by ``scale``, for example
@@ -70,16 +74,30 @@ def adamw_update(
         return reference.adamw_update(
             params, grads, m, v, lr, b1_t, b2_t,
             beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip, scale=scale,
-            loss=loss, limits=limits,
+            loss=loss, limits=limits, groups=groups,
         )  # fmt: skip
     most = BUFFERS.get(first_device(params[0]).split(":")[0], 62)
     grads = [contiguous(g) for g in grads]
-    sums = []
+    sums: list[Tensor] = []
+    places: list[list[tuple[int, int]]] = [[] for _ in set(groups)]
     for i, j in split(tuple(g.shape for g in grads), most - 1):
         sizes = tuple(math.prod(map(int, g.shape)) for g in grads[i:j])
-        out = [empty(grads[0], PARTS * LANES, dtype=sum_dtype(m[0]))]
-        sums += run(_squares, out, grads[i:j], lanes=LANES, name=f"squares_{j - i}", sizes=sizes)
-    state = [empty(m[0], 5), empty(m[0], 3), b1_t, b2_t]
+        own = list(dict.fromkeys(groups[i:j]))
+        blocks = tuple(1 + own.index(group) for group in groups[i:j]) if len(own) > 1 else ()
+        for at, group in enumerate(own):
+            places[group].append((len(sums), 1 + at if blocks else 0))
+        shape = (1 + max(blocks, default=0)) * PARTS * LANES
+        out = [empty(grads[0], shape, dtype=sum_dtype(m[0]))]
+        sums += run(
+            _squares,
+            out,
+            grads[i:j],
+            lanes=LANES,
+            name=f"squares_{j - i}",
+            sizes=sizes,
+            blocks=blocks,
+        )
+    state = [empty(m[0], 5), empty(m[0], 3 + len(places)), b1_t, b2_t]
     state = run(
         _numbers,
         state,
@@ -90,6 +108,7 @@ def adamw_update(
         beta2=beta2,
         clip=clip,
         scale=scale,
+        places=tuple(map(tuple, places)),
     )
     numbers, report = state[:2]
     _replace([b1_t, b2_t], state[2:])
@@ -137,17 +156,27 @@ def _replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         before.replace(after)
 
 
-def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...]) -> None:
-    """Lane by lane, the sum of the squares of this part of every gradient."""
+def _squares(
+    k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...], blocks: tuple[int, ...]
+) -> None:
+    """Lane by lane, the sum of the squares of this part of every gradient.
+
+    Block 0 of ``out`` is the sum over all, in their order. With ``blocks`` gradient i is also part
+    of the sum in block ``blocks[i]``, which has a phase of its own: sharing the square would make
+    a compiler round it, which the sum in block 0 does without, and change its last bit.
+    """
     part = k.units(PARTS)
-    acc = k.tile(1, out.dtype)
-    fill(k, 0.0, 1, acc)
-    for g, n in zip(grads, sizes, strict=True):
-        for at, lane, inside in share(k, n, part, PARTS):
-            value = g[at].cast(out.dtype)
-            acc[0, lane] = acc[0, lane] + inside.where(value * value, 0.0)
+    rows = 1 + max(blocks, default=0)
+    acc = k.tile(rows, out.dtype)
+    fill(k, 0.0, rows, acc)
+    for i, (g, n) in enumerate(zip(grads, sizes, strict=True)):
+        rows_of = itertools.cycle((0, *blocks[i : i + 1]))
+        for at, lane, inside in share(k, n, part, PARTS, phases=2 if blocks else 1):
+            value, row = g[at].cast(out.dtype), next(rows_of)
+            acc[row, lane] = acc[row, lane] + inside.where(value * value, 0.0)
     with k.phase() as lane:
-        out[part * k.lanes + lane] = acc[0, lane]
+        for row in range(rows):
+            out[(row * PARTS + part) * k.lanes + lane] = acc[row, lane]
 
 
 def _numbers(
@@ -164,18 +193,28 @@ def _numbers(
     beta2: float,
     clip: float,
     scale: float,
+    places: tuple[tuple[tuple[int, int], ...], ...],
 ) -> None:
     """numbers: what a gradient is multiplied by, lr, 1 / (1 - β₁ᵗ), 1 / (1 - β₂ᵗ), is it taken?"""
     k.units(1)
     acc, total = k.tile(1, numbers.dtype, shared=True), k.tile(1, numbers.dtype)
-    fill(k, 0.0, 1, acc)
-    for squares in sums:
-        with k.loop(PARTS) as part, k.phase() as lane:
-            acc[0, lane] = acc[0, lane] + squares[part * k.lanes + lane]
-    k.fold(total, acc, 1)
+
+    def norm(blocks: Sequence[tuple[int, int]]) -> UOp:
+        """Of what these blocks, of which sums, are the squares."""
+        fill(k, 0.0, 1, acc)
+        for i, block in blocks:
+            with k.loop(PARTS) as part, k.phase() as lane:
+                at = (block * PARTS + part) * k.lanes + lane
+                acc[0, lane] = acc[0, lane] + sums[i][at]
+        k.fold(total, acc, 1)
+        return total[0, 0].sqrt() * scale
+
+    for i, blocks in enumerate([[(j, 0) for j in range(len(sums))], *places]):
+        value = norm(blocks)
+        with k.phase(1):
+            report[1 if i == 0 else 2 + i] = value
     with k.phase(1):
         report[0] = loss[0].cast(report.dtype) * scale
-        report[1] = total[0, 0].sqrt() * scale
     with k.phase(1):  # strictly below: NaN is below nothing, and infinity not below itself
         finite = as_uop(-math.inf, report.dtype) < report[0]
         taken = finite & (report[0] < limits[0]) & (report[1] < limits[1])

@@ -58,7 +58,7 @@ def _forward(
     V: int,
 ) -> None:
     i = k.units(B * T)
-    row, known = _row(tokens[i], V)
+    row, known = row_of(tokens[i], V)
     with k.loop(C // k.lanes) as j, k.phase() as lane:
         at = j * k.lanes + lane
         value = weight[row * C + at]
@@ -79,14 +79,14 @@ def _backward(k: Kernel, *arrays: Array, rows: tuple[int, ...], B: int, T: int, 
             total[row * C + (first + j) * k.lanes + lane] = 0.0
     with k.loop(B * T) as i, k.loop(count) as j, k.phase() as lane:
         at = (first + j) * k.lanes + lane
-        row, known = _row(tokens[i], rows[0])
+        row, known = row_of(tokens[i], rows[0])
         value = g[i * C + at].cast(sums[0].dtype)
         sums[0][row * C + at] = sums[0][row * C + at] + known.where(value, 0.0)
         for total in sums[1:]:
             total[i % T * C + at] = total[i % T * C + at] + value
 
 
-def _row(token: UOp, V: int) -> tuple[UOp, UOp]:
+def row_of(token: UOp, V: int) -> tuple[UOp, UOp]:
     """-> (the id's row of V, has it one?); an id that has none gets the first."""
     known = (token >= 0) & (token < V)
     return as_index(known.where(token, 0)), known

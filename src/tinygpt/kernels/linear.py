@@ -1,4 +1,4 @@
-"""Linear layers: y = x Wᵀ + b, with GELU or a residual in the same kernel, and its gradients.
+"""Linear layers: y = x Wᵀ + b, a residual and GELU in the same kernel, and its gradients.
 
 All three products of a layer are one kernel, `matmul`; they differ in how the operands lie.
 
@@ -14,7 +14,8 @@ For the few rows of generation the weight is read once and nothing is worth copy
 takes the dot products as they stand.
 
 The gradient of the bias, dy summed over M, comes with dW, which reads all of dy in any case. With
-GELU, y = gelu(u) for u = x Wᵀ + b: u is kept, and dy is first multiplied by the slope of GELU at u.
+GELU, y = gelu(u) for u = x Wᵀ + b + residual: u is kept, and dy is first multiplied by the slope of
+GELU at u.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ from tinygrad.dtype import least_upper_dtype
 from tinygpt.kernels import reference
 from tinygpt.kernels.activation import gelu, gelu_backward
 from tinygpt.kernels.matmul import matmul
-from tinygpt.kernels.phases import Array, Backward, Kernel, contiguous, minimum, on_gpu, run
+from tinygpt.kernels.norm import fill
+from tinygpt.kernels.phases import (
+    Array,
+    Backward,
+    Kernel,
+    Tile,
+    contiguous,
+    minimum,
+    on_gpu,
+    run,
+)
 
 FEW = 16
 """Up to so many rows of x, `few_rows` is the faster."""
@@ -43,14 +54,13 @@ def linear(
     activation: Literal["gelu"] | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + b, and then + residual, or GELU, for x (..., I), weight (O, I) -> (..., O).
+    """y = x Wᵀ + b, and then + residual, and then GELU, for x (..., I), weight (O, I) -> (..., O).
 
-    bias is (O,), residual is (..., O) like y; ``activation`` does not go with a residual.
+    bias is (O,), residual is (..., O) like y.
     ``threads`` is the number of cores (None: what `multicore` runs on); the result does not depend
     on it. Sums are float32, or float64 for float64. Where `supported` says no, the plain formula of
     ``reference`` is used.
     """
-    assert residual is None or activation is None, "a residual goes without an activation"
     given = [t for t in (x, weight, bias, residual) if t is not None]
     if not supported(*given):
         return reference.linear(x, weight, bias, residual, activation)
@@ -65,7 +75,7 @@ def linear(
         dw, *db = matmul(
             du, x2, (n_out, n_in, m), (1, n_out), (n_in, 1), sums=bias is not None, threads=threads
         )
-        grads = [dx, dw, *db] + [dy] * (residual is not None)
+        grads = [dx, dw, *db] + [du] * (residual is not None)
         return [g.cast(t.dtype) for g, t in zip(grads, given, strict=True)]
 
     b = None if bias is None else contiguous(bias)
@@ -110,7 +120,8 @@ def few_rows(
 ) -> None:
     """y = x Wᵀ + b for a few rows of x. Outputs: [GELU,] y; inputs: x, W, [b,] [residual].
 
-    A unit is 4 outputs; the lanes run along the rows of W, and are added up at the end.
+    A unit is 4 outputs; the lanes run along the rows of W, and are added up at the end. What a row
+    becomes does not depend on how many there are. GELU waits for all rows, to be done in vectors.
     """
     left = iter(arrays)
     activated = next(left) if act else None
@@ -122,8 +133,17 @@ def few_rows(
     rows = min(4, n_out)
     unit = k.units(-(-n_out // rows))
     first = minimum(unit * rows, n_out - rows)  # the last unit may repeat some of the one before
-    acc, total = k.tile(rows, real, shared=True), k.tile(rows, real)
+    acc, total = k.tile(rows, real, shared=True), k.tile(1, real, width=rows)
     steps, rest = divmod(n_in, k.lanes)
+    vectors = -(-m * rows // k.lanes)
+    before = k.tile(vectors, real)  # GELU, which is m x rows numbers
+    if activated is not None:
+        fill(k, 0.0, vectors, before)
+
+    def place(i: UOp, j: UOp) -> tuple[UOp, UOp]:
+        number = i * rows + j
+        return number // k.lanes, number % k.lanes
+
     with k.loop(m) as i:
 
         def add(start: UOp | int, lane: UOp) -> None:
@@ -132,24 +152,41 @@ def few_rows(
                 weight = w[(first + j) * n_in + start + lane].cast(real)
                 acc[j, lane] = acc[j, lane] + vector * weight
 
-        with k.phase() as lane:
-            for j in range(rows):
-                acc[j, lane] = 0.0
+        fill(k, 0.0, rows, acc)
         if steps:
             with k.loop(steps) as d, k.phase() as lane:
                 add(d * k.lanes, lane)
         if rest:
             with k.phase(rest) as lane:
                 add(steps * k.lanes, lane)
-        k.fold(total, acc, rows)
-        with k.phase(1):
+        _add_lanes(k, total, acc, rows)
+        with k.phase(rows) as j:
+            at, value = i * n_out + first + j, total[0, j]
+            value = value + b[first + j].cast(real) if b is not None else value
+            value = value + r[at].cast(real) if r is not None else value
+            out[at] = value
+            if activated is not None:
+                before[place(i, j)] = value
+    if activated is not None:
+        with k.loop(vectors) as n, k.phase() as lane:
+            before[n, lane] = gelu(before[n, lane])
+        with k.loop(m) as i, k.phase(rows) as j:
+            activated[i * n_out + first + j] = before[place(i, j)]
+
+
+def _add_lanes(k: Kernel, total: Tile, acc: Tile, rows: int) -> None:
+    """total[0, j] = the sum of acc[j, lane] over the lanes: in vectors, by halves, down to 4.
+
+    One lane after another would take as long as a dot product of 128 numbers. acc is spent.
+    """
+    width = k.lanes
+    while width > 4:
+        width //= 2
+        with k.phase(width) as lane:
             for j in range(rows):
-                at, value = i * n_out + first + j, total[j, 0]
-                value = value + b[first + j].cast(real) if b is not None else value
-                value = value + r[at].cast(real) if r is not None else value
-                out[at] = value
-                if activated is not None:
-                    activated[at] = gelu(value)
+                acc[j, lane] = acc[j, lane] + acc[j, lane + width]
+    with k.phase(rows) as row:
+        total[0, row] = (acc[row, 0] + acc[row, 1]) + (acc[row, 2] + acc[row, 3])
 
 
 def matvec(

@@ -8,8 +8,9 @@ chunk of rows X, with the weight W (V, C) and its logits S = W Xᵀ::
     losses     the blocks' m and sums combined, and from them each row's loss
     products   P = ∂loss/∂S = (softmax(S) - one-hot) / rows,  ∂loss/∂X += P W,  ∂loss/∂W += Pᵀ X
 
-That is three matrix products. The usual other way, to keep nothing and compute the logits again in
-the backward pass, takes four. If no gradient is wanted there is only the first.
+That is three matrix products, two if the weight is frozen. The usual other way, to keep nothing and
+compute the logits again in the backward pass, takes four. If no gradient is wanted there is only
+the first.
 
 A chunk's rows are the lanes of S, W is read as it lies, and nothing is ever summed across lanes but
 in the end. A block of P, softmax and all, is made in a tile and used for both products while it is
@@ -40,13 +41,13 @@ MOST_CHUNKS = 48
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *, gradient: bool = False
+    x: Tensor, weight: Tensor, targets: Tensor, *, gradient: bool = False, frozen: bool = False
 ) -> Tensor:
     """cross_entropy(x weightᵀ, targets) for x (N, C), weight (V, C), integer targets (N,) -> ().
 
     With ``gradient`` the gradients are computed along with the loss, which takes three matrix
-    products; without, it takes one for the loss and three more when gradients are asked for. GPUs
-    take the plain way.
+    products; without, it takes one for the loss and three more when gradients are asked for.
+    ``frozen``: nobody will ask for the weight's. GPUs take the plain way.
     """
     if falls_back("loss", obstacle(x, weight, ids=[targets])):
         return reference.cross_entropy(reference.linear(x, weight), targets)
@@ -55,7 +56,7 @@ def linear_cross_entropy(
     (N, C), V = map(int, x.shape), int(weight.shape[0])
     x, weight = contiguous(x), contiguous(weight)
     chunk = max(CHUNK, -(-N // MOST_CHUNKS))
-    work = Work(x, weight, targets, Plan(N, C, V, *register_tile(chunk), chunk))
+    work = Work(x, weight, targets, Plan(N, C, V, *register_tile(chunk), chunk, frozen))
     statistics = work.run(gradient)
     ready = gradient
 
@@ -64,8 +65,8 @@ def linear_cross_entropy(
         if not ready:  # not computed with the loss, or already scaled for another caller
             work.run(gradient=True)
         ready = False
-        grads = work.scaled(contiguous(g))
-        found = [d.reshape(t.shape).cast(t.dtype) for d, t in zip(grads, (x, weight), strict=True)]
+        grads = zip(work.scaled(contiguous(g)), (x, weight), strict=not frozen)
+        found = [d.cast(t.dtype) for d, t in grads] + [None] * frozen
         return [*(None for _ in (work.inverse, *statistics)), *found]
 
     out, inputs = [work.new(1)], [work.inverse, *statistics, x, weight]
@@ -104,7 +105,8 @@ class Work:
         """Work off all rows; -> each chunk's statistics. With ``gradient`` sets dx and dweight."""
         plan, new, launch = self.plan, self.new, self.launch
         powers = new(plan.blocks * BLOCK, plan.rows)
-        self.dx, self.dweight = [], new(plan.V, plan.C)
+        self.dx: list[Tensor] = []
+        self.dweight = [] if plan.frozen else [new(plan.V, plan.C)]
         found: list[Tensor] = []
         before: list[Tensor] = []
         flops = 2 * plan.rows * plan.V * plan.C
@@ -119,23 +121,25 @@ class Work:
             before = launch(loss_kernels.statistics, out, inputs, name=f"loss_rows_{plan.name}")
             found += before
             if gradient:
-                outputs = [self.dweight, new(plan.parts, plan.rows, plan.C)]
-                inputs = [chunk, self.by_column, powers, largest, found[-1]]
-                self.dweight, parts = launch(
+                outputs = [new(plan.parts, plan.rows, plan.C), *self.dweight]
+                inputs = [chunk, powers, largest, found[-1], self.targets, self.inverse]
+                parts, *self.dweight = launch(
                     loss_kernels.products,
                     outputs,
-                    [*inputs, self.targets, self.inverse, self.weight],
+                    [*inputs, self.weight, self.by_column],
                     name=f"loss_products_{plan.name}",
-                    ops=2 * flops,
+                    ops=flops * len(outputs),
                 )
-                out, inputs = [new(plan.rows, plan.C)], [parts, self.dweight]
+                out, inputs = [new(plan.rows, plan.C)], [parts, *self.dweight]
                 before = launch(loss_kernels.add_parts, out, inputs, name=f"loss_dx_{plan.name}")
                 self.dx += before
         return found
 
-    def scaled(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """dx (N, C) and dweight (V, C), times the gradient of the loss."""
+    def scaled(self, g: Tensor) -> list[Tensor]:
+        """dx (N, C) and, if the weight is not frozen, dweight (V, C), times the loss's gradient."""
         out = [self.new(self.plan.N, self.plan.C)]
-        dx = self.launch(loss_kernels.collect, out, [g, *self.dx], name="loss_collect")[0]
-        inputs = [g, self.dx[-1]]
-        return dx, self.launch(loss_kernels.scale, [self.dweight], inputs, name="loss_scale")[0]
+        found = self.launch(loss_kernels.collect, out, [g, *self.dx], name="loss_collect")
+        if self.dweight:
+            inputs = [g, self.dx[-1]]
+            found += self.launch(loss_kernels.scale, self.dweight, inputs, name="loss_scale")
+        return found

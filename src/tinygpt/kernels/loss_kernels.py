@@ -34,6 +34,7 @@ class Plan:
     lanes: int
     tile: int  # rows of a register tile
     chunk: int  # about how many rows are worked off at a time
+    frozen: bool = False  # nobody wants the gradient of the weight
 
     @property
     def name(self) -> str:
@@ -186,22 +187,12 @@ def statistics(
         out[2 * rows + at] = (target < 0).where(as_uop(0.0, kind), inverse[0] / z[0, lane])
 
 
-def products(
-    k: Kernel,
-    dweight: Array,
-    dx_parts: Array,
-    chunk: Array,
-    by_column: Array,
-    powers: Array,
-    largest: Array,
-    statistics: Array,
-    targets: Array,
-    inverse: Array,
-    weight: Array,
-    *,
-    plan: Plan,
-) -> None:
-    """This part's blocks of the vocabulary: P, what it adds to dx, and its rows of dweight."""
+def products(k: Kernel, dx_parts: Array, *arrays: Array, plan: Plan) -> None:
+    """This part's blocks of the vocabulary: P, what it adds to dx, and its rows of [dweight]."""
+    left = iter(arrays)
+    dweight = None if plan.frozen else next(left)
+    chunk, powers, largest, statistics, targets, inverse, weight = (next(left) for _ in range(7))
+    by_column = None if plan.frozen else next(left)
     part, C, V, L, rows, kind = (
         k.units(plan.parts),
         plan.C,
@@ -240,8 +231,9 @@ def products(
                     _add_dx(k, dx_parts, out, t * plan.tile, plan.tile, p, w, j * L)
             if rest:
                 _add_dx(k, dx_parts, out, C - rest, rest, p, w, j * L)
-        with k.loop(plan.columns // L) as j, k.loop(BLOCK // plan.tile) as t:
-            _add_dweight(k, dweight, first, t, j, number, p, by_column, plan)
+        if dweight is not None and by_column is not None:
+            with k.loop(plan.columns // L) as j, k.loop(BLOCK // plan.tile) as t:
+                _add_dweight(k, dweight, first, t, j, number, p, by_column, plan)
 
 
 def _add_dx(

@@ -81,6 +81,7 @@ class Plan:
     a_strides: tuple[int, int]  # of row and depth; one of them is 1
     b_strides: tuple[int, int]  # of depth and column
     rows: int  # of a register tile
+    scale: bool = False  # (n,), each column of b is multiplied by its number
     bias: bool = False  # (n,), added to every row
     residual: bool = False  # (m, n), added
     gelu: bool = False  # another output: the GELU of the sum
@@ -89,7 +90,8 @@ class Plan:
     @property
     def name(self) -> str:
         kind = "tn" if self.copies_a else "nt" if self.b_strides[0] == 1 else "nn"
-        return f"matmul_{kind}_{self.m}x{self.n}x{self.depth}" + "_gelu" * self.gelu
+        endings = "_scaled" * self.scale + "_gelu" * self.gelu
+        return f"matmul_{kind}_{self.m}x{self.n}x{self.depth}{endings}"
 
     @property
     def copies_a(self) -> bool:
@@ -118,7 +120,10 @@ class Plan:
 
 
 class Product:
-    """Writes a plan's kernel. Outputs: [GELU,] out, [sums]; inputs: a, b, [bias,] [residual]."""
+    """Writes a plan's kernel.
+
+    Outputs: [GELU,] out, [sums]; inputs: a, b, [scale,] [bias,] [residual].
+    """
 
     def __init__(self, k: Kernel, arrays: tuple[Array, ...], plan: Plan) -> None:
         self.k, self.plan = k, plan
@@ -127,6 +132,7 @@ class Product:
         self.out = next(left)
         self.sums = next(left) if plan.sums else None
         self.a, self.b = next(left), next(left)
+        self.scale = next(left) if plan.scale else None
         self.bias = next(left) if plan.bias else None
         self.residual = next(left) if plan.residual else None
         self.real = dtypes.float64 if self.out.dtype == dtypes.float64 else dtypes.float32
@@ -195,8 +201,11 @@ class Product:
         with self.k.loop(block // steps) as d, self.k.phase() as lane:
             for s in range(steps):
                 step = d * steps + s
-                at = self.inside(column, lane) * across + (start + step) * along
-                self.panel[step, lane] = self.b[at].cast(self.real)
+                at = self.inside(column, lane)
+                value = self.b[at * across + (start + step) * along].cast(self.real)
+                if self.scale is not None:
+                    value = value * self.scale[at].cast(self.real)
+                self.panel[step, lane] = value
 
     def write_tile(self, row: UOp, column: UOp, start: UOp, block: int, fresh: UOp | bool) -> None:
         """out[row : row + rows, panel] += a[..., start : start + block] @ panel."""
@@ -266,6 +275,7 @@ def matmul(
     a_strides: tuple[int, int],
     b_strides: tuple[int, int],
     *,
+    scale: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gelu: bool = False,
@@ -276,16 +286,18 @@ def matmul(
     """[GELU of out,] out (m, n) = a (m, depth) @ b (depth, n) + bias + residual [, sums].
 
     ``shape`` is (m, n, depth); the strides say where the operands' elements lie in memory, which
-    must be contiguous. The outputs are float64 if an operand is, and float32 otherwise.
+    must be contiguous. With ``scale`` (n,) each column of ``b``, which may then be integers, is
+    multiplied by its number. The outputs are float64 if an operand is, and float32 otherwise.
     """
     m, n, depth = shape
     lanes, rows = register_tile(n)
-    extra = [t for t in (bias, residual) if t is not None]
+    extra = [t for t in (scale, bias, residual) if t is not None]
     plan = Plan(
         *shape,
         a_strides,
         b_strides,
         min(rows, m),
+        scale is not None,
         bias is not None,
         residual is not None,
         gelu,

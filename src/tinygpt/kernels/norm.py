@@ -200,20 +200,26 @@ def across(k: Kernel, n: int) -> Iterator[tuple[UOp, UOp, UOp]]:
             yield blocks * k.lanes + lane, lane, as_uop(True)
 
 
-def share(k: Kernel, n: int, part: UOp, parts: int) -> Iterator[tuple[UOp, UOp, UOp]]:
+def share(
+    k: Kernel, n: int, part: UOp, parts: int, phases: int = 1
+) -> Iterator[tuple[UOp, UOp, UOp]]:
     """Phases over one part's share of the elements below n: yields (element, lane, is it one?).
 
     Every part has as many whole blocks of lanes, and of what is left over a block or nothing. Lanes
-    that are left with nothing see the last element, and must add or write nothing.
+    that are left with nothing see the last element, and must add or write nothing. Every block can
+    have several ``phases``, one after the other.
     """
     blocks = n // k.lanes // parts
     if blocks:
-        with k.loop(blocks) as j, k.phase() as lane:
-            yield (part * blocks + j) * k.lanes + lane, lane, as_uop(True)
+        with k.loop(blocks) as j:
+            for _ in range(phases):
+                with k.phase() as lane:
+                    yield (part * blocks + j) * k.lanes + lane, lane, as_uop(True)
     if n > (done := parts * blocks * k.lanes):
-        with k.phase() as lane:
-            at = done + part * k.lanes + lane
-            yield minimum(at, n - 1), lane, at < n
+        for _ in range(phases):
+            with k.phase() as lane:
+                at = done + part * k.lanes + lane
+                yield minimum(at, n - 1), lane, at < n
 
 
 def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:

@@ -21,13 +21,30 @@ def linear(
     residual: Tensor | None = None,
     activation: Literal["gelu"] | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + b, then + residual or GELU, for x (..., I), weight (O, I), bias (O,)."""
+    """y = x Wᵀ + b, then + residual, then GELU, for x (..., I), weight (O, I), bias (O,)."""
     y = x @ weight.transpose(0, 1)
     if bias is not None:
         y = y + bias
     if residual is not None:
         y = y + residual
     return gelu(y) if activation == "gelu" else y
+
+
+def dequantized(weight: Tensor, scale: Tensor) -> Tensor:
+    """The numbers that int8 weights (O, I) stand for, with a scale (O,) for each row."""
+    return weight.cast(scale.dtype) * scale.unsqueeze(1)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Literal["gelu"] | None = None,
+) -> Tensor:
+    """`linear` of an int8 weight (O, I) with a scale (O,) for each row."""
+    return linear(x, dequantized(weight, scale), bias, residual, activation)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -46,6 +63,14 @@ def gelu(x: Tensor) -> Tensor:
 def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
     """Rows of weight (V, C) at tokens (B, T), plus the first T rows of positions -> (B, T, C)."""
     rows = weight[tokens]
+    return rows if positions is None else rows + positions[: tokens.shape[1]]
+
+
+def quantized_embedding(
+    tokens: Tensor, weight: Tensor, scale: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """`embedding` of an int8 weight (V, C) with a scale (V,) for each row."""
+    rows = weight[tokens].cast(scale.dtype) * scale[tokens].unsqueeze(-1)
     return rows if positions is None else rows + positions[: tokens.shape[1]]
 
 
@@ -107,6 +132,46 @@ def packed_attention(
     return merge_heads(attention(q, k, v, True, dropout, key))
 
 
+def rows_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, places: Tensor, positions: Tensor
+) -> Tensor:
+    """Attention of n rows (n, 3C) that stand at positions (n,) of their places (n,) -> (n, C).
+
+    Each row's key and value are written into keys and values (P, H, T, D), in place.
+    """
+    (P, H, T, D), n = map(int, keys.shape), int(qkv.shape[0])
+    q, k, v = (part.reshape(n, H, 1, D) for part in qkv.chunk(3, dim=1))
+    times = Tensor.arange(T).reshape(1, T)
+    positions = positions.reshape(n, 1)
+    here = (Tensor.arange(P).reshape(1, P) == places.reshape(n, 1)).reshape(n, P, 1)
+    here = (here & (times == positions).reshape(n, 1, T)).reshape(n, P, 1, T, 1)
+
+    def at_own_place(cache: Tensor, new: Tensor) -> Tensor:
+        """The caches (n, H, T, D) of the rows, once they have written what is new."""
+        put = here.where(new.reshape(n, 1, H, 1, D), 0).sum(0)
+        return in_place(cache, here.any(0).where(put, cache))[places]
+
+    scores = q @ at_own_place(keys, k).transpose(-2, -1) * (1 / math.sqrt(D))  # (n, H, 1, T)
+    seen = (times <= positions).reshape(n, 1, 1, T)
+    weights = seen.where(scores, -math.inf).softmax(-1)
+    return (weights @ seen.reshape(n, 1, T, 1).where(at_own_place(values, v), 0)).reshape(n, H * D)
+
+
+def keep(qkv: Tensor, keys: Tensor, values: Tensor, place: Tensor) -> list[Tensor]:
+    """Keys and values of qkv (T', 3C) into the first positions of a place (1,) of a cache."""
+    (P, H, T, D), n = map(int, keys.shape), int(qkv.shape[0])
+    here = (Tensor.arange(P) == place).reshape(P, 1, 1, 1)
+    here = here & (Tensor.arange(T) < n).reshape(1, 1, T, 1)
+    _, *new = (part.reshape(1, n, H, D).transpose(1, 2) for part in qkv.chunk(3, dim=1))
+    padded = (x.pad((None, None, (0, T - n), None)) for x in new)
+    return [in_place(c, here.where(x, c)) for c, x in zip((keys, values), padded, strict=True)]
+
+
+def in_place(buffer: Tensor, value: Tensor) -> Tensor:
+    """The buffer once it holds the value; it has to be realized, the value may depend on it."""
+    return Tensor(buffer.uop.after(buffer.uop.store(value.cast(buffer.dtype).uop)))
+
+
 def split_heads(x: Tensor, n_head: int) -> Tensor:
     """(B, T, C) -> (B, H, T, D)"""
     B, T, C = x.shape
@@ -138,6 +203,14 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     return total.sqrt()
 
 
+def group_norms(
+    gradients: Sequence[Tensor], groups: Sequence[int], scale: float = 1.0
+) -> list[Tensor]:
+    """The norm () of each group of gradients; ``groups`` has the number of each one's, from 0."""
+    members = ([g for g, n in zip(gradients, groups, strict=True) if n == i] for i in set(groups))
+    return [global_norm(group) * scale for group in members]
+
+
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
     """What to multiply gradients of this norm by so that it is at most ``limit``."""
     return (limit / (norm + 1e-6)).minimum(1.0)
@@ -160,17 +233,20 @@ def adamw_update(
     scale: float = 1.0,
     loss: Tensor | None = None,
     limits: Tensor | None = None,
+    groups: Sequence[int] = (),
 ) -> Tensor:
     """One step of AdamW, in place; -> the loss, the gradients' norm, was the step taken? (3,)
 
     Loss and gradients are multiplied by ``scale``, the gradients then clipped to the norm ``clip``,
     if it is not 0. The step is taken if ``loss`` () and the norm lie below the ``limits`` (2,).
     What is updated has to be realized together with the result. b1_t and b2_t are the powers of the
-    betas so far. Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
+    betas so far. With ``groups``, a number from 0 for each parameter, the norms of the groups'
+    gradients follow (3 + groups,). Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter
+    (2019).
     """
     loss, limits = judged(loss, limits, lr)
     norm = global_norm(grads) * scale
-    report = verdict(loss * scale, norm, limits)
+    report = verdict(loss * scale, norm, limits, *group_norms(grads, groups, scale))
     taken = report[2] > 0
     factor = clip_factor(norm, clip) * scale if clip else scale
     assign_if(taken, b1_t, b1_t * beta1)
@@ -191,10 +267,10 @@ def judged(loss: Tensor | None, limits: Tensor | None, like: Tensor) -> tuple[Te
     return loss.reshape(()), limits
 
 
-def verdict(loss: Tensor, norm: Tensor, limits: Tensor) -> Tensor:
-    """(3,): the loss, the norm, and 1 if both are finite and below their limits, else 0."""
+def verdict(loss: Tensor, norm: Tensor, limits: Tensor, *others: Tensor) -> Tensor:
+    """The loss, the norm, 1 if both are finite and below their limits, else 0, and the others."""
     taken = (loss > -math.inf) & (loss < limits[0]) & (norm < limits[1])
-    return Tensor.stack(loss.cast(norm.dtype), norm, taken.cast(norm.dtype))
+    return Tensor.stack(loss.cast(norm.dtype), norm, taken.cast(norm.dtype), *others)
 
 
 def assign_if(taken: Tensor, tensor: Tensor, value: Tensor) -> Tensor:

@@ -29,6 +29,10 @@ PATTERNS = {
 
 MAX_VOCAB = 1 << 20
 """More tokens than this is a typing error or a hostile file."""
+MAX_SPECIAL = 4096
+"""Special tokens that a vocabulary may have."""
+BYTES = bytes(range(256))
+"""The single bytes in the order of our ids. Other tools begin with those that can be printed."""
 
 log = logging.getLogger("tinygpt")
 
@@ -56,6 +60,21 @@ class BPETokenizer(BaseTokenizer):
         self._encoding, self._content = encoding, content
         self.vocab_size = encoding.max_token_value + 1
 
+    @property
+    def ranks(self) -> Mapping[bytes, int]:
+        """The id of each token that text can become; of two possible merges the lower id wins."""
+        return self._encoding._mergeable_ranks
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """The ids that no text becomes, and what they are called."""
+        return self._encoding._special_tokens
+
+    @property
+    def pattern(self) -> str | None:
+        """The name of the pattern that splits text into words; None for one without a name."""
+        return next((k for k, v in PATTERNS.items() if v == self._encoding._pat_str), None)
+
     @classmethod
     def train(cls, text: str | Iterable[str], vocab_size: int) -> Self:
         """Learn the ``vocab_size - 256`` most useful merges from ``text``.
@@ -82,20 +101,39 @@ class BPETokenizer(BaseTokenizer):
                 vocab_size,
                 len(tokens),
             )
-        return cls._from_merges(tokens[256:], "gpt2")
+        return cls.from_merges(tokens[256:])
 
     @classmethod
-    def _from_merges(cls, merges: list[bytes], pattern: str) -> Self:
+    def from_merges(
+        cls,
+        merges: list[bytes],
+        pattern: str = "gpt2",
+        *,
+        alphabet: bytes = BYTES,
+        special: Mapping[str, int] | None = None,
+    ) -> Self:
+        """The tokenizer of these tokens, in the order in which they are merged.
+
+        ``special`` names ids that no text becomes. The others go, in order, to the 256 bytes as
+        ``alphabet`` has them, and to ``merges``.
+        """
         import tiktoken
 
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        ranks |= {token: 256 + n for n, token in enumerate(merges)}
+        special = dict(special or {})
+        taken = set(special.values())
+        free = (i for i in range(256 + len(merges) + len(special)) if i not in taken)
+        ranks = dict(zip([*(bytes([byte]) for byte in alphabet), *merges], free, strict=True))
         self = cls.__new__(cls)
         encoding = tiktoken.Encoding(
-            "tinygpt", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens={}
+            "tinygpt", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special
         )
         encoded = [base64.b64encode(token).decode() for token in merges]
-        self._set(encoding, {"kind": cls.kind, "pattern": pattern, "merges": encoded})
+        content: dict[str, Any] = {"kind": cls.kind, "pattern": pattern, "merges": encoded}
+        if alphabet != BYTES:
+            content["alphabet"] = base64.b64encode(alphabet).decode()
+        if special:
+            content["special"] = special
+        self._set(encoding, content)
         return self
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
@@ -133,7 +171,10 @@ class BPETokenizer(BaseTokenizer):
                 f"The saved vocabulary splits text by {brief(pattern)}, which this version does "
                 f"not know. Known: {', '.join(known)}."
             )
-        return cls._from_merges(_checked_merges(values.get("merges")), pattern)
+        merges = _checked_merges(values.get("merges"))
+        special = _checked_special(values.get("special", {}), 256 + len(merges))
+        alphabet = _checked_alphabet(values["alphabet"]) if "alphabet" in values else BYTES
+        return cls.from_merges(merges, pattern, alphabet=alphabet, special=special)
 
 
 def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:
@@ -163,3 +204,35 @@ def _checked_merges(merges: object) -> list[bytes]:
             )
         tokens[token] = None
     return list(tokens)
+
+
+def _checked_alphabet(text: object) -> bytes:
+    """The 256 bytes in any order, from a file one cannot trust."""
+    try:
+        alphabet = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError):
+        alphabet = b""
+    if sorted(alphabet) != list(BYTES):
+        raise TokenizerError(
+            f"The saved vocabulary is damaged: its alphabet is {brief(text)}, wanted the 256 bytes "
+            f"in base64."
+        )
+    return alphabet
+
+
+def _checked_special(special: object, others: int) -> dict[str, int]:
+    """Special tokens of a vocabulary that has ``others`` besides; the ids must leave no gap."""
+    if not isinstance(special, dict) or len(special) > MAX_SPECIAL:
+        raise TokenizerError(
+            f"The saved vocabulary is damaged: 'special' must name up to {MAX_SPECIAL} tokens."
+        )
+    for text, i in special.items():
+        utf8(text)
+        if not text or type(i) is not int or not 0 <= i < others + len(special):
+            raise TokenizerError(
+                f"The saved vocabulary is damaged: the special token {brief(text)} has the id "
+                f"{brief(i)}, wanted one from 0 to {others + len(special) - 1}."
+            )
+    if len(set(special.values())) != len(special):
+        raise TokenizerError("The saved vocabulary is damaged: special tokens share an id.")
+    return special

@@ -1,0 +1,310 @@
+"""Serving many clients: texts decoded together against one at a time, through the same server.
+
+    python benchmarks/serve.py [--config baby|gpt2] [--clients 1,8,64] [--rounds R] [--whole]
+                               [--places P] [--memory REQUESTS] [--threads N] [--json FILE]
+
+Two `tinygpt serve`, one with 16 places and one with a single one, take turns. A turn is so many
+clients that each send some requests, one after the other, over a connection of their own, and read
+the answer as a stream of events (``--whole``: in one piece); the clients are one other process,
+this one. First the texts of requests that arrive together must be those of `tinygpt generate`.
+``--memory`` sends as many short requests, and tells what they leave behind in the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import (
+    MB,
+    Spread,
+    arguments,
+    machine,
+    ratio,
+    show_machine,
+    take_turns,
+    write_json,
+)
+
+from tinygpt.config import PRESETS, GPTConfig, SampleConfig
+
+ALPHABET = "".join(chr(33 + i) for i in range(65))
+DONE = b"data: [DONE]\n\n"
+SIDES = ("together", "one at a time")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, the new tokens of a request, and how often a client asks in a turn."""
+
+    model: GPTConfig
+    new: int
+    asks: int
+
+
+SETTINGS = {
+    "baby": Setting(GPTConfig(vocab_size=65, **PRESETS["baby"].model), 63, 4),
+    "gpt2": Setting(GPTConfig(**PRESETS["gpt2"].model | {"vocab_size": 65}), 32, 1),
+}
+
+
+@dataclass
+class Turn:
+    """What the clients of a turn met."""
+
+    tokens_per_second: float
+    first: list[float]
+    """Seconds from each request to its first token."""
+    clients: list[float]
+    """Seconds that each client needed for all it asked."""
+
+
+@dataclass
+class Client:
+    """One connection, on which requests follow one another."""
+
+    address: str
+    port: int
+    first: list[float] = field(default_factory=list)
+
+    async def __aenter__(self) -> Client:
+        self._reader, self._writer = await asyncio.open_connection(self.address, self.port)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()
+        await self._writer.wait_closed()
+
+    async def ask(self, body: dict[str, Any]) -> bytes:
+        """The answer's body as it came, chunks and all."""
+        start, content = time.perf_counter(), json.dumps(body).encode()
+        self._writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+        )
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"The server refused: {head.decode()}")
+        if length := re.search(rb"(?i)content-length: (\d+)", head):
+            answer = await self._reader.readexactly(int(length[1]))
+            self.first.append(time.perf_counter() - start)
+            return answer
+        answer = await self._reader.readuntil(b"data: ")
+        self.first.append(time.perf_counter() - start)
+        return answer + await self._reader.readuntil(b"\r\n0\r\n\r\n")
+
+
+class Served:
+    """A `tinygpt serve` in a process of its own."""
+
+    def __init__(self, name: str, checkpoint: Path, places: int, threads: int) -> None:
+        command = [sys.executable, "-m", "tinygpt", "serve", str(checkpoint), "--port", "0"]
+        self.name = name
+        self._process = subprocess.Popen(
+            [*command, "--places", str(places)],
+            env=os.environ | {"TINYGPT_THREADS": str(threads), "NO_COLOR": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stderr is not None
+        said = []
+        for line in self._process.stderr:
+            said.append(line)
+            if found := re.search(r"at http://([\d.]+):(\d+)", line):
+                self.client = partial(Client, found[1], int(found[2]))
+                return
+        raise SystemExit("The server did not start:\n" + "".join(said))
+
+    def close(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(60)
+
+    def memory(self) -> int:
+        """Bytes that the process holds now."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found, "Linux tells"
+        return int(found[1]) << 10
+
+    async def turn(self, clients: int, asks: int, body: dict[str, Any]) -> Turn:
+        """So many clients at once, each asking so often."""
+
+        async def work(client: Client) -> float:
+            async with client:
+                begin = time.perf_counter()
+                for _ in range(asks):
+                    answer = await client.ask(body)
+                    assert not body["stream"] or DONE in answer, answer[-200:]
+                return time.perf_counter() - begin
+
+        everybody = [self.client() for _ in range(clients)]
+        begin = time.perf_counter()
+        seconds = await asyncio.gather(*map(work, everybody))
+        tokens = clients * asks * body["max_tokens"]
+        first = [each for client in everybody for each in client.first]
+        return Turn(tokens / (time.perf_counter() - begin), first, seconds)
+
+    async def texts(self, bodies: Sequence[dict[str, Any]]) -> list[str]:
+        """The answers to requests that arrive together."""
+
+        async def one(body: dict[str, Any]) -> str:
+            async with self.client() as client:
+                answer = json.loads(await client.ask(body))
+            assert answer["usage"]["completion_tokens"] == body["max_tokens"]
+            text: str = answer["choices"][0]["text"]
+            return text
+
+        return await asyncio.gather(*map(one, bodies))
+
+
+def make_checkpoint(setting: Setting, folder: str) -> Path:
+    """A model with random weights, large enough for its texts to differ."""
+    from tinygpt import GPT
+    from tinygpt.tokenizers import CharTokenizer
+    from tinygpt.transfer import read, write
+
+    model = GPT(setting.model)
+    for name, parameter in model.parameters().items():
+        if name.endswith("weight") and ".ln_" not in f".{name}":
+            write(parameter, read(parameter) * 5)
+    return model.save_checkpoint(0, folder=folder, tokenizer=CharTokenizer(ALPHABET))
+
+
+def check(setting: Setting, checkpoint: Path, servers: Sequence[Served]) -> None:
+    """Raise SystemExit unless every server's texts are those of generate_text."""
+    from tinygpt import load
+    from tinygpt.generate import generate_text
+
+    model, tokenizer = load(checkpoint)
+    assert tokenizer is not None
+    bodies = [
+        {
+            "prompt": ALPHABET[: 1 + seed % 7],
+            "max_tokens": setting.new + seed % 5,
+            "temperature": seed % 3 / 2,
+            "seed": seed,
+            "stream": False,
+        }
+        for seed in range(12)
+    ]
+    wanted = []
+    for body in bodies:
+        config = SampleConfig(temperature=body["temperature"])
+        asked = (body["prompt"], body["max_tokens"], config, body["seed"])
+        wanted.append("".join(generate_text(model.decoder, tokenizer, *asked)))
+    for server in servers:
+        if asyncio.run(server.texts(bodies)) != wanted:
+            raise SystemExit(f"{server.name}: the texts are not those of generate_text")
+
+
+def measure(options: Any, servers: dict[str, Served], setting: Setting) -> list[dict[str, Any]]:
+    """A row for each number of clients."""
+    rows = []
+    body = {
+        "prompt": ALPHABET[0],
+        "max_tokens": setting.new,
+        "temperature": 0,
+        "stream": not options.whole,
+    }
+    for clients in options.clients:
+        asks = max(setting.asks, 2 * setting.asks // clients)
+        turns: dict[str, list[Turn]] = {name: [] for name in servers}
+
+        def one_turn(name: str, clients: int = clients, asks: int = asks) -> float:
+            turn = run(servers[name].turn(clients, asks, body))
+            turns[name].append(turn)  # noqa: B023  # called within this very iteration
+            return turn.tokens_per_second
+
+        for name in servers:  # what is made on first use is there
+            run(servers[name].turn(clients, 1, body))
+        taken = take_turns({name: partial(one_turn, name) for name in servers}, options.rounds)
+        sides = {name: summary(taken[name], turns[name]) for name in servers}
+        rows.append({"clients": clients, "gain": ratio(*(taken[n] for n in SIDES)), "sides": sides})
+    return rows
+
+
+def summary(speeds: Sequence[float], turns: Sequence[Turn]) -> dict[str, Any]:
+    return {
+        "tokens_per_second": Spread.of(speeds),
+        "first_token_ms": Spread.of([1e3 * each for turn in turns for each in turn.first]),
+        "worst_first_token_ms": 1e3 * max(each for turn in turns for each in turn.first),
+        "slowest_client": Spread.of(  # against the middle one of its turn
+            [max(turn.clients) / statistics.median(turn.clients) for turn in turns]
+        ),
+    }
+
+
+def memory(server: Served, requests: int) -> dict[str, float]:
+    """Megabytes before, after a tenth, and after all of so many requests of four tokens."""
+    body = {"prompt": ALPHABET[0], "max_tokens": 4, "temperature": 0.8, "stream": False}
+    clients, held = 16, [server.memory()]
+    for count in (requests // 10, requests - requests // 10):
+        run(server.turn(clients, count // clients, body))
+        held.append(server.memory())
+    return dict(zip(("before", "a_tenth", "all"), [n / MB for n in held], strict=True))
+
+
+def run(work: Coroutine[Any, Any, Turn]) -> Turn:
+    return asyncio.run(work)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--config", choices=SETTINGS, default="baby")
+    parser.add_argument(
+        "--clients", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64]
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each side")
+    parser.add_argument("--places", type=int, default=16, help="texts decoded together")
+    parser.add_argument("--whole", action="store_true", help="answers in one piece, no streams")
+    parser.add_argument("--memory", type=int, metavar="REQUESTS", help="as many short ones")
+    options = parser.parse_args()
+    where, setting = machine(), SETTINGS[options.config]
+    show_machine(where, options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = make_checkpoint(setting, folder)
+        places = dict(zip(SIDES, (options.places, 1), strict=True))
+        servers = {n: Served(n, checkpoint, p, options.threads) for n, p in places.items()}
+        try:
+            check(setting, checkpoint, list(servers.values()))
+            rows = measure(options, servers, setting)
+            kept = memory(servers[SIDES[0]], options.memory) if options.memory else None
+        finally:
+            for server in servers.values():
+                server.close()
+    print(f"{options.config}: {setting.new} tokens for each request, {options.places} places")
+    for row in rows:
+        print(f"{row['clients']} client(s): {row['gain'].show()} times the tokens of one at a time")
+        for name, side in row["sides"].items():
+            print(
+                f"  {name:14} {side['tokens_per_second'].show('.0f')} tokens/s   first token "
+                f"{side['first_token_ms'].show('.1f')} ms, at worst "
+                f"{side['worst_first_token_ms']:.0f}   slowest client "
+                f"{side['slowest_client'].show()} x the middle one"
+            )
+    if kept:
+        print(f"memory over {options.memory} requests: " + ", ".join(
+            f"{name} {value:.1f} MB" for name, value in kept.items()
+        ))  # fmt: skip
+    result = {"benchmark": "serve", "machine": where, "config": options.config, "rows": rows}
+    write_json(
+        options.json,
+        result | {"threads": options.threads, "setting": asdict(setting), "memory_mb": kept},
+    )
+
+
+if __name__ == "__main__":
+    main()

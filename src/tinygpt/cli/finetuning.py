@@ -1,0 +1,98 @@
+"""``tinygpt train TEXT --init RUN``: a new run that begins with the weights of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinygpt.cli.console import command
+from tinygpt.cli.options import DataConfig, Tables
+from tinygpt.config import fine_tuning
+from tinygpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from tinygpt.checkpoint import Meta
+    from tinygpt.tokenizers import Tokenizer
+
+FREE = ("dropout", "attention", "block_size")
+"""What need not be as it was when the weights were learned; a block may be shorter."""
+
+
+class Beginning:
+    """The checkpoint that a run begins with: its weights, its shape and its tokenizer.
+
+    Raises CheckpointError if there is none at ``init``, UsageError if it lies in ``out``, where the
+    new run is to go.
+    """
+
+    def __init__(self, init: str, out: Path | None) -> None:
+        from tinygpt import checkpoint
+        from tinygpt.runs import choose_checkpoint
+
+        path = Path(init)
+        if (path / "config.json").is_file() and not checkpoint.list_checkpoints(path):
+            take_in = command("import", "hf", path, "--out", "RUN")
+            raise UsageError(f"{path} holds a model of Hugging Face's. Take it in first: {take_in}")
+        self.path = choose_checkpoint(path).resolve()
+        if out is not None and out.resolve() == self.path.parent:
+            raise UsageError(
+                f"--out {out} is where --init is from, and nothing there is overwritten. Give the "
+                f"new run a folder of its own."
+            )
+        self.meta: Meta = checkpoint.read_meta(self.path)
+
+    def layers(self, preset: Tables, *given: Tables) -> list[Tables]:
+        """What to resolve: settings that go with these weights, and those that were given.
+
+        Of a preset only how to train counts: shape and tokenizer are those of the weights. What
+        else was given must not contradict them.
+        """
+        preset = {"train": preset.get("train", {})}
+        model = _values("model", *given)
+        shape = self.meta.model.to_dict()
+        wrong = [name for name, value in model.items() if name not in FREE and value != shape[name]]
+        if wrong:
+            listed = ", ".join(f"{name}={model[name]!r} (it has {shape[name]!r})" for name in wrong)
+            raise UsageError(f"{self.path} has weights of another shape: {listed}. Leave that out.")
+        longest, wanted = shape["block_size"], model.get("block_size", 0)
+        if isinstance(wanted, int) and wanted > longest:
+            raise UsageError(
+                f"block_size={wanted} is more than the {longest} positions that {self.path} has "
+                f"learned an embedding for. Give at most {longest}."
+            )
+        own = {"model": shape, "train": fine_tuning(_values("train", preset, *given))}
+        return [own, preset, *given, {"data": {"init": str(self.path)}}]
+
+    def tokenizer(self, data: DataConfig) -> Tokenizer | None:
+        """The weights' own tokenizer; UsageError if another is asked for, or none is known."""
+        from tinygpt.data import TOKEN_FILES
+        from tinygpt.tokenizers import make_tokenizer, tokenizer_from_dict
+
+        described, spec = self.meta.tokenizer, data.tokenizer
+        named = None if spec is None else make_tokenizer(spec, lambda: _untrained(spec))
+        if described is None:
+            if named is None and Path(str(data.source)).suffix not in TOKEN_FILES:
+                raise UsageError(
+                    f"{self.path} holds no tokenizer. Name the one that made the tokens it has "
+                    f"learned: --tokenizer gpt2, byte, or the path of a saved one."
+                )
+            return named
+        own = tokenizer_from_dict(described)
+        if named is not None and named.to_dict() != described:
+            raise UsageError(
+                f"--tokenizer {spec} is not the one that {self.path} has learned with, {own.kind} "
+                f"of {own.vocab_size:,}: its weights mean nothing for other tokens. Leave it out."
+            )
+        return own
+
+
+def _values(table: str, *layers: Tables) -> dict[str, Any]:
+    """What the layers say of one table, later ones winning."""
+    return {name: value for layer in layers for name, value in layer.get(table, {}).items()}
+
+
+def _untrained(spec: str) -> list[str]:
+    raise UsageError(
+        f"--tokenizer {spec} would be trained anew, and the weights know the tokens of the one "
+        f"they have learned with. Leave it out."
+    )

@@ -1,0 +1,47 @@
+"""The text that a command reads: the one it was given, or the run's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygpt.cli.options import DataConfig, file_tables
+from tinygpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from tinygpt.api import GPT
+    from tinygpt.data import Tokens
+    from tinygpt.tokenizers import Tokenizer
+
+
+def own_source(run: Path) -> DataConfig:
+    """Where the text of a run, or of the run that a checkpoint lies in, comes from."""
+    settings = (run if run.is_dir() else run.parent) / "config.toml"
+    table = file_tables(settings).get("data", {}) if settings.exists() else {}
+    return DataConfig.from_dict(table)
+
+
+def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[str, Tokens]:
+    """-> a name for the text, and its tokens"""
+    from tinygpt import data
+    from tinygpt.corpus import open_corpus
+
+    name, vocab_size = str(source.source), model.config.vocab_size
+    if Path(name).suffix in data.TOKEN_FILES:
+        return name, data.load_tokens(name, vocab_size)
+    corpus = open_corpus(name, field=source.field, glob=source.glob)
+    return corpus.description, data.load_tokens(data.tokenize(corpus, tokenizer), vocab_size)
+
+
+def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> tuple[str, Tokens]:
+    """The text that a run keeps for validation; UsageError, with the advice, if it keeps none."""
+    from tinygpt import data
+
+    source = own_source(run)
+    if source.source is None:
+        raise UsageError(f"{run} does not say what it was trained on. {advice}")
+    name, tokens = read_tokens(source, model, tokenizer)
+    _, held_out = data.split(tokens, source.val_fraction, model.config.block_size)
+    if held_out is None:
+        raise UsageError(f"{run} kept no text for validation. {advice}")
+    return f"{name}, its last {source.val_fraction:.0%}", held_out

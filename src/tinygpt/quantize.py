@@ -1,0 +1,232 @@
+"""int8 weights for generation: a quarter of the memory, and of the time that reading them takes.
+
+The weight of a linear layer, and the token embedding, are rounded to whole numbers from -127 to
+127, row by row: W ≈ scale q, where scale is the row's largest number / 127. So no weight is off by
+more than half a scale. A row belongs to one output, which makes its scale one more factor at the
+end of a sum; in the token embedding it belongs to a token, whether the row is looked up or, where
+the embeddings are tied, compared with. Biases, norms and positions stay as they are: they are few.
+
+Activations are not rounded. A model that is quantised can write and be measured, but not learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Device, Tensor, dtypes
+
+from tinygpt import kernels, lora
+from tinygpt.config import GPTConfig
+from tinygpt.errors import DataError
+from tinygpt.jit import jit
+from tinygpt.model import Attend, Block, Embedding, Linear, Noise, Transformer
+from tinygpt.train import mode
+from tinygpt.transfer import read, write
+
+Array = npt.NDArray[Any]
+Fetch = Callable[[str], Array]
+"""From a parameter's name to its values."""
+Model = TypeVar("Model", bound=Transformer)
+
+LARGEST = 127
+"""The largest whole number: -128 has no counterpart."""
+PIECE = 1 << 16
+"""Weights that are rounded at a time."""
+LOGITS = 1 << 23
+"""Logits that are in memory at a time when a quantised model is measured."""
+MEASURED = 1024
+"""Tokens on which the losses before and after are compared."""
+
+
+def quantize(model: Model, fetch: Fetch | None = None) -> Model:
+    """Round the weights of a model to int8, in place, one layer after another; -> the model.
+
+    With ``fetch`` they come from there, for a model that was made without any (``seed=None``): it
+    never takes more memory than it has in the end, and its largest weight. Adapters are merged
+    first. From now on the model is in inference mode. Raises DataError if a weight is not finite.
+
+    >>> model = quantize(load("runs/shakespeare")[0])
+    """
+    if model.quantized:
+        return model
+    lora.merge(model)
+    floats = model.parameters()
+    if fetch is None:
+        Tensor.realize(*floats.values())
+    for name, owner, attribute in layers(model):
+        weight = floats.pop(f"{name}.weight")
+        values = read(weight) if fetch is None else fetch(f"{name}.weight")
+        layer = getattr(owner, attribute)
+        kind = QuantizedEmbedding if isinstance(layer, Embedding) else QuantizedLinear
+        setattr(owner, attribute, kind(name, values, layer.bias, weight.device))
+    if fetch is not None:
+        for name, parameter in floats.items():
+            write(parameter, fetch(name))
+    model.quantized = True
+    _free_unused(model)
+    return model.eval()
+
+
+def layers(model: Transformer) -> Iterator[tuple[str, Any, str]]:
+    """What is rounded: (name, owner, attribute), in the order of the forward pass."""
+    yield "wte", model, "wte"
+    for i, block in enumerate(model.h):
+        for part in lora.LAYERS:
+            owner, attribute = part.split(".")
+            yield f"h.{i}.{part}", getattr(block, owner), attribute
+    if not model.config.tie_embeddings:
+        yield "lm_head", model, "lm_head"
+
+
+def rounded(weight: Array) -> tuple[Array, Array]:
+    """int8 q (O, I) and float32 scale (O,) with scale q ≈ weight (O, I), off by scale / 2 at most.
+
+    >>> rounded(np.array([[1.0, -0.5, 0.0]]))[0].tolist()
+    [[127, -64, 0]]
+    """
+    q, scale = np.empty(weight.shape, np.int8), np.empty(len(weight), np.float32)
+    rows = max(1, PIECE // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].astype(np.float64)
+        scale[start : start + rows] = np.abs(part).max(1) / LARGEST
+        by = scale[start : start + rows, None].astype(np.float64)
+        part = np.divide(part, by, out=np.zeros_like(part), where=(by > 0) & (by < np.inf))
+        q[start : start + rows] = np.rint(part).clip(-LARGEST, LARGEST)
+    return q, scale
+
+
+class QuantizedLinear(Linear):
+    """y = x Wᵀ + b, with W = scale q; then GELU, or what was there before is added."""
+
+    def __init__(
+        self, name: str, weight: Array, bias: Tensor | None, device: str | tuple[str, ...] | None
+    ) -> None:
+        q, scale = rounded(weight)
+        if not np.isfinite(scale).all():
+            raise DataError(
+                f"{name}.weight holds values that are not finite, which cannot be rounded. Take an "
+                f"older checkpoint; tinygpt verify RUN looks at all of a run's."
+            )
+        self.weight = write(Tensor.empty(*q.shape, dtype=dtypes.int8, device=device), q)
+        self.scale = write(Tensor.empty(len(q), dtype=dtypes.float32, device=device), scale)
+        self.bias = bias
+        for tensor in (self.weight, self.scale):
+            tensor.is_param_(False)
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: Literal["gelu"] | None = None,
+    ) -> Tensor:
+        return kernels.quantized_linear(x, self.weight, self.scale, self.bias, residual, activation)
+
+    def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """Mean cross-entropy in nats of targets (N,), given logits = x Wᵀ for x (N, C)."""
+        rows = max(1, LOGITS // int(self.weight.shape[0]))
+        sums, counts = [], []
+        for start in range(0, int(targets.shape[0]), rows):
+            t = targets[start : start + rows].contiguous()
+            counts.append((t >= 0).cast(dtypes.int32).sum())
+            sums.append(kernels.cross_entropy(self(x[start : start + rows]), t) * counts[-1])
+        return Tensor.stack(*sums).sum() / Tensor.stack(*counts).sum().maximum(1)
+
+
+class QuantizedEmbedding(QuantizedLinear, Embedding):
+    """A row of W = scale q for each id; as a layer it compares x with every row."""
+
+    def rows(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        return kernels.quantized_embedding(tokens, self.weight, self.scale, positions)
+
+
+def sizes(model: Transformer) -> tuple[int, int]:
+    """Bytes of a model's weights in float32, and as they are."""
+    found = sum(p.nbytes() for p in model.parameters().values())
+    return 4 * model.num_params(), int(found)
+
+
+def _free_unused(model: Transformer) -> None:
+    """Give back to the system what tinygrad keeps of freed memory for the next Tensor like it."""
+    for device in {p.device for p in model.parameters().values()}:
+        if isinstance(device, str):
+            getattr(Device[device].allocator, "free_cache", lambda: None)()
+
+
+# What rounding costs ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Losses in nats per token on the same ``tokens`` predictions, before and after."""
+
+    tokens: int
+    before: float
+    after: float
+
+
+def compare(model: Transformer, fetch: Fetch, tokens: Array) -> Comparison:
+    """The loss of a quantised model and of the weights it was made of, on the text's beginning.
+
+    Of the latter there is never more than one block in memory, and the token embedding.
+    """
+    block_size = min(model.config.block_size, len(tokens) - 1)
+    rows = min(max(1, MEASURED // block_size), (len(tokens) - 1) // block_size)
+    count = rows * block_size
+    x, y = (
+        Tensor(np.ascontiguousarray(part, np.int32).reshape(rows, block_size)).realize()
+        for part in (tokens[:count], tokens[1 : count + 1])
+    )
+    with mode(model, training=False):
+        after = jit(lambda: model.loss(x, y).realize())().item()
+    before = streamed(model.config, fetch).loss(x, y).item()
+    _free_unused(model)
+    return Comparison(count, before, after)
+
+
+def streamed(config: GPTConfig, fetch: Fetch) -> Transformer:
+    """A float32 model in inference mode, that fetches each layer when it is needed."""
+    model = Transformer(config, seed=None)
+    model.wte = _StreamedEmbedding(config, fetch)
+    model.h = [_StreamedBlock(config, f"h.{i}", fetch) for i in range(config.n_layer)]
+    for name, parameter in model.parameters().items():
+        write(parameter, fetch(name))
+    return model.eval()
+
+
+class _StreamedBlock(Block):
+    """A block that has weights only while it computes."""
+
+    def __init__(self, config: GPTConfig, name: str, fetch: Fetch) -> None:
+        self.config, self.name, self.fetch = config, name, fetch
+
+    def __call__(self, x: Tensor, noise: Noise | None, attend: Attend | None) -> Tensor:
+        block = Block(self.config)
+        for name, parameter in block.parameters(self.name).items():
+            write(parameter, self.fetch(name))
+        return block(x, noise, attend).realize()
+
+    def parameters(self, name: str) -> dict[str, Tensor]:
+        return {}
+
+
+class _StreamedEmbedding(Embedding):
+    """The token embedding, which is fetched for each use."""
+
+    def __init__(self, config: GPTConfig, fetch: Fetch) -> None:
+        self.config, self.fetch = config, fetch
+
+    def _fetched(self) -> Embedding:
+        whole = Embedding(self.config.vocab_size, self.config.n_embd)
+        write(whole.weight, self.fetch("wte.weight"))
+        return whole
+
+    def rows(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        return self._fetched().rows(tokens, positions).realize()
+
+    def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        x, whole = x.realize(), self._fetched()
+        return jit(lambda: whole.loss(x, targets, gradient).realize())()  # jit plans its memory

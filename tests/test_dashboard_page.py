@@ -1,0 +1,367 @@
+"""The dashboard in a browser: what a person sees of runs, and does with hands, keys or a phone."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from subprocess import PIPE, Popen
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("playwright", reason="needs playwright")
+
+from playwright.sync_api import expect
+
+from tests.browser import axe_violations, browser, open_page, overflow
+from tests.dashboard_runs import add, lines, make_run, rows
+from tests.serving import until
+from tinygpt.lock import FolderLock
+from tinygpt.server import watch
+from tinygpt.server.curves import POINTS
+from tinygpt.server.dashboard import Board, make_app
+from tinygpt.server.listening import url
+from tinygpt.server.thread import ServerThread, listen_nearby
+from tinygpt.server.watch import Watch
+
+__all__ = ["browser", "open_page"]  # fixtures
+
+KEY = "a-key-for-the-tests"
+HOSTILE = '<img src=x onerror="alert(1)"></script>'
+
+
+@contextlib.contextmanager
+def serving(*places, port=0, steering=None):
+    board = Board(Watch(places), KEY, steering)
+    with listen_nearby("127.0.0.1", port) as listener, ServerThread(make_app(board), listener):
+        yield url(listener, "127.0.0.1")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder with two runs, and the address of its dashboard."""
+    make_run(tmp_path / "first", 400, planned=1000)
+    make_run(tmp_path / "second", 300, planned=1000, seed=1, rate=3e-3)
+    with serving(tmp_path) as address:
+        yield tmp_path, address
+
+
+def ready(page):
+    page.wait_for_selector("html[data-ready]")
+    return page
+
+
+def picture(page, chart):
+    """What a chart shows now, once it is drawn."""
+    page.evaluate(
+        "() => new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)))"
+    )
+    return page.evaluate(f"() => document.querySelector('#{chart} > canvas').toDataURL()")
+
+
+def figure(page, name):
+    named = page.locator("#figures div").filter(has=page.get_by_text(name, exact=True))
+    return named.locator("b")
+
+
+def card(page, name):
+    return page.locator("#runs li", has_text=name)
+
+
+def slider(page, chart, what):
+    return page.locator(f"#{chart} > canvas").get_attribute(f"aria-{what}")
+
+
+def test_rows_that_are_written_move_the_curves(runs, open_page):
+    folder, address = runs
+    page = ready(open_page(address))
+    card(page, "first").locator("button").click()
+    expect(figure(page, "Step")).to_have_text("400")
+    before = picture(page, "loss")
+    add(folder / "first", lines(rows(401, 450)))
+    expect(figure(page, "Step")).to_have_text("450")
+    assert picture(page, "loss") != before
+    expect(page.locator("#link")).to_have_text("live")
+    held = FolderLock(folder / "first")
+    held.acquire()
+    expect(page.locator("#state")).to_have_text("training")
+    expect(page.locator("#save")).to_be_visible()
+    held.release()
+    expect(page.locator("#state")).to_have_text("stopped")
+    expect(page.locator("#save")).to_be_hidden()
+
+
+def test_rows_that_disappear_when_a_run_is_resumed_are_taken_back(runs, open_page):
+    folder, address = runs
+    page = ready(open_page(address))
+    card(page, "first").locator("button").click()
+    expect(figure(page, "Step")).to_have_text("400")
+    (folder / "first" / "metrics.jsonl").write_text(lines([*rows(1, 200), *rows(201, 260, seed=5)]))
+    expect(figure(page, "Step")).to_have_text("260")
+    page.locator("#loss > canvas").press("End")
+    assert slider(page, "loss", "valuemax") == "300"  # that of the other run
+    card(page, "second").locator("input").uncheck()
+    until(lambda: picture(page, "loss") and slider(page, "loss", "valuemax") == "260")
+    add(folder / "first", lines(rows(261, 270)))
+    until(lambda: picture(page, "loss") and slider(page, "loss", "valuemax") == "270")
+
+
+def test_a_page_comes_back_after_the_server_has(tmp_path, open_page):
+    folder = make_run(tmp_path / "run", 100, planned=1000)
+    with serving(folder) as address:
+        page = ready(open_page(address))
+        expect(page.locator("#link")).to_have_text("live")
+    expect(page.locator("#link")).to_contain_text("connection lost")
+    add(folder, lines(rows(101, 150)))
+    with serving(folder, port=int(address.rpartition(":")[2])) as again:
+        assert again == address
+        expect(page.locator("#link")).to_have_text("live", timeout=30_000)
+        expect(figure(page, "Step")).to_have_text("150")
+
+
+def test_after_sleep_the_page_asks_for_what_it_has_missed(runs, open_page):
+    page = ready(open_page(runs[1]))
+    expect(page.locator("#link")).to_have_text("live")
+    with page.expect_request("**/dashboard/events") as asked:
+        page.evaluate(
+            """() => {
+                const now = Date.now;
+                Date.now = () => now() + 3_600_000;
+                document.dispatchEvent(new Event("visibilitychange"));
+                Date.now = now;
+            }"""
+        )
+    assert re.fullmatch(r"([0-9a-f]{12}:\d+:[0-9a-f]{8},?)+", asked.value.headers["last-event-id"])
+    expect(page.locator("#link")).to_have_text("live")
+
+
+def test_the_film_is_scrubbed_and_played(runs, open_page):
+    page = ready(open_page(runs[1]))
+    card(page, "first").locator("button").click()
+    expect(page.locator("#sample")).to_have_text("text of step 400")
+    page.locator("#slider").press("Home")
+    expect(page.locator("#sample")).to_have_text("text of step 50")
+    expect(page.locator("#frame")).to_have_text("step 50 · sample 1 of 8")
+    page.locator("#slider").press("ArrowRight")
+    expect(page.locator("#sample")).to_have_text("text of step 100")
+    page.locator("#play").click()
+    expect(page.locator("#play")).to_have_text("Pause")
+    expect(page.locator("#sample")).to_have_text("text of step 400", timeout=20_000)
+    expect(page.locator("#play")).to_have_text("Play")
+
+
+def test_runs_are_compared_with_the_settings_that_differ(runs, open_page):
+    page = ready(open_page(runs[1]))
+    table = page.locator("#settings")
+    expect(table.locator("thead th")).to_have_count(3)
+    found = [row.inner_text().split() for row in table.locator("tbody tr").all()]
+    assert sorted(row[0] for row in found) == ["train.learning_rate", "train.seed"]
+    assert {"0.001", "0.003"} == set(next(row[1:] for row in found if "rate" in row[0]))
+    page.locator("#same").check()
+    expect(table.locator("tbody tr")).to_have_count(6)
+    before = picture(page, "loss")
+    card(page, "second").locator("input").uncheck()
+    expect(table.locator("thead th")).to_have_count(2)
+    assert picture(page, "loss") != before
+
+
+def test_log_and_smooth_change_the_picture_and_are_kept(runs, open_page):
+    page = ready(open_page(runs[1]))
+    seen = {picture(page, "loss")}
+    for switch in ("log", "smooth"):
+        page.locator(f"#{switch}").click()
+        seen.add(picture(page, "loss"))
+    assert len(seen) == 3
+    page.reload()
+    ready(page)
+    expect(page.locator("#log")).to_be_checked()
+    expect(page.locator("#smooth")).not_to_be_checked()
+
+
+def test_dragging_looks_closer_with_finer_points_and_a_double_click_goes_back(tmp_path, open_page):
+    make_run(tmp_path / "long", 5000, every=500)
+    with serving(tmp_path) as address:
+        page = ready(open_page(address))
+        canvas = page.locator("#loss > canvas")
+        box = canvas.bounding_box()
+        y = box["y"] + 60
+        page.mouse.move(box["x"] + box["width"] * 0.5, y)
+        expect(page.locator("#loss .tip")).to_contain_text("training")
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.6, y, steps=3)
+        with page.expect_response(re.compile("curves.from=")) as answer:
+            page.mouse.up()
+        assert answer.value.json()["stride"] == 1
+        until(lambda: picture(page, "loss") and int(slider(page, "loss", "valuemax")) < 3500)
+        low, high = (int(slider(page, chart, "valuemin")) for chart in ("loss", "lr"))
+        assert low == high > 1500  # all charts show the same steps
+        canvas.dblclick(position={"x": 200, "y": 60})
+        until(lambda: picture(page, "loss") and int(slider(page, "loss", "valuemax")) > 4900)
+
+
+def test_everything_can_be_done_by_keyboard(runs, open_page):
+    page = ready(open_page(runs[1]))
+    page.keyboard.press("Tab")
+    expect(page.locator(".skip")).to_be_focused()
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        place = "e => (e.closest('[id]') ?? e).id"
+        reached.add(page.evaluate(f"() => ({place})(document.activeElement)"))
+    wanted = {
+        "runs",
+        "log",
+        "smooth",
+        "loss",
+        "grad_norm",
+        "lr",
+        "memory",
+        "layers",
+        "slider",
+        "sample",
+    }
+    assert wanted | {"play", "settings", "same"} <= reached
+    canvas = page.locator("#loss > canvas")
+    canvas.focus()
+    canvas.press("Home")
+    assert slider(page, "loss", "valuenow") == "1"
+    for _ in range(3):
+        canvas.press("ArrowRight")
+    picture(page, "loss")
+    assert re.match(r"step 13, .*training \d", slider(page, "loss", "valuetext"))
+    expect(page.locator("#loss .tip")).to_be_visible()
+    canvas.press("+")
+    expect(page.locator("#whole")).to_be_visible()
+    canvas.press("Escape")
+    expect(page.locator("#whole")).to_be_hidden()
+    strip = page.locator("#layers > canvas")
+    strip.focus()
+    strip.press("ArrowDown")
+    picture(page, "layers")
+    assert re.search(r"step [\d,]+, wpe 0\.\d+", slider(page, "layers", "valuetext"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_nothing_is_in_the_way_of_anybody(runs, open_page, scheme, width):
+    viewport = {"width": width, "height": 800}
+    page = ready(open_page(runs[1], color_scheme=scheme, viewport=viewport))
+    assert axe_violations(page) == []
+    assert overflow(page) == 0
+    color = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", color))) < 200) == (scheme == "dark")
+
+
+def test_what_runs_hold_is_shown_as_text(tmp_path, open_page):
+    name = HOSTILE.replace("/", ":")  # no name of a folder has a slash
+    folder = make_run(tmp_path / name, 100, prompt=HOSTILE)
+    bad = next(rows(101, 101)) | {"skipped": HOSTILE, "grad_norms": {HOSTILE: 1.0}}
+    add(folder, lines([bad]))
+    with serving(tmp_path) as address:
+        page = ready(open_page(address))
+        expect(page.locator("#name")).to_have_text(name)
+        expect(page.locator("#sample")).to_have_text(f"{HOSTILE}text of step 100")
+        assert json.dumps(HOSTILE) in page.locator("#settings").inner_text()
+        page.locator("#loss > canvas").press("End")
+        expect(page.locator("#loss .tip")).to_contain_text(HOSTILE)
+        page.locator("#layers > canvas").press("End")
+        picture(page, "layers")
+        page.locator("#layers > canvas").press("ArrowUp")
+        assert page.locator("main img").count() == 0
+
+
+def test_the_buttons_need_the_key_and_do_as_they_say(tmp_path, open_page):
+    heard = []
+
+    class Asked:
+        def save(self):
+            heard.append("save")
+
+        def stop(self):
+            heard.append("stop")
+
+    folder = make_run(tmp_path / "run", 100, planned=1000)
+    held = FolderLock(folder)
+    held.acquire()
+    with serving(folder, steering={folder: Asked()}) as address:
+        page = ready(open_page(address))
+        page.locator("#save").click()
+        page.locator("#key").fill("wrong")
+        page.get_by_role("button", name="Continue").click()
+        expect(page.locator("dialog:has(#key)")).to_contain_text("not the right one")
+        page.locator("#key").fill(KEY)
+        page.get_by_role("button", name="Continue").click()
+        expect(page.locator("#told")).to_contain_text("A checkpoint comes")
+        page.locator("#stop").click()
+        assert axe_violations(page) == []
+        page.keyboard.press("Escape")
+        page.locator("#stop").click()
+        page.get_by_role("button", name="Let it go on").click()
+        assert heard == ["save"]
+        page.locator("#stop").click()
+        page.get_by_role("button", name="Stop it").click()
+        expect(page.locator("#told")).to_contain_text("It stops")
+        assert heard == ["save", "stop"]
+        other = ready(open_page(f"{address}/#key={KEY}"))
+        other.locator("#save").click()
+        expect(other.locator("#told")).to_contain_text("A checkpoint comes")
+        assert KEY not in other.url
+    held.release()
+
+
+def test_a_page_opened_before_any_run_fills_by_itself(tmp_path, open_page, monkeypatch):
+    with serving(tmp_path) as address:
+        page = open_page(address)
+        expect(page.locator("#empty")).to_contain_text("tinygpt train")
+        assert axe_violations(page) == []
+        make_run(tmp_path / "new", 30, planned=100, every=10)
+        expect(page.locator("#name")).to_have_text("new")
+        expect(page.locator("#empty")).to_be_hidden()
+        expect(page.locator("#sample")).to_have_text("text of step 30")
+
+
+def test_ten_long_runs_are_sent_in_few_points(tmp_path, open_page, monkeypatch):
+    monkeypatch.setattr(watch, "READING", 60.0)
+    for i in range(10):
+        make_run(tmp_path / f"run-{i}", 10_000, seed=i, every=500)
+    answers = []
+    with serving(tmp_path) as address:
+        page = open_page(f"{address}/page/icon.svg")
+        page.on("response", lambda r: "curves" in r.url and answers.append(r.json()))
+        page.goto(address)
+        ready(page)
+        until(lambda: page.locator("#runs input:checked").count() == 10)
+        expect(page.locator("#settings thead th")).to_have_count(11)
+    assert len(answers) == 10
+    for answer in answers:
+        assert answer["rows"] == 10_000 and 256 < len(answer["x"]) <= POINTS
+        assert len(json.dumps(answer)) < 120_000
+
+
+def test_a_real_training_is_watched_and_stopped(tmp_path, open_page):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
+    words = ["train", tmp_path / "text.txt", "--out", tmp_path / "run", "--dashboard"]
+    words += ["--dashboard-port", "0", "--tokenizer", "char", "--train.max-iters", "1000000"]
+    words += ["--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2"]
+    words += ["--model.block-size", "8", "--train.batch-size", "2", "--train.eval-iters", "1"]
+    words += ["--train.eval-interval", "50"]
+    command = [sys.executable, "-m", "tinygpt", *map(str, words)]
+    with Popen(command, stderr=PIPE, text=True, env=dict(os.environ)) as process:
+        try:
+            said = iter(process.stderr.readline, "")
+            address = next(m[1] for m in (re.search("dashboard: (http.*)", s) for s in said) if m)
+            page = open_page(address)
+            expect(page.locator("#state")).to_have_text("training", timeout=60_000)
+            until(lambda: re.match(r"[\d,]{2,}", figure(page, "Step").inner_text()))
+            before, step = picture(page, "loss"), figure(page, "Step").inner_text()
+            expect(figure(page, "Step")).not_to_have_text(step)
+            assert picture(page, "loss") != before
+            page.locator("#stop").click()
+            page.get_by_role("button", name="Stop it").click()
+            rest = process.stderr.read()
+            assert process.wait(60) == 0 and "all of it kept" in rest
+            expect(page.locator("#link")).to_contain_text("connection lost")
+        finally:
+            process.kill()

@@ -1,0 +1,460 @@
+"""int8 weights: the kernels, what rounding changes, and that such a model writes and no more."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tinygrad import Tensor, dtypes
+from tinygrad.helpers import GlobalCounters
+
+from tinygpt import checkpoint, kernels
+from tinygpt.api import GPT, load, train
+from tinygpt.cli import main
+from tinygpt.config import GPTConfig, SampleConfig, TrainConfig
+from tinygpt.errors import CheckpointError, DataError, UsageError
+from tinygpt.generate import Decoder, generate_tokens
+from tinygpt.kernels import quantized, reference
+from tinygpt.lora import prepare
+from tinygpt.model import Linear, Transformer
+from tinygpt.quantize import QuantizedLinear, compare, layers, quantize, rounded, sizes, streamed
+from tinygpt.tokenizers import make_tokenizer
+from tinygpt.transfer import read, write
+
+CONFIG = GPTConfig(vocab_size=67, block_size=24, n_layer=2, n_head=2, n_embd=20)
+UNTIED = GPTConfig(
+    vocab_size=67, block_size=24, n_layer=1, n_head=2, n_embd=20, tie_embeddings=False, bias=False
+)
+TEXT = "the cat sat on the mat, and the dog sat on the log.\n" * 40
+ROWS = st.one_of(st.integers(1, 20), st.just(40))
+SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 97, 130]))
+
+
+def tensor(x: np.ndarray) -> Tensor:
+    return Tensor(np.ascontiguousarray(x)).realize()
+
+
+def operands(m: int, o: int, i: int, dtype: str = "float32") -> list[Tensor]:
+    """x, the weight and its scale, a bias and a residual."""
+    rng = np.random.default_rng([m, o, i])
+    q = rng.integers(-127, 128, (o, i)).astype(np.int8)
+    scale = rng.uniform(0.001, 0.01, o).astype(dtype)
+    floats = (rng.standard_normal(s).astype(dtype) for s in ((m, i), (o,), (m, o)))
+    x, bias, residual = map(tensor, floats)
+    return [x, tensor(q), tensor(scale), bias, residual]
+
+
+def by_numpy(given: list[Tensor], gelu: bool) -> np.ndarray:
+    x, q, scale, bias, residual = (t.numpy().astype(np.float64) for t in given)
+    u = x @ (q * scale[:, None]).T + bias + residual
+    return 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))) if gelu else u
+
+
+@given(m=ROWS, o=SIZES, i=SIZES, gelu=st.booleans(), threads=st.sampled_from([1, 2, 3]))
+@settings(max_examples=14, deadline=None, derandomize=True)
+def test_the_kernels_equal_numpy_in_float64(
+    m: int, o: int, i: int, gelu: bool, threads: int
+) -> None:
+    given = operands(m, o, i)
+    y = quantized.linear(*given, "gelu" if gelu else None, threads).numpy()
+    np.testing.assert_allclose(y, by_numpy(given, gelu), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 17, 33])
+def test_the_kernels_equal_their_twin(m: int) -> None:
+    x, q, scale, bias, residual = operands(m, 43, 77, "float64")
+    for rest in ((), (bias,), (None, residual), (bias, residual, "gelu")):
+        got = quantized.linear(x, q, scale, *rest).numpy()
+        wanted = reference.quantized_linear(x, q, scale, *rest).numpy()
+        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 301, 70), (40, 301, 70)])
+def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, int, int]) -> None:
+    given = operands(*shape)
+    first, *others = (quantized.linear(*given, threads=n).numpy() for n in (1, 2, 5))
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("m", [2, 3, 16])
+def test_a_row_gives_the_same_bits_whatever_is_beside_it(m: int) -> None:
+    x, q, scale, bias, _ = operands(m, 43, 77)
+    together = quantized.linear(x, q, scale, bias, None, "gelu").numpy()
+    for i in (0, m - 1):
+        alone = quantized.linear(tensor(x.numpy()[i : i + 1]), q, scale, bias, None, "gelu")
+        np.testing.assert_array_equal(alone.numpy()[0], together[i])
+
+
+def test_many_rows_give_the_bits_of_the_dequantised_weight() -> None:
+    x, q, scale, bias, residual = operands(40, 65, 97)
+    weight = reference.dequantized(q, scale).contiguous().realize()
+    wanted = kernels.linear(x, weight, bias, residual).numpy()
+    np.testing.assert_array_equal(quantized.linear(x, q, scale, bias, residual).numpy(), wanted)
+
+
+def test_every_output_of_few_rows_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = operands(3, 61, 9)[:3]
+
+    def poisoned(*shape: int, dtype: object = None, device: object = None) -> Tensor:
+        return Tensor.full(shape, float("nan"), dtype=dtype, device=device).contiguous().realize()
+
+    monkeypatch.setattr(quantized.Tensor, "empty", staticmethod(poisoned))
+    y = quantized.linear(*given)
+    monkeypatch.undo()
+    assert np.isfinite(y.numpy()).all()
+
+
+def test_a_layer_is_one_launch() -> None:
+    for m in (1, 40):
+        given = operands(m, 30, 20)
+        GlobalCounters.reset()
+        quantized.linear(*given).realize()
+        assert GlobalCounters.kernel_count == 1
+
+
+def test_what_the_kernels_cannot_take_goes_to_the_twin() -> None:
+    x, q, scale, *_ = operands(6, 8, 10)
+    sharded = x.shard(("CPU", "CPU:1"), axis=0)
+    copies = [t.shard(("CPU", "CPU:1")) for t in (q, scale)]
+    got = quantized.linear(sharded, *copies).numpy()
+    np.testing.assert_allclose(got, quantized.linear(x, q, scale).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_tokens_equal_the_twins_and_an_unknown_id_shows() -> None:
+    _, q, scale, *_ = operands(1, 30, 21)
+    tokens = tensor(np.array([[0, 29, 4], [4, 1, 2]], np.int32))
+    positions = tensor(np.random.default_rng(1).standard_normal((5, 21)).astype(np.float32))
+    for rest in ((), (positions,)):
+        got = quantized.embedding(tokens, q, scale, *rest).numpy()
+        np.testing.assert_array_equal(
+            got, reference.quantized_embedding(tokens, q, scale, *rest).numpy()
+        )
+    unknown = quantized.embedding(tensor(np.array([[30, 1, -1]], np.int32)), q, scale).numpy()
+    assert np.isnan(unknown[0, [0, 2]]).all() and np.isfinite(unknown[0, 1]).all()
+
+
+# Rounding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 30), (2000, 600)])
+def test_no_weight_is_off_by_more_than_half_a_scale(shape: tuple[int, int]) -> None:
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    weight[0] *= 1000  # one row's large numbers do not spoil the others
+    q, scale = rounded(weight)
+    assert q.dtype == np.int8 and scale.dtype == np.float32
+    assert (np.abs(q.astype(int)).max(1) == 127).all()
+    off = np.abs(q * scale[:, None].astype(np.float64) - weight)
+    assert (off <= scale[:, None] * 0.500001).all() and (off.max() > 0 or shape == (1, 1))
+
+
+def test_rows_of_zeros_and_the_smallest_numbers_stay_finite() -> None:
+    weight = np.array([[0, 0], [1e-45, -1e-45], [3e38, -3e38]], np.float32)
+    q, scale = rounded(weight)
+    assert q[0].tolist() == [0, 0] and q[2].tolist() == [127, -127]
+    assert np.isfinite(scale).all() and np.isfinite(q * scale[:, None]).all()
+
+
+def dequantised(model: Transformer) -> Transformer:
+    """A float32 model of the numbers that the int8 ones stand for."""
+    plain = Transformer(model.config)
+    values = {name: p.numpy() for name, p in model.parameters().items()}
+    for name, p in plain.parameters().items():
+        scale = values.get(f"{name.removesuffix('.weight')}.scale")
+        write(p, values[name] if scale is None else values[name] * scale[:, None])
+    return plain.eval()
+
+
+def spread(model: Transformer) -> Transformer:
+    """Larger weights than those of a new model, whose biases are 0 and whose texts are dull."""
+    rng = np.random.default_rng(0)
+    for name, p in model.parameters().items():
+        noise = 0.1 * rng.standard_normal(p.shape)
+        write(p, (p.numpy() * (8 if "ln_" not in name else 1) + noise).astype(np.float32))
+    return model
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_logits_and_loss_are_those_of_the_dequantised_model(config: GPTConfig) -> None:
+    model = quantize(spread(Transformer(config)))
+    plain = dequantised(model)
+    rng = np.random.default_rng(2)
+    x, y = (tensor(rng.integers(0, 67, (2, 11)).astype(np.int32)) for _ in range(2))
+    np.testing.assert_allclose(model(x).numpy(), plain(x).numpy(), rtol=1e-4, atol=1e-4)
+    y[0, :3] = -1
+    assert model.loss(x, y).item() == pytest.approx(plain.loss(x, y).item(), abs=1e-5)
+    with kernels.plain():
+        np.testing.assert_allclose(model(x).numpy(), plain(x).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_adds_up_over_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantize(spread(Transformer(CONFIG)))
+    x = tensor(np.arange(20, dtype=np.int32).reshape(2, 10))
+    whole = model.loss(x, x).item()
+    monkeypatch.setattr("tinygpt.quantize.LOGITS", 67 * 3)
+    assert model.loss(x, x).item() == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_the_greedy_text_is_that_of_the_dequantised_model(config: GPTConfig) -> None:
+    model = quantize(spread(Transformer(config)))
+    greedy = SampleConfig(temperature=0.0)
+    prompt = [list(range(20)), list(range(20, 40))]  # and on beyond block_size
+    texts = [
+        np.stack(list(generate_tokens(m, prompt, 10, greedy))) for m in (model, dequantised(model))
+    ]
+    np.testing.assert_array_equal(*texts)
+    assert len(np.unique(texts[0])) > 3  # no single token over and over
+
+
+def test_weights_that_are_quantised_are_seen_by_a_decoder_that_has_written() -> None:
+    model = spread(Transformer(CONFIG)).eval()
+    decoder, context = Decoder(model), np.array([[1, 2, 3]], np.int32)
+    before = decoder.next_logits(context, object())
+    quantize(model)
+    after = decoder.next_logits(context, object())
+    fresh = Decoder(model).next_logits(context, object())
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, fresh)
+
+
+def test_a_trained_models_loss_hardly_changes_and_its_parts_are_int8() -> None:
+    ids = np.frombuffer(TEXT.encode(), np.uint8)
+    model = GPT(GPTConfig(vocab_size=128, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    recipe = TrainConfig(max_iters=60, eval_interval=60, warmup_steps=5, learning_rate=1e-2)
+    train(model, recipe, ids, show=False)
+    values = {name: p.numpy() for name, p in model.parameters().items()}
+    found = compare(model.quantize(), values.__getitem__, ids[:300])
+    assert found.tokens == 18 * 16
+    assert found.before < 2.5  # it has learned, from ln 128 = 4.9
+    assert 0 < abs(found.after - found.before) < 0.02
+    assert {p.dtype for n, p in model.parameters().items() if n in values and p.ndim == 2} == {
+        dtypes.int8,
+        dtypes.float32,  # of the positions
+    }
+
+
+def test_a_streamed_model_has_the_loss_of_the_whole_one() -> None:
+    for config in (CONFIG, UNTIED):
+        model = spread(Transformer(config)).eval()
+        weights = {name: p.numpy() for name, p in model.parameters().items()}
+        x = tensor(np.arange(48, dtype=np.int32).reshape(2, 24))
+        y = tensor(np.arange(1, 49, dtype=np.int32).reshape(2, 24))
+        passing = streamed(config, weights.__getitem__)
+        assert passing.loss(x, y).item() == pytest.approx(model.loss(x, y).item(), abs=1e-6)
+
+
+# The model --------------------------------------------------------------------------------------
+
+
+def test_every_linear_layer_is_rounded_and_the_rest_is_not() -> None:
+    model = Transformer(UNTIED)
+    before = {name: p.numpy() for name, p in model.parameters().items()}
+    quantize(model)
+    named = model.parameters()
+    kinds = [type(getattr(owner, attribute)) for _, owner, attribute in layers(model)]
+    assert len(kinds) == 2 + 4 and all(issubclass(kind, QuantizedLinear) for kind in kinds)
+    for name, value in before.items():
+        if name == "wpe.weight" or ".ln_" in f".{name}":
+            np.testing.assert_array_equal(named[name].numpy(), value)
+        else:
+            assert named[name].dtype == dtypes.int8
+            scale = named[name.replace("weight", "scale")].numpy()[:, None]
+            assert np.abs(named[name].numpy() * scale - value).max() <= scale.max() * 0.5001
+    assert model.num_params() == UNTIED.num_params()
+    floats, ints = sizes(model)
+    assert floats == 4 * UNTIED.num_params() and ints < 0.4 * floats
+
+
+def test_a_quantised_model_does_not_learn_and_is_not_saved(tmp_path: Path) -> None:
+    model = GPT(CONFIG).quantize()
+    with pytest.raises(UsageError, match="generation only"):
+        model.train()
+    with pytest.raises(UsageError, match="generation only"):
+        train(model, TrainConfig(max_iters=1), np.arange(60) % 60, show=False)
+    with pytest.raises(UsageError, match="quantised"):
+        model.save_checkpoint(1, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert model.quantize() is model  # twice is once
+
+
+def test_a_copy_of_a_quantised_model_writes_the_same() -> None:
+    model = GPT(CONFIG).quantize()
+    prompt = tensor(np.array([[1, 2, 3]], np.int32))
+    again = copy.deepcopy(model).generate(prompt, 8, temperature=0.0)
+    np.testing.assert_array_equal(again.numpy(), model.generate(prompt, 8, temperature=0.0).numpy())
+
+
+def test_adapters_are_merged_first() -> None:
+    model = Transformer(CONFIG)
+    prepare(model, TrainConfig(lora_rank=2))
+    adapter = model.h[0].mlp.c_fc
+    write(adapter.lora_b, np.ones(adapter.lora_b.shape))
+    wanted = read(adapter.weight) + adapter.scale * read(adapter.lora_b) @ read(adapter.lora_a)
+    quantize(model)
+    layer = model.h[0].mlp.c_fc
+    assert type(layer) is QuantizedLinear
+    got = layer.weight.numpy() * layer.scale.numpy()[:, None]
+    assert np.abs(got - wanted).max() <= layer.scale.numpy().max() * 0.5001
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model = Transformer(CONFIG)
+    bad = model.h[1].attn.c_proj.weight
+    write(bad, np.where(np.eye(20) > 0, np.nan, bad.numpy()))
+    with pytest.raises(DataError, match=r"h\.1\.attn\.c_proj\.weight"):
+        quantize(model)
+
+
+# From a file ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return spread(GPT(CONFIG)).save_checkpoint(3, folder=tmp_path)
+
+
+def test_rounding_while_reading_gives_the_same_model(saved: Path) -> None:
+    quickly, _ = load(saved, quantize="int8")
+    slowly = load(saved)[0].quantize()
+    assert quickly.quantized and not quickly.training
+    for (name, a), b in zip(
+        quickly.parameters().items(), slowly.parameters().values(), strict=True
+    ):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=name)
+
+
+def test_damaged_weights_are_not_rounded(saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    data[-200] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(CheckpointError, match="do not match their hash"):
+        load(saved, quantize="int8")
+
+
+def test_weights_of_another_model_are_refused(saved: Path) -> None:
+    other = Transformer(UNTIED, seed=None)
+    with pytest.raises(CheckpointError, match="another model"), checkpoint.weights(saved, other):
+        pass
+
+
+MEMORY = """
+import sys
+from tinygpt.api import load
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+load(sys.argv[1], quantize="int8")  # of something small: all that is loaded once is there
+before = peak()
+model, _ = load(sys.argv[2], quantize=sys.argv[3] if len(sys.argv) > 3 else None)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_model_that_is_rounded_while_it_is_read_takes_less_than_half(
+    tmp_path: Path, saved: Path, child_environment: dict[str, str]
+) -> None:
+    config = GPTConfig(vocab_size=512, block_size=64, n_layer=4, n_head=4, n_embd=512)
+    large = GPT(config).save_checkpoint(1, folder=tmp_path / "large")
+    taken = [
+        int(subprocess.run(
+            [sys.executable, "-c", MEMORY, saved, large, *quantized],
+            env=child_environment, capture_output=True, text=True, check=True, timeout=120,
+        ).stdout)
+        for quantized in ([], ["int8"])
+    ]  # fmt: skip
+    floats = 4 * config.num_params()
+    assert taken[0] > floats
+    assert taken[1] < floats / 2
+
+
+# The command line -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "cats.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    size = "--model.n-layer 1 --model.n-embd 16 --model.n-head 1 --model.block-size 16"
+    steps = "--tokenizer char --train.max-iters 20 --train.eval-interval 10 --train.batch-size 4"
+    arguments = ["train", text, *size.split(), *steps.split(), "--out", folder / "cats"]
+    assert main([str(a) for a in arguments]) == 0
+    return folder / "cats"
+
+
+def generate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(["generate", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+def test_generate_says_what_rounding_saves_and_costs(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompt", "the cat", "--temperature", "0", "--max-tokens", "20"]
+    code, out, err = generate(capsys, run, *flags, "--quantize", "int8")
+    assert code == 0 and out.startswith("the cat") and len(out) > 20
+    assert "the weights take" in err and "its last 10%" in err
+    after, before, change = map(
+        float, re.search(r": ([\d.]+) instead of ([\d.]+) \(([+-][\d.]+)\)", err).groups()
+    )
+    assert after - before == pytest.approx(change, abs=2e-4) and abs(change) < 0.05
+
+
+def test_a_text_can_be_given_and_a_run_without_one_still_writes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [*_, newest] = checkpoint.list_checkpoints(run)
+    alone = tmp_path / newest.name
+    alone.write_bytes(newest.read_bytes())
+    flags = ["--quantize", "int8", "--max-tokens", "3"]
+    code, out, err = generate(capsys, alone, *flags)
+    assert code == 0 and out and "not compared" in err and "--quantize-data" in err
+    text = tmp_path / "more.txt"
+    text.write_text("the dog sat on the cat.\n" * 4, encoding="utf-8")
+    code, _, err = generate(capsys, alone, *flags, "--quantize-data", text)
+    assert code == 0 and "loss on" in err and "more.txt" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--quantize", "int4"], "int8"),
+        (["--quantize-data", "x.txt"], "--quantize int8"),
+        (["--quantize", "int8", "--quantize-data", "nowhere.txt"], "nowhere.txt"),
+        (["--quantize", "int8", "--quantize-data", "EMPTY"], "EMPTY"),
+    ],
+)
+def test_what_cannot_be_quantised_is_said(
+    run: Path,
+    flags: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY").touch()
+    code, _, err = generate(capsys, run, "--max-tokens", "2", *flags)
+    assert code != 0 and said in err
+
+
+def test_a_tokenizer_and_a_plain_model_are_still_what_they_were(run: Path) -> None:
+    model, tokenizer = load(run)
+    assert not model.quantized and type(model.h[0].mlp.c_fc) is Linear
+    assert tokenizer is not None and tokenizer.encode("cat") == make_tokenizer(
+        str(run / "tokenizer.json"), lambda: []
+    ).encode("cat")
