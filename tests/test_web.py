@@ -187,14 +187,14 @@ def test_another_text_is_refused_and_a_tie_is_not(
     model = built[0]
     prompt = fixed_prompt(SMALL)
     ids = generate(model, prompt, parity.GREEDY, SampleConfig(temperature=0)).numpy()[0].tolist()
-    parity._compare_greedy(model, prompt, ids)
+    parity._compare_greedy(model, prompt, ids, TOLERANCE)
     wrong = [*ids[:-1], (ids[-1] + 1) % 256]
     with pytest.raises(InteropError, match="would write another text"):
-        parity._compare_greedy(model, prompt, wrong)
+        parity._compare_greedy(model, prompt, wrong, TOLERANCE)
     flat = GPT(SMALL).eval()
     for parameter in flat.parameters().values():
         parameter.assign(parameter * 0).realize()  # every token is as likely as every other
-    parity._compare_greedy(flat, prompt, [*prompt[0].tolist(), *[7] * parity.GREEDY])
+    parity._compare_greedy(flat, prompt, [*prompt[0].tolist(), *[7] * parity.GREEDY], TOLERANCE)
 
 
 # The scripts ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from tinygpt.files import replacing
 from tinygpt.interop import parity
 from tinygpt.interop.gguf_tokens import Tokens, tokens_of
 from tinygpt.interop.gguf_types import BLOCK, Kind, store
-from tinygpt.interop.hf import PREFIX, TURNED, shapes
+from tinygpt.interop.hf import PREFIX, TURNED, fetch_from, shapes
 from tinygpt.interop.parity import Floats
 from tinygpt.model import Transformer
 from tinygpt.tokenizers import Tokenizer
@@ -155,9 +156,8 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_string("tinygpt.version", __version__)
-    for key in ("max_difference", "rounding"):  # written over when they are known
+    for key in ("max_difference", "tolerance", "rounding"):  # written over when they are known
         writer.add_float64(f"{PARITY}.{key}", math.nan)
-    writer.add_float64(f"{PARITY}.tolerance", parity.TOLERANCE)
     writer.add_uint32(f"{PARITY}.tokens", parity.fixed_prompt(config).size)
 
 
@@ -221,13 +221,16 @@ def _prove(
     ours = parity.our_logits(rounded, ids)
     with np.errstate(all="ignore"):  # what is no number is refused by the comparison
         theirs = parity.plain_logits(fetch, config, ids)[:, : config.vocab_size]
-        difference = parity.compare(ours, theirs, reader=f"The reader of gguf {version('gguf')}")
+        rounding_error = partial(parity.rounding_error, fetch_from(rounded), config, ids)
+        reads = f"The reader of gguf {version('gguf')}"
+        difference, allowed = parity.compare(ours, theirs, reads, rounding_error)
     if reader.get_field("tokenizer.ggml.tokens").contents() != tokens.texts:
         raise InteropError(f"gguf {version('gguf')} reads another vocabulary than was written.")
     rounding = 0.0
     if rounded is not model:
         rounding = float(np.abs(parity.our_logits(model, ids) - ours).max())
-    for key, value in (("max_difference", difference), ("rounding", rounding)):
+    proved = {"max_difference": difference, "tolerance": allowed, "rounding": rounding}
+    for key, value in proved.items():
         reader.get_field(f"{PARITY}.{key}").parts[-1][0] = value
     reader.data.flush()
     return difference, rounding

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -245,8 +245,34 @@ def check(pretrained: Pretrained) -> float:
     model = Transformer(pretrained.config, seed=None)
     load_weights(model, pretrained)
     ids = parity.fixed_prompt(pretrained.config)
-    plain = parity.plain_logits(pretrained.fetch, pretrained.config, ids)
-    return parity.compare(parity.our_logits(model, ids), plain, reader="A plain forward pass")
+    given = (pretrained.fetch, pretrained.config, ids)
+    plain = parity.plain_logits(*given)
+    return parity.compare(
+        parity.our_logits(model, ids),
+        plain,
+        "A plain forward pass",
+        lambda: parity.rounding_error(*given),
+    ).difference
+
+
+def fetch_from(model: Transformer) -> parity.Fetch:
+    """A model's weights by the names, and in the layout, that they have in a folder.
+
+    Biases that the model lacks are zeros.
+    """
+    from tinygpt.transfer import read
+
+    parameters = model.parameters()
+    biased = shapes(replace(model.config, bias=True))
+
+    def fetch(name: str) -> Floats:
+        ours = name.removeprefix(PREFIX)
+        values = (
+            read(parameters[ours]) if ours in parameters else np.zeros(biased[ours], np.float32)
+        )
+        return values.T if TURNED.fullmatch(ours) else values  # (out, in) -> (in, out)
+
+    return fetch
 
 
 def _public(source: str) -> str:

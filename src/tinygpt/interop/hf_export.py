@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,12 @@ from tinygpt.files import replacing
 from tinygpt.interop import parity
 from tinygpt.interop.card import Parity, model_card
 from tinygpt.interop.folders import new_folder
-from tinygpt.interop.hf import PREFIX, TURNED, WEIGHTS_FILE, shapes
+from tinygpt.interop.hf import PREFIX, TURNED, WEIGHTS_FILE, fetch_from, shapes
 from tinygpt.interop.hf_config import config_to_hf, end_of_text
 from tinygpt.interop.hf_tokenizer import write_tokenizer
 from tinygpt.interop.parity import Floats, Ids
 from tinygpt.interop.safetensors import read_file, write_file
 from tinygpt.tokenizers import Tokenizer
-from tinygpt.transfer import read
 from tinygpt.untrusted import clip
 
 if TYPE_CHECKING:
@@ -77,18 +77,9 @@ def _described(meta: checkpoint.Meta) -> dict[str, Any]:
 
 def write_weights(model: Transformer, path: Path) -> None:
     """model.safetensors, a tensor at a time. Raises OSError."""
-    parameters = model.parameters()
     biased = shapes(replace(model.config, bias=True))
     stored = {n: s[::-1] if TURNED.fullmatch(n) else s for n, s in biased.items()}
-
-    def fetch(name: str) -> Floats:
-        ours = name.removeprefix(PREFIX)
-        if ours not in parameters:
-            return np.zeros(stored[ours], np.float32)
-        values = read(parameters[ours])
-        return values.T if TURNED.fullmatch(ours) else values  # (out, in) -> (in, out)
-
-    write_file(path, {_theirs(name): shape for name, shape in stored.items()}, fetch)
+    write_file(path, {_theirs(name): shape for name, shape in stored.items()}, fetch_from(model))
 
 
 def _theirs(name: str) -> str:
@@ -108,8 +99,9 @@ def prove(model: Transformer, folder: Path) -> Parity:
     ids = parity.fixed_prompt(model.config)
     ours = parity.our_logits(model, ids)
     reader, theirs = read_back(folder, model.config, ids)
-    difference = parity.compare(ours, theirs, reader=reader)
-    return Parity(difference, parity.TOLERANCE, reader, ids.shape[1])
+    rounding = partial(parity.rounding_error, fetch_from(model), model.config, ids)
+    found = parity.compare(ours, theirs, reader, rounding)
+    return Parity(found.difference, found.allowed, reader, ids.shape[1])
 
 
 def read_back(folder: Path, config: GPTConfig, ids: Ids) -> tuple[str, Floats]:

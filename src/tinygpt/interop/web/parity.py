@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ import numpy.typing as npt
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import InteropError, MissingExtraError
 from tinygpt.generate import Decoder, generate_tokens
-from tinygpt.interop.parity import TOLERANCE, compare, fixed_prompt, our_logits
+from tinygpt.interop.hf import fetch_from
+from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
 from tinygpt.interop.web.weights import Chunk
 from tinygpt.model import Transformer
 
@@ -54,18 +56,22 @@ def check(model: Transformer, module: bytes, chunks: Sequence[Chunk], node: bool
     ran = run(module, chunks, model.config, prompt[0].tolist())
     both = np.concatenate([ours, ours[-1:]])
     theirs = np.concatenate([ran.by_steps, ran.at_once[None]])
-    difference = compare(both, theirs, reader=f"the page's module in {ran.where}")
-    _compare_greedy(model, prompt, ran.ids)
-    return difference
+    rounding = partial(rounding_error, fetch_from(model), model.config, prompt)
+    found = compare(both, theirs, f"The page's module in {ran.where}", rounding)
+    _compare_greedy(model, prompt, ran.ids, found.allowed)
+    return found.difference
 
 
-def _compare_greedy(model: Transformer, prompt: npt.NDArray[np.int32], theirs: list[int]) -> None:
+def _compare_greedy(
+    model: Transformer, prompt: npt.NDArray[np.int32], theirs: list[int], tie: float
+) -> None:
+    """InteropError where the texts part, unless the two logits lie within ``tie`` there."""
     decoder, ids = Decoder(model), prompt[0].tolist()
     for (token,) in generate_tokens(decoder, prompt, GREEDY, SampleConfig(temperature=0)):
         other = theirs[len(ids)]
         if token != other:
             row = decoder.next_logits(np.array([ids], np.int32), object())[0]
-            if abs(row[token] - row[other]) <= TOLERANCE:
+            if abs(row[token] - row[other]) <= tie:
                 return  # a tie, which rounding may decide either way; what follows differs rightly
             raise InteropError(
                 f"The page would write another text: its token {len(ids)} is {other}, the model's "
