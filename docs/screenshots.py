@@ -1,14 +1,16 @@
-"""Pictures of the playground for the README: `screenshots.py RUN docs`, with the run's model."""
+"""Pictures of the pages for the README: `screenshots.py RUN docs`, with the run's model."""
 
 import contextlib
 import re
 import subprocess
 import sys
+import tempfile
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.browser import ARGUMENTS, CHROMIUM
 
 PROMPT = "ROMEO:\nWhat shall I say to "
@@ -76,7 +78,23 @@ def take(run: str, folder: Path) -> None:
                 page.wait_for_timeout(3000)  # for the shorter map
                 page.locator("section.inside").screenshot(path=folder / "attention.png")
             page.close()
+        take_exported(run, folder / "web.png", browser)
         browser.close()
+
+
+def take_exported(run: str, picture: Path, browser: Browser) -> None:
+    """The run as one web page, which a link has set to write."""
+    with tempfile.TemporaryDirectory() as name:
+        page_file = Path(name) / "page.html"
+        command = [sys.executable, "-m", "tinygpt", "export", "web", run, "--out", str(page_file)]
+        subprocess.run([*command, "--title", "A very small GPT"], check=True)
+        page = browser.new_page(viewport={"width": 900, "height": 760})
+        settings = {"prompt": PROMPT, "seed": 4, "count": 120, "temperature": 0.8}
+        query = urllib.parse.urlencode(settings, quote_via=urllib.parse.quote)
+        page.goto(f"{page_file.as_uri()}#{query}")
+        page.wait_for_selector("html[data-pace]", state="attached", timeout=60_000)
+        page.screenshot(path=picture)
+        page.close()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def test_training_adapters_leaves_every_other_weight_as_it_is(accumulate):
     assert repeated == losses and same_bits(after, again) == set(after)
 
 
+@pytest.mark.slow
 def test_adapters_learn_another_text():
     """A model that counts by ones is taught to count by twos."""
     model, losses = GPT(SMALL), []

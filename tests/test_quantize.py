@@ -24,7 +24,15 @@ from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.kernels import quantized, reference
 from tinygpt.lora import prepare
 from tinygpt.model import Linear, Transformer
-from tinygpt.quantize import QuantizedLinear, compare, layers, quantize, rounded, sizes, streamed
+from tinygpt.quantize import (
+    QuantizedLinear,
+    compare,
+    layers,
+    quantize,
+    rounded,
+    sizes,
+    streamed_loss,
+)
 from tinygpt.tokenizers import make_tokenizer
 from tinygpt.transfer import read, write
 
@@ -241,14 +249,14 @@ def test_a_trained_models_loss_hardly_changes_and_its_parts_are_int8() -> None:
     }
 
 
-def test_a_streamed_model_has_the_loss_of_the_whole_one() -> None:
+def test_the_loss_of_one_block_after_another_is_that_of_the_whole_model() -> None:
     for config in (CONFIG, UNTIED):
         model = spread(Transformer(config)).eval()
         weights = {name: p.numpy() for name, p in model.parameters().items()}
         x = tensor(np.arange(48, dtype=np.int32).reshape(2, 24))
         y = tensor(np.arange(1, 49, dtype=np.int32).reshape(2, 24))
-        passing = streamed(config, weights.__getitem__)
-        assert passing.loss(x, y).item() == pytest.approx(model.loss(x, y).item(), abs=1e-6)
+        found = streamed_loss(config, weights.__getitem__, x, y)
+        assert found == pytest.approx(model.loss(x, y).item(), abs=1e-6)
 
 
 # The model --------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ class Transformer:
 
     def unembed(self, x: Tensor) -> Tensor:
         """Logits (..., V) of the residual stream x (..., C)."""
-        return self._output()(x)
+        return self.output()(x)
 
     def loss(self, tokens: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); < 0 is left out."""
@@ -211,7 +211,7 @@ class Transformer:
                 f"each position has one target, the next token."
             )
         x = self.hidden(tokens, noise=self._noise(noise)).reshape(-1, self.config.n_embd)
-        return self._output().loss(x, targets.reshape(-1), gradient=self.training)
+        return self.output().loss(x, targets.reshape(-1), gradient=self.training)
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter once, by GPT-2's name, in the order of the forward pass."""
@@ -244,7 +244,8 @@ class Transformer:
         """Inference mode: dropout is off."""
         return self.train(False)
 
-    def _output(self) -> Linear:
+    def output(self) -> Linear:
+        """The layer that makes logits of the residual stream."""
         return self.wte if self.config.tie_embeddings else self.lm_head
 
     def _noise(self, noise: Noise | None) -> Noise | None:

@@ -12,7 +12,7 @@ Activations are not rounded. A model that is quantised can write and be measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -23,9 +23,9 @@ from tinygpt import kernels, lora
 from tinygpt.config import GPTConfig
 from tinygpt.errors import DataError
 from tinygpt.jit import jit
-from tinygpt.model import Attend, Block, Embedding, Linear, Noise, Transformer
+from tinygpt.model import Embedding, Linear, Transformer
 from tinygpt.train import mode
-from tinygpt.transfer import read, write
+from tinygpt.transfer import read, write, zeros
 
 Array = npt.NDArray[Any]
 Fetch = Callable[[str], Array]
@@ -169,64 +169,40 @@ class Comparison:
 
 
 def compare(model: Transformer, fetch: Fetch, tokens: Array) -> Comparison:
-    """The loss of a quantised model and of the weights it was made of, on the text's beginning.
-
-    Of the latter there is never more than one block in memory, and the token embedding.
-    """
-    block_size = min(model.config.block_size, len(tokens) - 1)
-    rows = min(max(1, MEASURED // block_size), (len(tokens) - 1) // block_size)
-    count = rows * block_size
+    """The loss of a quantised model and of the weights it was made of, on the text's beginning."""
+    T = min(model.config.block_size, len(tokens) - 1)
+    B = min(max(1, MEASURED // T), (len(tokens) - 1) // T)
     x, y = (
-        Tensor(np.ascontiguousarray(part, np.int32).reshape(rows, block_size)).realize()
-        for part in (tokens[:count], tokens[1 : count + 1])
+        write(zeros((B, T), dtypes.int32), np.reshape(part, (B, T)))
+        for part in (tokens[: B * T], tokens[1 : B * T + 1])
     )
     with mode(model, training=False):
         after = jit(lambda: model.loss(x, y).realize())().item()
-    before = streamed(model.config, fetch).loss(x, y).item()
+    before = streamed_loss(model.config, fetch, x, y)
     _free_unused(model)
-    return Comparison(count, before, after)
+    return Comparison(B * T, before, after)
 
 
-def streamed(config: GPTConfig, fetch: Fetch) -> Transformer:
-    """A float32 model in inference mode, that fetches each layer when it is needed."""
-    model = Transformer(config, seed=None)
-    model.wte = _StreamedEmbedding(config, fetch)
-    model.h = [_StreamedBlock(config, f"h.{i}", fetch) for i in range(config.n_layer)]
+def streamed_loss(config: GPTConfig, fetch: Fetch, tokens: Tensor, targets: Tensor) -> float:
+    """The loss of float32 weights of which one block at a time is in memory, and the embeddings.
+
+    tokens and targets are (B, T).
+    """
+    model = Transformer(replace(config, n_layer=1), seed=None).eval()
+    [block], (B, T) = model.h, map(int, tokens.shape)
     for name, parameter in model.parameters().items():
-        write(parameter, fetch(name))
-    return model.eval()
+        if not name.startswith("h."):
+            write(parameter, fetch(name))
+    x = zeros((B, T, config.n_embd), dtypes.float32)
 
+    def end() -> Tensor:
+        rows = model.ln_f(x).reshape(B * T, config.n_embd)
+        return model.output().loss(rows, targets.reshape(-1), gradient=False).realize()
 
-class _StreamedBlock(Block):
-    """A block that has weights only while it computes."""
-
-    def __init__(self, config: GPTConfig, name: str, fetch: Fetch) -> None:
-        self.config, self.name, self.fetch = config, name, fetch
-
-    def __call__(self, x: Tensor, noise: Noise | None, attend: Attend | None) -> Tensor:
-        block = Block(self.config)
-        for name, parameter in block.parameters(self.name).items():
-            write(parameter, self.fetch(name))
-        return block(x, noise, attend).realize()
-
-    def parameters(self, name: str) -> dict[str, Tensor]:
-        return {}
-
-
-class _StreamedEmbedding(Embedding):
-    """The token embedding, which is fetched for each use."""
-
-    def __init__(self, config: GPTConfig, fetch: Fetch) -> None:
-        self.config, self.fetch = config, fetch
-
-    def _fetched(self) -> Embedding:
-        whole = Embedding(self.config.vocab_size, self.config.n_embd)
-        write(whole.weight, self.fetch("wte.weight"))
-        return whole
-
-    def rows(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        return self._fetched().rows(tokens, positions).realize()
-
-    def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-        x, whole = x.realize(), self._fetched()
-        return jit(lambda: whole.loss(x, targets, gradient).realize())()  # jit plans its memory
+    step = jit(lambda: block(x, None, None).realize())  # a jit plans its memory
+    write(x, read(model.wte.rows(tokens, model.wpe.weight[:T]).realize()))
+    for i in range(config.n_layer):
+        for name, parameter in block.parameters(f"h.{i}").items():
+            write(parameter, fetch(name))
+        write(x, read(step()))
+    return float(jit(end)().item())

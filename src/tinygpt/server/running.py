@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,8 +23,12 @@ SENT_TOGETHER = 1 << 14
 """Bytes of events that are sent at once, if more are waiting than the client takes."""
 DONE = b"data: [DONE]\n\n"
 
-Arrived = tuple[int, Piece | None]
-"""A piece of the text with this index; None when it has ended."""
+REST = 0.01
+"""Seconds between two sends of one text: those who read see no difference, and the tokens of a
+small model, which come faster, go together."""
+
+Arrived = tuple[int, list[Piece]]
+"""What is new of the text with this index; nothing when it has ended."""
 
 
 class Running:
@@ -91,10 +96,11 @@ class Running:
 
     async def _deltas(self) -> AsyncIterator[tuple[Choice, Delta]]:
         """What is new of the texts, as it comes; the last of each has a finish reason."""
-        async for index, piece in self._until_deadline():
+        async for index, pieces in self._until_deadline():
             choice = self.choices[index]
-            if piece is not None:
-                yield choice, choice.take(piece)
+            if pieces:
+                for piece in pieces:
+                    yield choice, choice.take(piece)
                 continue
             _raise_failure(self.streams[index])
             yield choice, choice.end(self.streams[index].finish_reason)
@@ -105,23 +111,26 @@ class Running:
         while open_:
             try:
                 async with asyncio.timeout_at(self.deadline):
-                    index, piece = await self._arrived.get()
+                    index, pieces = await self._arrived.get()
             except TimeoutError:
                 self.close()
-                if not any(choice.count for choice in self.choices):
+                unread = {index: self.streams[index].taken() for index in sorted(open_)}
+                if not any(unread.values()) and not any(choice.count for choice in self.choices):
                     message = "The time for this request was over before it had its turn."
                     raise Refusal(504, message, code="timeout") from None
-                for index in sorted(open_):
-                    yield index, None
+                for index, pieces in unread.items():
+                    if pieces:
+                        yield index, pieces
+                    yield index, []
                 return
-            if piece is None:
+            if not pieces:
                 open_.discard(index)
-            yield index, piece
+            yield index, pieces
 
     async def _forward(self, index: int, stream: Stream) -> None:
-        async for piece in stream:
-            self._arrived.put_nowait((index, piece))
-        self._arrived.put_nowait((index, None))
+        async for pieces in stream.bursts(REST if self.job.stream else math.inf):
+            self._arrived.put_nowait((index, pieces))
+        self._arrived.put_nowait((index, []))
 
 
 def _submit_all(service: Service, job: Job) -> list[Stream]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -75,6 +76,7 @@ class Stream:
         self._on_cancel = on_cancel
         self._pieces: deque[Piece] = deque()
         self._waiter: Waiter | None = None
+        self._only_end = False  # does the waiter wait for the end, whatever comes before?
 
     def cancel(self) -> None:
         """Want no more. Returns at once; the stream ends before the engine's next step."""
@@ -82,14 +84,24 @@ class Stream:
         self._on_cancel()
 
     def taken(self) -> list[Piece]:
-        """All pieces that have come and are not yet read, without waiting.
-
-        For consumers that fall behind: what is written to a socket may hold several pieces.
-        """
+        """All pieces that have come and are not yet read, without waiting."""
         pieces = []
         while self._pieces:
             pieces.append(self._pieces.popleft())
         return pieces
+
+    async def bursts(self, rest: float) -> AsyncIterator[list[Piece]]:
+        """All that has come, as soon as it comes; but not before ``rest`` seconds after the last.
+
+        To wake a consumer for each token costs more than a step of a small model, as does what it
+        then does. The end of the stream does not wait for the rest to be over.
+        """
+        while True:
+            await self._some()
+            if not (pieces := self.taken()):
+                return
+            yield pieces
+            await self._end_within(rest)
 
     def __iter__(self) -> Iterator[Piece]:
         while True:
@@ -103,21 +115,38 @@ class Stream:
                 return
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        loop = asyncio.get_running_loop()
         while True:
+            await self._some()
+            if not self._pieces:
+                return
             while self._pieces:
                 yield self._pieces.popleft()
-            future = loop.create_future()
+
+    async def _some(self) -> None:
+        """Wait until there is something to read, or nothing more to come."""
+        while self.finish_reason is None and not self._pieces:
+            future = asyncio.get_running_loop().create_future()
             if self._waits(future):
                 await future
-            elif not self._pieces:
-                return
 
-    def _waits(self, waiter: Waiter) -> bool:
-        """Register who waits; False if there is something to read, or nothing more to come."""
-        self._waiter = waiter
+    async def _end_within(self, seconds: float) -> None:
+        """Wait for so long, or until the end."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        if not self._waits(future, only_end=True):
+            return
+        timer = loop.call_later(seconds, _resolve, [future]) if seconds < math.inf else None
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _waits(self, waiter: Waiter, only_end: bool = False) -> bool:
+        """Register who waits; False if what it waits for is there: a piece, or the end."""
+        self._only_end, self._waiter = only_end, waiter
         # Only now look: what came before is seen here, what comes after sees the waiter.
-        if self.finish_reason is None and not self._pieces:
+        if self.finish_reason is None and (only_end or not self._pieces):
             return True
         self._waiter = None
         return False
@@ -134,7 +163,9 @@ class Stream:
         self.finish_reason = reason
 
     def waiter(self) -> Waiter | None:
-        """Who waits, and from now on no longer does."""
+        """Who waits for what there is now, and from then on no longer does."""
+        if self._waiter is None or (self._only_end and self.finish_reason is None):
+            return None
         found, self._waiter = self._waiter, None
         return found
 
