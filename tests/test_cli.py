@@ -100,8 +100,9 @@ def test_the_program_goes_by_the_name_it_was_called_with(run_cli, monkeypatch, n
 def test_help_lists_every_verb(run_cli):
     code, out, _ = run_cli("--help")
     assert code == 0
-    verbs = ["train", "generate", "eval", "plot", "tokenizer", "gradcheck", "check"]
-    verbs += ["info", "verify", "verify-resume", "doctor"]
+    verbs = ["train", "generate", "eval", "compare", "memorization", "import", "export", "serve"]
+    verbs += ["dashboard", "plot", "tokenizer", "gradcheck", "check", "info"]
+    verbs += ["verify", "verify-resume", "doctor"]
     assert list(VERBS) == verbs
     assert [v for v in verbs if re.search(rf"│ {v}\s", out)] == verbs
 

@@ -27,8 +27,8 @@ REST = 0.01
 """Seconds between two sends of one text: those who read see no difference, and the tokens of a
 small model, which come faster, go together."""
 
-Arrived = tuple[int, list[Piece]]
-"""What is new of the text with this index; nothing when it has ended."""
+Arrived = tuple[int, Piece | None]
+"""A piece of the text with this index; None when it has ended."""
 
 
 class Running:
@@ -96,11 +96,10 @@ class Running:
 
     async def _deltas(self) -> AsyncIterator[tuple[Choice, Delta]]:
         """What is new of the texts, as it comes; the last of each has a finish reason."""
-        async for index, pieces in self._until_deadline():
+        async for index, piece in self._until_deadline():
             choice = self.choices[index]
-            if pieces:
-                for piece in pieces:
-                    yield choice, choice.take(piece)
+            if piece is not None:
+                yield choice, choice.take(piece)
                 continue
             _raise_failure(self.streams[index])
             yield choice, choice.end(self.streams[index].finish_reason)
@@ -110,8 +109,7 @@ class Running:
         open_ = set(range(len(self.streams)))
         while open_:
             try:
-                async with asyncio.timeout_at(self.deadline):
-                    index, pieces = await self._arrived.get()
+                index, piece = await self._next()
             except TimeoutError:
                 self.close()
                 unread = {index: self.streams[index].taken() for index in sorted(open_)}
@@ -119,18 +117,25 @@ class Running:
                     message = "The time for this request was over before it had its turn."
                     raise Refusal(504, message, code="timeout") from None
                 for index, pieces in unread.items():
-                    if pieces:
-                        yield index, pieces
-                    yield index, []
+                    for piece in (*pieces, None):
+                        yield index, piece
                 return
-            if not pieces:
+            if piece is None:
                 open_.discard(index)
-            yield index, pieces
+            yield index, piece
+
+    async def _next(self) -> Arrived:
+        """The next that arrives; TimeoutError if time is up before."""
+        if not self._arrived.empty():  # a timer for each token would cost as much as sending it
+            return self._arrived.get_nowait()
+        async with asyncio.timeout_at(self.deadline):
+            return await self._arrived.get()
 
     async def _forward(self, index: int, stream: Stream) -> None:
         async for pieces in stream.bursts(REST if self.job.stream else math.inf):
-            self._arrived.put_nowait((index, pieces))
-        self._arrived.put_nowait((index, []))
+            for piece in pieces:
+                self._arrived.put_nowait((index, piece))
+        self._arrived.put_nowait((index, None))
 
 
 def _submit_all(service: Service, job: Job) -> list[Stream]:
