@@ -126,7 +126,8 @@ class Running:
 
     async def _next(self) -> Arrived:
         """The next that arrives; TimeoutError if time is up before."""
-        if not self._arrived.empty():  # a timer for each token would cost as much as sending it
+        in_time = asyncio.get_running_loop().time() < self.deadline
+        if in_time and not self._arrived.empty():  # no timer for each token: it would cost a lot
             return self._arrived.get_nowait()
         async with asyncio.timeout_at(self.deadline):
             return await self._arrived.get()
