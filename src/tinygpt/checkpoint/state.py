@@ -39,8 +39,14 @@ if TYPE_CHECKING:
 def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta) -> Path:
     """Write a checkpoint atomically and return its path.
 
-    Raises CheckpointError if the folder cannot be written; what stood at ``path`` stays.
+    Raises CheckpointError if the folder cannot be written; what stood at ``path`` stays. Raises
+    UsageError for a quantised model.
     """
+    if model.quantized:
+        raise UsageError(
+            "This model was quantised, and a checkpoint holds the weights before: they are in the "
+            "one that it was loaded from."
+        )
     remove_stale(path.parent)
     return write(path, Copier(model, optimizer).copy(), meta)
 
@@ -185,11 +191,6 @@ class Copier:
     """
 
     def __init__(self, model: Transformer, optimizer: Optimizer | None) -> None:
-        if model.quantized:
-            raise UsageError(
-                "This model was quantised, and a checkpoint holds the weights before: they are in "
-                "the one that it was loaded from."
-            )
         self.model, self.optimizer = model, optimizer
         self._prepare(named_tensors(model, optimizer))
 

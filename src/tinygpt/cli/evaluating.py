@@ -10,6 +10,7 @@ from tinygpt.cli.console import aligned, command, finite, show_json
 from tinygpt.cli.models import load_model
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.cli.texts import own_validation, read_tokens
+from tinygpt.errors import UsageError
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -57,6 +58,8 @@ def evaluate(
     json
         Print the result as JSON.
     """
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is too small: it must be at least 1.")
     model, own = load_model(run, tokenizer)
     name, tokens = (
         own_validation(run, model, own, f"Give one: {command('eval', run, '--data', 'TEXT.txt')}")

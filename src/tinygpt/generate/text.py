@@ -66,6 +66,8 @@ class StopStrings:
         """Take some text; return what can be passed on."""
         if self.stopped:
             return ""
+        if not self._strings:
+            return text
         held = self._held + text
         # The first to be complete counts, of those the longest: however the text is cut up.
         ends = [(held.find(s) + len(s), -len(s)) for s in self._strings if s in held]
