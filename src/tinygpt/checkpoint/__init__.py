@@ -11,6 +11,7 @@ from tinygpt.checkpoint.folder import (
     checkpoint_path,
     list_checkpoints,
     mark_best,
+    text_of,
 )
 from tinygpt.checkpoint.format import FORMAT_VERSION, Meta, arrange
 from tinygpt.checkpoint.keeping import newest_good, remove_old
@@ -50,6 +51,7 @@ __all__ = [
     "start_from",
     "state_size",
     "stream",
+    "text_of",
     "verify",
     "weights",
     "write",

@@ -1,8 +1,9 @@
-"""The names in a folder of checkpoints, and the two small files that stand beside them.
+"""The names in a folder of checkpoints, and the small files that stand beside them.
 
 ckpt_N.safetensors   the checkpoint of step N
 best.json            which of them is the best one
 run.json             which run they belong to
+config.toml          the settings of that run
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 
 from tinygpt.checkpoint.writer import writing
 from tinygpt.files import replacing
-from tinygpt.untrusted import parse_json, read_bounded
+from tinygpt.untrusted import parse_json, parse_toml, read_bounded
 
-BEST, RUN = "best.json", "run.json"
+BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
 MAX_FILE_BYTES = 1 << 16
-"""A larger file is neither of them and is not read."""
+"""A larger file is none of them and is not read."""
 
 
 def checkpoint_path(folder: str | Path, iter_num: int) -> Path:
@@ -60,6 +61,16 @@ def run_of(folder: Path) -> str | None:
 def mark_run(folder: Path, run: str) -> None:
     """Write down which run a folder is of. Raises CheckpointError."""
     _write(folder / RUN, {"run": run})
+
+
+def text_of(folder: Path) -> str | None:
+    """The name of the text that a run learned from, without the place where it lies."""
+    try:
+        tables = parse_toml(read_bounded(folder / CONFIG, MAX_FILE_BYTES).decode())
+        source = tables["data"]["source"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return Path(source).name or None if isinstance(source, str) else None
 
 
 def _read(path: Path, key: str) -> Any:

@@ -10,10 +10,6 @@ from tinygpt import checkpoint
 from tinygpt.errors import CheckpointError
 from tinygpt.runs import choose_checkpoint
 from tinygpt.server.service import Service
-from tinygpt.untrusted import parse_toml, read_bounded
-
-MAX_CONFIG = 1 << 16
-"""A larger config.toml is none."""
 
 
 def model_card(service: Service) -> dict[str, Any]:
@@ -45,18 +41,8 @@ def _history(folder: Path | None) -> dict[str, Any]:
         "best_val_loss": meta.progress.get("best_val_loss"),
         "best_iter": meta.progress.get("best_iter"),
         "train": None if meta.train is None else meta.train.to_dict(),
-        "data": _data_name(folder if folder.is_dir() else folder.parent),
+        "data": checkpoint.text_of(folder if folder.is_dir() else folder.parent),
     }
-
-
-def _data_name(folder: Path) -> str | None:
-    """The name of the text that the run learned from, without the folders it lies in."""
-    try:
-        tables = parse_toml(read_bounded(folder / "config.toml", MAX_CONFIG).decode())
-        source = tables["data"]["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Path(source).name or None if isinstance(source, str) else None
 
 
 def _without_nan(value: Any) -> Any:

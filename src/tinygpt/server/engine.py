@@ -3,8 +3,9 @@
 tinygrad is not thread-safe. So one thread computes, and nothing else does: requests come to it
 through a queue, tokens leave it through streams, and whatever else needs the model (`Engine.run`)
 is called in that thread between two steps. A step brings every running request one token further.
-A request waits for a free place, of which there are ``places``; it is then prefilled by itself
-between two steps, one request at a time, so that no running stream waits for more than that.
+A request waits for a free place, of which there are ``places``; its prompt is then prefilled by
+itself. Between two steps that is one long prompt or a few short ones, so that no running stream
+waits for more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Self, TypeVar
 from tinygpt import programs
 from tinygpt.errors import TinyGPTError
 from tinygpt.generate.batching import BatchDecoder
+from tinygpt.generate.decoder import SMALLEST_BUCKET
 from tinygpt.model import Transformer
 from tinygpt.sample import choose
 from tinygpt.server.stream import FinishReason, Piece, Request, Stream, wake
@@ -32,6 +34,9 @@ __all__ = ["Engine", "EngineClosed", "EngineStats", "Piece", "QueueFull", "Reque
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+PROMPT_TOKENS = 64
+"""Tokens of prompts between two steps: as soon as there are so many, who runs has its turn."""
 
 
 class QueueFull(TinyGPTError):  # noqa: N818
@@ -259,11 +264,17 @@ class Engine:
         self._preparing = None
 
     def _admit(self) -> None:
-        """Give the next request a place, and prefill it: its first token."""
-        with self._changed:
-            if not self._waiting or len(self._running) == self.places:
-                return
-            stream = self._waiting.popleft()
+        """Give those who wait longest a place, and prefill their prompts: their first tokens."""
+        tokens = 0
+        while tokens < PROMPT_TOKENS and len(self._running) < self.places:
+            with self._changed:
+                if not self._waiting:
+                    return
+                stream = self._waiting.popleft()
+            tokens += max(len(stream.request.ids), SMALLEST_BUCKET)
+            self._begin(stream)
+
+    def _begin(self, stream: Stream) -> None:
         if stream.request.max_tokens == 0:
             self._end(stream, "length")
             return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import say, show_json
 from tinygpt.cli.models import load_model
-from tinygpt.cli.options import Switch, file_tables
+from tinygpt.cli.options import Switch
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -40,7 +40,7 @@ def export_hf(
     """
     from dataclasses import asdict
 
-    from tinygpt.checkpoint import read_meta
+    from tinygpt.checkpoint import read_meta, text_of
     from tinygpt.interop.folders import check_free
     from tinygpt.interop.hf_export import export
     from tinygpt.runs import choose_checkpoint
@@ -48,7 +48,7 @@ def export_hf(
     check_free(out)
     chosen = choose_checkpoint(run)
     model, vocabulary = _load(chosen, tokenizer)
-    proved = export(model, vocabulary, out, read_meta(chosen), _text_of(chosen.parent))
+    proved = export(model, vocabulary, out, read_meta(chosen), text_of(chosen.parent))
     if not model.config.bias:
         say("the model has no biases: they are written as zeros")
     say(f"{proved} (of {proved.tokens} tokens)")
@@ -66,10 +66,3 @@ def _load(path: Path, tokenizer: str | None) -> tuple[GPT, Tokenizer | None]:
 
     runtime.require_device()
     return load(path)[0], None
-
-
-def _text_of(folder: Path) -> str | None:
-    """The name of the text that a run learned from, without the place where it lies."""
-    settings = folder / "config.toml"
-    source = file_tables(settings).get("data", {}).get("source") if settings.is_file() else None
-    return None if source is None else Path(source).name

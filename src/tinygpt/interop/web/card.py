@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinygpt import checkpoint, metrics
-from tinygpt.untrusted import read_bounded
 
 POINTS = 200
 """Points of a curve: as many as a small picture can show."""
-MAX_CONFIG_BYTES = 1 << 16
 
 
 def card(path: Path) -> dict[str, Any]:
@@ -24,21 +21,13 @@ def card(path: Path) -> dict[str, Any]:
     told: dict[str, Any] = {
         "steps": meta.iter_num,
         "parameters": meta.model.num_params(),
-        "data": _name_of_text(path.parent / "config.toml"),
+        "data": checkpoint.text_of(path.parent),
         "val_loss": meta.progress.get("best_val_loss"),
         "train_loss": meta.progress.get("train_loss"),
         "seconds": meta.progress.get("elapsed"),
     }
     known = {name: value for name, value in told.items() if value is not None}
     return known | _curves(path.parent / "metrics.jsonl", meta.iter_num)
-
-
-def _name_of_text(config: Path) -> str | None:
-    try:
-        source = tomllib.loads(read_bounded(config, MAX_CONFIG_BYTES).decode())["data"]["source"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return Path(source).name if isinstance(source, str) else None
 
 
 def _curves(path: Path, last: int) -> dict[str, Any]:
