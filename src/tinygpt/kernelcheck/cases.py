@@ -20,6 +20,7 @@ from tinygpt.kernels import (
     layer_norm,
     linear,
     loss,
+    quantized_linear,
     reference,
     self_attention,
 )
@@ -133,6 +134,28 @@ def _linear(rows: int, n_in: int, n_out: int, extra: str = "") -> Case:
         computed(linear),
         computed(reference.linear),
         formulas[extra],
+    )
+
+
+def int8_cases() -> Iterator[Case]:
+    for rows, n_in, n_out in ((1, 64, 192), (3, 33, 17), (24, 96, 160)):
+        yield _int8(rows, n_in, n_out)
+
+
+def int8_timed() -> Case:
+    return _int8(1, 768, 3072)
+
+
+def _int8(rows: int, n_in: int, n_out: int) -> Case:
+    """A layer whose weights are int8, which only generates and has no gradients."""
+    weight = np.random.default_rng(1).integers(-127, 128, (n_out, n_in), np.int8)
+    scale = np.abs(numbers(n_out, seed=2)) / 127
+    return Case(
+        f"{rows}x{n_in} to {n_out}",
+        (numbers(rows, n_in), weight, scale, numbers(n_out, seed=3)),
+        lambda *given: [quantized_linear(*given)],
+        lambda *given: [reference.quantized_linear(*given)],
+        exact.quantized_linear,
     )
 
 
@@ -261,6 +284,7 @@ def numbers(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
 KERNELS: dict[str, tuple[Callable[[], Iterator[Case]], Callable[[], Case]]] = {
     "attention": (attention_cases, attention_timed),
     "linear": (linear_cases, linear_timed),
+    "int8": (int8_cases, int8_timed),
     "norm": (norm_cases, norm_timed),
     "embedding": (embedding_cases, embedding_timed),
     "loss": (loss_cases, loss_timed),

@@ -61,6 +61,11 @@ def linear_residual(
     return [residual + y, *gradients, grad]
 
 
+def quantized_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[Array]:
+    """x Wᵀ + b with W = weight scale"""
+    return [x @ (weight * scale[:, None]).T + bias]
+
+
 def layer_norm(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
     """The last axis of x (N, C) with mean 0 and variance 1, scaled and shifted."""
     rstd = 1 / np.sqrt(x.var(-1, keepdims=True) + 1e-5)

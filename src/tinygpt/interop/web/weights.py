@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.errors import UsageError
+from tinygpt.quantize import rounded as quantized
 
 Floats = npt.NDArray[np.float32]
 Kind = Literal["float16", "float32", "int8"]
@@ -44,17 +45,9 @@ def rounded(values: Floats, kind: Kind) -> Floats:
     if kind == "float16":
         return values.astype(np.float16).astype(np.float32)
     if kind == "int8" and values.ndim == 2:
-        scales, numbers = quantized(values)
+        numbers, scales = quantized(values)
         return numbers.astype(np.float32) * scales[:, None]
     return values
-
-
-def quantized(matrix: Floats) -> tuple[Floats, npt.NDArray[np.int8]]:
-    """-> the scale of each row (rows,), and the whole numbers (rows, columns)."""
-    largest = np.abs(matrix).max(axis=1)  # (rows,)
-    scales = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
-    numbers = np.rint(matrix / scales[:, None]).clip(-127, 127)
-    return scales, numbers.astype(np.int8)
 
 
 def check(arrays: Mapping[str, Floats], kind: Kind) -> None:
@@ -85,7 +78,7 @@ def chunks(arrays: Mapping[str, Floats], places: Mapping[str, int], kind: Kind) 
 
 
 def _rows(matrix: Floats, at: int) -> Iterator[Chunk]:
-    scales, numbers = quantized(matrix)
+    numbers, scales = quantized(matrix)
     rows, columns = matrix.shape
     step = max(1, CHUNK // columns)
     for start in range(0, rows, step):
