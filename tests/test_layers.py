@@ -12,22 +12,11 @@ import pytest
 
 ORDER = [
     *("errors", "untrusted", "files", "lock", "runtime", "multicore", "programs", "config"),
-    *(
-        "tokenizers",
-        "corpus",
-        "data",
-        "kernels",
-        "jit",
-        "transfer",
-        "cache",
-        "model",
-        "lora",
-        "optim",
-    ),
-    *("distributed", "guard", "diagnose", "train", "metrics", "evaluation", "memorization"),
-    *("checkpoint", "changes", "preflight", "quantize"),
-    *("sample", "generate", "interop", "gradcheck", "kernelcheck", "plots", "runs", "display"),
-    *("api", "server", "cli", "__init__", "__main__"),
+    *("tokenizers", "corpus", "data", "kernels", "jit", "transfer", "cache", "model", "lora"),
+    *("optim", "distributed", "guard", "diagnose", "train", "metrics", "evaluation"),
+    *("memorization", "checkpoint", "changes", "preflight", "quantize", "sample", "generate"),
+    *("interop", "gradcheck", "kernelcheck", "plots", "runs", "display", "api", "server", "cli"),
+    *("__init__", "__main__"),
 ]
 
 WITHOUT_TINYGRAD = [
