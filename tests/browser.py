@@ -1,6 +1,6 @@
 """Chromium for the tests of pages: one browser for all of them, a fresh profile for each test.
 
-A test module takes the fixtures it needs: ``from tests.browser import browser, open_page``.
+The fixtures are in conftest.py's reach, so that all test modules have the same browser.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ import pytest
 # Importing tinygpt chooses the compiler and its kernel cache, which stays the user's own: kernels
 # compiled in the last run are used again. Everything else is cached in a folder of this run.
 import tinygpt  # noqa: F401
+from tests.browser import browser, open_page
+
+__all__ = ["browser", "open_page"]
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 

@@ -535,7 +535,7 @@ def test_an_error_nobody_foresaw_is_news_and_not_lost_with_the_thread(tmp_path, 
 class Odd:
     """Tensors of every kind that a copy may meet."""
 
-    config = CONFIG
+    config, quantized = CONFIG, False
 
     def __init__(self):
         base = Tensor(np.arange(12, dtype=np.float32).reshape(3, 4)).realize()

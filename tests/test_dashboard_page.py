@@ -15,7 +15,7 @@ pytest.importorskip("playwright", reason="needs playwright")
 
 from playwright.sync_api import expect
 
-from tests.browser import axe_violations, browser, open_page, overflow
+from tests.browser import axe_violations, overflow
 from tests.dashboard_runs import add, lines, make_run, rows
 from tests.serving import until
 from tinygpt.lock import FolderLock
@@ -25,8 +25,6 @@ from tinygpt.server.dashboard import Board, make_app
 from tinygpt.server.listening import url
 from tinygpt.server.thread import ServerThread, listen_nearby
 from tinygpt.server.watch import Watch
-
-__all__ = ["browser", "open_page"]  # fixtures
 
 KEY = "a-key-for-the-tests"
 HOSTILE = '<img src=x onerror="alert(1)"></script>'

@@ -610,7 +610,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, exported, monkeypatch, room):
 )
 def test_a_failed_comparison_leaves_nothing(tmp_path, monkeypatch, distort):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setattr(hf_export, "read", lambda tensor: distort(tensor.numpy()))
+    fetch_from = hf_export.fetch_from
+    monkeypatch.setattr(
+        hf_export, "fetch_from", lambda model: lambda name: distort(fetch_from(model)(name))
+    )
     with pytest.raises(InteropError, match="computes something else"):
         export(random_model(), None, tmp_path / "out", checkpoint.Meta(0, SMALL))
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from tinygrad import Tensor
 
-from tests.browser import axe_violations, browser, open_page, overflow
+from tests.browser import axe_violations, overflow
 from tests.numpy_gpt2 import GPT2
 from tests.serving import running
 from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig, checkpoint
@@ -24,8 +24,6 @@ from tinygpt.server.engine import Engine
 from tinygpt.server.service import Service
 from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 from tinygpt.transfer import write
-
-__all__ = ["browser", "open_page"]  # fixtures
 
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>run'
 CONFIG = GPTConfig(block_size=48, vocab_size=256, n_layer=2, n_head=3, n_embd=24)
