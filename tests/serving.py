@@ -37,6 +37,10 @@ class FakeEngine:
         self.go.set()
         self.streams = []
 
+    @property
+    def alive(self):
+        return not self.closed
+
     def open(self):
         """Texts that are not at their end: those that hold a place."""
         return [s for s in self.streams if s.finish_reason is None]

@@ -18,6 +18,7 @@ from tinygpt.generate import Decoder, generate_text
 from tinygpt.model import Transformer
 from tinygpt.server.engine import Engine, EngineClosed, QueueFull, Request
 from tinygpt.server.stream import Piece, Stream, wake
+from tinygpt.server.writer import Writer
 from tinygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .,")
@@ -505,6 +506,29 @@ def test_a_model_that_diverged_is_an_error_that_says_so(model):
         stream = engine.submit(request("a", 5))
         assert list(stream) == [] and isinstance(stream.error, TinyGPTError)
         assert "diverged" in str(stream.error)
+
+
+def test_a_token_that_cannot_be_passed_on_ends_its_own_request_alone(engine, expected, monkeypatch):
+    advance = Writer.advance
+
+    def fail_for_one(self, token, logits):
+        if self.stream.request.max_tokens == 7:
+            raise ValueError("this one")
+        return advance(self, token, logits)
+
+    monkeypatch.setattr(Writer, "advance", fail_for_one)
+    streams = [engine.submit(request("hello", n)) for n in (12, 7, 9)]
+    assert [text_of(streams[i]) for i in (0, 2)] == [expected("hello", n) for n in (12, 9)]
+    assert list(streams[1]) == [] and str(streams[1].error) == "this one"
+
+
+def test_an_engine_says_whether_it_lives(model):
+    engine = Engine(model, TOKENIZER, places=1)
+    assert not engine.alive
+    engine.start()
+    assert engine.alive
+    engine.close()
+    assert not engine.alive
 
 
 # The end

@@ -544,6 +544,14 @@ def test_with_the_key_everything_is_told_and_without_it_the_page_is():
     assert http.get("/").status_code == 200 and "tiny" not in http.get("/").text
 
 
+def test_a_server_whose_engine_has_ended_is_not_healthy():
+    service = fake_service()
+    http = client(service)
+    assert http.get("/healthz").status_code == 200
+    service.engine.closed = True
+    assert error_of(http.get("/healthz"), 503)["code"] == "ended"
+
+
 def test_every_answer_protects_the_page():
     http = client(api_key=KEY)
     answers = [

@@ -42,7 +42,7 @@ def routes(service: Service) -> list[Route]:
         post("/v1/chat/completions", chats, chat_job),
         get("/v1/models", _models, service),
         get("/v1/models/{id:path}", _one_model, service),
-        get("/healthz", _health),
+        get("/healthz", _health, service),
         get("/metrics", _metrics, service),
         get("/openapi.json", _document, document),
     ]
@@ -127,7 +127,9 @@ def _described(service: Service) -> dict[str, object]:
     }
 
 
-async def _health(request: Request) -> Response:
+async def _health(service: Service, request: Request) -> Response:
+    if not service.engine.alive:
+        raise Refusal(503, "The engine has ended; the server's terminal says why.", code="ended")
     return JSONResponse({"status": "ok"})
 
 

@@ -50,7 +50,7 @@ def openapi(service: Service, completions: Schema, chats: Schema) -> Json:
             "/v1/chat/completions": {
                 "post": _post("Answer in a chat.", chats, _chat(), _chat_chunk())
             },
-            "/healthz": {"get": _get("Whether it runs.", _object(status={"enum": ["ok"]}))},
+            "/healthz": {"get": _get_health()},
             "/metrics": {"get": _get("Figures for Prometheus.", STRING, "text/plain")},
             "/openapi.json": {"get": _get("This document.", {"type": "object"})},
         },
@@ -65,6 +65,12 @@ def openapi(service: Service, completions: Schema, chats: Schema) -> Json:
 def _get(summary: str, schema: Json, media_type: str = "application/json") -> Json:
     good = {"description": "As asked.", "content": {media_type: {"schema": schema}}}
     return {"summary": summary, "responses": {"200": good, **_refusals(REFUSALS)}}
+
+
+def _get_health() -> Json:
+    operation = _get("Whether it runs.", _object(status={"enum": ["ok"]}))
+    operation["responses"] |= _refusals({"503": BODY_REFUSALS["503"]})
+    return operation
 
 
 def _get_model(service: Service) -> Json:

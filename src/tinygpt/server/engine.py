@@ -166,6 +166,11 @@ class Engine:
             self._changed.notify()
         return future
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken, and the thread is there that answers them."""
+        return self._open and self._thread is not None and self._thread.is_alive()
+
     def stats(self) -> EngineStats:
         """Numbers for a page or for /metrics; from any thread."""
         with self._changed:
@@ -295,20 +300,25 @@ class Engine:
             self._advance(list(self._running))
 
     def _advance(self, writers: list[Writer]) -> None:
-        """One token for each of these; if that fails, they end with the error."""
+        """One token for each of these. Where that fails, those end with the error that it is of."""
         lines = [writer.line for writer in writers]
         try:
             logits = self._decoder.next_logits(lines)[:, : self.tokenizer.vocab_size]
             choices = [writer.choice for writer in writers]
             tokens = choose(logits, [line.ids for line in lines], choices).tolist()
-            reasons = [w.advance(*each) for w, *each in zip(writers, tokens, logits, strict=True)]
         except Exception as error:
             log.exception("A step of %d requests failed.", len(writers))
             for writer in writers:
                 self._leave(writer, "error", error)
             return
         self._tokens += len(writers)
-        for writer, reason in zip(writers, reasons, strict=True):
+        for writer, token, row in zip(writers, tokens, logits, strict=True):
+            try:
+                reason = writer.advance(token, row)
+            except Exception as error:
+                log.exception("A token of one request could not be passed on.")
+                self._leave(writer, "error", error)
+                continue
             if reason is not None:
                 self._leave(writer, reason)
         wake(writer.stream for writer in writers)
