@@ -375,6 +375,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return Tensor(np.random.default_rng(seed).integers(0, 16, shape).astype(np.int32)).realize()
 
 
+@pytest.mark.slow
 def test_a_model_with_dropout_trains_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = model_of(P), tokens(3, 8), tokens(3, 8, seed=1)
     weights = [model.wte.weight, model.h[0].attn.c_attn.weight, model.h[0].mlp.c_fc.weight]

@@ -171,7 +171,9 @@ def test_the_command_says_what_it_expects(tmp_path, capsys):
     words += " --train.batch-size 2 --train.max-iters 2 --train.eval-iters 1 --tokenizer byte"
     assert main(["train", str(text), "--out", str(tmp_path / "run"), *words.split()]) == 0
     told = capsys.readouterr().err
-    assert re.search(r"memory: about \d+ MB at the peak \(weights 0\.0 MB, optimizer 0\.1 MB", told)
+    assert re.search(
+        r"memory: about [\d.]+ [MG]B at the peak \(weights 0\.0 MB, optimizer 0\.1 MB", told
+    )
     assert re.search(r"time: about \d+ ms a step, [\d,]+ tokens/s, \d+s for 2 steps", told)
 
 

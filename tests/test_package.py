@@ -151,8 +151,9 @@ def test_scripts_test_leaves_out_the_slow_unless_asked_and_passes_the_rest_on(cl
     lines = calls(clone, "test", "-k", "two words")
     tools = [line.split()[2] for line in lines if " pip " not in line]
     assert tools == ["ruff", "ruff", "mypy", "pytest"]
-    assert lines[-1] == "python -m pytest -m not slow -k two words"
-    assert calls(clone, "test", "--slow", "-x")[-1] == "python -m pytest -x"
+    run = "python -m pytest --numprocesses 2 --dist loadfile"
+    assert lines[-1] == f"{run} -m not slow -k two words"
+    assert calls(clone, "test", "--slow", "-x")[-1] == f"{run} -x"
     assert installs(calls(clone, "test", "--oracle"))[-1] == ".[oracle]"
 
 
