@@ -1,6 +1,6 @@
 """The exported web page in headless Chromium: size, time to the first token, tokens per second.
 
-    python benchmarks/web.py [--config baby | gpt2] [--weights KIND] [--rounds R]
+    python benchmarks/web.py [--config baby | long | gpt2] [--weights KIND] [--rounds R]
 
 Correctness comes first: the export compares logits and 100 greedy tokens with the model's before it
 writes the page, and here the page's greedy text has to be that of ``generate_text``. Then the page
@@ -24,11 +24,12 @@ CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 SHAPES = {
     "baby": {"block_size": 64, "vocab_size": 65, "n_layer": 4, "n_head": 4, "n_embd": 128},
+    "long": {"block_size": 1024, "vocab_size": 65, "n_layer": 4, "n_head": 4, "n_embd": 128},
     "gpt2": {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768},
 }
-WITHIN = {"baby": 60, "gpt2": 40}
-"""Tokens after a prompt of two."""
-BEYOND = {"baby": 100, "gpt2": 0}
+WITHIN = {"baby": 60, "long": 1000, "gpt2": 40}
+"""Tokens after a prompt of two. ``long`` is ``baby`` with room for 1024."""
+BEYOND = {"baby": 100, "long": 0, "gpt2": 0}
 KILOBYTES = 150_000
 """What a page may have besides its weights."""
 
