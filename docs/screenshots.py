@@ -89,7 +89,7 @@ def take_exported(run: str, picture: Path, browser: Browser) -> None:
         command = [sys.executable, "-m", "tinygpt", "export", "web", run, "--out", str(page_file)]
         subprocess.run([*command, "--title", "A very small GPT"], check=True)
         page = browser.new_page(viewport={"width": 900, "height": 760})
-        settings = {"prompt": PROMPT, "seed": 4, "count": 120, "temperature": 0.8}
+        settings = {"prompt": "The ", "seed": 4, "count": 120, "temperature": 0.8}
         query = urllib.parse.urlencode(settings, quote_via=urllib.parse.quote)
         page.goto(f"{page_file.as_uri()}#{query}")
         page.wait_for_selector("html[data-pace]", state="attached", timeout=60_000)
