@@ -22,7 +22,7 @@ from tinygpt.errors import InteropError, MissingExtraError
 from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.interop.hf import fetch_from
 from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
-from tinygpt.interop.web.weights import Chunk
+from tinygpt.interop.web.weights import Chunk, values
 from tinygpt.model import Transformer
 
 Logits = npt.NDArray[np.float32]
@@ -147,17 +147,7 @@ class _Running:
         self._memory: Any = instance["memory"]
 
     def put(self, chunk: Chunk) -> None:
-        data: Any
-        if chunk.kind == "float16":
-            data = np.frombuffer(chunk.data, "<f2").astype("<f4")
-        elif chunk.kind == "float32":
-            data = np.frombuffer(chunk.data, "<f4")
-        else:
-            rows = len(chunk.data) // (chunk.columns + 4)
-            scales = np.frombuffer(chunk.data, "<f4", rows)
-            numbers = np.frombuffer(chunk.data, np.int8, offset=4 * rows)
-            data = numbers.reshape(rows, -1).astype("<f4") * scales[:, None]
-        self._write(self._call("weights") + 4 * chunk.at, data)
+        self._write(self._call("weights") + 4 * chunk.at, values(chunk))
 
     def step(self, token: int, position: int) -> Logits:
         self._write(self._call("ids"), np.array([token], "<i4"))

@@ -85,3 +85,14 @@ def _rows(matrix: Floats, at: int) -> Iterator[Chunk]:
         part = slice(start, start + step)
         data = scales[part].astype("<f4").tobytes() + numbers[part].tobytes()
         yield Chunk("int8", at + start * columns, columns, data)
+
+
+def values(chunk: Chunk) -> Floats:
+    """The numbers that a chunk holds, as float32: what the page's ``put`` makes of it."""
+    if chunk.kind != "int8":
+        return np.frombuffer(chunk.data, "<f2" if chunk.kind == "float16" else "<f4").astype("<f4")
+    rows = len(chunk.data) // (chunk.columns + 4)
+    scales = np.frombuffer(chunk.data, "<f4", rows)
+    numbers = np.frombuffer(chunk.data, np.int8, offset=4 * rows)
+    whole: Floats = numbers.reshape(rows, -1).astype("<f4") * scales[:, None]
+    return whole
