@@ -1,6 +1,7 @@
-"""Chromium for the tests of pages: one browser for all of them, a fresh profile for each test.
+"""Chromium for the tests of pages: one browser for each file, a fresh profile for each test.
 
-The fixtures are in conftest.py's reach, so that all test modules have the same browser.
+Playwright keeps an event loop running in the thread that it was started in, where no other can then
+be run. So a browser ends with its file, and leaves the next one a thread without a loop.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A headless Chromium; tests that need it are skipped where there is none."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -26,11 +27,29 @@ hypothesis.settings.register_profile("tinygpt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tinygpt")
 
 
+SLOW = 3600
+"""Seconds for a test that is known to take minutes; pyproject.toml has those for all others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(SLOW))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def foreground() -> None:
     """A shell lets what it starts in the background ignore Ctrl-C, and so would its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_event_loop_is_left() -> Iterator[None]:
+    """A file that leaves one running makes every ``asyncio.run`` after it fail."""
+    yield
+    with pytest.raises(RuntimeError):
+        asyncio.get_running_loop()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -151,7 +151,7 @@ def test_scripts_test_leaves_out_the_slow_unless_asked_and_passes_the_rest_on(cl
     lines = calls(clone, "test", "-k", "two words")
     tools = [line.split()[2] for line in lines if " pip " not in line]
     assert tools == ["ruff", "ruff", "mypy", "pytest"]
-    run = "python -m pytest --numprocesses 2 --dist loadfile"
+    run = "python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0"
     assert lines[-1] == f"{run} -m not slow -k two words"
     assert calls(clone, "test", "--slow", "-x")[-1] == f"{run} -x"
     assert installs(calls(clone, "test", "--oracle"))[-1] == ".[oracle]"
