@@ -4,10 +4,12 @@
 
 Correctness comes first: the export compares logits and 100 greedy tokens with the model's before it
 writes the page, and here the page's greedy text has to be that of ``generate_text``. Then the page
-is opened anew R times with a link that makes it write at once. ``first token`` counts from the
-start of the navigation; ``within`` is the pace while the text fits into block_size; ``beyond`` is
-that of further tokens, each of which takes a whole window. One thread computes, in the page's
-worker. Weights are random, which changes no time.
+is opened anew R times with a link that makes it write at once, and R times by a visitor who looks
+at it for a second before asking. ``first token`` counts from the start of the navigation; ``at
+once`` and ``a second later`` are the two paces while the text fits into block_size; ``beyond`` is
+that of further tokens, each of which takes a whole window; ``prompt`` is what a prompt of so many
+tokens and one more take together. One thread computes, in the page's worker. Weights are random,
+which changes no time.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ SHAPES = {
 WITHIN = {"baby": 60, "long": 1000, "gpt2": 40}
 """Tokens after a prompt of two. ``long`` is ``baby`` with room for 1024."""
 BEYOND = {"baby": 100, "long": 0, "gpt2": 0}
+PROMPT = {"baby": 0, "long": 500, "gpt2": 0}
+"""Tokens of a prompt that is timed by itself; 0: none."""
+LOOKING = 1000
+"""Milliseconds that a visitor takes before asking."""
 KILOBYTES = 150_000
 """What a page may have besides its weights."""
 
@@ -55,11 +61,21 @@ def expected_text(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
     return prompt + "".join(generate_text(model, tokenizer, prompt, count, greedy))
 
 
-def open_and_write(browser: Any, path: Path, **settings: object) -> dict[str, Any]:
-    """Open the page with a link; -> what it wrote, and when."""
+def open_and_write(
+    browser: Any, path: Path, looking: int = 0, **settings: object
+) -> dict[str, Any]:
+    """Open the page with a link, or fill it in after a while; -> what it wrote, and when."""
     page = browser.new_context(offline=True).new_page()
     link = urllib.parse.urlencode(settings, quote_via=urllib.parse.quote)
-    page.goto(f"{path.as_uri()}#{link}", timeout=300_000)
+    page.goto(path.as_uri() if looking else f"{path.as_uri()}#{link}", timeout=300_000)
+    if looking:
+        page.wait_for_selector("html[data-ready]", state="attached", timeout=300_000)
+        page.evaluate("document.getElementById('settings').open = true")
+        page.uncheck("#fresh")
+        for name, value in settings.items():
+            page.fill("#text" if name == "prompt" else f"#{name}", str(value))
+        page.wait_for_timeout(looking)
+        page.click("#go")
     page.wait_for_selector("html[data-pace]", state="attached", timeout=300_000)
     told = page.evaluate("({...document.documentElement.dataset})")
     found = {"text": page.input_value("#text"), **{k: float(v) for k, v in told.items()}}
@@ -74,14 +90,20 @@ def measure(name: str, kind: str, rounds: int) -> dict[str, Any]:
         model, tokenizer, made, seconds = make(name, kind, Path(folder))
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         within, beyond = WITHIN[name], BEYOND[name]
-        settings = {"prompt": "AB", "temperature": 0, "seed": 1}
-        wrote = open_and_write(browser, made.path, count=within, **settings)
-        assert wrote["text"] == expected_text(model, tokenizer, "AB", within), "another text"
-        inside, longer = [], []
+        short = {"prompt": "AB", "temperature": 0, "seed": 1, "count": within}
+        long = {**short, "prompt": tokenizer.decode([5] * PROMPT[name]), "count": 1}
+        for settings in (short, long) if PROMPT[name] else (short,):
+            wanted = expected_text(model, tokenizer, settings["prompt"], settings["count"])
+            assert open_and_write(browser, made.path, **settings)["text"] == wanted, "another text"
+        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ("once", "later", "on", "long")}
         for _ in range(rounds):
-            inside.append(open_and_write(browser, made.path, count=within, **settings))
+            runs["once"].append(open_and_write(browser, made.path, **short))
+            runs["later"].append(open_and_write(browser, made.path, LOOKING, **short))
             if beyond:
-                longer.append(open_and_write(browser, made.path, count=within + beyond, **settings))
+                further = {**short, "count": within + beyond}
+                runs["on"].append(open_and_write(browser, made.path, LOOKING, **further))
+            if PROMPT[name]:
+                runs["long"].append(open_and_write(browser, made.path, **long))
         browser.close()
     allowed = 1.1 * made.weights * 4 / 3 + KILOBYTES
     found: dict[str, Any] = {
@@ -91,13 +113,16 @@ def measure(name: str, kind: str, rounds: int) -> dict[str, Any]:
         "of_allowed": made.size / allowed,
         "difference": made.difference,
         "export_seconds": seconds,
-        "first_token_ms": Spread.of([run["first"] for run in inside]),
-        "within": Spread.of([run["pace"] for run in inside]),
+        "first_token_ms": Spread.of([run["first"] for run in runs["once"]]),
+        "at_once": Spread.of([run["pace"] for run in runs["once"]]),
+        "a_second_later": Spread.of([run["pace"] for run in runs["later"]]),
     }
     if beyond:
-        pairs = zip(inside, longer, strict=True)
+        pairs = zip(runs["later"], runs["on"], strict=True)
         taken = [(within + beyond) / b["pace"] - within / a["pace"] for a, b in pairs]
         found["beyond"] = Spread.of([beyond / t for t in taken])
+    if PROMPT[name]:
+        found["prompt_ms"] = Spread.of([1e3 / run["pace"] for run in runs["long"]])
     return found
 
 
@@ -116,9 +141,13 @@ def main() -> None:
     )
     print(f"exported in {found['export_seconds']:.1f} s, logits within {found['difference']:.1e}")
     print(f"first token {found['first_token_ms'].show('.0f')} ms after opening")
-    print(f"within block_size {found['within'].show(',.0f')} tokens/s")
+    print(f"within block_size at once {found['at_once'].show(',.0f')} tokens/s")
+    print(f"within block_size a second later {found['a_second_later'].show(',.0f')} tokens/s")
     if "beyond" in found:
         print(f"beyond it {found['beyond'].show(',.0f')} tokens/s")
+    if "prompt_ms" in found:
+        tokens = PROMPT[options.config]
+        print(f"a prompt of {tokens} tokens, at once {found['prompt_ms'].show('.0f')} ms")
     result = {"benchmark": "web", "machine": where, "config": options.config}
     write_json(options.json, result | {"weights_as": options.weights} | found)
 

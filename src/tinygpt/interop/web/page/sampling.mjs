@@ -20,7 +20,9 @@ export function likeliest(logits, count) {
 
 function exponentials(logits, temperature) {
   const largest = logits[argmax(logits)];
-  return Float64Array.from(logits, (x) => Math.exp((x - largest) / temperature));
+  const weights = new Float64Array(logits.length); // filled by a loop: `from` takes ten times as long
+  for (let i = 0; i < weights.length; i++) weights[i] = Math.exp((logits[i] - largest) / temperature);
+  return weights;
 }
 
 // The ids that top-k and then top-p leave, ascending; of equals the lower ones.
