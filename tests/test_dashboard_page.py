@@ -308,6 +308,9 @@ def test_nothing_is_in_the_way_of_anybody(runs, open_page, scheme, width):
     assert overflow(page) == 0
     color = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", color))) < 200) == (scheme == "dark")
+    hint = page.locator("#layers-hint")  # in the dark, what is large is bright
+    expect(hint).to_contain_text("as on the scale")
+    expect(hint).not_to_contain_text("darker")
 
 
 def test_what_runs_hold_is_shown_as_text(tmp_path, open_page):

@@ -195,7 +195,7 @@ function showLayers(run) {
   const there = layers.length > 0;
   byId("layers").hidden = byId("scale").hidden = !there;
   byId("layers-hint").textContent = there
-    ? "Embeddings first, then the layers from the text upwards; darker is larger, before clipping."
+    ? "Embeddings first, then the layers from the text upwards; colours as on the scale, before clipping."
     : "This run has no gradient norms by layer: it was trained by an older version.";
   if (there) strip.show(source.layerX.mean, layers, range);
 }
