@@ -1,4 +1,7 @@
-"""Pictures of the pages for the README: `screenshots.py RUN docs`, with the run's model."""
+"""Pictures of the pages for the README: `screenshots.py RUN docs`, with the run's model.
+
+Those of the dashboard show two short trainings on the text that comes with TinyGPT.
+"""
 
 import contextlib
 import re
@@ -15,19 +18,28 @@ from tests.browser import ARGUMENTS, CHROMIUM
 
 PROMPT = "ROMEO:\nWhat shall I say to "
 WINDOW = {"width": 1180, "height": 940}
+TRAININGS = {"rate-3e-3": "3e-3", "rate-1e-3": "1e-3"}
+"""The runs of the dashboard's pictures: names and learning rates."""
 
 
 @contextlib.contextmanager
 def serving(run: str) -> Iterator[str]:
     """The address of a server of this run, on a free port."""
-    command = [sys.executable, "-m", "tinygpt", "serve", run, "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with answering("serve", run) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def answering(command: str, place: str) -> Iterator[str]:
+    """The address that `tinygpt serve` or `tinygpt dashboard` says first."""
+    words = [sys.executable, "-m", "tinygpt", command, place, "--port", "0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
-            found = re.search(r" at (http\S+)", server.stderr.readline())
+            found = re.search(r"http[^\s#]+", server.stderr.readline())
             if found is None:
-                sys.exit(f"{run} cannot be served: {server.stderr.read()}")
-            yield found[1]
+                sys.exit(f"{place} cannot be shown: {server.stderr.read()}")
+            yield found[0]
         finally:
             server.terminate()
 
@@ -78,8 +90,34 @@ def take(run: str, folder: Path) -> None:
                 page.wait_for_timeout(3000)  # for the shorter map
                 page.locator("section.inside").screenshot(path=folder / "attention.png")
             page.close()
+        take_trained(folder, browser)
         take_exported(run, folder / "web.png", browser)
         browser.close()
+
+
+def take_trained(folder: Path, browser: Browser) -> None:
+    """Two runs on the dashboard, with the pointer on a step."""
+    with tempfile.TemporaryDirectory() as runs:
+        for name, rate in TRAININGS.items():
+            train_briefly(Path(runs) / name, rate)
+        with answering("dashboard", runs) as address:
+            for scheme, name in (("light", "dashboard.png"), ("dark", "dashboard-dark.png")):
+                profile: dict[str, Any] = {"viewport": WINDOW, "color_scheme": scheme}
+                page = browser.new_page(**profile, reduced_motion="reduce")
+                page.goto(address)
+                page.get_by_role("button", name=next(iter(TRAININGS))).click()
+                expect(page.locator("#name")).to_have_text(next(iter(TRAININGS)))
+                expect(page.locator("#link")).to_have_text("live")
+                page.locator("#loss > canvas").hover(position={"x": 360, "y": 120})
+                expect(page.locator("#loss .tip")).to_contain_text("validation")
+                page.screenshot(path=folder / name)
+                page.close()
+
+
+def train_briefly(out: Path, rate: str) -> None:
+    words = ["train", "auto", "--preset", "baby", "--out", str(out), "--train.max-iters", "500"]
+    words += ["--train.learning-rate", rate, "--train.eval-interval", "50"]
+    subprocess.run([sys.executable, "-m", "tinygpt", *words], check=True, stderr=subprocess.PIPE)
 
 
 def take_exported(run: str, picture: Path, browser: Browser) -> None:

@@ -88,6 +88,19 @@ def test_json_holds_figures_losses_and_samples(
     assert found["samples"][-1]["texts"][0] == sample["text"]
 
 
+def test_curves_that_look_alike_without_colours_come_with_their_numbers(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = compare(capsys, *runs, "--samples", "0")[1].split("[losses]")[1]
+    assert "┤" in drawn
+    table = drawn.split("validation, step")[1].splitlines()[1:]
+    rows = [[float(number) for number in line.split()] for line in table]
+    found = json.loads(compare(capsys, *runs, "--json")[1])["losses"]["steps"]
+    assert len(rows) == len(found)
+    for row, wanted in zip(rows, found, strict=True):
+        assert row == pytest.approx([wanted["iter"], *wanted["loss"]], abs=1e-4)
+
+
 def test_without_plotext_there_is_a_table_of_losses(
     runs: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

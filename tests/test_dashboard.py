@@ -847,3 +847,9 @@ def test_the_server_thread_ends_with_its_block_and_holds_up_no_exit(tmp_path):
             stream = events_of(url(listener, "127.0.0.1"))
             next(stream)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_cannot_be_is_not_said_to_be_taken(port):
+    with pytest.raises(UsageError, match=f"--port {port} is not a port"):
+        listen_nearby("127.0.0.1", port)

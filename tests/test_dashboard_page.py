@@ -119,6 +119,63 @@ def test_a_page_comes_back_after_the_server_has(tmp_path, open_page):
         expect(figure(page, "Step")).to_have_text("150")
 
 
+def test_a_server_that_goes_while_the_page_asks_is_a_connection_that_was_lost(runs, open_page):
+    folder, address = runs
+    page = ready(open_page(address))
+    card(page, "first").locator("button").click()
+    expect(page.locator("#link")).to_have_text("live")
+    page.route("**/curves*", lambda route: route.abort())
+    (folder / "first" / "metrics.jsonl").write_text(lines(rows(1, 260, seed=5)))
+    expect(page.locator("#link")).to_contain_text("connection lost")
+    page.unroute("**/curves*")
+    page.locator("#loss > canvas").press("End")
+    card(page, "second").locator("input").uncheck()
+    until(lambda: picture(page, "loss") and slider(page, "loss", "valuemax") == "260")
+    expect(page.locator("#link")).to_have_text("live")
+
+
+def test_a_run_chosen_while_the_server_is_gone_comes_when_it_is_back(tmp_path, open_page):
+    for i in range(11):
+        make_run(tmp_path / f"run-{i}", 50 + i, planned=1000, seed=i)
+    held = FolderLock(tmp_path / "run-3")
+    held.acquire()
+    with serving(tmp_path) as address:
+        page = ready(open_page(address))
+        expect(page.locator("#link")).to_have_text("live")
+        expect(page.locator("#sample")).to_have_text("text of step 50")
+        expect(page.locator("#name")).to_have_text("run-3")
+        expect(page.locator("#save")).to_be_enabled()
+        expect(page.locator("#away")).to_be_hidden()
+    expect(page.locator("#away")).to_contain_text("tinygpt dashboard")
+    for button in ("#save", "#stop"):  # nobody is there to be asked
+        expect(page.locator(button)).to_be_disabled()
+    assert axe_violations(page) == []
+    late = page.locator("#runs li:has(input:not(:checked))")
+    name = late.locator("button").inner_text()
+    late.locator("button").click()
+    expect(page.locator("#name")).to_have_text(name)
+    expect(page.locator("#told")).to_contain_text("cannot be reached")
+    expect(page.locator("#sample")).to_contain_text("No sample")  # not those of another run
+    with serving(tmp_path, port=int(address.rpartition(":")[2])):
+        expect(page.locator("#link")).to_have_text("live", timeout=30_000)
+        expect(page.locator("#sample")).to_have_text("text of step 50")
+        expect(page.locator("#away")).to_be_hidden()
+        expect(page.locator("#told")).to_be_empty()
+        page.locator("#loss > canvas").press("End")
+        assert slider(page, "loss", "valuemax") == "60"
+    held.release()
+
+
+def test_a_page_whose_first_question_stays_unanswered_asks_again(runs, open_page):
+    page = open_page(f"{runs[1]}/page/icon.svg")
+    page.route("**/dashboard/runs", lambda route: route.abort(), times=1)
+    page.goto(runs[1])
+    expect(page.locator("#error")).to_contain_text("cannot be reached")
+    ready(page)
+    expect(page.locator("#error")).to_be_hidden()
+    expect(page.locator("#link")).to_have_text("live")
+
+
 def test_after_sleep_the_page_asks_for_what_it_has_missed(runs, open_page):
     page = ready(open_page(runs[1]))
     expect(page.locator("#link")).to_have_text("live")
@@ -224,6 +281,7 @@ def test_everything_can_be_done_by_keyboard(runs, open_page):
     canvas = page.locator("#loss > canvas")
     canvas.focus()
     canvas.press("Home")
+    picture(page, "loss")
     assert slider(page, "loss", "valuenow") == "1"
     for _ in range(3):
         canvas.press("ArrowRight")
@@ -250,6 +308,9 @@ def test_nothing_is_in_the_way_of_anybody(runs, open_page, scheme, width):
     assert overflow(page) == 0
     color = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", color))) < 200) == (scheme == "dark")
+    hint = page.locator("#layers-hint")  # in the dark, what is large is bright
+    expect(hint).to_contain_text("as on the scale")
+    expect(hint).not_to_contain_text("darker")
 
 
 def test_what_runs_hold_is_shown_as_text(tmp_path, open_page):

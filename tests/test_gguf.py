@@ -445,13 +445,14 @@ def llama():
     given = os.environ.get("TINYGPT_LLAMA_PYTHON")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     python = Path(given) if given else cache / "tinygpt-tests" / "llama" / "bin" / "python"
+    said = ""
     if not given and not _has_llama(python):
         missing = [tool for tool in ("cmake", "c++") if not shutil.which(tool)]
         if missing:
             pytest.skip(f"llama.cpp cannot be built without {' and '.join(missing)}")
-        _build(python.parents[1])
+        said = _build(python.parents[1])
     if not _has_llama(python):
-        pytest.skip(f"{python} has no llama-cpp-python, and it could not be built from its source")
+        pytest.skip(f"{python} has no llama-cpp-python, and it could not be built: {said}")
     return python
 
 
@@ -462,18 +463,23 @@ def _has_llama(python):
 
 
 def _build(folder):
-    """pip fetches the source, so the proxies that keep tests offline are left out."""
+    """pip fetches the source, so the proxies that keep tests offline are left out.
+
+    -> what it said at the end, which is why it failed if it did
+    """
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     environment = {n: v for n, v in os.environ.items() if not n.lower().endswith("_proxy")}
     environment |= {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "CMAKE_ARGS": "-DGGML_NATIVE=OFF"}
     source = ["--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3.16,<0.4"]
-    subprocess.run(
+    done = subprocess.run(
         [folder / "bin" / "python", "-m", "pip", "install", "-q", *source],
         env=environment,
         capture_output=True,
+        text=True,
         timeout=3000,
     )
+    return done.stderr.strip()[-300:]
 
 
 STORY = "The cat sat on the mät. 猫坐在垫子上。 It was 12 o'clock!\n"

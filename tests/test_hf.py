@@ -336,6 +336,15 @@ def refused(folder, capsys, *words, wanted):
     assert sorted(folder.parent.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("kept", "wanted"),
+    [(0, "is empty (0 bytes)"), (5, "cannot hold the header"), (2000, "Fetch it again")],
+)
+def test_a_file_that_broke_off_is_to_be_fetched_again(exported, kept, wanted, capsys):
+    os.truncate(exported / "model.safetensors", kept)
+    refused(exported, capsys, wanted=(wanted, "Fetch it again"))
+
+
 CONFIGS = [
     ({"model_type": "llama"}, "model_type 'llama'"),
     ({"model_type": ...}, "names no model_type"),
@@ -355,9 +364,12 @@ CONFIGS = [
     ({"n_layer": 10**9}, "n_layer=1000000000"),
     ({"tie_word_embeddings": "yes"}, "tie_embeddings='yes'"),
     ({"resid_pdrop": 7}, "resid_pdrop=7"),
-    ({"n_layer": 3}, ("lacks 12 weights", "h.2.ln_1.weight")),
+    ({"n_layer": 3}, ("lacks 12 weights", "h.2.ln_1.weight", "config.json of another model")),
     ({"n_layer": 1}, ("holds 12 weights", "h.1.")),
-    ({"n_positions": 32, "n_ctx": 32}, ("wpe.weight has shape (16, 16)", "(32, 16)")),
+    (
+        {"n_positions": 32, "n_ctx": 32},
+        ("wpe.weight has shape (16, 16)", "(32, 16)", "another model?"),
+    ),
     ({"tie_word_embeddings": False}, "lacks 1 weight: lm_head.weight"),
 ]
 

@@ -401,6 +401,15 @@ def test_files_that_are_damaged_are_named(content: bytes, message: str, tmp_path
         assert str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize("lost", ["vocab.json", "merges.txt"])
+def test_half_a_tokenizer_is_not_taken_for_none(lost: str, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps(fast()["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("a b\n")
+    (tmp_path / lost).unlink()
+    with pytest.raises(TokenizerError, match=f"but {lost} is not"):
+        read_tokenizer(tmp_path)
+
+
 def test_merges_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(fast()["model"]["vocab"]))
     (tmp_path / "merges.txt").write_bytes(b"#version: 0.2\r\na b\r\nab c\r\nc d\r\n")

@@ -260,6 +260,14 @@ def test_without_a_network_the_files_and_their_place_are_said(tmp_path, monkeypa
     assert "into a folder" in said and "Traceback" not in said and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["folder/model.safetensors", "folder/pytorch_model.bin"])
+def test_a_file_that_is_not_there_is_no_name_to_ask_the_hub_for(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(requests, "head", None)
+    with pytest.raises(InteropError, match=f"There is no file or folder '{name}'"):
+        hub.fetch(name)
+
+
 def test_files_that_were_put_there_by_hand_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(requests, "head", None)

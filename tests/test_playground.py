@@ -372,6 +372,14 @@ class Playground:
         return self.page.locator("#candidates li button")
 
 
+def asks_for_candidates(answer, behind):
+    """Whether a response is that to the question what comes behind so many tokens."""
+    request = answer.request
+    if not request.url.endswith("/api/candidates"):
+        return False
+    return len(request.post_data_json["ids"]) == behind
+
+
 @pytest.fixture
 def playground(open_page, address):
     page = open_page(address)
@@ -626,7 +634,8 @@ def test_axe_finds_nothing_on_a_phone_or_a_desk_in_light_or_dark(open_page, addr
     page.locator("#pages").evaluate(
         "(element) => { element.hidden = false; }"
     )  # beside a dashboard
-    playground.write(20, "It was")
+    with page.expect_response(lambda answer: asks_for_candidates(answer, behind=26)):
+        playground.write(20, "It was")
     playground.expect(playground.candidates()).to_have_count(10)
     assert overflow(page) <= 0
     assert axe_violations(page) == []
@@ -636,6 +645,24 @@ def test_axe_finds_nothing_on_a_phone_or_a_desk_in_light_or_dark(open_page, addr
             playground.expect(page.locator("#pair")).to_contain_text("looks at")
         assert axe_violations(page) == [], tab
         assert overflow(page) <= 0, tab
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_candidates_stay_legible_while_others_are_asked_for(open_page, address, scheme):
+    page = open_page(address, color_scheme=scheme)
+    playground = Playground(page)
+    with page.expect_response(lambda answer: asks_for_candidates(answer, behind=11)):
+        playground.write(5, "It was")
+    playground.expect(playground.candidates()).to_have_count(10)
+    held = []
+    page.route("**/api/candidates", lambda route: held.append(route))
+    playground.button("Token before").click()
+    playground.expect(page.locator(".candidates")).to_have_attribute("aria-busy", "true")
+    playground.expect(page.locator(".candidates .bars").first).to_have_css("opacity", "0.3")
+    assert axe_violations(page) == []
+    held.pop().continue_()
+    playground.expect(page.locator("#candidates [aria-current]")).to_have_count(1)
+    playground.expect(page.locator(".candidates .bars").first).to_have_css("opacity", "1")
 
 
 def test_the_theme_can_be_chosen_and_is_kept(open_page, address):

@@ -314,8 +314,23 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
     model = Transformer(CONFIG)
     bad = model.h[1].attn.c_proj.weight
     write(bad, np.where(np.eye(20) > 0, np.nan, bad.numpy()))
+    before = model.parameters()
     with pytest.raises(DataError, match=r"h\.1\.attn\.c_proj\.weight"):
         quantize(model)
+    # what it had it still has: nothing was rounded, and it can go on being trained
+    after = model.parameters()
+    assert not model.quantized and model.training and list(after) == list(before)
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_a_refused_model_keeps_its_adapters() -> None:
+    model = Transformer(CONFIG)
+    prepare(model, TrainConfig(lora_rank=2))
+    write(model.h[1].mlp.c_fc.lora_b, np.full((80, 2), np.inf))
+    before = list(model.parameters())
+    with pytest.raises(DataError, match=r"h\.1\.mlp\.c_fc\.lora_b"):
+        quantize(model)
+    assert list(model.parameters()) == before
 
 
 # From a file ------------------------------------------------------------------------------------

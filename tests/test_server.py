@@ -44,7 +44,7 @@ from tinygpt.server.app import assemble, make_app
 from tinygpt.server.choices import Choice
 from tinygpt.server.engine import Engine
 from tinygpt.server.limits import Limits
-from tinygpt.server.listening import listen
+from tinygpt.server.listening import Server, listen
 from tinygpt.server.prompts import chat_text
 from tinygpt.server.schema import check
 from tinygpt.server.scoring import score
@@ -993,6 +993,18 @@ def test_unsafe_or_impossible_options_are_wrong_use(run, arguments, message, cap
     monkeypatch.delenv("TINYGPT_API_KEY", raising=False)
     assert main(["serve", str(run), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_serving_int8_weights_says_what_they_cost(run, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "more.txt"
+    text.write_text("the cat sat on the mat.\n" * 20, encoding="utf-8")
+    monkeypatch.setattr(Server, "run", lambda *_: None)
+    flags = ["--port", "0", "--quantize", "int8", "--quantize-data", str(text)]
+    assert main(["serve", str(run), *flags]) == 0
+    told = capsys.readouterr().err
+    assert "int8: the weights take" in told and re.search(r"more\.txt.* instead of .*\(", told)
+    assert main(["serve", str(run), "--quantize-data", str(text)]) == 2
+    assert "--quantize int8" in capsys.readouterr().err
 
 
 def test_a_run_that_is_missing_is_told(tmp_path, capsys):

@@ -47,16 +47,19 @@ def quantize(model: Model, fetch: Fetch | None = None) -> Model:
 
     With ``fetch`` they come from there, for a model that was made without any (``seed=None``): it
     never takes more memory than it has in the end, and its largest weight. Adapters are merged
-    first. From now on the model is in inference mode. Raises DataError if a weight is not finite.
+    first. From now on the model is in inference mode. Raises DataError if a weight is not finite,
+    and then a model that had its weights already is as it was.
 
     >>> model = quantize(load("runs/shakespeare")[0])
     """
     if model.quantized:
         return model
+    if fetch is None:
+        Tensor.realize(*model.parameters().values())
+        for name, parameter in model.parameters().items():
+            _check_finite(name, read(parameter))
     lora.merge(model)
     floats = model.parameters()
-    if fetch is None:
-        Tensor.realize(*floats.values())
     for name, owner, attribute in layers(model):
         weight = floats.pop(f"{name}.weight")
         values = read(weight) if fetch is None else fetch(f"{name}.weight")
@@ -69,6 +72,14 @@ def quantize(model: Model, fetch: Fetch | None = None) -> Model:
     model.quantized = True
     _free_unused(model)
     return model.eval()
+
+
+def _check_finite(name: str, values: Array) -> None:
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"{name} holds values that are not finite, which cannot be rounded. Take an older "
+            f"checkpoint; tinygpt verify RUN looks at all of a run's."
+        )
 
 
 def layers(model: Transformer) -> Iterator[tuple[str, Any, str]]:
@@ -106,11 +117,7 @@ class QuantizedLinear(Linear):
         self, name: str, weight: Array, bias: Tensor | None, device: str | tuple[str, ...] | None
     ) -> None:
         q, scale = rounded(weight)
-        if not np.isfinite(scale).all():
-            raise DataError(
-                f"{name}.weight holds values that are not finite, which cannot be rounded. Take an "
-                f"older checkpoint; tinygpt verify RUN looks at all of a run's."
-            )
+        _check_finite(f"{name}.weight", scale)
         self.weight = write(Tensor.empty(*q.shape, dtype=dtypes.int8, device=device), q)
         self.scale = write(Tensor.empty(len(q), dtype=dtypes.float32, device=device), scale)
         self.bias = bias

@@ -248,7 +248,10 @@ def _figure(name: str, value: float | int | None) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    """The curves where they can be drawn, or else losses at steps that all runs have."""
+    """The curves where they can be drawn, and losses at steps that all runs have.
+
+    Without colours, as in a file, the curves look alike: the numbers tell which is which.
+    """
     from tinygpt.plots import terminal_plot
 
     drawn = [run.path for run in runs if run.train or run.val]
@@ -257,9 +260,10 @@ def _curves(runs: Sequence[Run]) -> str:
     size = shutil.get_terminal_size((100, 30))
     height = max(min(size.lines - 2, 26), 12)
     try:
-        return terminal_plot(drawn, min(size.columns, 140), height, color=sys.stdout.isatty())
+        drawing = terminal_plot(drawn, min(size.columns, 140), height, color=sys.stdout.isatty())
     except MissingExtraError:
         return _table(runs)
+    return f"{drawing}\n\n{_table(runs)}"
 
 
 def _table(runs: Sequence[Run]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from tinygpt.cli.console import program_name, say, show_json
-from tinygpt.cli.models import Quantize, load_model, tell_quantized
+from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch, flags
 from tinygpt.config import SampleConfig
 from tinygpt.display.text import printable
@@ -74,8 +74,7 @@ def generate(
     if interactive and (prompt is not None or json):
         raise UsageError("-i asks for the prompts itself: leave --prompt and --json out.")
     config = SampleConfig.from_dict(dict(sample or {}))
-    if quantize_data is not None and quantize is None:
-        raise UsageError("--quantize-data goes with --quantize int8.")
+    check_quantize(quantize, quantize_data)
     text = _prompt_text(prompt)
     writer = _Writer(run, tokenizer, config, max_tokens, seed, stop or [], quantize)
     if quantize is not None:

@@ -42,6 +42,12 @@ def load_model(
     return model, own
 
 
+def check_quantize(quantize: Quantize | None, data: str | None) -> None:
+    """UsageError for a text to compare on where there is nothing to compare."""
+    if data is not None and quantize is None:
+        raise UsageError("--quantize-data goes with --quantize int8.")
+
+
 def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
     """Say what rounding has saved, and what it costs on ``data`` or the run's validation text."""
     from tinygpt import checkpoint, quantize

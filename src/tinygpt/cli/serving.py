@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from tinygpt.cli.console import command, say
-from tinygpt.cli.models import Quantize, load_model
+from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch
 from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
@@ -50,6 +50,7 @@ def serve(
     places: int = 16,
     tokenizer: str | None = None,
     quantize: Quantize | None = None,
+    quantize_data: str | None = None,
     open: Switch = False,
 ) -> int:
     """Serve a model: a page to play with, and an API like OpenAI's.
@@ -72,6 +73,8 @@ def serve(
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
     quantize
         int8: round the weights, for a quarter of the memory and faster writing.
+    quantize_data
+        Text on which to compare the losses before and after. [default: the run's validation text]
     open
         Open the page in a browser.
     """
@@ -81,8 +84,9 @@ def serve(
     key = _key(api_key, host, "serve", run)
     if not 1 <= places <= MOST_PLACES:
         raise UsageError(f"--places {places} is out of range: it must be from 1 to {MOST_PLACES}.")
+    check_quantize(quantize, quantize_data)
     with listen(host, port) as listener:
-        service = _service(run, tokenizer, quantize, places)
+        service = _service(run, tokenizer, quantize, quantize_data, places)
         from tinygpt.server.app import make_app
 
         board = _board(run, key)
@@ -224,12 +228,16 @@ def _key(given: str | None, host: str, *words: object) -> str | None:
     return key
 
 
-def _service(run: Path, tokenizer: str | None, quantize: Quantize | None, places: int) -> Service:
+def _service(
+    run: Path, tokenizer: str | None, quantize: Quantize | None, text: str | None, places: int
+) -> Service:
     from tinygpt.runs import choose_checkpoint
     from tinygpt.server.engine import Engine
     from tinygpt.server.service import Service
 
     model, own = load_model(run, tokenizer, quantize)
+    if quantize is not None:
+        tell_quantized(run, model, own, text)
     chosen = choose_checkpoint(run)
     created = int(chosen.stat().st_mtime)
     return Service(Engine(model, own, places), model, own, _name(run), run, created)

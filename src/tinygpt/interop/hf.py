@@ -43,6 +43,8 @@ OTHER_TOKENIZER = (
     "Name the tokenizer that belongs to the model, such as --tokenizer gpt2, or take the weights "
     "alone: --tokenizer none"
 )
+OF_ANOTHER = "Is the config.json of another model? Fetch both from the same place."
+"""What to do where the weights are not those that config.json describes."""
 LISTED = 5
 """Names that an error lists at most."""
 
@@ -90,7 +92,10 @@ class Pretrained:
         pieces = self._turned(entry) if TURNED.fullmatch(name) else entry.pieces()
         for piece in pieces:
             if not np.isfinite(piece).all():
-                raise InteropError(f"{entry.path}: {name} holds values that are not finite.")
+                raise InteropError(
+                    f"{entry.path}: {name} holds values that are not finite, and nothing can be "
+                    f"computed with them. Fetch the file again, or take an earlier state of it."
+                )
             yield piece
 
     def _turned(self, entry: Entry) -> Iterator[Floats]:
@@ -208,7 +213,8 @@ def _check_names(path: Path, wanted: Mapping[str, object], found: Mapping[str, o
             near = nearest(lost[0][:99], [n for n in known if n not in names])
             what = "" if said == "lacks" else ", which the GPT-2 of its config.json does not have"
             raise InteropError(
-                f"{path} {said} {len(lost):,} weight{'s' * (len(lost) > 1)}{what}: {listed}.{near}"
+                f"{path} {said} {len(lost):,} weight{'s' * (len(lost) > 1)}{what}: {listed}.{near} "
+                f"{OF_ANOTHER}"
             )
 
 
@@ -216,7 +222,8 @@ def _check_entry(path: Path, name: str, shape: tuple[int, ...], entry: Entry) ->
     stored = shape[::-1] if TURNED.fullmatch(name) else shape
     if entry.shape != stored:
         raise InteropError(
-            f"{path}: {name} has shape {entry.shape}, and by config.json it would be {stored}."
+            f"{path}: {name} has shape {entry.shape}, and by config.json it would be {stored}. "
+            f"{OF_ANOTHER}"
         )
     if entry.dtype not in WEIGHTS:
         raise InteropError(

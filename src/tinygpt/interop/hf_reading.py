@@ -49,6 +49,12 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
             added = folder / "added_tokens.json"
             special = _ids(read_json(added)) if added.exists() else {}
             return _of_bytes(_ids(read_json(vocab)), _read_merges(merges), special)
+    for here, lost in ((vocab, merges), (merges, vocab)):
+        if here.exists():
+            raise TokenizerError(
+                f"{here} is there, but {lost.name} is not, and neither means anything alone. Put "
+                f"it beside it, or a tokenizer.json."
+            )
     for name, kind in OTHERS.items():
         if (folder / name).exists():
             raise TokenizerError(f"{folder / name}: {_refused(f'a {kind} tokenizer')}")

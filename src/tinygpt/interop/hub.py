@@ -35,6 +35,8 @@ NAMES = {
 }
 """Models by the short names that everybody uses."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+FILES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".gguf")
+"""Ends of what is a path to a file, though it may look like owner/name."""
 ENDPOINT = "https://huggingface.co"
 WEIGHTS = "model.safetensors"
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json")
@@ -67,7 +69,7 @@ def fetch(name: str, progress: bool = False) -> Path:
     where.
     """
     repository = NAMES.get(name, name)
-    if not REPOSITORY.fullmatch(repository) or ".." in repository:
+    if not REPOSITORY.fullmatch(repository) or ".." in repository or name.endswith(FILES):
         raise InteropError(
             f"There is no file or folder {brief(name, 200)}, and no model of that name."
             f"{nearest(name[:99], list(NAMES))} Known names: {', '.join(NAMES)}, or owner/name."

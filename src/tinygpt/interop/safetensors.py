@@ -119,7 +119,7 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Place
     except ValueError as error:
         known = type(error) is ValueError
         reason = clip(error) if known else "its header cannot be read"
-        raise InteropError(f"{path} is damaged or incomplete: {reason}.") from error
+        raise InteropError(f"{path} is damaged or incomplete: {reason}. Fetch it again.") from error
 
 
 def _check_places(header: Mapping[str, Any], size: int) -> dict[str, Place]:
@@ -164,13 +164,15 @@ def _are_counts(values: Any) -> bool:
 
 def _no_safetensors(path: Path, start: bytes, size: int) -> str:
     """What a file is that has no header, as far as its first bytes tell."""
+    if size == 0:
+        return f"{path} is empty (0 bytes): it never arrived. Fetch it again."
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return refuse_pickle(path)
     if start == b"version ":
         return f"{path} is a pointer of Git LFS, not the weights. Fetch them: git lfs pull"
     return (
         f"{path} is damaged or not a safetensors file: its {size:,} bytes cannot hold the header "
-        f"it announces."
+        f"it announces. Fetch it again."
     )
 
 

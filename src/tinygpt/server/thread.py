@@ -19,7 +19,7 @@ TRIES = 20
 
 def listen_nearby(host: str, port: int) -> socket.socket:
     """A socket that listens on the port or, if that is taken, on one of the next."""
-    for candidate in range(port, min(port + TRIES, 65536)):
+    for candidate in [port, *range(port + 1, min(port + TRIES, 65536))]:
         try:
             return listen(host, candidate)
         except UsageError as error:

@@ -6,7 +6,7 @@ import { byId, debounced } from "./dom.js";
 import { Feed } from "./feed.js";
 import { Film } from "./film.js";
 import * as format from "./format.js";
-import { get, keepKey, request } from "./net.js";
+import { ApiError, get, keepKey, request } from "./net.js";
 import { look, repaint, RunList, showFigures } from "./runs.js";
 import { Series, smooth } from "./series.js";
 import { Strip } from "./strip.js";
@@ -19,9 +19,10 @@ const runs = new Map(); // by id, in the order in which they came
 let order = [];
 let focused = null;
 let range = null; // the steps that are seen; null for all
+let away = false; // whether the server does not answer
 const choices = { log: false, smooth: true, ...stored() };
 
-const list = new RunList({ onShow: showRun, onFocus: focus });
+const list = new RunList({ onShow: calmly(showRun), onFocus: calmly(focus) });
 const film = new Film({ onStep: point });
 const strip = new Strip(byId("layers"));
 const feed = new Feed({ cursor, onEvent: take, onState: tellLink });
@@ -51,7 +52,7 @@ async function begin() {
   answer.runs.forEach((card) => add(card, runs.size < SHOWN_AT_FIRST));
   order = answer.runs.map((card) => card.id);
   await Promise.all(listed().filter((run) => run.shown).map(load));
-  focus(order[0] ?? null);
+  await focus(order[0] ?? null);
   feed.restart();
 }
 
@@ -77,7 +78,10 @@ async function load(run) {
 async function loadSamples(run) {
   const fresh = run.frames === null;
   const answer = await get(`dashboard/runs/${run.id}/samples`).catch(() => null);
-  if (!answer) return;
+  if (!answer) {
+    if (fresh && run.id === focused) film.load([], run.max_iters, true); // not those of another run
+    return;
+  }
   run.frames = answer.samples;
   if (run.id === focused) film.load(run.frames, run.max_iters, fresh);
 }
@@ -98,7 +102,7 @@ async function take(event) {
   order = event.order;
   for (const id of [...runs.keys()]) if (!order.includes(id)) runs.get(id).shown = false;
   if (unknown || stale.length) await catchUp(unknown, stale);
-  if (!order.includes(focused)) focus(order[0] ?? null);
+  if (!order.includes(focused)) await focus(order[0] ?? null);
   show();
 }
 
@@ -126,9 +130,11 @@ function showAll() {
   byId("board").hidden = !run;
   list.show(listed(), focused);
   if (!run) return;
-  document.title = `${run.state === "training" ? "▶ " : ""}${run.name} · TinyGPT`;
+  document.title = `${run.state === "training" && !away ? "▶ " : ""}${run.name} · TinyGPT`;
   showFigures(run);
   byId("buttons").hidden = run.state !== "training";
+  byId("save").disabled = byId("stop").disabled = away;
+  byId("away").hidden = !away;
   for (const of of document.querySelectorAll("[data-of-run]")) of.textContent = run.name;
   showCurves();
   showLayers(run);
@@ -189,7 +195,7 @@ function showLayers(run) {
   const there = layers.length > 0;
   byId("layers").hidden = byId("scale").hidden = !there;
   byId("layers-hint").textContent = there
-    ? "Embeddings first, then the layers from the text upwards; darker is larger, before clipping."
+    ? "Embeddings first, then the layers from the text upwards; colours as on the scale, before clipping."
     : "This run has no gradient norms by layer: it was trained by an older version.";
   if (there) strip.show(source.layerX.mean, layers, range);
 }
@@ -200,7 +206,7 @@ async function showRun(id, isShown) {
   const run = runs.get(id);
   run.shown = isShown;
   if (isShown && !run.series) await load(run);
-  if (isShown && !order.includes(focused)) focus(id);
+  if (isShown && !order.includes(focused)) await focus(id);
   await fetchDetail();
   show();
   feed.restart();
@@ -211,14 +217,23 @@ async function focus(id) {
   byId("told").textContent = "";
   const run = runs.get(id);
   if (!run) return show();
+  if (run.frames) film.load(run.frames, run.max_iters, true);
+  else loadSamples(run);
   if (!run.shown || !run.series) {
     run.shown = true;
     await load(run);
     feed.restart();
   }
-  if (run.frames) film.load(run.frames, run.max_iters, true);
-  else loadSamples(run);
   show();
+}
+
+/** What a person asked for, and the server could not give: said, and made up for when it is back. */
+function calmly(action) {
+  return (...given) => action(...given).catch((error) => {
+    if (!(error instanceof ApiError)) throw error;
+    show();
+    byId("told").textContent = error.message;
+  });
 }
 
 function zoom(to) {
@@ -270,6 +285,10 @@ function tellLink(state, seconds) {
   const words = { live: "live", waiting: `connection lost, next try in ${seconds} s`, refused: "needs the key" };
   byId("link").textContent = words[state];
   byId("link").dataset.state = state;
+  if (away === (state === "waiting")) return;
+  away = !away;
+  if (!away) byId("told").textContent = "";
+  show();
 }
 
 /** A key in the address, where only this page sees it, goes into the tab's storage. */
@@ -318,8 +337,17 @@ document.addEventListener("themechange", () => {
   show();
 });
 
-begin().catch((error) => {
-  byId("error").textContent = error.message;
-  byId("error").hidden = false;
-  if (error.status !== 401) setTimeout(() => location.reload(), 3000);
-});
+/** Not by loading the page again: where no server answers, that is the end of the page. */
+async function start() {
+  try {
+    await begin();
+    byId("error").hidden = true;
+  } catch (error) {
+    byId("error").textContent = error.message;
+    byId("error").hidden = false;
+    if (error.status !== 401) setTimeout(start, 3000);
+    if (!(error instanceof ApiError)) throw error;
+  }
+}
+
+start();

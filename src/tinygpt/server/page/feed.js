@@ -1,14 +1,15 @@
 // What is new of the runs, as the server tells it; after every break from where it broke off.
 
-import { request } from "./net.js";
+import { ApiError, request } from "./net.js";
 
 const SILENCE = 25_000; // ms: the server says something every ten seconds
 const FIRST_WAIT = 500;
 const LONGEST_WAIT = 15_000;
 
 /**
- * ``cursor()`` says what the page has, ``onEvent`` is given every event and ``onState("live" |
- * "waiting", seconds)`` what becomes of the connection.
+ * ``cursor()`` says what the page has, ``onEvent`` is given every event, one after the other, and
+ * ``onState("live" | "waiting" | "refused", seconds)`` what becomes of the connection. An event
+ * that could not be taken in for want of an answer is a connection that was lost: it comes again.
  */
 export class Feed {
   constructor({ cursor, onEvent, onState }) {
@@ -37,6 +38,7 @@ export class Feed {
         this.onState("refused");
         return;
       }
+      if (!own.signal.aborted && !(error instanceof ApiError)) reportError(error); // our mistake
     }
     if (this.controller === own) this.#later();
   }
@@ -57,7 +59,9 @@ export class Feed {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch((error) => {
+        throw signal.aborted ? error : new ApiError("The connection to the server was lost.");
+      });
       if (done) return;
       this.#heard();
       this.wait = FIRST_WAIT;
@@ -65,7 +69,7 @@ export class Feed {
       rest = blocks.pop();
       for (const block of blocks) {
         const data = block.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
-        if (data !== undefined && !signal.aborted) this.onEvent(JSON.parse(data));
+        if (data !== undefined && !signal.aborted) await this.onEvent(JSON.parse(data));
       }
     }
   }
