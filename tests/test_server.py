@@ -41,7 +41,7 @@ from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.generate import generate_text
 from tinygpt.sample import softmax
 from tinygpt.server.app import assemble, make_app
-from tinygpt.server.choices import Choice
+from tinygpt.server.choices import Choice, Delta
 from tinygpt.server.engine import Engine
 from tinygpt.server.limits import Limits
 from tinygpt.server.listening import Server, listen
@@ -50,8 +50,8 @@ from tinygpt.server.schema import check
 from tinygpt.server.scoring import score
 from tinygpt.server.security import HEADERS, is_loopback
 from tinygpt.server.service import Service
-from tinygpt.server.stream import Piece
-from tinygpt.tokenizers import ByteTokenizer, CharTokenizer
+from tinygpt.server.stream import Piece, wake
+from tinygpt.tokenizers import ByteTokenizer, CharTokenizer, TextStream
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MARK = "<script>alert('MARK')</script>"
@@ -187,8 +187,9 @@ def test_a_stream_of_completions_is_framed_as_openais():
     assert all(c["object"] == "text_completion" and c["usage"] is None for c in chunks)
     for index in range(2):
         choices = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
-        assert [c["text"] for c in choices] == ["Once", "a", "b", ""]
-        assert [c["finish_reason"] for c in choices] == [None, None, None, "length"]
+        text = "".join(c["text"] for c in choices)
+        assert choices[0]["text"] == "Once" and text == "Onceab" and choices[-1]["text"] == ""
+        assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
 
@@ -222,14 +223,56 @@ def test_log_probabilities_stand_beside_the_text_they_belong_to():
     assert plain["choices"][0]["logprobs"]["top_logprobs"] is None
 
 
-def test_tokens_that_a_stop_string_cuts_off_are_not_told():
-    choice = Choice(0, ByteTokenizer())
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_tokens_that_a_stop_string_cuts_off_are_not_told(together):
     pieces = [Piece(97, "a", -1.0), Piece(98, "", -1.0), Piece(99, "", -1.0)]  # stop: "bc"
-    told = [token.id for piece in pieces for token in choice.take(piece).tokens]
-    assert told + [token.id for token in choice.end("stop").tokens] == [97]
-    choice = Choice(0, ByteTokenizer())
-    told = [choice.take(Piece(*each, -1.0)).tokens for each in [(0xC3, ""), (0xA9, "é")]]
-    assert [len(tokens) for tokens in told] == [0, 2]
+    told, choice = taken(pieces, together)
+    assert [t.id for t in told.tokens + choice.end("stop").tokens] == [97]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_a_stream_brings_the_same_however_its_tokens_come(logprobs):
+    text = "h\u00e9 \u8bd7\U0001f642!"
+    stream, pieces = TextStream(ByteTokenizer()), []
+    for i, byte in enumerate(text.encode()):
+        pieces.append(Piece(byte, stream.push(byte), -i / 8 if logprobs else None))
+    for together in range(1, len(pieces) + 1):
+        delta, choice = taken(pieces, together, logprobs)
+        assert delta.text == text and choice.count == len(pieces)
+        assert not choice.end("length").tokens
+        assert [t.id for t in delta.tokens] == (list(text.encode()) if logprobs else [])
+        begins = [0, 1, 1, 2, 3, 3, 3, 4, 4, 4, 4, 5]  # of each byte's character
+        assert [t.offset for t in delta.tokens] == (begins if logprobs else [])
+
+
+def taken(pieces, together, tells_tokens=True):
+    """What a choice makes of pieces that come so many at a time, and the choice."""
+    choice, whole = Choice(0, ByteTokenizer(), Delta(), tells_tokens), Delta()
+    for i in range(0, len(pieces), together):
+        delta = choice.take(pieces[i : i + together])
+        whole.text += delta.text
+        whole.tokens += delta.tokens
+    return whole, choice
+
+
+def test_tokens_that_are_there_together_are_one_event():
+    service = fake_service()
+    service.engine.go.clear()
+    body = complete(max_tokens=3, stream=True, logprobs=0)
+    with running(service) as address, connection(address) as sock:
+        sock.sendall(post_bytes(body))
+        until(lambda: service.engine.streams)
+        [stream] = service.engine.streams
+        for letter in "xyz":
+            stream.put(Piece(ord(letter), letter, -1.0))
+        wake([stream])
+        content = b""
+        while b"data: " not in content or not content.endswith(b"\n\n\r\n"):
+            content += sock.recv(4096)
+    [event] = re.findall(rb"data: (.*)\n\n", content)
+    [choice] = json.loads(event)["choices"]
+    assert choice["text"] == "xyz" and choice["finish_reason"] is None
+    assert choice["logprobs"]["tokens"] == ["x", "y", "z"]
 
 
 def test_a_chat_becomes_the_text_that_the_documentation_shows():
@@ -709,7 +752,8 @@ def test_a_client_that_goes_frees_its_places(stream):
 def test_a_client_that_reads_nothing_is_cut_off_and_holds_up_nobody():
     service = fake_service(FakeEngine(), write_seconds=0.5)
     with running(service) as address, connection(address, room=4096) as slow:
-        slow.sendall(post_bytes(complete(max_tokens=4000, n=10, stream=True)))
+        much = chat(max_tokens=4000, n=10, logprobs=True, top_logprobs=2, stream=True)
+        slow.sendall(post_bytes(much, CHATS))
         until(lambda: len(service.engine.streams) == 10)
         quick = httpx.post(address + COMPLETIONS, json=complete(max_tokens=3), timeout=PATIENCE)
         assert quick.json()["choices"][0]["text"] == "abc"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tinygpt.server.stream import Piece
@@ -41,8 +42,9 @@ class Choice:
     told no more than its text is.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, echo: Delta | None = None) -> None:
-        self.index, self.echo = index, echo or Delta()
+    def __init__(self, index: int, tokenizer: Tokenizer, echo: Delta, tells_tokens: bool) -> None:
+        """Only with ``tells_tokens`` do deltas say which tokens they were: it takes its time."""
+        self.index, self.echo, self.tells_tokens = index, echo, tells_tokens
         self.count = 0
         """Tokens that were generated."""
         self.finish_reason: str | None = None
@@ -50,13 +52,17 @@ class Choice:
         self._begins = self._sent = len(self.echo.text)
         self._untold: deque[Told] = deque()
 
-    def take(self, piece: Piece) -> Delta:
-        """The next token; -> what can be sent with it."""
-        self.count += 1
-        self._untold.append(Told(piece.token, piece.logprob, piece.top, self._begins))
-        self._begins += len(self._decoded.push(piece.token))
-        self._sent += len(piece.text)
-        return Delta(piece.text, self._told(self._sent))
+    def take(self, pieces: Sequence[Piece]) -> Delta:
+        """The next tokens; -> what can be sent with them."""
+        self.count += len(pieces)
+        text = "".join([piece.text for piece in pieces])
+        if not self.tells_tokens:
+            return Delta(text)
+        for piece in pieces:
+            self._untold.append(Told(piece.token, piece.logprob, piece.top, self._begins))
+            self._begins += len(self._decoded.push(piece.token))
+        self._sent += len(text)
+        return Delta(text, self._told(self._sent))
 
     def end(self, reason: str | None) -> Delta:
         """No more will come; -> tokens whose characters stayed incomplete.

@@ -43,7 +43,7 @@ async def completion_job(service: Service, body: Body) -> Job:
     if _value(body, "best_of", n) != n:
         raise _conflict("best_of must be as large as n: nothing is ranked.", "best_of")
     logprobs = _number(body, "logprobs")
-    prompts = [await asyncio.to_thread(encode, service, each, "prompt") for each in given]
+    prompts = [await encode(service, each, "prompt") for each in given]
     echoes = [Delta() for _ in prompts]
     if body.get("echo"):
         echoes = [
@@ -67,7 +67,7 @@ async def chat_job(service: Service, body: Body) -> Job:
         raise _conflict("top_logprobs needs logprobs to be true.", "top_logprobs")
     logprobs = (logprobs or 0) if body.get("logprobs") else None
     text = chat_text(body["messages"])
-    ids = await asyncio.to_thread(encode, service, text, "messages")
+    ids = await encode(service, text, "messages")
     return Job(
         ChatShape(service.name, service.tokenizer, logprobs),
         _requests(body, [ids], n, _chat_tokens(body), logprobs, stop=(CHAT_STOP,)),

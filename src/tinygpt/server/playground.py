@@ -134,7 +134,7 @@ class _Looking:
 
     async def tokens(self, body: Body) -> Json:
         """How the tokenizer cuts a text."""
-        ids = await asyncio.to_thread(encode, self.service, body["text"], "text")
+        ids = await encode(self.service, body["text"], "text")
         return {"tokens": pieces(self.service.tokenizer, ids)}
 
     async def candidates(self, body: Body) -> Json:
@@ -208,7 +208,7 @@ async def _context(service: Service, body: Body) -> Ids:
 
 async def _ids_and_text(service: Service, body: Body) -> tuple[Ids, Ids]:
     """All ids of what stands before, and those of its text alone."""
-    text = await asyncio.to_thread(encode, service, body.get("text", ""), "text")
+    text = await encode(service, body.get("text", ""), "text")
     ids = (*map(int, body.get("ids", ())), *text)
     most = service.limits.prompt_tokens
     if len(ids) > most:

@@ -14,6 +14,7 @@ The model's continuation is the answer, up to where it would let the user speak:
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from tinygpt.server.refusal import Refusal
 from tinygpt.server.service import Service
 
 Ids = tuple[int, ...]
+
+SHORT = 1000
+"""Characters or ids up to which to encode a prompt takes less time than to hand it over."""
 
 SPEAKERS = {"user": "User: ", "assistant": "Assistant: "}
 """What stands before a turn; system and developer messages stand for themselves."""
@@ -52,8 +56,17 @@ def prompts_of(value: Any) -> list[str | list[int]]:
     return list(value)
 
 
-def encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
-    """The ids of a prompt, refused where the model has none or the prompt is too long."""
+async def encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
+    """The ids of a prompt, refused where the model has none or the prompt is too long.
+
+    A long one is encoded in a thread of its own, so that nobody has to wait for it.
+    """
+    if len(prompt) <= SHORT:
+        return _encode(service, prompt, param)
+    return await asyncio.to_thread(_encode, service, prompt, param)
+
+
+def _encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
     if isinstance(prompt, str):
         try:
             ids = tuple(service.tokenizer.encode(prompt))

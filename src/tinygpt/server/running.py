@@ -25,10 +25,10 @@ DONE = b"data: [DONE]\n\n"
 
 REST = 0.01
 """Seconds between two sends of one text: those who read see no difference, and the tokens of a
-small model, which come faster, go together."""
+small model, which come faster, go together in one event."""
 
-Arrived = tuple[int, Piece | None]
-"""A piece of the text with this index; None when it has ended."""
+Arrived = tuple[int, list[Piece]]
+"""Pieces of the text with this index that came together; none when it has ended."""
 
 
 class Running:
@@ -40,7 +40,10 @@ class Running:
 
     def __init__(self, service: Service, job: Job, deadline: float) -> None:
         self.service, self.job, self.deadline = service, job, deadline
-        self.choices = [Choice(i, service.tokenizer, echo) for i, echo in enumerate(job.echoes)]
+        tells_tokens = job.shape.logprobs is not None
+        self.choices = [
+            Choice(i, service.tokenizer, echo, tells_tokens) for i, echo in enumerate(job.echoes)
+        ]
         self.streams = _submit_all(service, job)
         self._arrived: asyncio.Queue[Arrived] = asyncio.Queue()
         self._tasks = [
@@ -96,10 +99,10 @@ class Running:
 
     async def _deltas(self) -> AsyncIterator[tuple[Choice, Delta]]:
         """What is new of the texts, as it comes; the last of each has a finish reason."""
-        async for index, piece in self._until_deadline():
+        async for index, pieces in self._until_deadline():
             choice = self.choices[index]
-            if piece is not None:
-                yield choice, choice.take(piece)
+            if pieces:
+                yield choice, choice.take(pieces)
                 continue
             _raise_failure(self.streams[index])
             yield choice, choice.end(self.streams[index].finish_reason)
@@ -109,7 +112,7 @@ class Running:
         open_ = set(range(len(self.streams)))
         while open_:
             try:
-                index, piece = await self._next()
+                index, pieces = await self._next()
             except TimeoutError:
                 self.close()
                 unread = {index: self.streams[index].taken() for index in sorted(open_)}
@@ -117,26 +120,26 @@ class Running:
                     message = "The time for this request was over before it had its turn."
                     raise Refusal(504, message, code="timeout") from None
                 for index, pieces in unread.items():
-                    for piece in (*pieces, None):
-                        yield index, piece
+                    if pieces:
+                        yield index, pieces
+                    yield index, []
                 return
-            if piece is None:
+            if not pieces:
                 open_.discard(index)
-            yield index, piece
+            yield index, pieces
 
     async def _next(self) -> Arrived:
         """The next that arrives; TimeoutError if time is up before."""
         in_time = asyncio.get_running_loop().time() < self.deadline
-        if in_time and not self._arrived.empty():  # no timer for each token: it would cost a lot
+        if in_time and not self._arrived.empty():  # without a timer, which costs a lot
             return self._arrived.get_nowait()
         async with asyncio.timeout_at(self.deadline):
             return await self._arrived.get()
 
     async def _forward(self, index: int, stream: Stream) -> None:
         async for pieces in stream.bursts(REST if self.job.stream else math.inf):
-            for piece in pieces:
-                self._arrived.put_nowait((index, piece))
-        self._arrived.put_nowait((index, None))
+            self._arrived.put_nowait((index, pieces))
+        self._arrived.put_nowait((index, []))
 
 
 def _submit_all(service: Service, job: Job) -> list[Stream]:

@@ -86,7 +86,7 @@ export class Attention {
     const row = selected - found.start;
     const rows = found.tokens.length;
     const focus = row >= 0 && row < rows ? row : rows - 1;
-    this.at = [focus, strongestOf(found.weights[this.head][focus])[0]];
+    this.#lookFrom(focus);
     this.heads.replaceChildren(...found.weights.map((_, head) => this.#headButton(head)));
     this.#draw();
   }
@@ -105,7 +105,14 @@ export class Attention {
   #choose(head) {
     this.head = head;
     [...this.heads.children].forEach((button, i) => button.setAttribute("aria-pressed", i === head));
+    if (!this.pointed) this.#lookFrom(this.at[0]);
     this.#draw();
+  }
+
+  /** Until somebody points at another pair, it is that of a token and the one it looks at most. */
+  #lookFrom(row) {
+    this.pointed = false;
+    this.at = [row, strongestOf(this.found.weights[this.head][row])[0]];
   }
 
   #draw() {
@@ -121,7 +128,7 @@ export class Attention {
 
   #point(pair) {
     if (String(pair) === String(this.at)) return;
-    this.at = pair;
+    [this.at, this.pointed] = [pair, true];
     this.picture.draw(this.picture.rows, this.picture.labels, this.map.clientWidth, pair);
     this.#name();
   }
