@@ -851,5 +851,15 @@ def test_the_server_thread_ends_with_its_block_and_holds_up_no_exit(tmp_path):
 
 @pytest.mark.parametrize("port", [-1, 65536, 99999])
 def test_a_port_that_cannot_be_is_not_said_to_be_taken(port):
-    with pytest.raises(UsageError, match=f"--port {port} is not a port"):
+    with pytest.raises(UsageError, match=f"^--port {port} is not a port"):
         listen_nearby("127.0.0.1", port)
+
+
+def test_a_dashboard_that_cannot_be_leaves_no_run_behind(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time " * 200)
+    out = tmp_path / "run"
+    words = ["train", str(text), "--out", str(out), "--dashboard", "--dashboard-port", "99999"]
+    assert main(words) == 2
+    assert "--dashboard-port 99999 is not a port" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,6 +1,7 @@
 """`tinygpt train TEXT --init RUN`: a new run begins with the weights, the shape and the tokens."""
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -135,6 +136,7 @@ def test_all_weights_learn_without_adapters_and_some_with_freeze(fine_tune, base
     ):
         code, _, err = fine_tune(*words, out=tmp_path / name)
         assert code == 0 and ("of which" in err) == bool(frozen)
+        assert re.search("^model: .* parameters.*, learning rate [0-9]", err, re.MULTILINE)
         found = load(tmp_path / name)[0].parameters()
         same = {n for n in first if first[n].numpy().tobytes() == found[n].numpy().tobytes()}
         assert same == {n for n in first if n.startswith(frozen or "-")}

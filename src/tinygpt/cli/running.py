@@ -127,7 +127,7 @@ def introduce(run: TrainingRun) -> None:
         for found in (run.model.parameters(), run.model.trainable())
     )
     part = f", of which {learning:,} learn" if learning != everything else ""
-    say(f"model: {everything:,} parameters{part}")
+    say(f"model: {everything:,} parameters{part}, learning rate {run.config.learning_rate:g}")
     say(f"run: {run.folder}" + (f", from step {run.iter_num:,}" if run.iter_num else ""))
     for message in run.take_notices():
         say(message)

@@ -157,16 +157,26 @@ def dashboard(
     return 128 + received[0] if received else 0
 
 
+def dashboard_listener(port: int) -> socket.socket:
+    """A place for a dashboard, on this port or one of the next."""
+    require_extra()
+    from tinygpt.server.thread import listen_nearby
+
+    return listen_nearby("127.0.0.1", port, "--dashboard-port")
+
+
 @contextlib.contextmanager
-def dashboard_beside(run: TrainingRun, port: int) -> Iterator[Callable[[], bool]]:
+def dashboard_beside(
+    run: TrainingRun, listener: socket.socket, port: int
+) -> Iterator[Callable[[], bool]]:
     """The dashboard of a run that this process trains; yields what tells if it was stopped there.
 
-    Runs in the usual folder are shown together, for comparison.
+    Runs in the usual folder are shown together, for comparison. ``port`` is the one asked for.
     """
     from tinygpt.server.dashboard import Board, make_app
     from tinygpt.server.listening import url
     from tinygpt.server.steering import Here
-    from tinygpt.server.thread import ServerThread, listen_nearby
+    from tinygpt.server.thread import ServerThread
     from tinygpt.server.watch import Watch
 
     assert run.folder is not None
@@ -174,7 +184,7 @@ def dashboard_beside(run: TrainingRun, port: int) -> Iterator[Callable[[], bool]
     here = Here(run.save_soon, run.stop)
     key = _key(None, "127.0.0.1", "train")
     board = Board(Watch([run.folder, *others]), key, {run.folder: here})
-    with listen_nearby("127.0.0.1", port) as listener, ServerThread(make_app(board), listener):
+    with ServerThread(make_app(board), listener):
         address = url(listener, "127.0.0.1")
         _tell_address(listener, address, port, board.key, shown=key is None)
         yield lambda: here.stopped

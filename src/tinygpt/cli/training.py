@@ -21,7 +21,7 @@ from tinygpt.cli.options import (
     resolve,
 )
 from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_folder
-from tinygpt.cli.serving import dashboard_beside, require_extra
+from tinygpt.cli.serving import dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
@@ -138,25 +138,27 @@ def train(
             f"{out} holds a run already, and nothing there is overwritten. Give another folder, or "
             f"go on with it: {go_on}"
         )
-    if dashboard:
-        require_extra()
-    runtime.require_device()
-    if beginning is not None:
-        own = beginning.tokenizer(settings.data)
-    else:
-        own = _saved_tokenizer(out) if resume and out and tokenizer is None else None
-    material = gather(settings, own)
-    foresee(material.shape, settings, allow_memory)
-    folder = out or new_folder(material.name)
-    try:
-        run = make_run(settings, material, folder, resume, allow)
-    except ChangedRunError as error:
-        same = _same_command(tables, {"--out": out, "--preset": preset, "--config": config})
-        knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
-        raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
-    introduce(run)
-    with dashboard_beside(run, dashboard_port) if dashboard else nullcontext() as stopped:
-        return _follow(run, json, stopped)
+    # Before the text is read, and before there is a folder: it may not be possible.
+    with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
+        runtime.require_device()
+        if beginning is not None:
+            own = beginning.tokenizer(settings.data)
+        else:
+            own = _saved_tokenizer(out) if resume and out and tokenizer is None else None
+        material = gather(settings, own)
+        foresee(material.shape, settings, allow_memory)
+        folder = out or new_folder(material.name)
+        try:
+            run = make_run(settings, material, folder, resume, allow)
+        except ChangedRunError as error:
+            same = _same_command(tables, {"--out": out, "--preset": preset, "--config": config})
+            knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
+            raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
+        introduce(run)
+        if listener is None:
+            return _follow(run, json)
+        with dashboard_beside(run, listener, dashboard_port) as stopped:
+            return _follow(run, json, stopped)
 
 
 def _beginning(layers: Sequence[Tables], out: Path | None) -> Beginning | None:

@@ -25,10 +25,13 @@ NEARBY = 64
 """Ports that are tried to name a free one."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; a place that is taken or unknown is a UsageError."""
+def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
+    """A socket that listens there; a place that is taken or unknown is a UsageError.
+
+    ``flag`` is what the port is asked for with.
+    """
     if not 0 <= port <= 65535:
-        raise UsageError(f"--port {port} is not a port: they go from 1 to 65535.")
+        raise UsageError(f"{flag} {port} is not a port: they go from 1 to 65535.")
     try:
         return _listen(host, port)
     except socket.gaierror as error:
@@ -36,11 +39,11 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             free = _free_port(host, port)
-            raise UsageError(f"Port {port} is taken. A free one: --port {free}") from error
+            raise UsageError(f"Port {port} is taken. A free one: {flag} {free}") from error
         if error.errno == errno.EACCES:
             message = f"Port {port} is for the system's own programs. Take one from 1024 up."
             raise UsageError(message) from error
-        raise UsageError(f"--host {host} --port {port}: {error.strerror}.") from error
+        raise UsageError(f"--host {host} {flag} {port}: {error.strerror}.") from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

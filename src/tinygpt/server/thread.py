@@ -17,11 +17,11 @@ TRIES = 20
 """Ports that are tried, one after the other."""
 
 
-def listen_nearby(host: str, port: int) -> socket.socket:
+def listen_nearby(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A socket that listens on the port or, if that is taken, on one of the next."""
     for candidate in [port, *range(port + 1, min(port + TRIES, 65536))]:
         try:
-            return listen(host, candidate)
+            return listen(host, candidate, flag)
         except UsageError as error:
             if getattr(error.__cause__, "errno", None) != errno.EADDRINUSE:
                 raise
