@@ -23,13 +23,6 @@ TRAININGS = {"rate-3e-3": "3e-3", "rate-1e-3": "1e-3"}
 
 
 @contextlib.contextmanager
-def serving(run: str) -> Iterator[str]:
-    """The address of a server of this run, on a free port."""
-    with answering("serve", run) as address:
-        yield address
-
-
-@contextlib.contextmanager
 def answering(command: str, place: str) -> Iterator[str]:
     """The address that `tinygpt serve` or `tinygpt dashboard` says first."""
     words = [sys.executable, "-m", "tinygpt", command, place, "--port", "0"]
@@ -76,7 +69,7 @@ def open_attention(page: Page) -> None:
 
 
 def take(run: str, folder: Path) -> None:
-    with serving(run) as address, sync_playwright() as playwright:
+    with answering("serve", run) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         for scheme, name in (("light", "playground.png"), ("dark", "playground-dark.png")):
             profile: dict[str, Any] = {"viewport": WINDOW, "color_scheme": scheme}

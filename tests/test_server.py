@@ -230,6 +230,12 @@ def test_tokens_that_a_stop_string_cuts_off_are_not_told(together):
     assert [t.id for t in told.tokens + choice.end("stop").tokens] == [97]
 
 
+def test_tokens_of_half_a_character_are_told_with_the_whole():
+    choice = Choice(0, ByteTokenizer(), Delta(), tells_tokens=True)
+    told = [choice.take([Piece(*each, -1.0)]).tokens for each in [(0xC3, ""), (0xA9, "é")]]
+    assert [len(tokens) for tokens in told] == [0, 2]
+
+
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_a_stream_brings_the_same_however_its_tokens_come(logprobs):
     text = "h\u00e9 \u8bd7\U0001f642!"
@@ -263,6 +269,7 @@ def test_tokens_that_are_there_together_are_one_event():
         sock.sendall(post_bytes(body))
         until(lambda: service.engine.streams)
         [stream] = service.engine.streams
+        until(lambda: stream._waiter is not None)  # from now on it looks when it is woken
         for letter in "xyz":
             stream.put(Piece(ord(letter), letter, -1.0))
         wake([stream])

@@ -131,9 +131,9 @@ const heard = {
 };
 
 // A browser compiles a module quickly at first, and well only what has run for a while: the first
-// hundred tokens would take three times as long as those after them. So the model runs for nobody
-// while there is nothing else to do, even before its weights are there, until somebody wants
-// something. That leaves no trace: no one takes what is in its cache for known.
+// tokens would be the slow ones. So the model runs for nobody while there is nothing else to do, even
+// before its weights are there, until somebody wants something. That leaves no trace: no one takes
+// what is in its cache for known.
 const WARM = 400; // milliseconds of it
 const SLICE = 5; // at a time, then messages are let in
 const HEAVY = 25; // a model that takes so long for one token is better off when nothing is in its way
