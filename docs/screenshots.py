@@ -29,9 +29,10 @@ def answering(command: str, place: str) -> Iterator[str]:
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
-            found = re.search(r"http[^\s#]+", server.stderr.readline())
+            said = server.stderr.readline()
+            found = re.search(r"http[^\s#]+", said)
             if found is None:
-                sys.exit(f"{place} cannot be shown: {server.stderr.read()}")
+                sys.exit(f"{place} cannot be shown: {said}{server.stderr.read()}")
             yield found[0]
         finally:
             server.terminate()
