@@ -256,9 +256,9 @@ def _service(
 def _board(run: Path, key: str | None) -> Board | None:
     """The dashboard of the run that is served; a checkpoint alone has none."""
     from tinygpt.server.dashboard import Board
-    from tinygpt.server.watch import Watch, is_run
+    from tinygpt.server.watch import Watch, last_change
 
-    return Board(Watch([run]), key, playground=True) if is_run(run) else None
+    return Board(Watch([run]), key, playground=True) if last_change(run) is not None else None
 
 
 def _name(run: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -16,7 +16,7 @@ from tinygpt.server.document import openapi
 from tinygpt.server.engine import EngineClosed
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
 from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.refusal import DOCUMENT, JSON, Refusal
 from tinygpt.server.requests import chat_schema, completion_schema
 from tinygpt.server.running import Running
 from tinygpt.server.schema import Schema, check
@@ -44,7 +44,7 @@ def routes(service: Service) -> list[Route]:
         get("/v1/models/{id:path}", _one_model, service),
         get("/healthz", _health, service),
         get("/metrics", _metrics, service),
-        get("/openapi.json", _document, document),
+        get(DOCUMENT, _document, document),
     ]
 
 
@@ -75,7 +75,7 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
     if job.stream:
         return _EventStream(running)
     try:
-        return JSONResponse(await running.whole())
+        return JSON(await running.whole())
     finally:
         running.close()
 
@@ -109,13 +109,13 @@ class _EventStream(StreamingResponse):
 
 
 async def _models(service: Service, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_described(service)]})
+    return JSON({"object": "list", "data": [_described(service)]})
 
 
 async def _one_model(service: Service, request: Request) -> Response:
     if request.path_params["id"] != service.name:
         raise _no_model(service)
-    return JSONResponse(_described(service))
+    return JSON(_described(service))
 
 
 def _described(service: Service) -> dict[str, object]:
@@ -130,7 +130,7 @@ def _described(service: Service) -> dict[str, object]:
 async def _health(service: Service, request: Request) -> Response:
     if not service.engine.alive:
         raise Refusal(503, "The engine has ended; the server's terminal says why.", code="ended")
-    return JSONResponse({"status": "ok"})
+    return JSON({"status": "ok"})
 
 
 async def _metrics(service: Service, request: Request) -> Response:
@@ -139,4 +139,4 @@ async def _metrics(service: Service, request: Request) -> Response:
 
 
 async def _document(document: object, request: Request) -> Response:
-    return JSONResponse(document)
+    return JSON(document)

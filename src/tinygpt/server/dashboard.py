@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import math
 import secrets
 import time
@@ -20,18 +19,19 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tinygpt.errors import UsageError
 from tinygpt.server import static
+from tinygpt.server.assembly import assemble
 from tinygpt.server.curves import POINTS
-from tinygpt.server.refusal import Refusal, answer_http_error, answer_refusal
-from tinygpt.server.security import Gate
+from tinygpt.server.outgoing import to_json
+from tinygpt.server.refusal import JSON, Refusal
 from tinygpt.server.steering import ByLock, Steering
-from tinygpt.server.watch import Cursor, Run, Watch, parse_cursor, write_cursor
+from tinygpt.server.watch import Cursor, Watch, parse_cursor, write_cursor
+from tinygpt.server.watched import Run
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""
@@ -72,11 +72,7 @@ class Board:
 
 def make_app(board: Board, *, api_key: str | None = None, hosts: Collection[str] = ()) -> Starlette:
     """The dashboard alone; with an ``api_key`` reading needs it too."""
-    return Starlette(
-        routes=[page_route("/"), *routes(board), *static.routes()],
-        middleware=[Middleware(Gate, api_key=api_key, hosts=hosts)],
-        exception_handlers={Refusal: answer_refusal, HTTPException: answer_http_error},
-    )
+    return assemble([page_route("/"), *routes(board)], api_key=api_key, hosts=hosts)
 
 
 def page_route(path: str) -> Route:
@@ -95,24 +91,27 @@ def routes(board: Board) -> list[Route]:
     def answer(read: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
             await run_in_threadpool(board.watch.refresh)
-            return JSONResponse(await run_in_threadpool(read, request))
+            return await run_in_threadpool(lambda: JSON(read(request)))
 
         return endpoint
 
     def runs(request: Request) -> Any:
         with board.watch.lock:
-            cards = [run.card() | {"settings": run.settings} for run in board.watch.listed()]
-            return {"runs": cards, "playground": board.playground}
+            settings = {run.id: {"settings": run.settings} for run in board.watch.listed()}
+            cards = [card | settings[card["id"]] for card in board.watch.cards()]
+        return {"runs": cards, "playground": board.playground}
 
     def curves(request: Request) -> Any:
         low, high = _number(request, "from", -math.inf), _number(request, "to", math.inf)
         points = int(_number(request, "points", POINTS))
         with board.watch.lock:
-            return board.find(request).curves.overview(points, low, high)
+            found = board.find(request).curves.frozen()
+        return found.overview(points, low, high)
 
     def samples(request: Request) -> Any:
         with board.watch.lock:
-            return {"samples": within(board.find(request).samples, SAMPLES_BYTES)}
+            found = board.find(request).samples[:]
+        return {"samples": within(found, SAMPLES_BYTES)}
 
     async def events(request: Request) -> Response:
         if board.streams >= STREAMS:
@@ -130,7 +129,7 @@ def routes(board: Board) -> list[Route]:
                 await run_in_threadpool(getattr(board.steering(run), what))
             except UsageError as error:
                 raise Refusal(409, str(error), code="cannot_be_asked") from error
-            return JSONResponse({"asked": what}, 202)
+            return JSON({"asked": what}, 202)
 
         return endpoint
 
@@ -157,13 +156,13 @@ async def _events(board: Board, cursor: dict[str, tuple[int, str]]) -> AsyncIter
     try:
         while True:
             entries = await run_in_threadpool(_look, board.watch, cursor)
-            changed = [entry for entry in entries if sent.get(entry["id"]) != _dump(entry)]
+            changed = [entry for entry in entries if sent.get(entry["id"]) != to_json(entry)]
             known = {entry["id"] for entry in entries}
             if changed or sent.keys() != known:
-                sent = {entry["id"]: _dump(_card(entry)) for entry in entries}
+                sent = {entry["id"]: to_json(_card(entry)) for entry in entries}
                 cursor = _advanced(cursor, entries)
                 order = [entry["id"] for entry in entries]
-                data = _dump({"runs": changed, "order": order})
+                data = to_json({"runs": changed, "order": order})
                 yield f"id: {write_cursor(cursor)}\ndata: {data}\n\n"
                 spoke = time.monotonic()
             elif time.monotonic() - spoke > HEARTBEAT:
@@ -189,10 +188,6 @@ def _advanced(cursor: Cursor, entries: list[dict[str, Any]]) -> dict[str, tuple[
     """Where a page is that has taken in the entries."""
     told = {e["id"]: (e["rows"], e["mark"]) for e in entries if "rows" in e}
     return {run: told.get(run, before) for run, before in cursor.items()}
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def within(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

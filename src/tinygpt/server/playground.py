@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TinyGPTError, TokenizerError
@@ -26,7 +26,7 @@ from tinygpt.server.choices import Choice, Delta, finite
 from tinygpt.server.engine import EngineClosed
 from tinygpt.server.jobs import Body, Job, sampling_of
 from tinygpt.server.prompts import Ids, encode
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.refusal import JSON, Refusal
 from tinygpt.server.requests import completion_schema
 from tinygpt.server.schema import Schema, check
 from tinygpt.server.service import Service
@@ -57,7 +57,7 @@ def routes(service: Service) -> list[Route]:
     async def model(request: Request) -> Response:
         beside = any(getattr(route, "path", "") == "/dashboard" for route in request.app.routes)
         await read_json(request, service.limits)
-        return JSONResponse(card | {"dashboard": beside})
+        return JSON(card | {"dashboard": beside})
 
     def post(path: str, schema: Schema, answer: Answer) -> Route:
         return Route(path, partial(_answer, service, schema, answer), methods=["POST"])
@@ -114,7 +114,7 @@ async def _answer(service: Service, schema: Schema, answer: Answer, request: Req
     try:
         async with asyncio.timeout(service.limits.request_seconds):
             found = await unless_gone(request, answer(body))
-        return await asyncio.to_thread(JSONResponse, found)
+        return await asyncio.to_thread(JSON, found)
     except ClientDisconnect:
         return Response(status_code=499)
     except EngineClosed:

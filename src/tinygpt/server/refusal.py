@@ -10,9 +10,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tinygpt.server.outgoing import to_json
+
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Kinds of errors by status; other refusals are ``invalid_request_error``."""
-ADVICE = {404: " GET /openapi.json lists what there is.", 405: " The header Allow lists others."}
+DOCUMENT = "/openapi.json"
+ADVICE = {404: f" GET {DOCUMENT} lists what there is.", 405: " The header Allow lists others."}
+
+
+class JSON(JSONResponse):
+    """Every JSON answer of the server."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content).encode()
 
 
 class Refusal(Exception):  # noqa: N818
@@ -42,8 +52,8 @@ class Refusal(Exception):  # noqa: N818
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": told}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self) -> JSON:
+        return JSON(self.body(), self.status, self.headers)
 
 
 def answer_refusal(request: Request, error: Exception) -> Response:
@@ -56,11 +66,10 @@ def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: a path that is not there, or a method that it does not have."""
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
-    advice = {
-        404: " GET /openapi.json lists what there is.",
-        405: " The header Allow lists others.",
-    }
-    message = f"{phrase}.{advice.get(error.status_code, '')}"
+    advice = ADVICE.get(error.status_code, "")
+    if DOCUMENT in advice and all(getattr(r, "path", "") != DOCUMENT for r in request.app.routes):
+        advice = ""  # a dashboard has no API that could be described
+    message = f"{phrase}.{advice}"
     return Refusal(error.status_code, message, headers=error.headers).response()
 
 
