@@ -26,6 +26,7 @@ from starlette.testclient import TestClient
 from tests.dashboard_runs import LAYERS, add, lines, make_run, rows
 from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
+from tinygpt import extras
 from tinygpt.cli import main
 from tinygpt.errors import UsageError
 from tinygpt.lock import FolderLock, Holder, holder
@@ -805,7 +806,7 @@ def test_without_the_extra_training_does_not_begin(tmp_path, capsys, monkeypatch
     for words in (["train", tmp_path / "text.txt", "--dashboard", "--out", tmp_path / "run"],
                   ["dashboard", tmp_path]):  # fmt: skip
         assert main([str(word) for word in words]) == 1
-        assert "pip install 'tinygpt[serve]'" in capsys.readouterr().err
+        assert extras.cure("serve") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -36,6 +36,7 @@ from tests.serving import (
     running,
     until,
 )
+from tinygpt import extras
 from tinygpt.api import GPT
 from tinygpt.cli import main
 from tinygpt.cli.serving import _name as name_of
@@ -1205,4 +1206,4 @@ def test_a_run_that_is_missing_is_told(tmp_path, capsys):
 def test_a_missing_extra_is_named(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(run)]) == 1
-    assert "pip install 'tinygpt[serve]'" in capsys.readouterr().err
+    assert extras.cure("serve") in capsys.readouterr().err

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from tinygpt import extras
 from tinygpt.cli.console import command, say
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch
 from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
 from tinygpt.display.text import printable
-from tinygpt.errors import MissingExtraError, UsageError
+from tinygpt.errors import UsageError
 
 if TYPE_CHECKING:
     import socket
@@ -226,9 +227,8 @@ def require_extra() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f"A server needs {error.name}, which is not installed. Install it: "
-            f"pip install 'tinygpt[serve]'"
+        raise extras.missing(
+            "serve", f"A server needs {error.name}, which is not installed."
         ) from error
 
 
