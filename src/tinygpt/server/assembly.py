@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from typing import Unpack
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,16 +12,14 @@ from starlette.routing import BaseRoute
 
 from tinygpt.server import static
 from tinygpt.server.refusal import Refusal, answer_http_error, answer_refusal
-from tinygpt.server.security import Gate
+from tinygpt.server.security import Gate, GateOptions
 
 
-def assemble(
-    routes: Sequence[BaseRoute], *, api_key: str | None = None, hosts: Collection[str] = ()
-) -> Starlette:
+def assemble(routes: Sequence[BaseRoute], **gate: Unpack[GateOptions]) -> Starlette:
     """Any routes, with the files of the pages, behind the gate."""
     app = Starlette(
         routes=[*routes, *static.routes()],
-        middleware=[Middleware(Gate, api_key=api_key, hosts=hosts)],
+        middleware=[Middleware(Gate, **gate)],
         exception_handlers={
             Refusal: answer_refusal,
             HTTPException: answer_http_error,
