@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -15,6 +15,7 @@ from tinygpt.server.body import read_json, unless_gone
 from tinygpt.server.document import openapi
 from tinygpt.server.engine import EngineClosed
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
 from tinygpt.server.refusal import Refusal
 from tinygpt.server.requests import chat_schema, completion_schema

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import math
 import secrets
 import time
@@ -22,16 +21,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tinygpt.errors import UsageError
 from tinygpt.server import static
 from tinygpt.server.curves import POINTS
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.refusal import Refusal, answer_http_error, answer_refusal
 from tinygpt.server.security import Gate
 from tinygpt.server.steering import ByLock, Steering
 from tinygpt.server.watch import Cursor, Run, Watch, parse_cursor, write_cursor
+from tinygpt.strict_json import to_json
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""
@@ -192,7 +193,7 @@ def _advanced(cursor: Cursor, entries: list[dict[str, Any]]) -> dict[str, tuple[
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return to_json(value, compact=True)
 
 
 def within(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
