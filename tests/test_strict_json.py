@@ -77,7 +77,9 @@ def writers(path: Path) -> list[str]:
     found = []
     for function in ast.walk(ast.parse(path.read_text())):
         if isinstance(function, ast.FunctionDef):
-            calls = {ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.expr)}
+            calls = {
+                ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Attribute)
+            }
             found += [function.name] * bool(calls & {"json.dump", "json.dumps"})
         elif isinstance(function, ast.ImportFrom):
             names = {f"{function.module}.{alias.name}" for alias in function.names}
