@@ -233,7 +233,7 @@ def _decode_description(path: Path, text: str, layout: Layout, sealed: bool) -> 
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}; this TinyGPT reads up to {FORMAT_VERSION}. "
-            f"Update it: pip install --upgrade tinygpt."
+            f"Use the one that wrote it, or a newer one."
         )
     if not sealed or named != set(layout):
         raise CheckpointError(f"{path} is damaged: its description does not match its own hash.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tinygpt.runtime.device import (
-    COMPILER_CURE,
     bundled_zig,
     compiler,
     prepare,
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from tinygpt.runtime.checks import Check
 
 __all__ = [
-    "COMPILER_CURE",
     "available_memory",
     "bundled_zig",
     "cache_dir",

@@ -12,12 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tinygpt import extras
 from tinygpt.errors import DeviceError
+from tinygpt.runtime import choice, hook
 from tinygpt.runtime.folders import cache_dir, private_temp
 from tinygpt.runtime.machine import may_have_accelerator, processor
-
-COMPILER_CURE = "pip install 'tinygpt[offline]'"
-"""Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
 
 SHIM_PREFIX = "zig-clang-"
 
@@ -29,14 +28,18 @@ def prepare() -> None:
     compiler and processor gets a kernel cache of its own: kernels are compiled for the very
     processor they run on, and a home folder may be shared. PARALLEL=0 keeps tinygrad from
     starting compile processes that would live as long as the program. DEV=CPU is set where there is
-    plainly no other device: to try them all takes tinygrad half a second.
+    plainly no other device: to try them all takes tinygrad half a second. Elsewhere ``choice`` has
+    a say in the default.
 
     It starts no process and never fails: what is wrong is told later, by ``require_device`` or
     ``doctor``, where there is someone to read it.
     """
     os.environ.setdefault("PARALLEL", "0")
-    if not os.environ.get("DEV") and not may_have_accelerator():
-        os.environ["DEV"] = "CPU"
+    if not os.environ.get("DEV"):
+        if may_have_accelerator():
+            hook.after_import("tinygrad.device", choice.install)
+        else:
+            os.environ["DEV"] = "CPU"
     try:
         if not os.environ.get("CC") and not clang_on_path() and (zig := bundled_zig()):
             os.environ["CC"] = str(shim(zig))
@@ -87,18 +90,23 @@ def trouble(error: BaseException | None = None) -> tuple[str, str]:
         return (
             f"The compiler CC={chosen!r} does not work for tinygrad, which needs clang; gcc will "
             "not do.",
-            f"Set CC to a clang, or unset CC; a clang comes with: {COMPILER_CURE}",
+            f"Set CC to a clang, or unset CC; a clang comes with: {compiler_cure()}",
         )
     if not shutil.which(name):
         system = "xcode-select --install" if sys.platform == "darwin" else "apt install clang"
         return (
             "tinygrad needs the C compiler clang to use this processor, and none is on PATH.",
-            f"Get one with: {COMPILER_CURE} (or: {system})",
+            f"Get one with: {compiler_cure()} (or: {system})",
         )
     return (
         f"tinygrad could not open this processor with the compiler {shutil.which(name)}: {error}.",
-        f"Run `tinygpt doctor` to see more. Another clang comes with: {COMPILER_CURE}",
+        f"Run `tinygpt doctor` to see more. Another clang comes with: {compiler_cure()}",
     )
+
+
+def compiler_cure() -> str:
+    """Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
+    return extras.cure("offline")
 
 
 def clang_on_path() -> str | None:

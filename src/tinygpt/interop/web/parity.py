@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tinygpt import extras
 from tinygpt.config import GPTConfig, SampleConfig
-from tinygpt.errors import InteropError, MissingExtraError
+from tinygpt.errors import InteropError
 from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.interop.hf import fetch_from
 from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
@@ -135,9 +136,10 @@ class _Running:
         try:
             import wasmtime
         except ImportError as error:
-            raise MissingExtraError(
+            raise extras.missing(
+                "web",
                 "A page is checked before it is written, and there is nothing to run it in: "
-                "neither node nor wasmtime. Get one with: pip install 'tinygpt[web]'"
+                "neither node nor wasmtime.",
             ) from error
         self._config = config
         self._store: Any = wasmtime.Store()
