@@ -27,9 +27,9 @@ from tinygpt.data import load_tokens
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError
 from tinygpt.metrics import read
 from tinygpt.plots import read_curves
-from tinygpt.server.outgoing import to_json
 from tinygpt.server.watch import Watch
 from tinygpt.server.watched import run_id
+from tinygpt.strict_json import to_json
 from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
 
 LONGEST_MESSAGE = 600

@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 from tinygpt.server.body import read_json, unless_gone
 from tinygpt.server.document import openapi
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.refusal import DOCUMENT, JSON, Refusal
+from tinygpt.server.refusal import DOCUMENT, Refusal
 from tinygpt.server.requests import chat_schema, completion_schema
 from tinygpt.server.running import Running
 from tinygpt.server.schema import Schema, check
@@ -69,7 +70,7 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
     if job.stream:
         return _EventStream(running)
     try:
-        return JSON(await running.whole())
+        return JSONResponse(await running.whole())
     finally:
         running.close()
 
@@ -103,13 +104,13 @@ class _EventStream(StreamingResponse):
 
 
 async def _models(service: Service, request: Request) -> Response:
-    return JSON({"object": "list", "data": [_described(service)]})
+    return JSONResponse({"object": "list", "data": [_described(service)]})
 
 
 async def _one_model(service: Service, request: Request) -> Response:
     if request.path_params["id"] != service.name:
         raise _no_model(service)
-    return JSON(_described(service))
+    return JSONResponse(_described(service))
 
 
 def _described(service: Service) -> dict[str, object]:
@@ -124,7 +125,7 @@ def _described(service: Service) -> dict[str, object]:
 async def _health(service: Service, request: Request) -> Response:
     if not service.engine.alive:
         raise Refusal(503, "The engine has ended; the server's terminal says why.", code="ended")
-    return JSON({"status": "ok"})
+    return JSONResponse({"status": "ok"})
 
 
 async def _metrics(service: Service, request: Request) -> Response:
@@ -133,4 +134,4 @@ async def _metrics(service: Service, request: Request) -> Response:
 
 
 async def _document(document: object, request: Request) -> Response:
-    return JSON(document)
+    return JSONResponse(document)

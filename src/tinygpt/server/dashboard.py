@@ -26,12 +26,13 @@ from tinygpt.errors import UsageError
 from tinygpt.server import static
 from tinygpt.server.assembly import assemble
 from tinygpt.server.curves import POINTS
-from tinygpt.server.outgoing import to_json
-from tinygpt.server.refusal import JSON, Refusal
+from tinygpt.server.json_answer import JSONResponse
+from tinygpt.server.refusal import Refusal
 from tinygpt.server.security import GateOptions
 from tinygpt.server.steering import ByLock, Steering
 from tinygpt.server.watch import Cursor, Watch, parse_cursor, write_cursor
 from tinygpt.server.watched import Run
+from tinygpt.strict_json import to_json
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""
@@ -94,7 +95,7 @@ def routes(board: Board) -> list[Route]:
     def answer(read: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
             await run_in_threadpool(board.watch.refresh)
-            return await run_in_threadpool(lambda: JSON(read(request)))
+            return await run_in_threadpool(lambda: JSONResponse(read(request)))
 
         return endpoint
 
@@ -131,7 +132,7 @@ def routes(board: Board) -> list[Route]:
                 await run_in_threadpool(getattr(board.steering(run), what))
             except UsageError as error:
                 raise Refusal(409, str(error), code="cannot_be_asked") from error
-            return JSON({"asked": what}, 202)
+            return JSONResponse({"asked": what}, 202)
 
         return endpoint
 
@@ -158,13 +159,13 @@ async def _events(board: Board, cursor: dict[str, tuple[int, str]]) -> AsyncIter
     try:
         while True:
             entries = await run_in_threadpool(_look, board.watch, cursor)
-            changed = [entry for entry in entries if sent.get(entry["id"]) != to_json(entry)]
+            changed = [entry for entry in entries if sent.get(entry["id"]) != _dump(entry)]
             known = {entry["id"] for entry in entries}
             if changed or sent.keys() != known:
-                sent = {entry["id"]: to_json(_card(entry)) for entry in entries}
+                sent = {entry["id"]: _dump(_card(entry)) for entry in entries}
                 cursor = _advanced(cursor, entries)
                 order = [entry["id"] for entry in entries]
-                data = to_json({"runs": changed, "order": order})
+                data = _dump({"runs": changed, "order": order})
                 yield f"id: {write_cursor(cursor)}\ndata: {data}\n\n"
                 spoke = time.monotonic()
             elif time.monotonic() - spoke > HEARTBEAT:
@@ -190,6 +191,10 @@ def _advanced(cursor: Cursor, entries: list[dict[str, Any]]) -> dict[str, tuple[
     """Where a page is that has taken in the entries."""
     told = {e["id"]: (e["rows"], e["mark"]) for e in entries if "rows" in e}
     return {run: told.get(run, before) for run, before in cursor.items()}
+
+
+def _dump(value: Any) -> str:
+    return to_json(value, compact=True)
 
 
 def within(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

@@ -25,8 +25,9 @@ from tinygpt.server.card import model_card
 from tinygpt.server.choices import Choice, Delta, finite
 from tinygpt.server.engine import EngineClosed
 from tinygpt.server.jobs import Body, Job, sampling_of
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.prompts import Ids, encode
-from tinygpt.server.refusal import JSON, Refusal
+from tinygpt.server.refusal import Refusal
 from tinygpt.server.requests import completion_schema
 from tinygpt.server.schema import Schema, check
 from tinygpt.server.service import Service
@@ -57,7 +58,7 @@ def routes(service: Service) -> list[Route]:
     async def model(request: Request) -> Response:
         beside = any(getattr(route, "path", "") == "/dashboard" for route in request.app.routes)
         await read_json(request, service.limits)
-        return JSON(card | {"dashboard": beside})
+        return JSONResponse(card | {"dashboard": beside})
 
     def post(path: str, schema: Schema, answer: Answer) -> Route:
         return Route(path, partial(_answer, service, schema, answer), methods=["POST"])
@@ -114,7 +115,7 @@ async def _answer(service: Service, schema: Schema, answer: Answer, request: Req
     try:
         async with asyncio.timeout(service.limits.request_seconds):
             found = await unless_gone(request, answer(body))
-        return await asyncio.to_thread(JSON, found)
+        return await asyncio.to_thread(JSONResponse, found)
     except TimeoutError:
         message = "The time for this request was over before it had its turn."
         raise Refusal(504, message, code="timeout") from None

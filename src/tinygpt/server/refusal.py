@@ -8,9 +8,9 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from tinygpt.server.outgoing import to_json
+from tinygpt.server.json_answer import JSONResponse
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Kinds of errors by status; other refusals are ``invalid_request_error``."""
@@ -20,13 +20,6 @@ RETRY_SECONDS = 2
 """When a client should come again that was refused for want of room, or because we restart."""
 DOCUMENT = "/openapi.json"
 ADVICE = {404: f" GET {DOCUMENT} lists what there is.", 405: " The header Allow lists others."}
-
-
-class JSON(JSONResponse):
-    """Every JSON answer of the server."""
-
-    def render(self, content: Any) -> bytes:
-        return to_json(content).encode()
 
 
 class Refusal(Exception):  # noqa: N818
@@ -57,8 +50,8 @@ class Refusal(Exception):  # noqa: N818
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": told}
 
-    def response(self) -> JSON:
-        return JSON(self.body(), self.status, self.headers)
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
 
 
 def answer_refusal(request: Request, error: Exception) -> Response:
