@@ -60,7 +60,7 @@ def _row(step: int, draw: random.Random) -> dict[str, Any]:
 @contextlib.contextmanager
 def said_address(*words: object, threads: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run the program; -> the address of its dashboard, as soon as it says one."""
-    command = [sys.executable, "-m", "tinygpt", *map(str, words), "--threads", str(threads)]
+    command = [sys.executable, "-P", "-m", "tinygpt", *map(str, words), "--threads", str(threads)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

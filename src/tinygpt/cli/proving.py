@@ -6,7 +6,6 @@ import contextlib
 import json as jsonlib
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -194,8 +193,8 @@ def _train(settings: Settings, material: Material, folder: Path, steps: int) -> 
 
 def go_on(folder: Path) -> None:
     """Resume a run in a process of its own, as a user does."""
-    command = [sys.executable, "-m", "tinygpt", "train", "--resume", "--out", str(folder)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    program = runtime.python_module("tinygpt", "train", "--resume", "--out", str(folder))
+    done = subprocess.run(**program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise TrainingError(f"The fresh process ended with exit code {done.returncode}:\n{last}")
