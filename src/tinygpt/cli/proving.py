@@ -21,6 +21,7 @@ from tinygpt.cli.options import Settings, Switch, Tables, file_tables, flags, pr
 from tinygpt.cli.running import Material, gather, make_run
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import TrainingError, UsageError
+from tinygpt.files import user_path
 
 if TYPE_CHECKING:
     from tinygpt.checkpoint import Meta
@@ -128,7 +129,7 @@ def verify_resume(
 
 def _tables_of_run(source: str | None) -> Tables:
     """The settings of a run folder, its tokenizer included; none if ``source`` is no run."""
-    folder = Path(source or "")
+    folder = user_path(source or "")
     if source is None or not (folder / "config.toml").is_file():
         return {}
     tables = file_tables(folder / "config.toml")

@@ -14,6 +14,7 @@ from typing import Any
 
 from tinygpt.checkpoint.folder import best_checkpoint, list_checkpoints
 from tinygpt.errors import UsageError
+from tinygpt.files import user_path
 from tinygpt.lock import Holder, holder
 from tinygpt.server.curves import Curves
 from tinygpt.server.tail import Tail
@@ -174,7 +175,7 @@ class Watch:
     """All runs of some folders. Safe to use from several threads."""
 
     def __init__(self, places: Iterable[str | Path]) -> None:
-        self.places = [Path(place) for place in places]
+        self.places = [user_path(place) for place in places]
         for place in self.places:
             if not place.is_dir():
                 raise UsageError(

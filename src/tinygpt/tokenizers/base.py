@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
 from tinygpt.untrusted import brief, parse_json, read_bounded
 
 MAX_FILE_BYTES = 64 << 20
@@ -86,7 +86,7 @@ class BaseTokenizer:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path."""
-        path = Path(path)
+        path = user_path(path)
         try:
             with replacing(path) as file:
                 file.write(json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode())
@@ -124,7 +124,7 @@ def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, or a TokenizerError that says what the file is instead."""
-    path = Path(path)
+    path = user_path(path)
     try:
         content = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:
