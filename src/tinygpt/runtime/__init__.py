@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from tinygpt.runtime.children import python_module
 from tinygpt.runtime.device import (
-    COMPILER_CURE,
     bundled_zig,
     compiler,
     prepare,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from tinygpt.runtime.checks import Check
 
 __all__ = [
-    "COMPILER_CURE",
     "available_memory",
     "bundled_zig",
     "cache_dir",
