@@ -119,17 +119,7 @@ def take_exported(run: str, picture: Path, browser: Browser) -> None:
     """The run as one web page, which a link has set to write."""
     with tempfile.TemporaryDirectory() as name:
         page_file = Path(name) / "page.html"
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "tinygpt",
-            "export",
-            "web",
-            run,
-            "--out",
-            str(page_file),
-        ]
+        command = [*PROGRAM, "export", "web", run, "--out", str(page_file)]
         subprocess.run([*command, "--title", "A very small GPT"], check=True)
         page = browser.new_page(viewport={"width": 900, "height": 760})
         settings = {"prompt": "The ", "seed": 4, "count": 120, "temperature": 0.8}
