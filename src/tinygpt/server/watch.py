@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UsageError
+from tinygpt.files import user_path
 from tinygpt.server.curves import Curves
 from tinygpt.server.watched import CONFIG, MAX_ENTRIES, METRICS, Run, run_id
 from tinygpt.untrusted import utf8_name
@@ -39,7 +40,7 @@ class Watch:
     """
 
     def __init__(self, places: Iterable[str | Path]) -> None:
-        self.places = [Path(place) for place in places]
+        self.places = [user_path(place) for place in places]
         for place in self.places:
             if not place.is_dir():
                 raise UsageError(
