@@ -203,6 +203,15 @@ def test_a_stream_tells_the_cuts_of_the_prompt_and_then_every_token(address, ser
         after.append(token["id"])
 
 
+@pytest.mark.parametrize(
+    "asked, written", [({}, 100), ({"max_tokens": None}, 100), ({"max_tokens": 0}, 0)]
+)
+def test_no_tokens_are_none_and_only_what_is_not_said_has_a_default(address, asked, written):
+    told = events(address, text="So", **asked, **GREEDY)
+    assert sum(len(event.get("tokens", ())) for event in told) == written
+    assert told[-1] == {"finish_reason": "length"}
+
+
 def test_what_was_written_can_be_handed_back_and_gone_on_from(address):
     def tokens(told):
         return [t for event in told[1:-1] for t in event["tokens"]]

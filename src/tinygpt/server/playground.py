@@ -42,6 +42,8 @@ CANDIDATES = 50
 """Tokens that are told of a distribution at most."""
 WINDOW = 128
 """Tokens of which attention is told at most."""
+MAX_TOKENS = 100
+"""Tokens that are written where the page does not say how many."""
 LOOKS = 16
 """Looks inside the model that may wait for the engine; each is a forward pass."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -220,7 +222,8 @@ async def _ids_and_text(service: Service, body: Body) -> tuple[Ids, Ids]:
 async def _generation(service: Service, body: Body) -> Job:
     """The engine's work for a body of /api/generate."""
     ids, text = await _ids_and_text(service, body)
-    seed, max_tokens = body.get("seed"), int(body.get("max_tokens") or 100)
+    seed, asked = body.get("seed"), body.get("max_tokens")
+    max_tokens = MAX_TOKENS if asked is None else int(asked)
     request = TextRequest(
         ids, max_tokens, sampling_of(body), None if seed is None else int(seed), logprobs=0
     )
