@@ -16,7 +16,7 @@ from tinygpt.server import inspect, scoring
 
 CONFIG = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
 IDS = np.arange(32, dtype=np.int32).reshape(2, 16)
-CALLS = 4
+CALLS = 2
 
 
 @pytest.fixture(scope="module")
