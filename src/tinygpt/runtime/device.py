@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from tinygpt.errors import DeviceError
+from tinygpt.runtime import choice, hook
 from tinygpt.runtime.folders import cache_dir, private_temp
 from tinygpt.runtime.machine import may_have_accelerator, processor
 
@@ -29,14 +30,18 @@ def prepare() -> None:
     compiler and processor gets a kernel cache of its own: kernels are compiled for the very
     processor they run on, and a home folder may be shared. PARALLEL=0 keeps tinygrad from
     starting compile processes that would live as long as the program. DEV=CPU is set where there is
-    plainly no other device: to try them all takes tinygrad half a second.
+    plainly no other device: to try them all takes tinygrad half a second. Elsewhere ``choice`` has
+    a say in the default.
 
     It starts no process and never fails: what is wrong is told later, by ``require_device`` or
     ``doctor``, where there is someone to read it.
     """
     os.environ.setdefault("PARALLEL", "0")
-    if not os.environ.get("DEV") and not may_have_accelerator():
-        os.environ["DEV"] = "CPU"
+    if not os.environ.get("DEV"):
+        if may_have_accelerator():
+            hook.after_import("tinygrad.device", choice.install)
+        else:
+            os.environ["DEV"] = "CPU"
     try:
         if not os.environ.get("CC") and not clang_on_path() and (zig := bundled_zig()):
             os.environ["CC"] = str(shim(zig))
