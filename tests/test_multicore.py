@@ -373,7 +373,7 @@ def test_a_process_ends_cleanly_while_workers_wait() -> None:
 
 
 ENDINGS = """
-    import atexit, sys, warnings
+    import atexit, gc, sys, warnings
     from test_multicore import *
     multicore.install(2)
     pool, (commands, counter) = multicore._engine().pool, counting(50)
@@ -412,6 +412,7 @@ ENDINGS = """
         return "hangs"
 
     warnings.simplefilter("ignore")  # newer Pythons warn of any fork of a threaded process
+    gc.freeze()  # a child that ends looks through all objects of before otherwise
     children = []
     for way in ("return", "exit", "exception", "interrupt", "another size", "later work") * 3:
         if (child := os.fork()) == 0:

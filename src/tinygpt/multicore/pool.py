@@ -81,7 +81,7 @@ def command_list(words: Sequence[int]) -> Commands:
 
 @cache
 def _addresses() -> dict[str, int | None]:
-    """Of what ``pool.c`` calls; found once, as a forked child must not wait for the linker's lock."""
+    """Of what ``pool.c`` calls; found once: a forked child must not wait for the linker's lock."""
     libc = ctypes.CDLL(None)
     return {
         field: ctypes.cast(getattr(libc, name), ctypes.c_void_p).value
