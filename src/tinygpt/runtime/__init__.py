@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tinygpt.runtime.children import python_module
 from tinygpt.runtime.device import (
-    COMPILER_CURE,
     bundled_zig,
     compiler,
     prepare,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tinygpt.runtime.checks import Check
 
 __all__ = [
-    "COMPILER_CURE",
     "available_memory",
     "bundled_zig",
     "cache_dir",
@@ -39,6 +38,7 @@ __all__ = [
     "memory",
     "peak_memory",
     "prepare",
+    "python_module",
     "require_device",
     "total_memory",
 ]

@@ -12,13 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tinygpt import extras
 from tinygpt.errors import DeviceError
 from tinygpt.runtime import choice, hook
 from tinygpt.runtime.folders import cache_dir, private_temp
 from tinygpt.runtime.machine import may_have_accelerator, processor
-
-COMPILER_CURE = "pip install 'tinygpt[offline]'"
-"""Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
 
 SHIM_PREFIX = "zig-clang-"
 
@@ -92,18 +90,23 @@ def trouble(error: BaseException | None = None) -> tuple[str, str]:
         return (
             f"The compiler CC={chosen!r} does not work for tinygrad, which needs clang; gcc will "
             "not do.",
-            f"Set CC to a clang, or unset CC; a clang comes with: {COMPILER_CURE}",
+            f"Set CC to a clang, or unset CC; a clang comes with: {compiler_cure()}",
         )
     if not shutil.which(name):
         system = "xcode-select --install" if sys.platform == "darwin" else "apt install clang"
         return (
             "tinygrad needs the C compiler clang to use this processor, and none is on PATH.",
-            f"Get one with: {COMPILER_CURE} (or: {system})",
+            f"Get one with: {compiler_cure()} (or: {system})",
         )
     return (
         f"tinygrad could not open this processor with the compiler {shutil.which(name)}: {error}.",
-        f"Run `tinygpt doctor` to see more. Another clang comes with: {COMPILER_CURE}",
+        f"Run `tinygpt doctor` to see more. Another clang comes with: {compiler_cure()}",
     )
+
+
+def compiler_cure() -> str:
+    """Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
+    return extras.cure("offline")
 
 
 def clang_on_path() -> str | None:
