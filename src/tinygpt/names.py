@@ -11,6 +11,8 @@ import logging
 from collections.abc import Container
 from pathlib import Path
 
+from tinygpt.files import user_path
+
 log = logging.getLogger("tinygpt")
 
 
@@ -26,7 +28,7 @@ def is_name(given: str | Path, known: Container[str]) -> bool:
 
 def lasting(given: str | Path, known: Container[str]) -> str:
     """What to write down: a name as it is, and a path so that it holds in any folder."""
-    path = Path(given)
+    path = user_path(given)
     return str(path.resolve()) if not _is_known(given, known) and exists(path) else str(given)
 
 

@@ -13,6 +13,7 @@ from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.display.text import duration
 from tinygpt.errors import CheckpointError, DataError, UsageError
+from tinygpt.files import make_folder, sync_folder
 from tinygpt.names import lasting
 
 if TYPE_CHECKING:
@@ -173,8 +174,22 @@ def _lasting(data: DataConfig, chosen: str) -> DataConfig:
 
 
 def new_folder(name: str) -> Path:
+    """Make the folder of a run; of several that begin in one second each gets its own."""
+    from tinygpt.checkpoint import writing
+
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:40] or "text"
     folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    while folder.exists():
-        folder = folder.with_name(folder.name + "x")
+    with writing(RUNS):
+        make_folder(RUNS)
+        while not _made(folder):
+            folder = folder.with_name(folder.name + "x")
+        sync_folder(RUNS)
     return folder
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True

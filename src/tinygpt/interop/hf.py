@@ -19,7 +19,7 @@ import numpy as np
 from tinygpt import checkpoint
 from tinygpt.config import GPTConfig, to_toml
 from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
 from tinygpt.interop import hub, parity
 from tinygpt.interop.folders import new_folder
 from tinygpt.interop.hf_config import read_config
@@ -152,7 +152,7 @@ def open_pretrained(
     checked but the values. Nothing is read of the weights yet. ``progress`` shows a bar where
     something has to be fetched. Raises InteropError that says what does not fit.
     """
-    path, snapshot = Path(source), None
+    path, snapshot = user_path(source), None
     if is_name(source, hub.NAMES) or not exists(path):
         snapshot = hub.fetch(str(source), progress, revision)
         folder, files = snapshot.folder, _weight_files(snapshot.folder)
@@ -306,7 +306,7 @@ def _origin(pretrained: Pretrained) -> dict[str, str]:
     """Where weights come from, to be passed on with them: of a path no more than its last name."""
     snapshot = pretrained.snapshot
     if snapshot is None:
-        return {"source": f"./{Path(pretrained.source).resolve().name}"}
+        return {"source": f"./{user_path(pretrained.source).resolve().name}"}
     if snapshot.commit is None:
         return {"source": pretrained.source}
     repository = {"repository": snapshot.repository, "commit": snapshot.commit}

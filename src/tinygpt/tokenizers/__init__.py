@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import TokenizerError, nearest
+from tinygpt.files import user_path
 from tinygpt.names import exists, is_name
 from tinygpt.tokenizers.base import BaseTokenizer, TextStream, Tokenizer, fingerprint, read_json
 from tinygpt.tokenizers.bpe import BPETokenizer
@@ -49,7 +50,7 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer that ``save`` wrote; ``path`` may also be a folder with tokenizer.json."""
-    path = Path(path)
+    path = user_path(path)
     file = path / "tokenizer.json" if exists(path) and path.is_dir() else path
     try:
         return tokenizer_from_dict(read_json(file))
@@ -91,7 +92,7 @@ def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -
             return ByteTokenizer()
         size = _bpe_size(str(spec))
         return CharTokenizer.train(text()) if size is None else BPETokenizer.train(text(), size)
-    if str(spec) and exists(Path(spec)):
+    if str(spec) and exists(user_path(spec)):
         return load_tokenizer(spec)
     if str(spec).partition(":")[0] == "bpe":
         raise TokenizerError(
