@@ -26,6 +26,7 @@ from starlette.testclient import TestClient
 from tests.dashboard_runs import LAYERS, add, lines, make_run, rows
 from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
+from tinygpt import extras
 from tinygpt.cli import main
 from tinygpt.errors import UsageError
 from tinygpt.lock import FolderLock, Holder, holder
@@ -44,6 +45,7 @@ from tinygpt.server.watch import Watch, parse_cursor, write_cursor
 NODE = Path("/usr/bin/node")
 PAGE = Path(watch.__file__).parent / "page"
 KEY = "a-key-for-the-tests"
+RIGHT = {"authorization": f"Bearer {KEY}"}
 WRITER = "import sys; from tests.run_script import main; main(sys.argv[1], 10**9)"
 
 
@@ -58,8 +60,8 @@ def board_of(*places, **options):
     return board
 
 
-def client(board, **options):
-    return TestClient(make_app(board, **options), base_url="http://localhost")
+def client(board, headers=RIGHT, **options):
+    return TestClient(make_app(board, **options), base_url="http://localhost", headers=headers)
 
 
 def only(board):
@@ -452,7 +454,7 @@ def served(tmp_path):
 
 def events_of(address, cursor=""):
     """The events of a stream: (id, data)."""
-    headers = {"Last-Event-ID": cursor}
+    headers = {"Last-Event-ID": cursor, **RIGHT}
     with httpx.stream(
         "GET", f"{address}/dashboard/events", headers=headers, timeout=PATIENCE
     ) as stream:
@@ -490,7 +492,7 @@ def test_pages_that_listen_are_not_too_many(served, monkeypatch):
     monkeypatch.setattr(dashboard, "STREAMS", 1)
     stream = events_of(address)
     next(stream)
-    assert httpx.get(f"{address}/dashboard/events").status_code == 503
+    assert httpx.get(f"{address}/dashboard/events", headers=RIGHT).status_code == 503
     stream.close()
     until(lambda: board.streams == 0)
 
@@ -533,12 +535,11 @@ class Asked:
 def asking(tmp_path):
     folder, asked = make_run(tmp_path / "run", 5), Asked()
     board = board_of(folder, steering={folder: asked})
-    return client(board), f"/dashboard/runs/{only(board).id}", asked
+    return client(board, headers=None), f"/dashboard/runs/{only(board).id}", asked
 
 
-def test_asking_needs_the_key_and_reading_does_not(tmp_path):
+def test_asking_needs_the_key(tmp_path):
     http, run, asked = asking(tmp_path)
-    assert http.get(f"{run}/curves").status_code == 200
     for given in (
         None,
         "",
@@ -572,22 +573,23 @@ def test_asking_needs_the_key_and_reading_does_not(tmp_path):
 )
 def test_pages_of_others_cannot_ask_even_with_the_key(tmp_path, headers):
     http, run, asked = asking(tmp_path)
-    answer = http.post(f"{run}/stop", headers={"authorization": f"Bearer {KEY}", **headers})
+    answer = http.post(f"{run}/stop", headers={**RIGHT, **headers})
     assert answer.status_code == 403 and asked.heard == []
-    assert http.get("/dashboard/runs", headers={"host": "evil.example"}).status_code == 403
+    wrong = {**RIGHT, "host": "evil.example"}
+    assert http.get("/dashboard/runs", headers=wrong).status_code == 403
 
 
-def test_in_a_network_reading_needs_the_key_too(tmp_path):
-    board = board_of(make_run(tmp_path / "run", 5))
-    http = client(board, api_key=KEY)
-    for path in (
-        "/dashboard/runs",
-        "/dashboard/events",
-        f"/dashboard/runs/{only(board).id}/curves",
-    ):
-        assert http.get(path).status_code == 401
-    headers = {"authorization": f"Bearer {KEY}"}
-    assert http.get("/dashboard/runs", headers=headers).json()["runs"][0]["name"] == "run"
+def test_reading_needs_the_key_unless_the_board_is_open(tmp_path):
+    folder = make_run(tmp_path / "run", 5)
+    board = board_of(folder)
+    http, run = client(board, headers=None), f"/dashboard/runs/{only(board).id}"
+    for path in ("/dashboard/runs", "/dashboard/events", f"{run}/curves", f"{run}/samples"):
+        assert http.get(path).status_code == http.head(path).status_code == 401
+        assert http.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
+    assert http.get("/dashboard/runs", headers=RIGHT).json()["runs"][0]["name"] == "run"
+    without = client(board_of(folder, is_open=True), headers=None)
+    assert without.get(f"{run}/samples").status_code == 200
+    assert without.post(f"{run}/save").status_code == 401
     page = http.get("/dashboard")
     assert page.status_code == 200 and "run</" not in page.text
     assert "script-src 'self'" in page.headers["content-security-policy"]
@@ -599,8 +601,11 @@ def test_beside_a_model_the_dashboard_is_behind_the_same_gate(tmp_path):
     http = TestClient(app, base_url="http://localhost")
     assert http.get("/dashboard").status_code == 200
     assert http.get("/dashboard/runs").status_code == 401
-    found = http.get("/dashboard/runs", headers={"authorization": f"Bearer {KEY}"}).json()
+    found = http.get("/dashboard/runs", headers=RIGHT).json()
     assert found["playground"] is True and found["runs"][0]["name"] == "run"
+    free = TestClient(make_server(fake_service(), board=board), base_url="http://localhost")
+    assert free.get("/v1/models").status_code == 200  # on this machine the model needs no key
+    assert free.get("/dashboard/runs").status_code == 401
     without = TestClient(make_server(fake_service()), base_url="http://localhost")
     assert without.get("/dashboard").status_code == 404
 
@@ -767,10 +772,11 @@ def test_the_command_shows_runs_without_tinygrad_and_takes_the_next_port(
             address, key, said = wait_for_address(process)
             assert f"port {port} is taken" in said and not address.endswith(f":{port}")
             assert not re.search(r"\| +tinygrad", said) and "tinygpt.server.dashboard" in said
-            [run] = httpx.get(f"{address}/dashboard/runs").json()["runs"]
+            right = {"authorization": f"Bearer {key}"}
+            [run] = httpx.get(f"{address}/dashboard/runs", headers=right).json()["runs"]
             assert run["name"] == "run" and run["iter"] == 20
             stop = f"{address}/dashboard/runs/{run['id']}/stop"
-            assert httpx.post(stop, headers={"authorization": f"Bearer {key}"}).status_code == 409
+            assert httpx.post(stop, headers=right).status_code == 409
             process.send_signal(signal.SIGINT)
             _, rest = process.communicate(timeout=PATIENCE)
             assert process.returncode == 130 and "Traceback" not in rest
@@ -787,6 +793,8 @@ def test_wrong_places_and_keys_are_refused_with_advice(tmp_path, capsys, monkeyp
         (["dashboard", "nowhere"], "nowhere is no folder"),
         (["dashboard", ".", "--host", "0.0.0.0"], "needs a key"),
         (["dashboard", ".", "--api-key", "short"], "at least"),
+        (["dashboard", ".", "--no-token", "--host", "0.0.0.0", "--api-key", KEY], "--no-token is"),
+        (["dashboard", ".", "--allow-host", "a b"], "not the name of a host"),
     ):
         assert main(words) == 2
         assert wanted in capsys.readouterr().err
@@ -798,7 +806,7 @@ def test_without_the_extra_training_does_not_begin(tmp_path, capsys, monkeypatch
     for words in (["train", tmp_path / "text.txt", "--dashboard", "--out", tmp_path / "run"],
                   ["dashboard", tmp_path]):  # fmt: skip
         assert main([str(word) for word in words]) == 1
-        assert "pip install 'tinygpt[serve]'" in capsys.readouterr().err
+        assert extras.cure("serve") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -815,16 +823,14 @@ def test_a_training_is_watched_saved_and_stopped_from_its_page(tmp_path):
     process = start(dict(os.environ), *words, "--train.max-iters", 1_000_000)
     try:
         address, key, _ = wait_for_address(process)
+        headers = {"authorization": f"Bearer {key}"}
 
         def card():
-            return httpx.get(f"{address}/dashboard/runs").json()["runs"][0]
+            return httpx.get(f"{address}/dashboard/runs", headers=headers).json()["runs"][0]
 
         until(lambda: (card()["iter"] or 0) > 3)
         assert card()["state"] == "training"
-        run, headers = (
-            f"{address}/dashboard/runs/{card()['id']}",
-            {"authorization": f"Bearer {key}"},
-        )
+        run = f"{address}/dashboard/runs/{card()['id']}"
         assert httpx.post(f"{run}/stop").status_code == 401
         assert httpx.post(f"{run}/save", headers=headers).status_code == 202
         until(lambda: card()["checkpoint"] is not None)

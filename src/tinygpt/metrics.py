@@ -7,7 +7,6 @@ run can be watched with ``tail -f`` and a crash loses at most the line being wri
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections import deque
@@ -20,6 +19,7 @@ from typing import IO, Any, Self, cast
 
 from tinygpt.errors import DataError
 from tinygpt.files import replacing
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import is_sparse, open_regular, parse_json
 
 MAX_LINE = 1 << 20
@@ -259,7 +259,7 @@ def _encode(row: Mapping[str, Any]) -> bytes:
     odd = {k: str(v) for k, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
     if odd:
         plain |= dict.fromkeys(odd) | {"nonfinite": odd}
-    return json.dumps(plain, allow_nan=False, default=str).encode() + b"\n"
+    return to_json(plain, other=str).encode() + b"\n"
 
 
 def _decode(line: bytes) -> Row | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygpt import extras
 from tinygpt.errors import DataError, MissingExtraError, UsageError
 from tinygpt.files import replacing
 from tinygpt.metrics import Row, read, smooth
@@ -211,6 +212,4 @@ def _plotext() -> Any:
 
 
 def _missing(package: str, task: str) -> MissingExtraError:
-    return MissingExtraError(
-        f"{task} needs {package}, which is not installed. Install it: pip install 'tinygpt[plots]'"
-    )
+    return extras.missing("plots", f"{task} needs {package}, which is not installed.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +16,7 @@ from tinygpt.checkpoint.folder import checkpoint_path, list_checkpoints, named_s
 from tinygpt.checkpoint.format import BROKEN, Array, Header, Layout, Meta, Place, decode
 from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
 CHUNK = 2**20
@@ -111,7 +111,7 @@ def origin(path: str | Path) -> dict[str, Any]:
     with _opened(path) as (_, header):
         meta = _meta(path, header)
         hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
-    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    digest = hashlib.sha256(to_json(hashes).encode()).hexdigest()
     where = str(path.resolve())
     return {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
 

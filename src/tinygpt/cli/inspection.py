@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -149,19 +148,10 @@ def gradcheck(
     idx, targets = Tensor(tokens[:, :-1].copy()), Tensor(tokens[:, 1:].copy())
     report = check(Transformer(config, seed), idx, targets, samples=samples, seed=seed)
     if json:
-        show_json(_without_nan(report.to_dict()))
+        show_json(report.to_dict())
     else:
         print(report.table())
     return 0 if report.ok else 1
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; null stands for it."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def doctor(*, json: Switch = False) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
-from tinygpt.cli.console import command, finite, say, show_json
+from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
     Settings,
@@ -257,9 +257,9 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
                 "max_iters": run.config.max_iters,
                 "stopped": result.stopped,
                 "skipped": result.skipped,
-                "train_loss": finite(last.train_loss if last else None),
-                "best_val_loss": finite(loss),
-                "perplexity": None if loss is None else finite(perplexity(loss)),
+                "train_loss": last.train_loss if last else None,
+                "best_val_loss": loss,
+                "perplexity": None if loss is None else perplexity(loss),
                 "seconds": last.elapsed if last else 0.0,
                 "parameters": run.model.num_params(),
             }

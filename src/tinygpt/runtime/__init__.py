@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tinygpt.runtime.device import (
-    COMPILER_CURE,
     bundled_zig,
     compiler,
     prepare,
     require_device,
 )
-from tinygpt.runtime.folders import cache_dir
+from tinygpt.runtime.folders import cache_dir, keep_limit, token_folders
 from tinygpt.runtime.machine import (
     available_memory,
     cores,
@@ -29,17 +28,18 @@ if TYPE_CHECKING:
     from tinygpt.runtime.checks import Check
 
 __all__ = [
-    "COMPILER_CURE",
     "available_memory",
     "bundled_zig",
     "cache_dir",
     "compiler",
     "cores",
     "doctor",
+    "keep_limit",
     "memory",
     "peak_memory",
     "prepare",
     "require_device",
+    "token_folders",
     "total_memory",
 ]
 

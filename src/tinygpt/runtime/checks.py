@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
+from tinygpt import extras
 from tinygpt.errors import DeviceError
 from tinygpt.runtime import device, folders, machine
 
@@ -68,13 +68,13 @@ def _packages() -> Iterator[Check]:
     from tinygpt import __version__
 
     yield Check("tinygpt", True, f"{__version__} ({Path(__file__).parents[1]})")
-    for requirement in _requirements(None):
+    for requirement in extras.requirements(None):
         name, version = _installed(requirement)
         fits = version is not None and _fits(version, requirement)
         found = version or "not installed"
         if version and not fits:
             found += f", but tinygpt needs {requirement}"
-        yield Check(name, fits, found, None if fits else f"pip install {shlex.quote(requirement)}")
+        yield Check(name, fits, found, None if fits else extras.install_command(requirement))
 
 
 def _device() -> Iterator[Check]:
@@ -131,32 +131,20 @@ def _vocabulary() -> Iterator[Check]:
         found = "the extra offline"
     else:
         found = "not on this machine; downloaded when it is first used"
-        yield Check("GPT-2 vocabulary", False, found, device.COMPILER_CURE, optional=True)
+        yield Check("GPT-2 vocabulary", False, found, device.compiler_cure(), optional=True)
         return
     yield Check("GPT-2 vocabulary", True, found, optional=True)
 
 
 def _extras() -> Iterator[Check]:
-    extras = metadata.metadata("tinygpt").get_all("Provides-Extra") or []
-    for extra in extras:
+    for extra in extras.names():
         if extra in NOT_FOR_USERS:
             continue
-        packages = [_installed(requirement) for requirement in _requirements(extra)]
+        packages = [_installed(requirement) for requirement in extras.requirements(extra)]
         missing = [name for name, version in packages if version is None]
         found = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages)
-        cure = f"pip install 'tinygpt[{extra}]'" if missing else None
+        cure = extras.cure(extra) if missing else None
         yield Check(f"extra {extra}", not missing, found, cure, optional=True)
-
-
-def _requirements(extra: str | None) -> list[str]:
-    """What tinygpt, or one of its extras, requires: ``["tinygrad==0.14.*", ...]``."""
-    requirements = []
-    for line in metadata.requires("tinygpt") or []:
-        requirement, _, marker = line.partition(";")
-        named = re.search(r"extra == ['\"]([^'\"]+)", marker)
-        if (named.group(1) if named else None) == extra:
-            requirements.append(requirement.strip())
-    return requirements
 
 
 def _installed(requirement: str) -> tuple[str, str | None]:

@@ -16,15 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
+from tinygpt import extras
 from tinygpt.errors import DeviceError
 from tinygpt.runtime import choice, hook, kernelcache
-from tinygpt.runtime.folders import cache_dir, is_shared, private_temp
+from tinygpt.runtime.folders import cache_dir, is_shared, private_temp, wanted_cache_dir
 from tinygpt.runtime.machine import may_have_accelerator, processor
 
 log = logging.getLogger(__name__)
-
-COMPILER_CURE = "pip install 'tinygpt[offline]'"
-"""Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
 
 SHIM_PREFIX = "zig-clang-"
 
@@ -53,6 +51,7 @@ def prepare() -> None:
             os.environ["CC"] = str(shim(zig))
         if not os.environ.get("CACHEDB"):
             os.environ["CACHEDB"] = str(_kernel_database())
+            hook.after_import("tinygrad.helpers", _say_where_the_cache_is)
     except OSError:  # no folder can be written: tinygrad's own defaults are as good
         pass
     hook.after_import("tinygrad.helpers", _keep_kernels)
@@ -99,18 +98,23 @@ def trouble(error: BaseException | None = None) -> tuple[str, str]:
         return (
             f"The compiler CC={chosen!r} does not work for tinygrad, which needs clang; gcc will "
             "not do.",
-            f"Set CC to a clang, or unset CC; a clang comes with: {COMPILER_CURE}",
+            f"Set CC to a clang, or unset CC; a clang comes with: {compiler_cure()}",
         )
     if not shutil.which(name):
         system = "xcode-select --install" if sys.platform == "darwin" else "apt install clang"
         return (
             "tinygrad needs the C compiler clang to use this processor, and none is on PATH.",
-            f"Get one with: {COMPILER_CURE} (or: {system})",
+            f"Get one with: {compiler_cure()} (or: {system})",
         )
     return (
         f"tinygrad could not open this processor with the compiler {shutil.which(name)}: {error}.",
-        f"Run `tinygpt doctor` to see more. Another clang comes with: {COMPILER_CURE}",
+        f"Run `tinygpt doctor` to see more. Another clang comes with: {compiler_cure()}",
     )
+
+
+def compiler_cure() -> str:
+    """Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
+    return extras.cure("offline")
 
 
 def clang_on_path() -> str | None:
@@ -173,6 +177,17 @@ def _kernel_database() -> Path:
     folder = cache_dir()
     host = f"-{platform.node()}" if is_shared(folder) else ""
     return folder / f"kernels-{_kernel_key()}{host}.db"
+
+
+def _say_where_the_cache_is(helpers: ModuleType) -> None:
+    wanted, used = wanted_cache_dir(), cache_dir()
+    if used != wanted:
+        log.warning(
+            "%s cannot be written, so kernels and other files that can be made again are kept in "
+            "%s. TINYGPT_CACHE names another folder.",
+            wanted,
+            used,
+        )
 
 
 def _keep_kernels(helpers: ModuleType) -> None:

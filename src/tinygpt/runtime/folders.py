@@ -7,6 +7,8 @@ import os
 import stat
 import sys
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 CACHE_GB = 10.0
@@ -60,6 +62,33 @@ SHARED = (
 )
 """Kinds of file systems, without the digits at their end, in which SQLite's locks may not hold
 between machines, or not at all."""
+
+
+def token_folders() -> list[Path]:
+    """Where token files are kept, the place to prefer first."""
+    return list(dict.fromkeys([cache_dir() / "tokens", private_temp() / "tokens"]))
+
+
+def too_many(found: Iterable[tuple[float, int, Path]], limit: int) -> list[Path]:
+    """Of (time of last use, bytes, path) the paths used longest ago, whose loss keeps the limit."""
+    ordered = sorted(found)
+    excess = sum(size for _, size, _ in ordered) - limit
+    gone = []
+    for _, size, path in ordered:
+        if excess <= 0:
+            break
+        excess -= size
+        gone.append(path)
+    return gone
+
+
+def keep_limit(folder: Path, kept: Path) -> None:
+    """Delete the token files used longest ago, but ``kept``, while all exceed ``cache_limit``."""
+    with suppress(OSError):  # another process may do the same
+        found = [(p.stat(), p) for p in folder.glob("*.npy") if p.is_file() and p != kept]
+        room = cache_limit() - kept.stat().st_size
+        for path in too_many([(s.st_mtime, s.st_size, p) for s, p in found], room):
+            path.unlink()
 
 
 def cache_limit() -> int:

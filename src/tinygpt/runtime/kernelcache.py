@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinygpt.runtime.folders import cache_limit
+from tinygpt.runtime.folders import cache_limit, too_many
 
 log = logging.getLogger(__name__)
 
@@ -274,11 +274,8 @@ def make_room(connection: sqlite3.Connection, limit: int) -> None:
 def remove_others(path: Path, limit: int) -> None:
     """Delete files for other processors and compilers, oldest first, while all exceed ``limit``."""
     others = [p for p in databases(path.parent) if p.name != path.name]
-    total = sum(map(size_of, [path, *others]))
-    for other in sorted(others, key=_last_change):
-        if total <= limit:
-            break
-        total -= size_of(other)
+    found = [(_last_change(p), size_of(p), p) for p in others]
+    for other in too_many(found, limit - size_of(path)):
         remove(other)
 
 

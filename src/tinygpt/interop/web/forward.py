@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
+from tinygpt.strict_json import to_json
 
 if TYPE_CHECKING:
     from tinygrad import Tensor
@@ -123,7 +124,7 @@ def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str
     """What ``python -m module`` makes of a config, from JSON to JSON."""
     done = subprocess.run(
         [sys.executable, "-m", module],
-        input=json.dumps(config.to_dict()).encode(),
+        input=to_json(config.to_dict()).encode(),
         capture_output=True,
         env={**os.environ, **environment},
         check=False,
@@ -136,4 +137,4 @@ def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str
 
 def answer(make: Callable[[GPTConfig], Any]) -> None:
     """The other side of ``in_own_process``."""
-    json.dump(make(GPTConfig.from_dict(json.load(sys.stdin))), sys.stdout)
+    sys.stdout.write(to_json(make(GPTConfig.from_dict(json.load(sys.stdin)))))
