@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt.runtime import device, folders, kernelcache
+from tinygpt import runtime
+from tinygpt.cli import main
+from tinygpt.runtime import checks, device, folders, kernelcache
 from tinygpt.runtime.kernelcache import KernelCache
 
 Said = Callable[[], list[str]]
@@ -107,7 +109,7 @@ def test_a_file_that_the_user_named_is_never_moved(tmp_path: Path, said: Said) -
     cache = KernelCache(mine)
     cache.put("kernel", 1, "value")
     assert cache.get("kernel", 1) is None
-    assert mine.read_text() == "my notes" and os.listdir(tmp_path) == ["notes.txt"]
+    assert mine.read_text() == "my notes" and list(tmp_path.iterdir()) == [mine]
     assert len(said()) == 1 and "not a database" in said()[0]
 
 
@@ -171,7 +173,7 @@ def test_what_cannot_be_written_is_still_read(
     assert cache.get("kernel", 3) == bytes([3]) * 2000
     assert cache.get("kernel", "new") is None
     assert len(said()) == 1 and message in said()[0] and "goes on with what is in it" in said()[0]
-    assert os.listdir(path.parent).count(path.name) == 1 and path.is_file()
+    assert path.is_file() and not path.with_name("damaged-kernels-0.db").exists()
 
 
 def test_a_folder_in_which_nothing_can_be_written_is_read(
@@ -246,10 +248,8 @@ def test_files_for_other_processors_go_when_all_exceed_the_limit(
     foreign.write_bytes(b"x" * 1_000_000)
     limit = path.stat().st_size + 150_000
     kernelcache.remove_others(path, limit)
-    assert sorted(os.listdir(path.parent)) == ["kernels-0.db", "kernels-3.db", *KEPT, "my.db"]
-
-
-KEPT = ["kernels-3.db-wal"]
+    left = sorted(p.name for p in path.parent.iterdir())
+    assert left == ["kernels-0.db", "kernels-3.db", "kernels-3.db-wal", "my.db"]
 
 
 def test_every_thread_moves_on_to_the_new_file(path: Path, said: Said) -> None:
@@ -285,11 +285,11 @@ def test_equal_machines_have_a_file_each_in_a_folder_they_share(
 ) -> None:
     mounts = tmp_path / "mounts"
     home = str(tmp_path / "my home").replace(" ", "\\040")
-    mounts.write_text(f"/dev/sda1 / ext4 rw 0 0\nserver:/home {home} {kind} rw 0 0\n")
+    mounts.write_text(f"/dev/sda1 / ext4 rw 0 0\nserver:/x {home} {kind} rw 0 0\n")
     monkeypatch.setattr(folders, "MOUNTS", mounts)
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "my home" / "cache"))
     monkeypatch.setattr("platform.node", lambda: "node7")
-    assert device._kernel_database().name.endswith("-node7.db") is shared
+    assert device.kernel_database().name.endswith("-node7.db") is shared
 
 
 @pytest.mark.parametrize(
@@ -306,10 +306,10 @@ def test_the_limit_is_what_the_environment_says(
     ("environment", "wanted"),
     [
         ({"XDG_CACHE_HOME": "/x/cache"}, "/x/cache/tinygpt"),
-        ({"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/tinygpt"),
-        ({"XDG_CACHE_HOME": ""}, "/home/me/.cache/tinygpt"),
-        ({"XDG_CACHE_HOME": "~/c"}, "/home/me/.cache/tinygpt"),
-        ({"TINYGPT_CACHE": "~/c"}, "/home/me/c"),
+        ({"XDG_CACHE_HOME": "relative"}, "/x/me/.cache/tinygpt"),
+        ({"XDG_CACHE_HOME": ""}, "/x/me/.cache/tinygpt"),
+        ({"XDG_CACHE_HOME": "~/c"}, "/x/me/.cache/tinygpt"),
+        ({"TINYGPT_CACHE": "~/c"}, "/x/me/c"),
         ({"HOME": "elsewhere"}, None),
     ],
 )
@@ -319,7 +319,7 @@ def test_the_cache_is_in_no_folder_that_depends_on_the_current_one(
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("TINYGPT_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in ({"HOME": "/home/me"} | environment).items():
+    for name, value in ({"HOME": "/x/me"} | environment).items():
         monkeypatch.setenv(name, value)
     expected = Path(wanted) if wanted else folders.private_temp() / "tinygpt"
     assert folders.wanted_cache_dir() == expected
@@ -329,3 +329,50 @@ def test_pickles_of_tinygrad_are_kept_as_they_are(path: Path) -> None:
     cache = KernelCache(path)
     cache.put("kernel", {"b": 1, "a": "x"}, pickle.dumps([1, 2]), prepickled=True)
     assert cache.get("kernel", {"a": "x", "b": 1}) == [1, 2]
+
+
+@pytest.fixture
+def own(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That cache, and a token file, as the user's own."""
+    monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CACHEDB", str(path))
+    monkeypatch.setattr(folders, "private_temp", lambda: tmp_path / "temporary")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "text-1.npy").write_bytes(b"x" * 1_000_000)
+    return path
+
+
+def test_doctor_clears_both_caches_and_nothing_else(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "doctor", lambda: [])
+    own.with_name("damaged-kernels-9.db").write_bytes(b"old")
+    own.with_name("kernels-9.db-wal").touch()
+    own.with_name("kernels-9.db").touch()
+    foreign = [own.with_name("shakespeare.txt"), own.with_name("tokens") / "mine.txt"]
+    for file in foreign:
+        file.write_text("text")
+    expected = (own.stat().st_size + 1_000_003) / 1e6
+    assert main(["doctor", "--clear-cache"]) == 0
+    assert f"cleared {expected:.1f} MB" in capsys.readouterr().err
+    assert sorted(p for p in own.parent.rglob("*") if p.is_file()) == sorted(foreign)
+
+
+def test_doctor_empties_a_cache_that_the_user_named(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = own.rename(own.with_name("mine.db"))
+    monkeypatch.setenv("CACHEDB", str(mine))
+    assert checks.clear_caches() == (1_000_000, [])
+    assert mine.is_file() and KernelCache(mine).get("kernel", 3) is None
+
+
+@pytest.mark.parametrize("damage", [None, "garbage", "middle"])
+def test_doctor_looks_at_the_kernel_cache(damage: str | None, own: Path) -> None:
+    if damage:
+        own.write_bytes(DAMAGE[damage](own.read_bytes()))
+    found = {check.name: check for check in checks._caches()}
+    check = found["kernel cache"]
+    assert check.ok is (damage is None) and check.optional
+    assert check.cure == (damage and "tinygpt doctor --clear-cache")
+    assert "1 MB" in found["token cache"].found and "10.0 GB" in found["token cache"].found

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -94,8 +95,8 @@ def _cached(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None)
     paths = [folder / f"{name}-{key}.npy" for folder in folders]
     for path in paths:
         if _is_complete(path):
-            with suppress(OSError):
-                os.utime(path)  # the files used longest ago go first
+            with suppress(OSError):  # the time of its last use: see runtime.keep_limit
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             return path
     for path in paths:
         try:

@@ -31,6 +31,7 @@ __all__ = [
     "available_memory",
     "bundled_zig",
     "cache_dir",
+    "clear_caches",
     "compiler",
     "cores",
     "doctor",
@@ -49,3 +50,10 @@ def doctor() -> list[Check]:
     from tinygpt.runtime import checks  # late: it reads package metadata, which is slow to import
 
     return checks.examine()
+
+
+def clear_caches() -> tuple[int, list[str]]:
+    """Delete kernels and token files; -> the bytes of them, and what could not be deleted."""
+    from tinygpt.runtime import checks
+
+    return checks.clear_caches()

@@ -50,7 +50,7 @@ def prepare() -> None:
         if not os.environ.get("CC") and not clang_on_path() and (zig := bundled_zig()):
             os.environ["CC"] = str(shim(zig))
         if not os.environ.get("CACHEDB"):
-            os.environ["CACHEDB"] = str(_kernel_database())
+            os.environ["CACHEDB"] = str(kernel_database())
             hook.after_import("tinygrad.helpers", _say_where_the_cache_is)
     except OSError:  # no folder can be written: tinygrad's own defaults are as good
         pass
@@ -172,7 +172,7 @@ def _write_program(path: Path, content: bytes) -> None:
         raise
 
 
-def _kernel_database() -> Path:
+def kernel_database() -> Path:
     """The kernel cache: one for each machine where the folder is shared by several."""
     folder = cache_dir()
     host = f"-{platform.node()}" if is_shared(folder) else ""

@@ -69,6 +69,11 @@ def token_folders() -> list[Path]:
     return list(dict.fromkeys([cache_dir() / "tokens", private_temp() / "tokens"]))
 
 
+def token_files() -> list[Path]:
+    """The token files that are kept now."""
+    return [p for folder in token_folders() for p in folder.glob("*.npy") if p.is_file()]
+
+
 def too_many(found: Iterable[tuple[float, int, Path]], limit: int) -> list[Path]:
     """Of (time of last use, bytes, path) the paths used longest ago, whose loss keeps the limit."""
     ordered = sorted(found)
@@ -87,7 +92,7 @@ def keep_limit(folder: Path, kept: Path) -> None:
     with suppress(OSError):  # another process may do the same
         found = [(p.stat(), p) for p in folder.glob("*.npy") if p.is_file() and p != kept]
         room = cache_limit() - kept.stat().st_size
-        for path in too_many([(s.st_mtime, s.st_size, p) for s, p in found], room):
+        for path in too_many([(s.st_atime, s.st_size, p) for s, p in found], room):
             path.unlink()
 
 
