@@ -16,6 +16,7 @@ from tinygpt import quantize as quantization
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.display import watch
 from tinygpt.errors import UsageError
+from tinygpt.files import user_path
 from tinygpt.interop import hf
 from tinygpt.model import Transformer
 from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
@@ -159,7 +160,7 @@ def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT
     Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
     are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
     """
-    chosen = choose_checkpoint(Path(path))
+    chosen = choose_checkpoint(user_path(path))
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
     if quantize is None:

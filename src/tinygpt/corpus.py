@@ -14,7 +14,7 @@ from typing import Any
 
 from tinygpt import runtime
 from tinygpt.errors import DataError, nearest
-from tinygpt.files import download, sha256_of
+from tinygpt.files import download, sha256_of, user_path
 from tinygpt.untrusted import brief, clip
 
 SHAKESPEARE_URL = (
@@ -66,7 +66,7 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
     """
     if not str(source):
         raise DataError("The source of the text is an empty name; give a file or 'auto'.")
-    path = Path(source)
+    path = user_path(source)
     try:
         if source in NAMES:
             return {"shakespeare": shakespeare, "pydocs": pydocs, "auto": auto}[str(source)]()

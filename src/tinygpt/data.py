@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tinygpt import runtime
 from tinygpt.corpus import Corpus
 from tinygpt.errors import DataError
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
 from tinygpt.tokenizers import Tokenizer, chunks, fingerprint
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
@@ -179,7 +179,7 @@ def load_tokens(source: object, vocab_size: int | None = None) -> Tokens:
     ``vocab_size``, in bounded memory. Raises DataError that names the first wrong id and its place.
     """
     if isinstance(source, str | Path):
-        tokens, name = _map_file(Path(source)), str(source)
+        tokens, name = _map_file(user_path(source)), str(source)
     else:
         tokens, name = _as_array(source), "The data"
     if tokens.ndim != 1:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from tinygrad import codegen
 from tinygrad.engine import realize
-from tinygrad.helpers import CACHELEVEL, DEBUG, VIZ, diskcache_get, diskcache_put
+from tinygrad.helpers import CACHELEVEL, DEBUG, PARALLEL, VIZ, diskcache_get, diskcache_put
 from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import Ops, UOp
 
@@ -135,6 +135,8 @@ def _workers() -> Any:
     """tinygrad's own pool, if ``PARALLEL`` asks for one, else forks, else None."""
     count = multicore.threads()
     forks = Forks(count) if count > 1 and sys.platform == "linux" else None
+    if PARALLEL:  # its processes import before they are given this one's path
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     return _own_workers() or forks  # type: ignore[no-untyped-call]
 
 

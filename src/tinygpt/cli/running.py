@@ -13,6 +13,7 @@ from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.display.text import duration
 from tinygpt.errors import CheckpointError, DataError, UsageError
+from tinygpt.files import make_folder, sync_folder, user_path
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -165,14 +166,28 @@ def _lasting(data: DataConfig, chosen: str) -> DataConfig:
         values["source"] = chosen
     for name in ("source", "tokenizer", "init"):
         value = values[name]
-        if value is not None and Path(value).exists():
-            values[name] = str(Path(value).resolve())
+        if value is not None and user_path(value).exists():
+            values[name] = str(user_path(value).resolve())
     return DataConfig.from_dict(values)
 
 
 def new_folder(name: str) -> Path:
+    """Make the folder of a run; of several that begin in one second each gets its own."""
+    from tinygpt.checkpoint import writing
+
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:40] or "text"
     folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    while folder.exists():
-        folder = folder.with_name(folder.name + "x")
+    with writing(RUNS):
+        make_folder(RUNS)
+        while not _made(folder):
+            folder = folder.with_name(folder.name + "x")
+        sync_folder(RUNS)
     return folder
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True

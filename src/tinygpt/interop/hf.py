@@ -19,7 +19,7 @@ import numpy as np
 from tinygpt import checkpoint
 from tinygpt.config import GPTConfig, to_toml
 from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
 from tinygpt.interop import hub, parity
 from tinygpt.interop.folders import new_folder
 from tinygpt.interop.hf_config import read_config
@@ -137,7 +137,7 @@ def open_pretrained(source: str | Path, progress: bool = False) -> Pretrained:
     Everything is checked but the values. Nothing is read of the weights yet. ``progress`` shows a
     bar where something has to be fetched. Raises InteropError that says what does not fit.
     """
-    path = Path(source)
+    path = user_path(source)
     if path.is_dir():
         folder, files = path, _weight_files(path)
     elif path.is_file():
@@ -284,7 +284,8 @@ def fetch_from(model: Transformer) -> parity.Fetch:
 
 def _public(source: str) -> str:
     """Where weights come from, to be passed on with them: of a path no more than its last name."""
-    return Path(source).resolve().name if Path(source).exists() else source
+    path = user_path(source)
+    return path.resolve().name if path.exists() else source
 
 
 def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tinygpt.runtime.children import python_module
 from tinygpt.runtime.device import (
     bundled_zig,
     compiler,
@@ -39,6 +40,7 @@ __all__ = [
     "memory",
     "peak_memory",
     "prepare",
+    "python_module",
     "require_device",
     "token_folders",
     "total_memory",

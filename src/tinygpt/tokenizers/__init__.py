@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import TokenizerError, nearest
+from tinygpt.files import user_path
 from tinygpt.tokenizers.base import BaseTokenizer, TextStream, Tokenizer, fingerprint, read_json
 from tinygpt.tokenizers.bpe import BPETokenizer
 from tinygpt.tokenizers.chunks import chunks
@@ -48,7 +49,7 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer that ``save`` wrote; ``path`` may also be a folder with tokenizer.json."""
-    path = Path(path)
+    path = user_path(path)
     file = path / "tokenizer.json" if _exists(path) and path.is_dir() else path
     try:
         return tokenizer_from_dict(read_json(file))
@@ -74,7 +75,7 @@ def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -
         return CharTokenizer.train(text())
     if name == "bpe" and size.isdecimal() and len(size) < 20:
         return BPETokenizer.train(text(), int(size))
-    if str(spec) and _exists(Path(spec)):
+    if str(spec) and _exists(user_path(spec)):
         return load_tokenizer(spec)
     if name == "bpe":
         raise TokenizerError(
