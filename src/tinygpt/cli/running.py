@@ -150,7 +150,7 @@ def _read(settings: Settings, own: Tokenizer | None) -> tuple[str, Tokens, Token
     corpus = open_corpus(source, field=settings.data.field, glob=settings.data.glob)
     say(f"text: {corpus.description}")
     tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
-    return corpus.name, data.load_tokens(data.tokenize(corpus, tokenizer)), tokenizer
+    return corpus.name, data.tokens_of(corpus, tokenizer), tokenizer
 
 
 def _no_text(source: str) -> list[str]:

@@ -30,7 +30,7 @@ def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[s
     if Path(name).suffix in data.TOKEN_FILES:
         return name, data.load_tokens(name, vocab_size)
     corpus = open_corpus(name, field=source.field, glob=source.glob)
-    return corpus.description, data.load_tokens(data.tokenize(corpus, tokenizer), vocab_size)
+    return corpus.description, data.tokens_of(corpus, tokenizer, vocab_size)
 
 
 def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
