@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from tinygpt.errors import DataError
+from tinygpt.errors import DataError, UsageError
 
 STALE = ".tmp"
 """How the names of unfinished files end; they begin with a dot."""
@@ -54,6 +54,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave; ~ and ~name at its beginning are home folders, as in a shell.
+
+    What is really called so has to be given in full. Raises UsageError where there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path} begins with a home folder that is not known here. Write the path in full; if "
+            f"~ is a part of its name, it is in full {Path(path).absolute()}"
+        ) from error
 
 
 def _check_replaceable(path: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from tinygpt.errors import UsageError
+from tinygpt.files import make_folder
 from tinygpt.strict_json import to_json
 
 LOCK = "run.lock"
@@ -90,7 +91,7 @@ class FolderLock:
         name, me = os.path.realpath(self.path), Holder.me()
         _reserve(name, self.folder, me)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             handle, before = _take(self.path)
         except BaseException:
             _ours.pop(name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoint.writer import writing
+from tinygpt.files import user_path
 from tinygpt.strict_json import write_json
 from tinygpt.untrusted import parse_json, parse_toml, read_bounded
 
@@ -22,7 +23,7 @@ MAX_FILE_BYTES = 1 << 16
 
 
 def checkpoint_path(folder: str | Path, iter_num: int) -> Path:
-    return Path(folder) / f"ckpt_{iter_num}.safetensors"
+    return user_path(folder) / f"ckpt_{iter_num}.safetensors"
 
 
 def named_step(path: Path) -> int | None:

@@ -294,9 +294,9 @@ def _service(
 def _board(run: Path, key: str | None, is_open: bool) -> Board | None:
     """The dashboard of the run that is served; a checkpoint alone has none."""
     from tinygpt.server.dashboard import Board
-    from tinygpt.server.watch import Watch, is_run
+    from tinygpt.server.watch import Watch, last_change
 
-    if not is_run(run):
+    if last_change(run) is None:
         return None
     return Board(Watch([run]), key, playground=True, is_open=is_open)
 

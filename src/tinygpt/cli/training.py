@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,11 @@ def train(
             same = _same_command(tables, {"--out": out, "--preset": preset, "--config": config})
             knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
             raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
+        except BaseException:
+            if out is None:
+                with suppress(OSError):
+                    folder.rmdir()  # nothing is in it yet
+            raise
         introduce(run)
         if listener is None:
             return _follow(run, json)

@@ -16,7 +16,7 @@ from tinygpt.server.document import openapi
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
 from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.refusal import DOCUMENT, Refusal
 from tinygpt.server.requests import chat_schema, completion_schema
 from tinygpt.server.running import Running
 from tinygpt.server.schema import Schema, check
@@ -44,7 +44,7 @@ def routes(service: Service) -> list[Route]:
         get("/v1/models/{id:path}", _one_model, service),
         get("/healthz", _health, service),
         get("/metrics", _metrics, service),
-        get("/openapi.json", _document, document),
+        get(DOCUMENT, _document, document),
     ]
 
 

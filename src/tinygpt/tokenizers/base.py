@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
+from tinygpt.files import user_path
 from tinygpt.strict_json import to_json, write_json
 from tinygpt.untrusted import brief, parse_json, read_bounded
 
@@ -85,7 +86,7 @@ class BaseTokenizer:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path."""
-        path = Path(path)
+        path = user_path(path)
         try:
             write_json(path, self.to_dict(), indent=1, unicode=True)
         except OSError as error:
@@ -121,7 +122,7 @@ def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, or a TokenizerError that says what the file is instead."""
-    path = Path(path)
+    path = user_path(path)
     try:
         content = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:
