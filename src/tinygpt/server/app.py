@@ -11,9 +11,15 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from tinygpt.server import api, dashboard, playground, static
-from tinygpt.server.engine import EngineClosed
+from tinygpt.server.engine import EngineClosed, QueueFull
 from tinygpt.server.metrics_page import Counting
-from tinygpt.server.refusal import Refusal, answer_closing, answer_http_error, answer_refusal
+from tinygpt.server.refusal import (
+    Refusal,
+    answer_closing,
+    answer_full,
+    answer_http_error,
+    answer_refusal,
+)
 from tinygpt.server.security import Gate, GateOptions
 from tinygpt.server.service import Service
 
@@ -43,6 +49,7 @@ def assemble(routes: Sequence[BaseRoute], **gate: Unpack[GateOptions]) -> Starle
         exception_handlers={
             Refusal: answer_refusal,
             EngineClosed: answer_closing,
+            QueueFull: answer_full,
             HTTPException: answer_http_error,
         },
     )
