@@ -2,6 +2,7 @@
 
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,8 +91,7 @@ def test_memory_is_flat_over_many_scores(decoder):
     scored(decoder, (some_ids(40), 2))
 
     def resident():
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
     try:
         before = resident()
