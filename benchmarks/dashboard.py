@@ -60,7 +60,7 @@ def _row(step: int, draw: random.Random) -> dict[str, Any]:
 @contextlib.contextmanager
 def said_address(*words: object, threads: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run the program; -> the link of its dashboard, as soon as it says one."""
-    command = [sys.executable, "-m", "tinygpt", *map(str, words), "--threads", str(threads)]
+    command = [sys.executable, "-P", "-m", "tinygpt", *map(str, words), "--threads", str(threads)]
     own = {name: value for name, value in os.environ.items() if name != "TINYGPT_API_KEY"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own)
     assert process.stderr is not None

@@ -511,6 +511,23 @@ def test_a_text_without_any_place_to_cut_is_still_cut() -> None:
     assert "".join(cut) == text and max(map(len, cut)) == 1000
 
 
+def test_small_pieces_without_a_place_to_cut_are_not_joined_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[int] = []
+
+    class Counted:
+        def match(self, text: str, start: int) -> object:
+            searches.append(len(text))
+            return last_cut.match(text, start)
+
+    last_cut = chunks.__globals__["_LAST_CUT"]
+    monkeypatch.setitem(chunks.__globals__, "_LAST_CUT", Counted())
+    pieces = ["-" * 7] * 1000
+    assert "".join(chunks(pieces, 100, longest=800)) == "".join(pieces)
+    assert sum(searches) <= 8 * 7000  # each of the eight times the waiting text grew by a chunk
+
+
 @needs_gpt2
 @pytest.mark.parametrize("space", ["\n", " ", " \n"])
 def test_very_long_white_space_can_be_encoded(space: str) -> None:

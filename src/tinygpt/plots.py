@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt import extras
 from tinygpt.errors import DataError, MissingExtraError, UsageError
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
 from tinygpt.metrics import Row, read, smooth
 from tinygpt.untrusted import is_number
 
@@ -62,7 +62,7 @@ def read_curves(run: str | Path) -> Curves:
 
     Raises DataError if there are no metrics, and UsageError if there is no such run.
     """
-    path = Path(run)
+    path = user_path(run)
     if not path.exists():
         raise UsageError(f"There is no run at {path}. Give the folder that training wrote.")
     file = path / METRICS if path.is_dir() else path
@@ -96,7 +96,7 @@ def save_plot(runs: Sequence[str | Path], out: str | Path) -> Path:
 
     Raises MissingExtraError without matplotlib, UsageError for another format.
     """
-    out = Path(out)
+    out = user_path(out)
     suffix = out.suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise UsageError(f"{out} does not end in .png or .svg; these are the formats there are.")

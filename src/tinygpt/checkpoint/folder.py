@@ -8,13 +8,13 @@ config.toml          the settings of that run
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoint.writer import writing
-from tinygpt.files import replacing
+from tinygpt.files import user_path
+from tinygpt.strict_json import write_json
 from tinygpt.untrusted import parse_json, parse_toml, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
@@ -23,7 +23,7 @@ MAX_FILE_BYTES = 1 << 16
 
 
 def checkpoint_path(folder: str | Path, iter_num: int) -> Path:
-    return Path(folder) / f"ckpt_{iter_num}.safetensors"
+    return user_path(folder) / f"ckpt_{iter_num}.safetensors"
 
 
 def named_step(path: Path) -> int | None:
@@ -81,5 +81,5 @@ def _read(path: Path, key: str) -> Any:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with writing(path), replacing(path) as file:
-        file.write(json.dumps(value).encode())
+    with writing(path):
+        write_json(path, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +16,8 @@ from tinygpt.checkpoint.folder import checkpoint_path, list_checkpoints, named_s
 from tinygpt.checkpoint.format import BROKEN, Array, Header, Layout, Meta, Place, decode
 from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError
+from tinygpt.files import user_path
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
 CHUNK = 2**20
@@ -29,8 +30,9 @@ def read_meta(path: str | Path) -> Meta:
     Raises CheckpointError if there is no such file, or it is damaged, foreign or of a newer format,
     or is not the checkpoint that its name and its folder say.
     """
-    with _opened(Path(path)) as (_, header):
-        return _meta(Path(path), header)
+    path = user_path(path)
+    with _opened(path) as (_, header):
+        return _meta(path, header)
 
 
 def verify(path: str | Path) -> Meta:
@@ -45,7 +47,7 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta,
     All of the file is checked, also what is not wanted. Raises CheckpointError as ``read_meta``
     does, and if a byte is not what it was.
     """
-    path = Path(path)
+    path = user_path(path)
     arrays, damaged = {}, []
     with _opened(path) as (file, header):
         meta = _meta(path, header)
@@ -76,7 +78,7 @@ def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array |
     For those who cannot have all of them in memory. Of a name that is not there it makes None.
     Raises CheckpointError as ``read`` does, but only for what is asked for.
     """
-    path = Path(path)
+    path = user_path(path)
     with _opened(path) as (file, header):
         meta = _meta(path, header)
 
@@ -94,7 +96,7 @@ def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array |
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Everything but the values: the metadata, and dtype and shape of every tensor."""
-    path = Path(path)
+    path = user_path(path)
     with _opened(path) as (_, header):
         _meta(path, header)
         tensors = {n: {"dtype": p.dtype, "shape": list(p.shape)} for n, p in header.layout.items()}
@@ -107,11 +109,11 @@ def origin(path: str | Path) -> dict[str, Any]:
 
     The hash is of all weights' hashes: the same for the same weights, wherever they are.
     """
-    path = Path(path)
+    path = user_path(path)
     with _opened(path) as (_, header):
         meta = _meta(path, header)
         hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
-    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    digest = hashlib.sha256(to_json(hashes).encode()).hexdigest()
     where = str(path.resolve())
     return {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import html
-import json
 import os
 import secrets
 import shlex
@@ -24,6 +23,7 @@ from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
 from tinygpt.display.text import printable
 from tinygpt.errors import UsageError
+from tinygpt.strict_json import to_json
 
 if TYPE_CHECKING:
     import socket
@@ -294,9 +294,9 @@ def _service(
 def _board(run: Path, key: str | None, is_open: bool) -> Board | None:
     """The dashboard of the run that is served; a checkpoint alone has none."""
     from tinygpt.server.dashboard import Board
-    from tinygpt.server.watch import Watch, is_run
+    from tinygpt.server.watch import Watch, last_change
 
-    if not is_run(run):
+    if last_change(run) is None:
         return None
     return Board(Watch([run]), key, playground=True, is_open=is_open)
 
@@ -310,7 +310,7 @@ def _name(run: Path) -> str:
 
 def _introduce(service: Service, address: str, key: str | None, board: Board | None) -> None:
     """What there is, and a line to try it with."""
-    body = json.dumps({"prompt": "The ", "max_tokens": 50})
+    body = to_json({"prompt": "The ", "max_tokens": 50})
     words = ["curl", f"{address}/v1/completions", "-H", "Content-Type: application/json"]
     line = f"{shlex.join(words)} -d {shlex.quote(body)}"
     if key is not None:

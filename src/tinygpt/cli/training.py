@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
-from tinygpt.cli.console import command, finite, say, show_json
+from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
     Settings,
@@ -154,6 +154,11 @@ def train(
             same = _same_command(tables, {"--out": out, "--preset": preset, "--config": config})
             knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
             raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
+        except BaseException:
+            if out is None:
+                with suppress(OSError):
+                    folder.rmdir()  # nothing is in it yet
+            raise
         introduce(run)
         if listener is None:
             return _follow(run, json)
@@ -257,9 +262,9 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
                 "max_iters": run.config.max_iters,
                 "stopped": result.stopped,
                 "skipped": result.skipped,
-                "train_loss": finite(last.train_loss if last else None),
-                "best_val_loss": finite(loss),
-                "perplexity": None if loss is None else finite(perplexity(loss)),
+                "train_loss": last.train_loss if last else None,
+                "best_val_loss": loss,
+                "perplexity": None if loss is None else perplexity(loss),
                 "seconds": last.elapsed if last else 0.0,
                 "parameters": run.model.num_params(),
             }

@@ -7,15 +7,16 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tinygpt.server.body import read_json, unless_gone
 from tinygpt.server.document import openapi
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.refusal import DOCUMENT, Refusal
 from tinygpt.server.requests import chat_schema, completion_schema
 from tinygpt.server.running import Running
 from tinygpt.server.schema import Schema, check
@@ -43,7 +44,7 @@ def routes(service: Service) -> list[Route]:
         get("/v1/models/{id:path}", _one_model, service),
         get("/healthz", _health, service),
         get("/metrics", _metrics, service),
-        get("/openapi.json", _document, document),
+        get(DOCUMENT, _document, document),
     ]
 
 

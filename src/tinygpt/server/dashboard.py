@@ -8,7 +8,6 @@ board's key, as asking a training to save or to stop does; the gate sees to that
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import secrets
 import time
@@ -19,18 +18,21 @@ from typing import Any, Unpack
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tinygpt.errors import UsageError
 from tinygpt.server import static
+from tinygpt.server.assembly import assemble
 from tinygpt.server.curves import POINTS
-from tinygpt.server.refusal import Refusal, answer_http_error, answer_refusal
-from tinygpt.server.security import Gate, GateOptions
+from tinygpt.server.json_answer import JSONResponse
+from tinygpt.server.refusal import Refusal
+from tinygpt.server.security import GateOptions
 from tinygpt.server.steering import ByLock, Steering
-from tinygpt.server.watch import Cursor, Run, Watch, parse_cursor, write_cursor
+from tinygpt.server.watch import Cursor, Watch, parse_cursor, write_cursor
+from tinygpt.server.watched import Run
+from tinygpt.strict_json import to_json
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""
@@ -74,11 +76,7 @@ class Board:
 def make_app(board: Board, **gate: Unpack[GateOptions]) -> Starlette:
     """The dashboard alone, behind a `Gate` that wants the board's key."""
     gate = {"board_key": board.key, "board_is_open": board.is_open, **gate}
-    return Starlette(
-        routes=[page_route("/"), *routes(board), *static.routes()],
-        middleware=[Middleware(Gate, **gate)],
-        exception_handlers={Refusal: answer_refusal, HTTPException: answer_http_error},
-    )
+    return assemble([page_route("/"), *routes(board)], **gate)
 
 
 def page_route(path: str) -> Route:
@@ -97,24 +95,27 @@ def routes(board: Board) -> list[Route]:
     def answer(read: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
             await run_in_threadpool(board.watch.refresh)
-            return JSONResponse(await run_in_threadpool(read, request))
+            return await run_in_threadpool(lambda: JSONResponse(read(request)))
 
         return endpoint
 
     def runs(request: Request) -> Any:
         with board.watch.lock:
-            cards = [run.card() | {"settings": run.settings} for run in board.watch.listed()]
-            return {"runs": cards, "playground": board.playground}
+            settings = {run.id: {"settings": run.settings} for run in board.watch.listed()}
+            cards = [card | settings[card["id"]] for card in board.watch.cards()]
+        return {"runs": cards, "playground": board.playground}
 
     def curves(request: Request) -> Any:
         low, high = _number(request, "from", -math.inf), _number(request, "to", math.inf)
         points = int(_number(request, "points", POINTS))
         with board.watch.lock:
-            return board.find(request).curves.overview(points, low, high)
+            found = board.find(request).curves.frozen()
+        return found.overview(points, low, high)
 
     def samples(request: Request) -> Any:
         with board.watch.lock:
-            return {"samples": within(board.find(request).samples, SAMPLES_BYTES)}
+            found = board.find(request).samples[:]
+        return {"samples": within(found, SAMPLES_BYTES)}
 
     async def events(request: Request) -> Response:
         if board.streams >= STREAMS:
@@ -193,7 +194,7 @@ def _advanced(cursor: Cursor, entries: list[dict[str, Any]]) -> dict[str, tuple[
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return to_json(value, compact=True)
 
 
 def within(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

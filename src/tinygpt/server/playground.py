@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TinyGPTError, TokenizerError
@@ -26,6 +26,7 @@ from tinygpt.server.choices import Choice, Delta, finite
 from tinygpt.server.engine import EngineClosed
 from tinygpt.server.inspect import AttentionLook
 from tinygpt.server.jobs import Body, Job, sampling_of
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.prompts import Ids, encode
 from tinygpt.server.refusal import Refusal
 from tinygpt.server.requests import completion_schema

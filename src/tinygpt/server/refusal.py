@@ -8,7 +8,9 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
+
+from tinygpt.server.json_answer import JSONResponse
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Kinds of errors by status; other refusals are ``invalid_request_error``."""
@@ -16,7 +18,8 @@ GONE = 499
 """nginx's status for a client that went before its answer."""
 RETRY_SECONDS = 2
 """When a client should come again that was refused for want of room, or because we restart."""
-ADVICE = {404: " GET /openapi.json lists what there is.", 405: " The header Allow lists others."}
+DOCUMENT = "/openapi.json"
+ADVICE = {404: f" GET {DOCUMENT} lists what there is.", 405: " The header Allow lists others."}
 
 
 class Refusal(Exception):  # noqa: N818
@@ -72,11 +75,10 @@ def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: a path that is not there, or a method that it does not have."""
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
-    advice = {
-        404: " GET /openapi.json lists what there is.",
-        405: " The header Allow lists others.",
-    }
-    message = f"{phrase}.{advice.get(error.status_code, '')}"
+    advice = ADVICE.get(error.status_code, "")
+    if DOCUMENT in advice and all(getattr(r, "path", "") != DOCUMENT for r in request.app.routes):
+        advice = ""  # a dashboard has no API that could be described
+    message = f"{phrase}.{advice}"
     return Refusal(error.status_code, message, headers=error.headers).response()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +14,7 @@ from tinygpt.server.refusal import FAILURE, Refusal, closing
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import usage
 from tinygpt.server.stream import Piece, Stream
+from tinygpt.strict_json import to_json
 
 SENT_TOGETHER = 1 << 14
 """Bytes of events that are sent at once, if more are waiting than the client takes."""
@@ -167,4 +167,4 @@ def _raise_failure(stream: Stream) -> None:
 
 def event(value: object) -> bytes:
     """One server-sent event with a JSON value."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"data: {to_json(value, unicode=True, compact=True)}\n\n".encode()

@@ -25,6 +25,7 @@ from tinygpt.interop.hf import fetch_from
 from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
 from tinygpt.interop.web.weights import Chunk, values
 from tinygpt.model import Transformer
+from tinygpt.strict_json import to_json
 
 Logits = npt.NDArray[np.float32]
 
@@ -102,7 +103,7 @@ def _node(module: bytes, chunks: Sequence[Chunk], config: GPTConfig, prompt: lis
             "count": GREEDY,
         }
         done = subprocess.run(
-            ["node", str(CHECK)], input=json.dumps(given).encode(), capture_output=True, check=False
+            ["node", str(CHECK)], input=to_json(given).encode(), capture_output=True, check=False
         )
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip()[-300:]
