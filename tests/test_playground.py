@@ -121,7 +121,8 @@ class Attending(GPT2):
 def test_a_forward_pass_by_the_maps_is_the_models_own():
     model = opinionated_model(GPTConfig(block_size=24, vocab_size=50, n_layer=3, n_embd=32))
     ids = np.random.default_rng(1).integers(0, 50, 21).tolist()
-    maps = [inspect.attention(model, ids, layer, 24) for layer in range(3)]
+    look = inspect.AttentionLook(model)
+    maps = [look.weights(ids, layer, 24) for layer in range(3)]
     assert np.abs(np.diff(maps[2], axis=0)).max() > 0.1, "the heads differ"
     found = Attending(model, maps).logits([ids])
     expected = model(Tensor([ids], dtype="int32")).numpy()
@@ -130,8 +131,9 @@ def test_a_forward_pass_by_the_maps_is_the_models_own():
 
 def test_only_the_last_positions_are_told_of_all_that_the_model_sees(model):
     ids = np.random.default_rng(1).integers(0, 256, 100).tolist()
-    whole = inspect.attention(model, ids[-48:], 1, 48)
-    part = inspect.attention(model, ids, 1, 7)
+    look = inspect.AttentionLook(model)
+    whole = look.weights(ids[-48:], 1, 48)
+    part = look.weights(ids, 1, 7)
     assert part.shape == (3, 7, 48)
     np.testing.assert_allclose(part, whole[:, -7:], atol=1e-6)
     assert (part[:, 0, 42:] == 0).all() and (part.sum(-1) - 1 < 1e-5).all()
@@ -250,7 +252,8 @@ def test_attention_is_told_in_rows_that_end_at_their_own_token(address, service)
     told = post(address, "/api/attention", text=text, layer=1, last=20)
     assert (told["start"], told["position"]) == (42, 14)
     assert ids_of(told["tokens"]) == list(text[-20:].encode())
-    work = service.engine.run(lambda: inspect.attention(service.model, list(text.encode()), 1, 20))
+    look = inspect.AttentionLook(service.model)
+    work = service.engine.run(lambda: look.weights(list(text.encode()), 1, 20))
     expected = work.result()
     for head, rows in enumerate(told["weights"]):
         assert [len(row) for row in rows] == list(range(1, 21))

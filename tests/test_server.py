@@ -44,6 +44,7 @@ from tinygpt.cli.serving import browser
 from tinygpt.config import SampleConfig
 from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError
 from tinygpt.generate import generate_text
+from tinygpt.generate.batching import BatchDecoder
 from tinygpt.sample import softmax
 from tinygpt.server import listening
 from tinygpt.server.app import assemble, make_app
@@ -53,7 +54,7 @@ from tinygpt.server.limits import Limits
 from tinygpt.server.listening import HOOKS, Server, check_hooks, listen
 from tinygpt.server.prompts import chat_text
 from tinygpt.server.schema import check
-from tinygpt.server.scoring import score
+from tinygpt.server.scoring import score_texts
 from tinygpt.server.security import HEADERS, is_loopback
 from tinygpt.server.service import Service
 from tinygpt.server.stream import Piece, wake
@@ -529,7 +530,7 @@ def test_texts_and_looks_that_a_closing_engine_drops_are_503s(model):
         threads = [threading.Thread(target=ask, args=each) for each in asked]
         for thread in threads:
             thread.start()
-        until(lambda: engine.stats().waiting == 2 and len(engine._calls) == 2)
+        until(lambda: engine.stats().waiting == 2 and len(engine._beside._waiting) == 2)
         threading.Timer(0.05, held.set).start()
         engine.close()
     for thread in threads:
@@ -1088,7 +1089,7 @@ def test_scores_of_a_model_that_diverged_are_an_error(model):
     broken = GPT(TINY)
     broken.ln_f.weight.assign(Tensor.full(broken.ln_f.weight.shape, float("nan"))).realize()
     with pytest.raises(TinyGPTError, match="diverged"):
-        score(broken, [1, 2, 3], 256, 1)
+        list(score_texts(BatchDecoder(broken, 1), [([1, 2, 3], 1)], 256))
 
 
 # The command ------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tinygpt.server.body import read_json, unless_gone
 from tinygpt.server.card import model_card
 from tinygpt.server.choices import Choice, Delta, finite
 from tinygpt.server.engine import EngineClosed
+from tinygpt.server.inspect import AttentionLook
 from tinygpt.server.jobs import Body, Job, sampling_of
 from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.prompts import Ids, encode
@@ -130,7 +131,7 @@ class _Looking:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._decoder = Decoder(service.model)
+        self._decoder, self._attention = Decoder(service.model), AttentionLook(service.model)
         self._waiting = 0
 
     async def tokens(self, body: Body) -> Json:
@@ -169,8 +170,8 @@ class _Looking:
         ``position`` of those that the model no longer sees, ``before`` what goes to those between.
         """
         ids, layer = await _context(self.service, body), int(body["layer"])
-        model, last = self.service.model, int(body.get("last", WINDOW))
-        weights = await self._look(lambda: inspect.attention(model, ids, layer, last))
+        last, look = int(body.get("last", WINDOW)), self._attention
+        weights = await self._look(lambda: look.weights(ids, layer, last))
         _, rows, columns = weights.shape
         weights = weights.astype(float).round(4)
         beyond = columns - rows

@@ -63,7 +63,7 @@ let ready = false;
 
 const present = () => ({ text: seen, written });
 
-function show(whole) {
+function setText(whole) {
   text.value = seen = whole;
 }
 
@@ -121,7 +121,7 @@ function begun() {
 
 function goTo(state, told) {
   if (!state) return;
-  show(state.text);
+  setText(state.text);
   written = state.written;
   fail('');
   find('status').textContent = told;
@@ -138,6 +138,22 @@ function fail(message) {
   find('error').hidden = !message;
 }
 
+// To lay out a long text takes longer than the model takes to write the next piece of it. So the page
+// shows what is written in turns, and rests between two of them: otherwise Stop could not be reached.
+const REST = 3; // times as long as it took to show the last one
+let effort = 0; // milliseconds which that took
+let unshown = null; // the text as it is by now, where the page shows less of it
+function show() {
+  if (unshown === null) return;
+  const began = performance.now();
+  const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  setText(unshown);
+  unshown = null;
+  const height = text.scrollHeight; // asking makes the browser lay it out now
+  if (atEnd) text.scrollTop = height;
+  effort = performance.now() - began;
+}
+
 const heard = {
   ready({ where }) {
     find('card').append(element('dt', 'Runs on'), element('dd', `your ${where}`));
@@ -152,16 +168,19 @@ const heard = {
   branched({ text: whole }) {
     begun();
     written.prompt = whole;
-    show(whole);
+    setText(whole);
   },
   written({ drop, text: added }) {
     begun();
     document.documentElement.dataset.first ??= Math.round(performance.now());
-    const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
-    show(text.value.slice(0, text.value.length - drop) + added);
-    if (atEnd) text.scrollTop = text.scrollHeight;
+    if (unshown === null) {
+      unshown = text.value;
+      setTimeout(() => requestAnimationFrame(show), REST * effort);
+    }
+    unshown = unshown.slice(0, unshown.length - drop) + added;
   },
   done({ count, seconds, error }) {
+    show();
     if (writing) written = { ...written, count, text: text.value };
     before = null;
     setWriting(false);
@@ -214,7 +233,7 @@ let keeping = 0;
 
 function keep() {
   try {
-    sessionStorage.setItem(KEPT, JSON.stringify({ link: location.hash, text: text.value, written }));
+    sessionStorage.setItem(KEPT, JSON.stringify({ link: location.hash, text: unshown ?? text.value, written }));
   } catch {
     // switched off, or too long: the text lasts as long as the page
   }
@@ -230,7 +249,7 @@ function readKept() {
     const found = JSON.parse(sessionStorage.getItem(KEPT));
     if (found?.link !== location.hash || !(found.text || found.written)) return null;
     written = found.written;
-    show(found.text);
+    setText(found.text);
     return found;
   } catch {
     return null;
@@ -276,7 +295,7 @@ function readLink() {
 
 function writeFrom(prompt) {
   if (text.value && text.value !== prompt) steps.keep(present());
-  show(prompt);
+  setText(prompt);
   write();
 }
 
