@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,9 +15,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinygpt.checkpoint.folder import checkpoint_path, list_checkpoints, named_step, run_of
-from tinygpt.checkpoint.format import BROKEN, Array, Header, Layout, Meta, Place, decode
+from tinygpt.checkpoint.format import (
+    BROKEN,
+    ZEROS,
+    Array,
+    Header,
+    Layout,
+    Meta,
+    Place,
+    decode,
+    encode,
+)
 from tinygpt.config import ADAPTERS, GPTConfig
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
 CHUNK = 2**20
@@ -116,6 +127,22 @@ def origin(path: str | Path) -> dict[str, Any]:
     return {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
 
 
+def rehearse(meta: Meta, layout: Layout) -> None:
+    """UsageError if a checkpoint that says this of itself would be refused when it is read.
+
+    To be called before the first step, since what is learned until then would be lost.
+    """
+    place = Path("A checkpoint of this run")
+    try:
+        header = encode(meta, layout, dict.fromkeys(layout, ZEROS.decode()))
+        size = len(header) + max((place.end for place in layout.values()), default=0)
+        _described(place, decode(io.BytesIO(header), place, size))
+    except CheckpointError as error:
+        raise UsageError(f"{error} It could not be read again, so nothing is written.") from error
+    except BROKEN as error:  # values that JSON cannot hold
+        raise UsageError(f"{place} could not be written: {clip(error)}.") from error
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
     """An open checkpoint, placed where its data begins, and its header."""
@@ -132,7 +159,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _meta(path: Path, header: Header) -> Meta:
+def _described(path: Path, header: Header) -> Meta:
     try:
         meta = Meta.from_dict(header.described)
     except BROKEN as error:
@@ -140,6 +167,11 @@ def _meta(path: Path, header: Header) -> Meta:
             f"{path} describes itself in a way that cannot be: {clip(error, 300)}."
         ) from error
     _check_fits(path, meta.model, header.layout)
+    return meta
+
+
+def _meta(path: Path, header: Header) -> Meta:
+    meta = _described(path, header)
     step, run = named_step(path), run_of(path.parent)
     if step is not None and step != meta.iter_num:
         own = checkpoint_path(path.parent, meta.iter_num)

@@ -86,11 +86,10 @@ class BaseTokenizer:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path."""
-        path = Path(path)
+        path, text = Path(path), encoded(self)
         try:
             with replacing(path) as file:
-                file.write(json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode())
-                file.write(b"\n")
+                file.write(text)
         except OSError as error:
             raise TokenizerError(f"{path} could not be written: {error.strerror}.") from error
         return path
@@ -120,6 +119,25 @@ def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:
     """SHA-256 of the content: the same for tokenizers that tokenize alike."""
     text = json.dumps(tokenizer.to_dict(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+MARK = b'{\n "kind": "'
+"""What the file of a saved tokenizer begins with."""
+
+
+def encoded(tokenizer: Tokenizer | BaseTokenizer) -> bytes:
+    """The file of a saved tokenizer. Raises TokenizerError for one that could not be read again."""
+    try:
+        text = json.dumps(tokenizer.to_dict(), indent=1, ensure_ascii=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise TokenizerError(f"{tokenizer!r} cannot be written as JSON: {error}.") from error
+    if len(text) > MAX_FILE_BYTES:
+        raise TokenizerError(
+            f"{tokenizer!r} would take {len(text):,} bytes in a file, and {MAX_FILE_BYTES:,} are "
+            f"the most that are read: its tokens are too long. Choose a smaller vocabulary, or "
+            f"break up very long words of the text."
+        )
+    return text
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -186,9 +186,9 @@ def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:
 
 def _checked_merges(merges: object) -> list[bytes]:
     """The tokens after the 256 bytes, in the order of their ranks, from a file one cannot trust."""
-    if not isinstance(merges, list) or not 1 <= len(merges) <= MAX_VOCAB - 256:
+    if not isinstance(merges, list) or len(merges) > MAX_VOCAB - 256:
         raise TokenizerError(
-            f"The saved vocabulary is damaged: 'merges' must be a list of 1 to {MAX_VOCAB - 256} "
+            f"The saved vocabulary is damaged: 'merges' must be a list of up to {MAX_VOCAB - 256} "
             f"tokens in base64."
         )
     tokens: dict[bytes, None] = {}
