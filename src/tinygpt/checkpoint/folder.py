@@ -19,6 +19,8 @@ from tinygpt.files import replacing
 from tinygpt.untrusted import parse_json, parse_toml, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
+SUFFIX = ".safetensors"
+"""How the names of checkpoints end."""
 BESIDE = {BEST, RUN, CONFIG, "tokenizer.json", "metrics.jsonl", "samples.jsonl"}
 """The files of a run besides its checkpoints."""
 MAX_FILE_BYTES = 1 << 16

@@ -118,13 +118,21 @@ def origin(path: str | Path) -> dict[str, Any]:
 
     The hash is of all weights' hashes: the same for the same weights, wherever they are.
     """
+    return origin_and_hashes(path)[0]
+
+
+def origin_and_hashes(
+    path: str | Path, without: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """-> ``origin(path)``, and the hash of each weight but those ``without``, by its name"""
     path = Path(path)
     with _opened(path) as (_, header):
         meta = _meta(path, header)
         hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
     digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     where = str(path.resolve())
-    return {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
+    found = {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
+    return found, {name: value for name, value in hashes if name not in without}
 
 
 def rehearse(meta: Meta, layout: Layout) -> None:

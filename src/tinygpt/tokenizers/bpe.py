@@ -115,10 +115,15 @@ class BPETokenizer(BaseTokenizer):
         """The tokenizer of these tokens, in the order in which they are merged.
 
         ``special`` names ids that no text becomes. The others go, in order, to the 256 bytes as
-        ``alphabet`` has them, and to ``merges``.
+        ``alphabet`` has them, and to ``merges``. TokenizerError if there are none.
         """
         import tiktoken
 
+        if not merges:
+            raise TokenizerError(
+                "There is nothing to merge: no word of the text has two bytes. Use the tokenizer "
+                "that has no merges, byte, or give a longer text."
+            )
         special = dict(special or {})
         taken = set(special.values())
         free = (i for i in range(256 + len(merges) + len(special)) if i not in taken)
@@ -186,9 +191,9 @@ def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:
 
 def _checked_merges(merges: object) -> list[bytes]:
     """The tokens after the 256 bytes, in the order of their ranks, from a file one cannot trust."""
-    if not isinstance(merges, list) or len(merges) > MAX_VOCAB - 256:
+    if not isinstance(merges, list) or not 1 <= len(merges) <= MAX_VOCAB - 256:
         raise TokenizerError(
-            f"The saved vocabulary is damaged: 'merges' must be a list of up to {MAX_VOCAB - 256} "
+            f"The saved vocabulary is damaged: 'merges' must be a list of 1 to {MAX_VOCAB - 256} "
             f"tokens in base64."
         )
     tokens: dict[bytes, None] = {}
