@@ -50,6 +50,8 @@ Tokens = npt.NDArray[np.integer]
 
 SAMPLE_TOKENS = 120
 """Length of the sample texts."""
+SAMPLE_CHARS = 20_000
+"""A longer one, of very long tokens, is cut: rows of more than a megabyte are not read."""
 LAYER_ROWS = 2000
 """About so many rows of a run, and those of skipped steps, have the gradient norm by layer."""
 
@@ -489,7 +491,8 @@ class TrainingRun:
         tokens = generate_tokens(
             self.decoder, np.array([prompt], np.int32), SAMPLE_TOKENS, config, seed=iter_num
         )
-        return self.tokenizer.decode(prompt + [int(token[0]) for token in tokens])
+        text = self.tokenizer.decode(prompt + [int(token[0]) for token in tokens])
+        return text[:SAMPLE_CHARS]
 
     # ---- going on ----
 
