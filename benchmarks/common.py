@@ -52,7 +52,7 @@ class Side:
         environ: Mapping[str, str] | None = None,
     ) -> None:
         names = ("TINYGPT_THREADS", "OMP_NUM_THREADS")
-        changed = dict.fromkeys(names, str(threads)) | dict(environ or {})
+        changed = dict.fromkeys(names, str(threads)) | {"PYTHONSAFEPATH": "1", **(environ or {})}
         before = dict(os.environ)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()

@@ -59,9 +59,10 @@ def _row(step: int, draw: random.Random) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def said_address(*words: object, threads: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run the program; -> the address of its dashboard, as soon as it says one."""
-    command = [sys.executable, "-m", "tinygpt", *map(str, words), "--threads", str(threads)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    """Run the program; -> the link of its dashboard, as soon as it says one."""
+    command = [sys.executable, "-P", "-m", "tinygpt", *map(str, words), "--threads", str(threads)]
+    own = {name: value for name, value in os.environ.items() if name != "TINYGPT_API_KEY"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own)
     assert process.stderr is not None
     try:
         found = (_address(line) for line in iter(process.stderr.readline, ""))
@@ -76,7 +77,7 @@ def said_address(*words: object, threads: int) -> Iterator[tuple[str, subprocess
 
 
 def _address(line: str) -> re.Match[str] | None:
-    return re.search(r"dashboard: (http://[^/]+)/", line)
+    return re.search(r"dashboard: (http://\S+#key=\S+)", line)
 
 
 def paints(address: str, rounds: int) -> dict[str, list[float]]:
@@ -105,15 +106,19 @@ def paints(address: str, rounds: int) -> dict[str, list[float]]:
 class Listener:
     """A page that takes every event and draws nothing."""
 
-    def __init__(self, address: str) -> None:
-        with urllib.request.urlopen(f"{address}/dashboard/runs") as answer:
+    def __init__(self, link: str) -> None:
+        address, _, key = link.partition("/#key=")
+
+        def ask(path: str, **headers: str) -> Any:
+            given = {"Authorization": f"Bearer {key}", **headers}
+            return urllib.request.urlopen(urllib.request.Request(address + path, headers=given))
+
+        with ask("/dashboard/runs") as answer:
             run = json.load(answer)["runs"][0]["id"]
-        with urllib.request.urlopen(f"{address}/dashboard/runs/{run}/curves") as answer:
+        with ask(f"/dashboard/runs/{run}/curves") as answer:
             curves = json.load(answer)
         cursor = f"{run}:{curves['rows']}:{curves['mark']}"
-        self.stream = urllib.request.urlopen(
-            urllib.request.Request(f"{address}/dashboard/events", headers={"Last-Event-ID": cursor})
-        )
+        self.stream = ask("/dashboard/events", **{"Last-Event-ID": cursor})
         self.heard = 0
         self.over = False
         threading.Thread(target=self._listen, daemon=True).start()

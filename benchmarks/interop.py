@@ -64,7 +64,7 @@ class Turns:
     def process(self, name: str, *words: object, hidden: bool = False) -> float:
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, "hidden" if hidden else "", *map(str, words)],
+            [sys.executable, "-P", "-c", CHILD, "hidden" if hidden else "", *map(str, words)],
             capture_output=True,
             text=True,
             env=os.environ | {"TINYGPT_THREADS": str(self.threads)},

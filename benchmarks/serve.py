@@ -119,7 +119,7 @@ class Served:
     """A `tinygpt serve` in a process of its own."""
 
     def __init__(self, name: str, checkpoint: Path, places: int, threads: int) -> None:
-        command = [sys.executable, "-m", "tinygpt", "serve", str(checkpoint), "--port", "0"]
+        command = [sys.executable, "-P", "-m", "tinygpt", "serve", str(checkpoint), "--port", "0"]
         self.name = name
         self._process = subprocess.Popen(
             [*command, "--places", str(places)],

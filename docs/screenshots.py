@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.browser import ARGUMENTS, CHROMIUM
 
 PROMPT = "ROMEO:\nWhat shall I say to "
+PROGRAM = (sys.executable, "-P", "-m", "tinygpt")
 WINDOW = {"width": 1180, "height": 940}
 TRAININGS = {"rate-3e-3": "3e-3", "rate-1e-3": "1e-3"}
 """The runs of the dashboard's pictures: names and learning rates."""
@@ -25,7 +26,7 @@ TRAININGS = {"rate-3e-3": "3e-3", "rate-1e-3": "1e-3"}
 @contextlib.contextmanager
 def answering(command: str, place: str) -> Iterator[str]:
     """The address that `tinygpt serve` or `tinygpt dashboard` says first."""
-    words = [sys.executable, "-m", "tinygpt", command, place, "--port", "0"]
+    words = [*PROGRAM, command, place, "--port", "0"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
@@ -111,14 +112,14 @@ def take_trained(folder: Path, browser: Browser) -> None:
 def train_briefly(out: Path, rate: str) -> None:
     words = ["train", "auto", "--preset", "baby", "--out", str(out), "--train.max-iters", "500"]
     words += ["--train.learning-rate", rate, "--train.eval-interval", "50"]
-    subprocess.run([sys.executable, "-m", "tinygpt", *words], check=True, stderr=subprocess.PIPE)
+    subprocess.run([*PROGRAM, *words], check=True, stderr=subprocess.PIPE)
 
 
 def take_exported(run: str, picture: Path, browser: Browser) -> None:
     """The run as one web page, which a link has set to write."""
     with tempfile.TemporaryDirectory() as name:
         page_file = Path(name) / "page.html"
-        command = [sys.executable, "-m", "tinygpt", "export", "web", run, "--out", str(page_file)]
+        command = [*PROGRAM, "export", "web", run, "--out", str(page_file)]
         subprocess.run([*command, "--title", "A very small GPT"], check=True)
         page = browser.new_page(viewport={"width": 900, "height": 760})
         settings = {"prompt": "The ", "seed": 4, "count": 120, "temperature": 0.8}

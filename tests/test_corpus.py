@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import http.server
 import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -254,10 +259,14 @@ class Server(http.server.ThreadingHTTPServer):
     break_after: int | None = None
     breaks = 0
     hang = 0.0
+    stall: int | None = None
+    """Bytes after which nothing more comes as long as this is set."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str | None] = []
+        self.others: dict[str, bytes] = {}
+        """Content of other paths."""
         self.url = f"http://127.0.0.1:{self.server_address[1]}/text"
 
 
@@ -272,19 +281,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         start = int(re.findall(r"\d+", wanted)[0]) if wanted and self.server.ranges else 0
-        body = self.server.content[start:]
+        content = self.server.others.get(self.path, self.server.content)
+        body = content[start:]
         if start and not body:
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
         if start:
-            total = len(self.server.content)
+            total = len(content)
             self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.server.breaks > 0:
             self.server.breaks -= 1
             body = body[: self.server.break_after]
+        if self.server.stall is not None:
+            self.wfile.write(body[: self.server.stall])
+            while self.server.stall is not None:
+                time.sleep(0.01)
+            return
         self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
@@ -369,6 +384,100 @@ def test_a_server_that_does_not_answer_costs_no_more_than_the_deadline(
     assert time.monotonic() - began < 0.9
     time.sleep(1.2)
     assert not any(tmp_path.iterdir())  # what was given up writes nothing later
+
+
+# Several downloads of one file -------------------------------------------------------------------
+
+
+def at_once(*calls: Callable[[], object]) -> list[object]:
+    """What each call returns or raises, all begun together."""
+    gate = threading.Barrier(len(calls))
+
+    def call(work: Callable[[], object]) -> object:
+        gate.wait()
+        try:
+            return work()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(call, calls))
+
+
+def test_two_downloads_of_one_file_are_one_transfer(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    server.hang = 0.1  # so that both are under way
+    assert at_once(*[lambda: files.download(server.url, path, SHA256)] * 3) == [path] * 3
+    assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
+    assert server.asked == [None]
+
+
+def test_two_contents_for_one_name_both_arrive(server: Server, tmp_path: Path) -> None:
+    path, other = tmp_path / "text", CONTENT[::-1]
+    server.hang = 0.05
+    server.others = {"/other": other}
+    found = at_once(
+        lambda: files.download(server.url, path, SHA256),
+        lambda: files.download(
+            server.url.replace("/text", "/other"), path, hashlib.sha256(other).hexdigest()
+        ),
+    )
+    assert found == [path, path] and path.read_bytes() in (CONTENT, other)
+    assert list(tmp_path.iterdir()) == [path] and server.asked == [None, None]
+
+
+def test_who_waits_for_another_download_gives_up_in_time(server: Server, tmp_path: Path) -> None:
+    part = tmp_path / "text.part"
+    with part.open("wb") as held:
+        held.write(CONTENT[:5000])
+        held.flush()
+        fcntl.flock(held.fileno(), fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"did not arrive within 0\.2 seconds"):
+            files.download(server.url, tmp_path / "text", SHA256, deadline=0.2)
+        assert part.read_bytes() == CONTENT[:5000] and not server.asked
+    files.download(server.url, tmp_path / "text", SHA256)  # whoever had it is gone
+    assert server.asked == ["bytes=5000-"] and (tmp_path / "text").read_bytes() == CONTENT
+
+
+def test_a_wrong_file_is_each_callers_own_error(server: Server, tmp_path: Path) -> None:
+    server.content, server.hang = b"a login page", 0.05
+    found = at_once(*[lambda: files.download(server.url, tmp_path / "text", SHA256)] * 2)
+    assert all("not the file it should be" in str(error) for error in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_disk_without_locks_downloads_leave_each_other_alone(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    path = tmp_path / "text"
+    server.hang = 0.05
+    assert at_once(*[lambda: files.download(server.url, path, SHA256)] * 3) == [path] * 3
+    assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_resumed(server: Server, tmp_path: Path) -> None:
+    server.stall = 8192 * 10
+    code = "import sys; from pathlib import Path; from tinygpt.files import download; "
+    code += "download(sys.argv[1], Path(sys.argv[2]), sys.argv[3])"
+    command = [sys.executable, "-c", code, server.url, str(tmp_path / "text"), SHA256]
+    part = tmp_path / "text.part"
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 30
+        while (not part.exists() or part.stat().st_size < 8192) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    server.stall = None
+    arrived = part.stat().st_size
+    assert arrived >= 8192
+    files.download(server.url, tmp_path / "text", SHA256)
+    assert (tmp_path / "text").read_bytes() == CONTENT and server.asked == [
+        None,
+        f"bytes={arrived}-",
+    ]
 
 
 def unused_address() -> str:

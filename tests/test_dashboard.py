@@ -24,14 +24,17 @@ import httpx2 as httpx
 from starlette.testclient import TestClient
 
 from tests.dashboard_runs import LAYERS, add, lines, make_run, rows
+from tests.fuzz.making import fifo, link_to, sparse
+from tests.fuzz.making import folder as a_folder
 from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
+from tinygpt import extras
 from tinygpt.cli import main
 from tinygpt.errors import UsageError
 from tinygpt.lock import FolderLock, Holder, holder
 from tinygpt.metrics import History
 from tinygpt.server import curves as curves_module
-from tinygpt.server import dashboard, steering, watch
+from tinygpt.server import dashboard, steering, watch, watched
 from tinygpt.server.app import make_app as make_server
 from tinygpt.server.curves import POINTS, Curves, stride_for
 from tinygpt.server.dashboard import Board, make_app
@@ -44,6 +47,7 @@ from tinygpt.server.watch import Watch, parse_cursor, write_cursor
 NODE = Path("/usr/bin/node")
 PAGE = Path(watch.__file__).parent / "page"
 KEY = "a-key-for-the-tests"
+RIGHT = {"authorization": f"Bearer {KEY}"}
 WRITER = "import sys; from tests.run_script import main; main(sys.argv[1], 10**9)"
 
 
@@ -58,8 +62,8 @@ def board_of(*places, **options):
     return board
 
 
-def client(board, **options):
-    return TestClient(make_app(board, **options), base_url="http://localhost")
+def client(board, headers=RIGHT, **options):
+    return TestClient(make_app(board, **options), base_url="http://localhost", headers=headers)
 
 
 def only(board):
@@ -384,7 +388,7 @@ def test_samples_are_bounded_and_the_newest_stays(tmp_path):
     (folder / "samples.jsonl").write_text(lines(many + odd))
     board = board_of(folder)
     samples = client(board).get(f"/dashboard/runs/{only(board).id}/samples").json()["samples"]
-    assert samples[-1]["iter"] == 4999 and 100 < len(samples) <= watch.MAX_SAMPLES
+    assert samples[-1]["iter"] == 4999 and 100 < len(samples) <= watched.MAX_SAMPLES
     assert sum(len(sample["text"]) for sample in samples) <= dashboard.SAMPLES_BYTES
     assert steps(samples) == sorted(steps(samples))
 
@@ -398,9 +402,219 @@ def test_real_training_is_shown_with_its_gradient_norms_by_layer(tmp_path):
     for row in found:
         assert math.hypot(*row["grad_norms"].values()) == pytest.approx(row["grad_norm"], rel=1e-3)
     shown = only(board_of(tmp_path / "run"))
-    assert shown.state == "finished" and shown.card()["checkpoint"] == "ckpt_12.safetensors"
+    assert shown.state == "finished" and shown.card["checkpoint"] == "ckpt_12.safetensors"
     assert shown.curves["grad_norm"].tolist() == [row["grad_norm"] for row in found]
-    assert shown.card()["samples"] == len(shown.samples) > 0
+    assert shown.card["samples"] == len(shown.samples) > 0
+
+
+# ---- odd folders ----
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def instead(name, make):
+    """Another thing in the place of a file."""
+
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+def row(**values):
+    """One more row, in JSON as Python alone writes it."""
+    return lambda folder: add(folder, json.dumps({"iter": 21, "elapsed": 2.1, **values}) + "\n")
+
+
+LOCK = {"pid": 1, "host": "far away\ud800", "since": "\udfff", "birth": None}
+ODD = {
+    "lock": (write("run.lock", json.dumps(LOCK).encode()), "run.lock: It holds half a character"),
+    "sample": (
+        write("samples.jsonl", b'{"iter": 1, "text": "a \\udc00 cat"}\n'),
+        "samples.jsonl: It holds half a character",
+    ),
+    "layer": (row(grad_norms={"\ud800": 1.0}), "The name of a layer holds half a character"),
+    "long layer": (row(grad_norms={"x" * 10_000: 1.0}), "Layers with names of more than 100"),
+    "many layers": (
+        row(grad_norms={str(i): 1.0 for i in range(5000)}),
+        "Layers after the first 128 are not shown",
+    ),
+    "fast": (row(elapsed=2.0 + 5e-324), None),  # steps per second beyond all floats
+    "infinite": (row(iter=22, elapsed=math.inf, memory=-math.inf, train_loss=math.nan), None),
+    "backwards": (row(iter=3, elapsed=1e9), None),
+    "skipped": (row(skipped={"a": [["\ud800"]]}), None),
+    "rubbish": (write("metrics.jsonl", b"\xff" * 3_000_000 + b'\n{"iter": 20}\n'), None),
+    "config": (write("config.toml", b"x = \xff"), "config.toml: Its settings cannot be read: "),
+    "long config": (write("config.toml", b"#" * 70_000), "config.toml: Its settings cannot"),
+    "config link": (
+        instead("config.toml", link_to("config.toml")),
+        "config.toml: Its settings cannot be read: it is a link",
+    ),
+    "metrics link": (
+        instead("metrics.jsonl", link_to("/dev/zero")),
+        "metrics.jsonl: It is a link, and links are not followed",
+    ),
+    "pipe": (instead("metrics.jsonl", fifo), "metrics.jsonl: it is no ordinary file"),
+    "hole": (
+        instead("samples.jsonl", sparse(1 << 40)),
+        "samples.jsonl: It was hardly ever written",
+    ),
+    "folder": (instead("metrics.jsonl", a_folder), "metrics.jsonl: Is a directory"),
+    "best": (write("best.json", b'{"checkpoint": [1e999], "val_loss": NaN}'), None),
+    "run": (write("run.json", b'[{"run": 7}]'), None),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_folder_is_shown_as_odd_and_the_others_stay(tmp_path, name):
+    change, reason = ODD[name]
+    make_run(tmp_path / "good", 30)
+    change(make_run(tmp_path / "odd", 20))
+    board = board_of(tmp_path)
+    answer = client(board).get("/dashboard/runs")
+    assert answer.status_code == 200
+    cards = {
+        card["name"]: card
+        for card in json.loads(answer.content.decode(), parse_constant=pytest.fail)["runs"]
+    }
+    assert cards["good"]["iter"] == 30 and cards["good"]["odd"] == []
+    assert reason is None or any(reason in why for why in cards["odd"]["odd"])
+    assert str(tmp_path) not in str(cards["odd"]["odd"])
+    for card in cards.values():
+        for what in ("curves", "samples"):
+            assert client(board).get(f"/dashboard/runs/{card['id']}/{what}").status_code == 200
+    cursor = {card["id"]: (0, "") for card in cards.values()}
+    assert len(board.watch.changes(cursor)) == 2
+    assert (cards["odd"]["steps_per_second"] or 0) >= 0
+
+
+def test_a_name_that_is_no_utf8_is_spelled_and_names_are_told_apart(tmp_path):
+    for name in (b"caf\xe9", b"caf\xe8", "caf\u00e9".encode()):
+        make_run(tmp_path / os.fsdecode(name), 5)
+    board = board_of(tmp_path)
+    cards = client(board).get("/dashboard/runs").json()["runs"]
+    names = {card["name"]: card["odd"] for card in cards}
+    odd = ["Its path is not UTF-8."]
+    assert names == {r"caf\xe9": odd, r"caf\xe8": odd, "caf\u00e9": []}
+    assert len({card["id"] for card in cards}) == 3
+
+
+def test_whatever_goes_wrong_with_one_run_is_its_own(tmp_path, monkeypatch):
+    folders = [make_run(tmp_path / name, 10, planned=20) for name in ("good", "odd")]
+    board = board_of(tmp_path)
+
+    def broken(self, rows):
+        raise ZeroDivisionError("a \ud800 mistake")
+
+    [odd] = [run for run in board.watch.runs.values() if run.name == "odd"]
+    odd._add_rows = broken.__get__(odd)
+    for folder in folders:
+        add(folder, lines(rows(11, 12)))
+    board.watch.refresh()
+    cards = {card["name"]: card for card in client(board).get("/dashboard/runs").json()["runs"]}
+    assert (cards["good"]["iter"], cards["good"]["odd"]) == (12, [])
+    [reason] = cards["odd"]["odd"]
+    assert reason.startswith("metrics.jsonl: It cannot be read: ZeroDivisionError: a ")
+
+
+def test_a_folder_that_may_not_be_entered_is_shown_with_the_reason(tmp_path, monkeypatch):
+    make_run(tmp_path / "good", 10)
+    make_run(tmp_path / "shut", 10)
+    lstat = Path.lstat
+
+    def refusing(look):
+        def refused(path, *rest):
+            if "shut" in str(path) and path != tmp_path / "shut":
+                raise PermissionError(13, "Permission denied", str(path))
+            return look(path, *rest)
+
+        return refused
+
+    monkeypatch.setattr(Path, "lstat", refusing(lstat))
+    monkeypatch.setattr("tinygpt.server.tail._open", refusing(lambda path: path.open("rb")))
+    cards = {card["name"]: card for card in board_of(tmp_path).watch.cards()}
+    assert (cards["good"]["iter"], cards["good"]["odd"]) == (10, [])
+    assert cards["shut"]["iter"] is None
+    assert any("Permission denied" in why for why in cards["shut"]["odd"])
+
+
+def test_a_folder_that_vanishes_in_the_middle_of_a_look_takes_nothing_along(tmp_path, monkeypatch):
+    make_run(tmp_path / "good", 10)
+    gone = make_run(tmp_path / "gone", 10)
+    board = board_of(tmp_path)
+    find = Watch._find
+
+    def find_and_lose(self):
+        find(self)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    monkeypatch.setattr(Watch, "_find", find_and_lose)
+    board.watch.refresh()
+    assert {card["name"] for card in board.watch.cards()} == {"good", "gone"}
+    board.watch.refresh()
+    assert [card["name"] for card in board.watch.cards()] == ["good"]
+
+
+def test_the_root_of_all_folders_has_a_name_too():
+    watching = Watch(["/"])
+    run = watched.Run(Path("/"))
+    watching.runs = {run.id: run}
+    assert list(watch._names([run])) == ["/"]
+
+
+class Held:
+    """A lock that counts the bytes taken in between its taking and its release."""
+
+    def __init__(self):
+        self.most = self.now = self.depth = 0
+
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, *rest):
+        self.depth -= 1
+        self.most, self.now = max(self.most, self.now), 0
+
+
+def test_a_look_at_many_runs_holds_the_lock_for_one_slice_at_a_time(tmp_path, monkeypatch):
+    size = 1 << 12
+    monkeypatch.setattr("tinygpt.server.tail.CHUNK", size)
+    for i in range(6):
+        make_run(tmp_path / f"run-{i}", 60)  # about 20 KB each
+    watching = Watch([tmp_path])
+    watching.lock = held = Held()
+    taken = Curves.add
+
+    def add_counted(self, rows):
+        assert held.depth, "rows are taken in under the lock"
+        held.now += len(lines(rows))
+        taken(self, rows)
+
+    monkeypatch.setattr(Curves, "add", add_counted)
+    look = Tail.look
+
+    def look_without_it(self):
+        assert not held.depth, "files are read before the lock is taken"
+        return look(self)
+
+    monkeypatch.setattr(Tail, "look", look_without_it)
+    watching.refresh()
+    assert [run.curves.rows for run in watching.runs.values()] == [60] * 6
+    assert 0 < held.most <= size
+
+
+def test_a_look_ends_when_its_time_is_over_and_the_next_goes_on_from_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "READING", -1.0)  # over before it begins: one slice is all
+    for i in range(5):
+        make_run(tmp_path / f"run-{i}", 10)
+    watching = Watch([tmp_path])
+    for done in range(1, 6):
+        watching.refresh()
+        assert sum(run.curves.rows for run in watching.runs.values()) == 10 * done
+        assert len(watching.cards()) == 5  # all of them are there from the first look on
 
 
 # ---- what is new ----
@@ -452,7 +666,7 @@ def served(tmp_path):
 
 def events_of(address, cursor=""):
     """The events of a stream: (id, data)."""
-    headers = {"Last-Event-ID": cursor}
+    headers = {"Last-Event-ID": cursor, **RIGHT}
     with httpx.stream(
         "GET", f"{address}/dashboard/events", headers=headers, timeout=PATIENCE
     ) as stream:
@@ -490,7 +704,7 @@ def test_pages_that_listen_are_not_too_many(served, monkeypatch):
     monkeypatch.setattr(dashboard, "STREAMS", 1)
     stream = events_of(address)
     next(stream)
-    assert httpx.get(f"{address}/dashboard/events").status_code == 503
+    assert httpx.get(f"{address}/dashboard/events", headers=RIGHT).status_code == 503
     stream.close()
     until(lambda: board.streams == 0)
 
@@ -533,12 +747,11 @@ class Asked:
 def asking(tmp_path):
     folder, asked = make_run(tmp_path / "run", 5), Asked()
     board = board_of(folder, steering={folder: asked})
-    return client(board), f"/dashboard/runs/{only(board).id}", asked
+    return client(board, headers=None), f"/dashboard/runs/{only(board).id}", asked
 
 
-def test_asking_needs_the_key_and_reading_does_not(tmp_path):
+def test_asking_needs_the_key(tmp_path):
     http, run, asked = asking(tmp_path)
-    assert http.get(f"{run}/curves").status_code == 200
     for given in (
         None,
         "",
@@ -572,22 +785,23 @@ def test_asking_needs_the_key_and_reading_does_not(tmp_path):
 )
 def test_pages_of_others_cannot_ask_even_with_the_key(tmp_path, headers):
     http, run, asked = asking(tmp_path)
-    answer = http.post(f"{run}/stop", headers={"authorization": f"Bearer {KEY}", **headers})
+    answer = http.post(f"{run}/stop", headers={**RIGHT, **headers})
     assert answer.status_code == 403 and asked.heard == []
-    assert http.get("/dashboard/runs", headers={"host": "evil.example"}).status_code == 403
+    wrong = {**RIGHT, "host": "evil.example"}
+    assert http.get("/dashboard/runs", headers=wrong).status_code == 403
 
 
-def test_in_a_network_reading_needs_the_key_too(tmp_path):
-    board = board_of(make_run(tmp_path / "run", 5))
-    http = client(board, api_key=KEY)
-    for path in (
-        "/dashboard/runs",
-        "/dashboard/events",
-        f"/dashboard/runs/{only(board).id}/curves",
-    ):
-        assert http.get(path).status_code == 401
-    headers = {"authorization": f"Bearer {KEY}"}
-    assert http.get("/dashboard/runs", headers=headers).json()["runs"][0]["name"] == "run"
+def test_reading_needs_the_key_unless_the_board_is_open(tmp_path):
+    folder = make_run(tmp_path / "run", 5)
+    board = board_of(folder)
+    http, run = client(board, headers=None), f"/dashboard/runs/{only(board).id}"
+    for path in ("/dashboard/runs", "/dashboard/events", f"{run}/curves", f"{run}/samples"):
+        assert http.get(path).status_code == http.head(path).status_code == 401
+        assert http.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
+    assert http.get("/dashboard/runs", headers=RIGHT).json()["runs"][0]["name"] == "run"
+    without = client(board_of(folder, is_open=True), headers=None)
+    assert without.get(f"{run}/samples").status_code == 200
+    assert without.post(f"{run}/save").status_code == 401
     page = http.get("/dashboard")
     assert page.status_code == 200 and "run</" not in page.text
     assert "script-src 'self'" in page.headers["content-security-policy"]
@@ -599,8 +813,11 @@ def test_beside_a_model_the_dashboard_is_behind_the_same_gate(tmp_path):
     http = TestClient(app, base_url="http://localhost")
     assert http.get("/dashboard").status_code == 200
     assert http.get("/dashboard/runs").status_code == 401
-    found = http.get("/dashboard/runs", headers={"authorization": f"Bearer {KEY}"}).json()
+    found = http.get("/dashboard/runs", headers=RIGHT).json()
     assert found["playground"] is True and found["runs"][0]["name"] == "run"
+    free = TestClient(make_server(fake_service(), board=board), base_url="http://localhost")
+    assert free.get("/v1/models").status_code == 200  # on this machine the model needs no key
+    assert free.get("/dashboard/runs").status_code == 401
     without = TestClient(make_server(fake_service()), base_url="http://localhost")
     assert without.get("/dashboard").status_code == 404
 
@@ -767,10 +984,11 @@ def test_the_command_shows_runs_without_tinygrad_and_takes_the_next_port(
             address, key, said = wait_for_address(process)
             assert f"port {port} is taken" in said and not address.endswith(f":{port}")
             assert not re.search(r"\| +tinygrad", said) and "tinygpt.server.dashboard" in said
-            [run] = httpx.get(f"{address}/dashboard/runs").json()["runs"]
+            right = {"authorization": f"Bearer {key}"}
+            [run] = httpx.get(f"{address}/dashboard/runs", headers=right).json()["runs"]
             assert run["name"] == "run" and run["iter"] == 20
             stop = f"{address}/dashboard/runs/{run['id']}/stop"
-            assert httpx.post(stop, headers={"authorization": f"Bearer {key}"}).status_code == 409
+            assert httpx.post(stop, headers=right).status_code == 409
             process.send_signal(signal.SIGINT)
             _, rest = process.communicate(timeout=PATIENCE)
             assert process.returncode == 130 and "Traceback" not in rest
@@ -787,6 +1005,8 @@ def test_wrong_places_and_keys_are_refused_with_advice(tmp_path, capsys, monkeyp
         (["dashboard", "nowhere"], "nowhere is no folder"),
         (["dashboard", ".", "--host", "0.0.0.0"], "needs a key"),
         (["dashboard", ".", "--api-key", "short"], "at least"),
+        (["dashboard", ".", "--no-token", "--host", "0.0.0.0", "--api-key", KEY], "--no-token is"),
+        (["dashboard", ".", "--allow-host", "a b"], "not the name of a host"),
     ):
         assert main(words) == 2
         assert wanted in capsys.readouterr().err
@@ -798,7 +1018,7 @@ def test_without_the_extra_training_does_not_begin(tmp_path, capsys, monkeypatch
     for words in (["train", tmp_path / "text.txt", "--dashboard", "--out", tmp_path / "run"],
                   ["dashboard", tmp_path]):  # fmt: skip
         assert main([str(word) for word in words]) == 1
-        assert "pip install 'tinygpt[serve]'" in capsys.readouterr().err
+        assert extras.cure("serve") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -815,16 +1035,14 @@ def test_a_training_is_watched_saved_and_stopped_from_its_page(tmp_path):
     process = start(dict(os.environ), *words, "--train.max-iters", 1_000_000)
     try:
         address, key, _ = wait_for_address(process)
+        headers = {"authorization": f"Bearer {key}"}
 
         def card():
-            return httpx.get(f"{address}/dashboard/runs").json()["runs"][0]
+            return httpx.get(f"{address}/dashboard/runs", headers=headers).json()["runs"][0]
 
         until(lambda: (card()["iter"] or 0) > 3)
         assert card()["state"] == "training"
-        run, headers = (
-            f"{address}/dashboard/runs/{card()['id']}",
-            {"authorization": f"Bearer {key}"},
-        )
+        run = f"{address}/dashboard/runs/{card()['id']}"
         assert httpx.post(f"{run}/stop").status_code == 401
         assert httpx.post(f"{run}/save", headers=headers).status_code == 202
         until(lambda: card()["checkpoint"] is not None)

@@ -32,9 +32,14 @@ HOSTILE = '<img src=x onerror="alert(1)"></script>'
 
 @contextlib.contextmanager
 def serving(*places, port=0, steering=None):
+    """The link to a dashboard, key and all."""
     board = Board(Watch(places), KEY, steering)
     with listen_nearby("127.0.0.1", port) as listener, ServerThread(make_app(board), listener):
-        yield url(listener, "127.0.0.1")
+        yield f"{url(listener, '127.0.0.1')}/#key={KEY}"
+
+
+def port_of(link):
+    return int(re.search(r":(\d+)/", link)[1])
 
 
 @pytest.fixture
@@ -113,7 +118,7 @@ def test_a_page_comes_back_after_the_server_has(tmp_path, open_page):
         expect(page.locator("#link")).to_have_text("live")
     expect(page.locator("#link")).to_contain_text("connection lost")
     add(folder, lines(rows(101, 150)))
-    with serving(folder, port=int(address.rpartition(":")[2])) as again:
+    with serving(folder, port=port_of(address)) as again:
         assert again == address
         expect(page.locator("#link")).to_have_text("live", timeout=30_000)
         expect(figure(page, "Step")).to_have_text("150")
@@ -156,7 +161,7 @@ def test_a_run_chosen_while_the_server_is_gone_comes_when_it_is_back(tmp_path, o
     expect(page.locator("#name")).to_have_text(name)
     expect(page.locator("#told")).to_contain_text("cannot be reached")
     expect(page.locator("#sample")).to_contain_text("No sample")  # not those of another run
-    with serving(tmp_path, port=int(address.rpartition(":")[2])):
+    with serving(tmp_path, port=port_of(address)):
         expect(page.locator("#link")).to_have_text("live", timeout=30_000)
         expect(page.locator("#sample")).to_have_text("text of step 50")
         expect(page.locator("#away")).to_be_hidden()
@@ -345,13 +350,13 @@ def test_the_buttons_need_the_key_and_do_as_they_say(tmp_path, open_page):
     held = FolderLock(folder)
     held.acquire()
     with serving(folder, steering={folder: Asked()}) as address:
-        page = ready(open_page(address))
-        page.locator("#save").click()
+        page = open_page(address.partition("#")[0])
         page.locator("#key").fill("wrong")
         page.get_by_role("button", name="Continue").click()
         expect(page.locator("dialog:has(#key)")).to_contain_text("not the right one")
         page.locator("#key").fill(KEY)
         page.get_by_role("button", name="Continue").click()
+        ready(page).locator("#save").click()
         expect(page.locator("#told")).to_contain_text("A checkpoint comes")
         page.locator("#stop").click()
         assert axe_violations(page) == []
@@ -363,7 +368,7 @@ def test_the_buttons_need_the_key_and_do_as_they_say(tmp_path, open_page):
         page.get_by_role("button", name="Stop it").click()
         expect(page.locator("#told")).to_contain_text("It stops")
         assert heard == ["save", "stop"]
-        other = ready(open_page(f"{address}/#key={KEY}"))
+        other = ready(open_page(address))
         other.locator("#save").click()
         expect(other.locator("#told")).to_contain_text("A checkpoint comes")
         assert KEY not in other.url
@@ -387,7 +392,7 @@ def test_ten_long_runs_are_sent_in_few_points(tmp_path, open_page, monkeypatch):
         make_run(tmp_path / f"run-{i}", 10_000, seed=i, every=500)
     answers = []
     with serving(tmp_path) as address:
-        page = open_page(f"{address}/page/icon.svg")
+        page = open_page(address.replace("#", "page/icon.svg#"))
         page.on("response", lambda r: "curves" in r.url and answers.append(r.json()))
         page.goto(address)
         ready(page)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -161,15 +162,37 @@ def test_weights_that_nothing_else_holds_are_rescued_to_another_place(tmp_path, 
 def test_where_nothing_can_be_written_the_loss_is_said(tmp_path, monkeypatch):
     faulty = Faulty("open", errno.EROFS)
     monkeypatch.setattr(files, "os", faulty)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     run = begin(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"step 8 .*is lost\. .*ckpt_4"):
         follow(run, {4: lambda: faulty.turn(on=True)})
 
 
+@pytest.mark.parametrize("refuge", ["temp", "home", "here"])
+def test_the_last_state_is_rescued_to_the_one_place_that_there_is(tmp_path, monkeypatch, refuge):
+    (tmp_path / "here").mkdir()
+    (tmp_path / refuge).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))  # there, or not
+    if refuge == "home":
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    else:  # as a container runs a number that is no user
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    if refuge == "here":
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    saver = background.Saver(tmp_path / "run", keep_last=1)
+    meta = checkpoint.Meta(8, SMALL)
+    message = saver._rescue(background._Job(snapshot(8), meta, None, None, again=True))
+    [rescued] = (tmp_path / refuge).glob("tinygpt-rescued-*/ckpt_8.safetensors")
+    assert f"step 8 was written to {rescued} instead" in message
+    assert checkpoint.read_meta(rescued).iter_num == 8
+
+
 def test_an_error_keeps_its_name_and_tells_where_the_weights_are(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "os", faulty := Faulty("write", errno.ENOSPC))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
 
     def stop():
         raise ZeroDivisionError

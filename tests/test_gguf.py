@@ -16,7 +16,7 @@ from tinygrad import Tensor
 
 from tests.mixed_text import mixed_text
 from tests.numpy_gpt2 import GPT2
-from tinygpt import checkpoint
+from tinygpt import checkpoint, extras
 from tinygpt.api import GPT, train
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
@@ -384,7 +384,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(ImportError, r"pip install 'tinygpt\[gguf\]'", tmp_path / "m.gguf")
+    refused(ImportError, re.escape(extras.cure("gguf")), tmp_path / "m.gguf")
 
 
 # The command ------------------------------------------------------------------------------------

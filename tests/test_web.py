@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.mixed_text import mixed_text
-from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig
+from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig, extras
 from tinygpt.cli import main
 from tinygpt.config import SampleConfig
 from tinygpt.errors import InteropError, MissingExtraError, UsageError
@@ -301,7 +301,7 @@ def test_a_foreign_tokenizer_is_refused() -> None:
 def test_no_compiler_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wasm, "bundled_zig", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tinygpt\[web\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(extras.cure("web"))):
         wasm.compile_wasm("")
 
 
@@ -310,7 +310,7 @@ def test_nowhere_to_run_names_the_extra(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setitem(__import__("sys").modules, "wasmtime", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tinygpt\[web\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(extras.cure("web"))):
         parity.check(*built)
 
 

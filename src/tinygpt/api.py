@@ -16,6 +16,7 @@ from tinygpt import quantize as quantization
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.display import watch
 from tinygpt.errors import UsageError
+from tinygpt.files import user_path
 from tinygpt.interop import hf
 from tinygpt.model import Transformer
 from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
@@ -46,13 +47,14 @@ class GPT(Transformer):
         return checkpoint.origin_of(self)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
         """A GPT-2 from Hugging Face in inference mode; see ``load_pretrained`` for its tokenizer.
 
         ``source`` is a folder, a .safetensors file in one, or a name: gpt2, gpt2-medium,
-        gpt2-large, gpt2-xl, distilgpt2, owner/name. Raises InteropError.
+        gpt2-large, gpt2-xl, distilgpt2, owner/name. A short name is never a folder, but ``./gpt2``
+        is; ``revision`` is a commit, tag or branch of the hub. Raises InteropError.
         """
-        found = hf.open_pretrained(source)
+        found = hf.open_pretrained(source, revision=revision)
         model = cls(found.config, seed=None)
         hf.load_weights(model, found)
         return model.eval()
@@ -166,7 +168,7 @@ def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT
     Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
     are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
     """
-    chosen = choose_checkpoint(Path(path))
+    chosen = choose_checkpoint(user_path(path))
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
     if quantize is None:
@@ -179,7 +181,9 @@ def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT
     return model, tokenizer
 
 
-def load_pretrained(source: str | Path) -> tuple[GPT, Tokenizer | None]:
-    """``GPT.from_pretrained(source)``, and the tokenizer that lies beside the weights, if any."""
-    tokenizer = hf.open_pretrained(source).tokenizer
-    return GPT.from_pretrained(source), tokenizer
+def load_pretrained(
+    source: str | Path, revision: str | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """``GPT.from_pretrained``, and the tokenizer that lies beside the weights, if any."""
+    tokenizer = hf.open_pretrained(source, revision=revision).tokenizer
+    return GPT.from_pretrained(source, revision), tokenizer

@@ -7,7 +7,6 @@ So it is refused, unless the user names the fields that he means to change.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from tinygpt.checkpoint import Meta
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError, nearest
+from tinygpt.strict_json import to_json
 
 ALWAYS_FREE = {
     "eval_interval",
@@ -147,7 +147,7 @@ def past(progress: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def as_comments(changes: Iterable[Mapping[str, Any]]) -> str:
     """The changes of a run as comments of its config.toml."""
-    lines = [f"# {json.dumps(dict(change))}" for change in changes]
+    lines = [f"# {to_json(dict(change))}" for change in changes]
     return "\n".join(["", "# Allowed to change on the way:", *lines, ""]) if lines else ""
 
 
@@ -162,5 +162,5 @@ def _texts(data: Mapping[str, Any]) -> str:
 def _vocabulary(tokenizer: Mapping[str, Any] | None) -> str:
     if tokenizer is None:
         return "none"
-    text = json.dumps(tokenizer, sort_keys=True, default=str)
+    text = to_json(tokenizer, sort=True, other=str)
     return f"{tokenizer.get('kind')} {hashlib.sha256(text.encode()).hexdigest()[:12]}…"

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from tinygpt.errors import ConfigError, nearest
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import LARGEST, brief, clip, parse_toml
 
 AttentionMethod = Literal["auto", "flash", "plain"]
@@ -451,7 +452,6 @@ def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = F
 
     Raises ConfigError for settings that would not be read back as they are.
     """
-    import json
 
     blocks = []
     for title, table in tables.items():
@@ -461,7 +461,7 @@ def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = F
         for name, value in values.items():
             lines += [f"# {line}" for line in notes.get(name, "").splitlines()]
             # JSON's literals are TOML's too, but for a raw DEL and surrogate pairs
-            literal = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            literal = to_json(value, unicode=True).replace("\x7f", "\\u007f")
             lines.append(f"# {name} is not set" if value is None else f"{name} = {literal}")
         _check_encodable(values)
         blocks.append("\n".join(lines))

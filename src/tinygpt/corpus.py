@@ -14,7 +14,8 @@ from typing import Any
 
 from tinygpt import runtime
 from tinygpt.errors import DataError, nearest
-from tinygpt.files import download, sha256_of
+from tinygpt.files import download, sha256_of, user_path
+from tinygpt.names import is_name
 from tinygpt.untrusted import brief, clip
 
 SHAKESPEARE_URL = (
@@ -62,13 +63,14 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
     ``source`` is the path of a UTF-8 text file, of a folder (every file below it that matches
     ``glob``, in the order of their paths), or of a ``.jsonl`` file (the texts under ``field``, one
     object a line); or ``shakespeare``, ``pydocs``, or ``auto``, which is the first of these two
-    that can be had within seconds. Several documents are separated by a blank line.
+    that can be had within seconds. Those are always meant by name, see ``names``; a folder called
+    ``pydocs`` is ``./pydocs``. Several documents are separated by a blank line.
     """
     if not str(source):
         raise DataError("The source of the text is an empty name; give a file or 'auto'.")
-    path = Path(source)
+    path = user_path(source)
     try:
-        if source in NAMES:
+        if is_name(source, NAMES):
             return {"shakespeare": shakespeare, "pydocs": pydocs, "auto": auto}[str(source)]()
         if path.is_dir():
             corpus = _folder(path, glob)

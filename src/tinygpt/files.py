@@ -75,6 +75,20 @@ def _new_temporary(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave; ~ and ~name at its beginning are home folders, as in a shell.
+
+    What is really called so has to be given in full. Raises UsageError where there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path} begins with a home folder that is not known here. Write the path in full; if "
+            f"~ is a part of its name, it is in full {Path(path).absolute()}"
+        ) from error
+
+
 def _check_replaceable(path: Path) -> None:
     """A new name takes the place of anything: of /dev/null too, for who may do all things."""
     if path.is_dir():
@@ -339,10 +353,54 @@ def _fetch(
     url: str, path: Path, sha256: str, stop: threading.Event, size: int | None = None
 ) -> None:
     """Transfer, resume what breaks off, verify, and only then give the file its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _claimed(path.with_name(path.name + ".part"), stop) as part:
+        if part is None or (path.is_file() and sha256_of(path) == sha256):
+            return  # given up while another download had the part, or that one has done it
+        _complete(url, part, sha256, stop, size)
+        if not stop.is_set():
+            part.replace(path)
+
+
+@contextmanager
+def _claimed(part: Path, stop: threading.Event) -> Iterator[Path | None]:
+    """The unfinished file of a download, for one writer at a time; None if ``stop`` comes first.
+
+    Whoever is second waits for the first, in this process or another. The lock ends with its
+    process, so that what a killed one left is resumed. On a disk without locks each download has
+    a file of its own, and begins anew.
+    """
+    while True:
+        with part.open("ab") as file:  # for writing, as network file systems want it for a lock
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if stop.wait(WATCH):
+                    yield None
+                    return
+                continue
+            except OSError:
+                own = _temporary_name(part)
+            else:
+                own = part
+            if not _is_at(
+                file.fileno(), part
+            ):  # it was finished, or thrown away, before it was locked
+                continue
+            try:
+                yield own
+            finally:
+                if own != part:
+                    own.unlink(missing_ok=True)
+                if _is_at(file.fileno(), part) and not _size(part):
+                    part.unlink()
+            return
+
+
+def _complete(url: str, part: Path, sha256: str, stop: threading.Event, size: int | None) -> None:
+    """Fetch until the content is right; what is wrong is emptied, and the file itself stays."""
     import requests
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     for _ in range(ATTEMPTS):
         before = _size(part)
         failure: Exception | None = None
@@ -350,16 +408,13 @@ def _fetch(
             _transfer(url, part, before, stop, size)
         except requests.RequestException as error:
             failure = error
-        if stop.is_set():
-            return
-        if part.exists() and sha256_of(part) == sha256:
-            part.replace(path)
+        if stop.is_set() or (part.exists() and sha256_of(part) == sha256):
             return
         if failure is not None and _size(part) <= before:
             raise failure
         if failure is None:  # all there, and wrong
             found = sha256_of(part)
-            part.unlink()
+            os.truncate(part, 0)
             if not before:  # not even a stale beginning to blame
                 raise DataError(
                     f"{url} is not the file it should be: its SHA-256 is {found}, wanted {sha256}. "
@@ -387,7 +442,7 @@ def _transfer(
                 if stop.is_set():
                     return
                 if size is not None and file.tell() + len(block) > size:
-                    part.unlink()
+                    file.truncate(0)
                     raise DataError(f"{url} sends more than the {size:,} bytes it should have.")
                 file.write(block)
             file.flush()

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Self
 
 from tinygpt.errors import UsageError
+from tinygpt.files import make_folder
+from tinygpt.strict_json import to_json
 
 LOCK = "run.lock"
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -89,7 +91,7 @@ class FolderLock:
         name, me = os.path.realpath(self.path), Holder.me()
         _reserve(name, self.folder, me)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             handle, before = _take(self.path)
         except BaseException:
             _ours.pop(name)
@@ -252,7 +254,7 @@ def _write(handle: int, holder: Holder) -> None:
     with contextlib.suppress(OSError):  # on a full disk the lock holds without its words
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, json.dumps(asdict(holder)).encode())
+        os.write(handle, to_json(asdict(holder)).encode())
 
 
 def _explain(folder: Path, holder: Holder | None) -> str:

@@ -112,15 +112,21 @@ def matches(samples: Sequence[Codes], pieces: Iterable[str]) -> tuple[list[Numbe
 
 def parts(pieces: Iterable[str], overlapping: int) -> Iterator[tuple[int, Codes]]:
     """(where it begins, the part) of a text: each repeats the last characters of the one before."""
-    begin, held = 0, np.zeros(0, np.uint32)
     step = max(PART, 2 * overlapping)
+    begin, count, part = 0, 0, np.empty(step, np.uint32)
     for piece in pieces:
-        held = np.concatenate([held, as_codes(piece)])
-        while len(held) > step:
-            yield begin, held[:step]
-            begin, held = begin + step - overlapping, held[step - overlapping :]
-    if len(held):
-        yield begin, held
+        codes = as_codes(piece)
+        while len(codes):
+            if count == step:
+                yield begin, part
+                begin, count = begin + step - overlapping, overlapping
+                part, before = np.empty(step, np.uint32), part
+                part[:overlapping] = before[step - overlapping :]
+            taken, codes = codes[: step - count], codes[step - count :]
+            part[count : count + len(taken)] = taken
+            count += len(taken)
+    if count:
+        yield begin, part[:count]
 
 
 def _matches_in(part: Codes, samples: Sequence[Codes]) -> Iterator[tuple[Numbers, Numbers]]:
@@ -248,6 +254,7 @@ def _apart(lengths: Numbers, min_length: int) -> Iterator[tuple[int, int]]:
         length = int(lengths[start])
         if length < max(1, min_length):
             return
-        if free[start : start + length].all():
+        # A passage taken before is no shorter, so one that overlaps holds either end of this one.
+        if free[start] and free[start + length - 1]:
             free[start : start + length] = False
             yield start, length

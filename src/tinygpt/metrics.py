@@ -7,7 +7,6 @@ run can be watched with ``tail -f`` and a crash loses at most the line being wri
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections import deque
@@ -19,7 +18,8 @@ from types import TracebackType
 from typing import IO, Any, Self, cast
 
 from tinygpt.errors import DataError
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import is_sparse, open_regular, parse_json
 
 MAX_LINE = 1 << 20
@@ -106,7 +106,7 @@ class History:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = Path(path) if path is not None else None
+        self.path = user_path(path) if path is not None else None
         self._file: IO[bytes] | None = None
         self._memory: list[Row] = []
         self._waiting: deque[bytes] = deque()
@@ -215,7 +215,7 @@ def read(path: str | Path) -> Iterator[Row]:
     A last line without its end, left by a crash, is skipped. Raises DataError, with the number of
     the line, if any other line is not a JSON object.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.exists():
         return
     with _opened(path) as file:
@@ -260,7 +260,7 @@ def _encode(row: Mapping[str, Any]) -> bytes:
     odd = {k: str(v) for k, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
     if odd:
         plain |= dict.fromkeys(odd) | {"nonfinite": odd}
-    line = json.dumps(plain, allow_nan=False, default=str).encode() + b"\n"
+    line = to_json(plain, other=str).encode() + b"\n"
     if len(line) > MAX_LINE:
         raise DataError(f"A row of {len(line):,} bytes is too long: {MAX_LINE:,} are read at most.")
     return line

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygpt import extras
 from tinygpt.errors import DataError, MissingExtraError, UsageError
-from tinygpt.files import check_overwritable, replacing
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.metrics import Row, read, smooth
 from tinygpt.untrusted import is_number
 
@@ -64,7 +65,7 @@ def read_curves(run: str | Path) -> Curves:
 
     Raises DataError if there are no metrics, and UsageError if there is no such run.
     """
-    path = Path(run)
+    path = user_path(run)
     if not path.exists():
         raise UsageError(f"There is no run at {path}. Give the folder that training wrote.")
     file = path / METRICS if path.is_dir() else path
@@ -99,7 +100,7 @@ def save_plot(runs: Sequence[str | Path], out: str | Path) -> Path:
     Raises MissingExtraError without matplotlib, UsageError for another format and if ``out`` is a
     file that is no such plot.
     """
-    out = Path(out)
+    out = user_path(out)
     suffix = out.suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise UsageError(f"{out} does not end in .png or .svg; these are the formats there are.")
@@ -216,6 +217,4 @@ def _plotext() -> Any:
 
 
 def _missing(package: str, task: str) -> MissingExtraError:
-    return MissingExtraError(
-        f"{task} needs {package}, which is not installed. Install it: pip install 'tinygpt[plots]'"
-    )
+    return extras.missing("plots", f"{task} needs {package}, which is not installed.")

@@ -35,7 +35,7 @@ from tinygpt.errors import (
     TrainingError,
     UsageError,
 )
-from tinygpt.files import remove_stale, replacing
+from tinygpt.files import remove_stale, replacing, user_path
 from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.guard import Guard
 from tinygpt.lock import FolderLock, check_free
@@ -135,7 +135,7 @@ class TrainingRun:
         self.optimizer = optimizer or make_optimizer(model.trainable(), config)
         self._check_optimizer()
         self.init = None if init is None else dict(init)
-        self.folder = Path(folder) if folder is not None else None
+        self.folder = user_path(folder) if folder is not None else None
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
         self.guard = Guard(config)
@@ -507,7 +507,7 @@ class TrainingRun:
         if resume is True and begun and not self._found:
             self.notice(f"{self.folder} has no checkpoint yet: it starts from its first step.")
             return
-        path = self._good_checkpoint(self.folder if resume is True else Path(resume))  # type: ignore[arg-type]
+        path = self._good_checkpoint(self.folder if resume is True else user_path(resume))  # type: ignore[arg-type]
         meta = checkpoint.read_meta(path)
         self._check_same_run(path, meta)
         changes.check_random_state(path, meta)

@@ -69,6 +69,25 @@ def clip(text: object, length: int = 200) -> str:
     return line if len(line) <= length else line[:length] + "…"
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether a text holds halves of characters, as JSON may, and so cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def utf8_name(text: str) -> str:
+    r"""A name with escapes for what is no UTF-8 in it: bytes of a file's name, lone surrogates.
+
+    >>> utf8_name("caf\udce9")
+    'caf\\xe9'
+    """
+    shown = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
+    return shown.encode("utf-8", "backslashreplace").decode()
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open an ordinary file, or a link to one, for reading.
 

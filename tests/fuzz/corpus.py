@@ -572,7 +572,8 @@ GOOD: dict[str, bytes] = {
     "tokens": npy(npy_header(shape="(5,)"), np.arange(5, dtype="<u2").tobytes()),
     "jsonl": b'{"text": "a cat"}\n{"text": "a dog", "n": 1}\n',
     "text": "the cat sat on the mat, née Müller\n".encode(),
-    "metrics": b'{"iter": 1, "train_loss": 3.5, "lr": 0.001}\n'
+    "metrics": b'{"iter": 1, "train_loss": 3.5, "lr": 0.001, "text": "a \\ud83d cat"}\n'
+    b'{"iter": 3, "elapsed": 0.7, "grad_norms": {"wte": 0.5, "h.0": null}, "skipped": "why"}\n'
     b'{"iter": 2, "train_loss": null, "nonfinite": {"train_loss": "nan"}, "val_loss": 3.0}\n',
     "best": b'{"checkpoint": "ckpt_3.safetensors", "val_loss": 1.5, "run": "ab", "pid": 7, '
     b'"host": "here", "since": "2026-01-01", "birth": null}',

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from tinygpt.data import load_tokens
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError
 from tinygpt.metrics import read
 from tinygpt.plots import read_curves
+from tinygpt.server.watch import Watch
+from tinygpt.server.watched import run_id
+from tinygpt.strict_json import to_json
 from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
 
 LONGEST_MESSAGE = 600
@@ -193,6 +197,47 @@ def fuzz_best(data: bytes) -> None:
     (path.parent / "run.json").unlink()
 
 
+def fuzz_watched_metrics(data: bytes) -> None:
+    _watch(data, "metrics.jsonl", "samples.jsonl")
+
+
+def fuzz_watched_config(data: bytes) -> None:
+    _watch(data, "config.toml")
+
+
+def fuzz_watched_lock(data: bytes) -> None:
+    _watch(data, "run.lock", "best.json", "run.json")
+
+
+def _watch(data: bytes, *names: str) -> None:
+    """A dashboard of two runs, one of which has these files: the other one stays as it is."""
+    runs = folder() / "runs"
+    shutil.rmtree(runs, ignore_errors=True)
+    for name in ("good", "odd"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "metrics.jsonl").write_bytes(b'{"iter": 1, "train_loss": 2.5}\n')
+    for name in names:
+        (runs / "odd" / name).write_bytes(data)
+    with _loading(data * len(names), "dashboard"):
+        watch = Watch([runs])
+        watch.refresh()
+        told = watch.changes({run_id(runs / "odd"): (0, "")})
+        for run in watch.listed():
+            told += [run.curves.overview(), {"settings": run.settings, "samples": run.samples}]
+        text = to_json(told)
+        text.encode()
+        json.loads(text, parse_constant=_no_number)
+        good, odd = (next(c for c in told[:2] if c["name"] == name) for name in ("good", "odd"))
+        if good["train_loss"] != 2.5 or good["odd"]:
+            raise Finding("dashboard: a run suffers from another")
+        if any("It cannot be read" in why for why in odd["odd"]):
+            raise Finding(f"dashboard: {odd['odd']}")  # the last guard is for what nobody knows
+
+
+def _no_number(word: str) -> None:
+    raise Finding(f"dashboard: {word} is no JSON")
+
+
 TARGETS: dict[str, tuple[str, Callable[[bytes], None]]] = {
     "checkpoint": ("checkpoint", fuzz_checkpoint),
     "sealed": ("checkpoint", fuzz_sealed),
@@ -205,5 +250,8 @@ TARGETS: dict[str, tuple[str, Callable[[bytes], None]]] = {
     "text": ("text", fuzz_text),
     "metrics": ("metrics", fuzz_metrics),
     "best": ("best", fuzz_best),
+    "watched_metrics": ("metrics", fuzz_watched_metrics),
+    "watched_config": ("config", fuzz_watched_config),
+    "watched_lock": ("best", fuzz_watched_lock),
 }
 """By name: the kind of files to begin with, and the function."""

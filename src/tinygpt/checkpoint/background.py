@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 PAUSES = (0.5, 2.0, 5.0)
 """Seconds before each further try to write the last checkpoint of a run."""
+REFUGES: dict[str, Callable[[], str | Path]] = {
+    "the folder for temporary files": tempfile.gettempdir,
+    "your home": Path.home,
+    "the current folder": Path.cwd,
+}
+"""Where the last state is written if the run's folder takes none. Any of them may not exist."""
 
 
 @dataclass
@@ -180,11 +186,9 @@ class Saver:
     def _rescue(self, job: _Job) -> str:
         """Write the checkpoint to another place; -> what to tell about it"""
         step = job.meta.iter_num
-        for place in (tempfile.gettempdir(), str(Path.home())):
-            try:
-                folder = Path(tempfile.mkdtemp(prefix="tinygpt-rescued-", dir=place))
-                path = write(checkpoint_path(folder, step), job.snapshot, job.meta)
-            except (OSError, CheckpointError):
+        for place in REFUGES.values():
+            path = _write_below(place, step, job)
+            if path is None:
                 continue
             return (
                 f"{job.error}\nThe state of step {step} was written to {path} instead. Once "
@@ -194,9 +198,10 @@ class Saver:
             )
         newest = self.newest or next(reversed(list_checkpoints(self.folder)), None)
         kept = f"The newest checkpoint is {newest}." if newest else "There is no other checkpoint."
+        *others, last = REFUGES
         return (
-            f"{job.error}\nNor could the state of step {step} be written to "
-            f"{tempfile.gettempdir()} or your home: it is lost. {kept}"
+            f"{job.error}\nNor could the state of step {step} be written to {', '.join(others)} or "
+            f"{last}: it is lost. {kept}"
         )
 
 
@@ -207,6 +212,19 @@ def ensure_run(folder: Path) -> str:
         run = _run_of_newest(folder) or secrets.token_hex(8)
         mark_run(folder, run)
     return run
+
+
+def _write_below(place: Callable[[], str | Path], step: int, job: _Job) -> Path | None:
+    """Write the checkpoint into a new folder of that place; None if it cannot be."""
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="tinygpt-rescued-", dir=place()))
+        return write(checkpoint_path(folder, step), job.snapshot, job.meta)
+    except (OSError, RuntimeError, CheckpointError):  # the second: there is no home folder
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return None
 
 
 def _run_of_newest(folder: Path) -> str | None:

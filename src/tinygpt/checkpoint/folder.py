@@ -8,14 +8,14 @@ config.toml          the settings of that run
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoint.writer import writing
 from tinygpt.config import MAX_CONFIG_BYTES
-from tinygpt.files import replacing
+from tinygpt.files import user_path
+from tinygpt.strict_json import write_json
 from tinygpt.untrusted import parse_json, parse_toml, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
@@ -30,7 +30,7 @@ PROGRAM = {"program": "tinygpt"}
 
 
 def checkpoint_path(folder: str | Path, iter_num: int) -> Path:
-    return Path(folder) / f"ckpt_{iter_num}.safetensors"
+    return user_path(folder) / f"ckpt_{iter_num}.safetensors"
 
 
 def named_step(path: Path) -> int | None:
@@ -96,5 +96,5 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with writing(path), replacing(path) as file:
-        file.write(json.dumps(value).encode())
+    with writing(path):
+        write_json(path, value)

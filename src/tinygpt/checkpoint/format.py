@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, clip, is_number, parse_json
 
 FORMAT_VERSION = 2
@@ -168,12 +169,12 @@ def encode(meta: Meta, layout: Layout, hashes: Mapping[str, str]) -> bytes:
     """All that stands before the data."""
     described = {"format_version": FORMAT_VERSION, **meta.to_dict(), "sha256": dict(hashes)}
     header: dict[str, Any] = {
-        "__metadata__": {"digest": ZEROS.decode(), "tinygpt": json.dumps(described)}
+        "__metadata__": {"digest": ZEROS.decode(), "tinygpt": to_json(described)}
     }
     for name, place in layout.items():
         offsets = [place.start, place.end]
         header[name] = {"dtype": place.dtype, "shape": place.shape, "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, compact=True).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     length = len(text).to_bytes(8, "little")
     return length + text.replace(ZEROS, _digest(length, text), 1)
@@ -232,7 +233,7 @@ def _decode_description(path: Path, text: str, layout: Layout, sealed: bool) -> 
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}; this TinyGPT reads up to {FORMAT_VERSION}. "
-            f"Update it: pip install --upgrade tinygpt."
+            f"Use the one that wrote it, or a newer one."
         )
     if not sealed or named != set(layout):
         raise CheckpointError(f"{path} is damaged: its description does not match its own hash.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -28,6 +27,8 @@ from tinygpt.checkpoint.format import (
 )
 from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.files import user_path
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
 CHUNK = 2**20
@@ -40,8 +41,9 @@ def read_meta(path: str | Path) -> Meta:
     Raises CheckpointError if there is no such file, or it is damaged, foreign or of a newer format,
     or is not the checkpoint that its name and its folder say.
     """
-    with _opened(Path(path)) as (_, header):
-        return _meta(Path(path), header)
+    path = user_path(path)
+    with _opened(path) as (_, header):
+        return _meta(path, header)
 
 
 def verify(path: str | Path) -> Meta:
@@ -56,7 +58,7 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta,
     All of the file is checked, also what is not wanted. Raises CheckpointError as ``read_meta``
     does, and if a byte is not what it was.
     """
-    path = Path(path)
+    path = user_path(path)
     arrays, damaged = {}, []
     with _opened(path) as (file, header):
         meta = _meta(path, header)
@@ -87,7 +89,7 @@ def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array |
     For those who cannot have all of them in memory. Of a name that is not there it makes None.
     Raises CheckpointError as ``read`` does, but only for what is asked for.
     """
-    path = Path(path)
+    path = user_path(path)
     with _opened(path) as (file, header):
         meta = _meta(path, header)
 
@@ -105,7 +107,7 @@ def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array |
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Everything but the values: the metadata, and dtype and shape of every tensor."""
-    path = Path(path)
+    path = user_path(path)
     with _opened(path) as (_, header):
         _meta(path, header)
         tensors = {n: {"dtype": p.dtype, "shape": list(p.shape)} for n, p in header.layout.items()}
@@ -125,11 +127,11 @@ def origin_and_hashes(
     path: str | Path, without: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """-> ``origin(path)``, and the hash of each weight but those ``without``, by its name"""
-    path = Path(path)
+    path = user_path(path)
     with _opened(path) as (_, header):
         meta = _meta(path, header)
         hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
-    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    digest = hashlib.sha256(to_json(hashes).encode()).hexdigest()
     where = str(path.resolve())
     found = {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
     return found, {name: value for name, value in hashes if name not in without}

@@ -27,7 +27,7 @@ from tinygpt.checkpoint.reader import (
 from tinygpt.checkpoint.writer import Snapshot, write
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
-from tinygpt.files import check_overwritable, remove_stale
+from tinygpt.files import check_overwritable, remove_stale, user_path
 
 if TYPE_CHECKING:
     from tinygrad import Tensor
@@ -62,7 +62,7 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     Nothing is changed unless all of the file is whole and fits. What LoRA's adapters have learned
     is added to the weights, unless the model has such adapters too.
     """
-    path = Path(path)
+    path = user_path(path)
     wanted = named_tensors(model, optimizer)
     _check_same_model(path, read_meta(path).model, model.config)
     meta, arrays, changed = _read_merged(path, wanted)
@@ -78,7 +78,7 @@ def start_from(path: str | Path, model: Transformer) -> dict[str, Any]:
     A model of a smaller block_size takes the embeddings of the first positions. Raises
     CheckpointError if the weights are damaged or do not fit.
     """
-    path = Path(path)
+    path = user_path(path)
     found, block_size = read_meta(path).model, model.config.block_size
     if block_size > found.block_size:
         raise CheckpointError(
@@ -158,7 +158,7 @@ def weights(path: str | Path, model: Transformer) -> Iterator[Callable[[str], Ar
 
     ``load`` for those who cannot have all of them in memory: the model itself stays as it is.
     """
-    path = Path(path)
+    path = user_path(path)
     shapes = {name: tuple(map(int, p.shape)) for name, p in model.parameters().items()}
     with one_by_one(path) as (meta, find):
         _check_same_model(path, meta.model, model.config)

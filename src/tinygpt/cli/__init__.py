@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinygpt import __version__
 from tinygpt.cli.console import PROGRAMS, program_name
 from tinygpt.display.text import printable
 from tinygpt.errors import TinyGPTError, UsageError
+from tinygpt.files import user_path
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
@@ -112,14 +114,17 @@ def make_app(program: str = PROGRAMS[0], verb: str | None = None) -> App:
 def _run(program: str, arguments: Sequence[str]) -> int:
     """Parse the arguments and run the verb; whatever goes wrong is an exception."""
     verb = next((word for word in arguments if not word.startswith("-")), None)
-    result = make_app(program, verb)(
-        arguments,
-        exit_on_error=False,
-        print_error=False,
-        verbose=False,
-        result_action="return_value",
+    command, given, _ = make_app(program, verb).parse_args(
+        arguments, exit_on_error=False, print_error=False, verbose=False
     )
+    words, options = map(_at_home, given.args), given.kwargs.items()
+    result = command(*words, **{name: _at_home(value) for name, value in options})
     return result if isinstance(result, int) else 0
+
+
+def _at_home(value: Any) -> Any:
+    """A path with ~ for the home folder, which no shell replaces in ``--out=~/x``, in full."""
+    return user_path(value) if isinstance(value, Path) else value
 
 
 def _explain(program: str, error: Exception) -> tuple[str, int]:

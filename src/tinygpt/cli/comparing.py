@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt import checkpoint, metrics
-from tinygpt.cli.console import aligned, finite, show_json
+from tinygpt.cli.console import aligned, show_json
 from tinygpt.cli.options import CONFIGS, Switch, Tables, file_tables
 from tinygpt.config import GPTConfig
 from tinygpt.display.text import duration, printable
@@ -216,7 +216,7 @@ def _as_json(runs: Sequence[Run]) -> dict[str, Any]:
             {
                 "path": str(run.path),
                 "settings": run.settings,
-                "figures": {name: finite(value) for name, value in run.figures().items()},
+                "figures": run.figures(),
             }
             for run in runs
         ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.display.text import printable
+from tinygpt.strict_json import to_json
 
 PROGRAMS = ("tinygpt", "minimiggy")
 
@@ -32,7 +32,7 @@ def say(message: str) -> None:
 
 def show_json(value: Any) -> None:
     """The result for a program to read: one JSON value on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False, default=str))
+    print(to_json(value, indent=2, other=str))
 
 
 def aligned(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
@@ -51,8 +51,3 @@ def aligned(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
         ).rstrip()
         for row in cells
     )
-
-
-def finite(value: float | None) -> float | None:
-    """A number that JSON can hold; None for one it cannot."""
-    return value if value is not None and abs(value) < float("inf") else None

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygpt.cli.console import aligned, command, finite, show_json
+from tinygpt.cli.console import aligned, command, show_json
 from tinygpt.cli.models import load_model
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.cli.texts import own_validation, read_tokens
@@ -67,8 +67,7 @@ def evaluate(
         else read_tokens(DataConfig(source=data, field=field, glob=glob), model, own)
     )
     found = _measured(model, tokens, own, batch_size, stride).to_dict()
-    figures = {k: finite(v) if isinstance(v, float) else v for k, v in found.items()}
-    result = {"data": name, "stride": stride or model.config.block_size, **figures}
+    result = {"data": name, "stride": stride or model.config.block_size, **found}
     if json:
         show_json(result)
     else:

@@ -9,6 +9,7 @@ from tinygpt.cli.console import command
 from tinygpt.cli.options import DataConfig, Tables
 from tinygpt.config import fine_tuning
 from tinygpt.errors import UsageError
+from tinygpt.files import user_path
 
 if TYPE_CHECKING:
     from tinygpt.checkpoint import Meta
@@ -29,7 +30,7 @@ class Beginning:
         from tinygpt import checkpoint
         from tinygpt.runs import choose_checkpoint
 
-        path = Path(init)
+        path = user_path(init)
         if (path / "config.json").is_file() and not checkpoint.list_checkpoints(path):
             take_in = command("import", "hf", path, "--out", "RUN")
             raise UsageError(f"{path} holds a model of Hugging Face's. Take it in first: {take_in}")

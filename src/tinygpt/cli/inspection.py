@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -149,22 +148,13 @@ def gradcheck(
     idx, targets = Tensor(tokens[:, :-1].copy()), Tensor(tokens[:, 1:].copy())
     report = check(Transformer(config, seed), idx, targets, samples=samples, seed=seed)
     if json:
-        show_json(_without_nan(report.to_dict()))
+        show_json(report.to_dict())
     else:
         print(report.table())
     return 0 if report.ok else 1
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; null stands for it."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def doctor(*, json: Switch = False) -> int:
+def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
     """Look at device, compiler, caches, versions and vocabulary, and say how to mend them.
 
     The exit code is 1 if something is missing that tinygpt cannot do without.
@@ -173,7 +163,14 @@ def doctor(*, json: Switch = False) -> int:
     ----------
     json
         Print the checks as JSON.
+    clear_cache
+        First delete compiled kernels and token files, which are made again when they are needed.
     """
+    if clear_cache:
+        freed, failed = runtime.clear_caches()
+        say(f"cleared {freed / 1e6:,.1f} MB of kernels and token files")
+        for path in failed:
+            say(f"could not delete {path}")
     checks = runtime.doctor()
     healthy = all(check.ok or check.optional for check in checks)
     if json:

@@ -6,7 +6,6 @@ import contextlib
 import json as jsonlib
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,7 +20,10 @@ from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Settings, Switch, Tables, file_tables, flags, preset_tables, resolve
 from tinygpt.cli.running import Material, gather, make_run
 from tinygpt.config import GPTConfig, TrainConfig
+from tinygpt.corpus import NAMES
 from tinygpt.errors import TrainingError, UsageError
+from tinygpt.files import user_path
+from tinygpt.names import is_name
 
 if TYPE_CHECKING:
     from tinygpt.checkpoint import Meta
@@ -129,8 +131,8 @@ def verify_resume(
 
 def _tables_of_run(source: str | None) -> Tables:
     """The settings of a run folder, its tokenizer included; none if ``source`` is no run."""
-    folder = Path(source or "")
-    if source is None or not (folder / "config.toml").is_file():
+    folder = user_path(source or "")
+    if source is None or is_name(source, NAMES) or not (folder / "config.toml").is_file():
         return {}
     tables = file_tables(folder / "config.toml")
     saved = folder / "tokenizer.json"
@@ -194,8 +196,8 @@ def _train(settings: Settings, material: Material, folder: Path, steps: int) -> 
 
 def go_on(folder: Path) -> None:
     """Resume a run in a process of its own, as a user does."""
-    command = [sys.executable, "-m", "tinygpt", "train", "--resume", "--out", str(folder)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    program = runtime.python_module("tinygpt", "train", "--resume", "--out", str(folder))
+    done = subprocess.run(**program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise TrainingError(f"The fresh process ended with exit code {done.returncode}:\n{last}")

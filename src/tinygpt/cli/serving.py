@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import html
 import os
 import secrets
 import shlex
+import tempfile
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from tinygpt import extras
 from tinygpt.cli.console import command, say
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch
 from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
 from tinygpt.display.text import printable
-from tinygpt.errors import MissingExtraError, UsageError
+from tinygpt.errors import UsageError
+from tinygpt.strict_json import to_json
 
 if TYPE_CHECKING:
     import socket
@@ -47,6 +51,8 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     allow_host: Names | None = None,
+    cors_origin: Names | None = None,
+    no_token: Switch = False,
     places: int = 16,
     tokenizer: str | None = None,
     quantize: Quantize | None = None,
@@ -67,6 +73,10 @@ def serve(
         Key that clients must send. Better: set TINYGPT_API_KEY, which nobody else can see.
     allow_host
         Another name by which the server is called, such as that of a proxy; may be repeated.
+    cors_origin
+        Origin of pages that may use the server, such as http://localhost:3000; may be repeated.
+    no_token
+        Show how the model was trained, with samples, to everybody on this machine.
     places
         Texts that are written at once; others wait.
     tokenizer
@@ -82,6 +92,8 @@ def serve(
     from tinygpt.server.listening import Server, listen, url
 
     key = _key(api_key, host, "serve", run)
+    check_names(allow_host, cors_origin)
+    _check_open(no_token, host)
     if not 1 <= places <= MOST_PLACES:
         raise UsageError(f"--places {places} is out of range: it must be from 1 to {MOST_PLACES}.")
     check_quantize(quantize, quantize_data)
@@ -89,15 +101,21 @@ def serve(
         service = _service(run, tokenizer, quantize, quantize_data, places)
         from tinygpt.server.app import make_app
 
-        board = _board(run, key)
-        app = make_app(service, api_key=key, hosts=[host, *(allow_host or [])], board=board)
+        board = _board(run, key, no_token)
+        app = make_app(
+            service,
+            board=board,
+            api_key=key,
+            hosts=allow_host or [],
+            bound=host,
+            cors=cors_origin or [],
+        )
         server, address = Server(app, service.limits), url(listener, host)
         with run_signals(server.stop, None, say, WORDS) as received, service.engine:
             service.engine.warm_up()
             _introduce(service, address, key, board)
-            if open:
-                open_browser(address)
-            server.run([listener])
+            with browser(address, board.key if board else key) if open else nullcontext():
+                server.run([listener])
     return 128 + received[0] if received else 0
 
 
@@ -107,6 +125,7 @@ def dashboard(
     port: int = 8001,
     api_key: str | None = None,
     allow_host: Names | None = None,
+    no_token: Switch = False,
     open: Switch = False,
 ) -> int:
     """Watch runs in the browser while they train.
@@ -118,13 +137,15 @@ def dashboard(
     runs
         Run folders, or folders that hold some. [default: runs]
     host
-        Where to listen. Anywhere but on this machine itself, reading needs the key too.
+        Where to listen. Any place but this machine itself needs a key that you set.
     port
         Port to listen on; if it is taken, one of the next.
     api_key
-        Key for saving and stopping. Better: set TINYGPT_API_KEY. [default: another one every time]
+        Key that the page needs. Better: set TINYGPT_API_KEY. [default: another one every time]
     allow_host
         Another name by which the server is called, such as that of a proxy; may be repeated.
+    no_token
+        Show the runs, with samples, to everybody on this machine; saving and stopping need the key.
     open
         Open the page in a browser.
     """
@@ -132,28 +153,24 @@ def dashboard(
     from tinygpt.server.dashboard import Board, make_app
     from tinygpt.server.limits import Limits
     from tinygpt.server.listening import Server, url
-    from tinygpt.server.security import is_loopback
     from tinygpt.server.thread import listen_nearby
     from tinygpt.server.watch import Watch
 
     if not runs and not RUNS.is_dir():
         raise UsageError(f"There is no folder {RUNS} here. Say which runs to watch: their folders.")
     key = _key(api_key, host, "dashboard", *runs)
-    board = Board(Watch(runs or [RUNS]), key)
+    _check_open(no_token, host)
+    check_names(allow_host)
+    board = Board(Watch(runs or [RUNS]), key, is_open=no_token)
     board.watch.refresh()
     with listen_nearby(host, port) as listener:
-        app = make_app(
-            board,
-            api_key=None if is_loopback(host) else key,
-            hosts=[host, *(allow_host or [])],
-        )
+        app = make_app(board, hosts=allow_host or [], bound=host)
         server, address = Server(app, Limits(shutdown_seconds=1)), url(listener, host)
         with run_signals(server.stop, None, say, WATCHING) as received:
-            _tell_address(listener, address, port, board.key, shown=key is None)
+            _tell_address(listener, address, port, board, shown=key is None)
             say("Ctrl-C ends it; what trains goes on.")
-            if open:
-                open_browser(f"{address}/#key={board.key}")
-            server.run([listener])
+            with browser(address, board.key) if open else nullcontext():
+                server.run([listener])
     return 128 + received[0] if received else 0
 
 
@@ -186,12 +203,12 @@ def dashboard_beside(
     board = Board(Watch([run.folder, *others]), key, {run.folder: here})
     with ServerThread(make_app(board), listener):
         address = url(listener, "127.0.0.1")
-        _tell_address(listener, address, port, board.key, shown=key is None)
+        _tell_address(listener, address, port, board, shown=key is None)
         yield lambda: here.stopped
 
 
 def _tell_address(
-    listener: socket.socket, address: str, port: int, key: str, *, shown: bool
+    listener: socket.socket, address: str, port: int, board: Board, *, shown: bool
 ) -> None:
     """Where the dashboard is; a key that was made for it comes along, one that was given does not.
 
@@ -199,8 +216,9 @@ def _tell_address(
     """
     if port not in (0, listener.getsockname()[1]):
         say(f"port {port} is taken")
-    say(f"dashboard: {address}/" + (f"#key={key}" if shown else ""))
-    say(f"  key for saving and stopping: {key if shown else f'that of {API_KEY} or --api-key'}")
+    say(f"dashboard: {address}/" + (f"#key={board.key}" if shown else ""))
+    use = "for saving and stopping" if board.is_open else "that the page needs"
+    say(f"  key {use}: {board.key if shown else f'that of {API_KEY} or --api-key'}")
 
 
 def require_extra() -> None:
@@ -209,9 +227,8 @@ def require_extra() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f"A server needs {error.name}, which is not installed. Install it: "
-            f"pip install 'tinygpt[serve]'"
+        raise extras.missing(
+            "serve", f"A server needs {error.name}, which is not installed."
         ) from error
 
 
@@ -238,6 +255,27 @@ def _key(given: str | None, host: str, *words: object) -> str | None:
     return key
 
 
+def check_names(hosts: list[str] | None, origins: list[str] | None = None) -> None:
+    """Refuse what is no host or origin before anything is loaded."""
+    from tinygpt.server.security import allowed_origin, allowed_place
+
+    for host in hosts or []:
+        allowed_place(host)
+    for origin in origins or []:
+        allowed_origin(origin)
+
+
+def _check_open(no_token: bool, host: str) -> None:
+    """Only this machine may see runs without a key."""
+    from tinygpt.server.security import is_loopback
+
+    if no_token and not is_loopback(host):
+        raise UsageError(
+            f"--no-token is for this machine alone, and --host {host} can be reached from others. "
+            f"Leave one of them out."
+        )
+
+
 def _service(
     run: Path, tokenizer: str | None, quantize: Quantize | None, text: str | None, places: int
 ) -> Service:
@@ -253,12 +291,14 @@ def _service(
     return Service(Engine(model, own, places), model, own, _name(run), run, created)
 
 
-def _board(run: Path, key: str | None) -> Board | None:
+def _board(run: Path, key: str | None, is_open: bool) -> Board | None:
     """The dashboard of the run that is served; a checkpoint alone has none."""
     from tinygpt.server.dashboard import Board
-    from tinygpt.server.watch import Watch, is_run
+    from tinygpt.server.watch import Watch, last_change
 
-    return Board(Watch([run]), key, playground=True) if is_run(run) else None
+    if last_change(run) is None:
+        return None
+    return Board(Watch([run]), key, playground=True, is_open=is_open)
 
 
 def _name(run: Path) -> str:
@@ -270,7 +310,7 @@ def _name(run: Path) -> str:
 
 def _introduce(service: Service, address: str, key: str | None, board: Board | None) -> None:
     """What there is, and a line to try it with."""
-    body = json.dumps({"prompt": "The ", "max_tokens": 50})
+    body = to_json({"prompt": "The ", "max_tokens": 50})
     words = ["curl", f"{address}/v1/completions", "-H", "Content-Type: application/json"]
     line = f"{shlex.join(words)} -d {shlex.quote(body)}"
     if key is not None:
@@ -283,8 +323,42 @@ def _introduce(service: Service, address: str, key: str | None, board: Board | N
     say("Ctrl-C ends it.")
 
 
-def open_browser(address: str) -> None:
-    """Open a page; a browser in the terminal, which would wait, does not keep the server."""
+@contextlib.contextmanager
+def browser(address: str, key: str | None) -> Iterator[None]:
+    """Open a page, with a key if it needs one, and clean up at the end.
+
+    The key must not stand on the browser's command line, which everybody on the machine can read.
+    So the browser is sent to a private file, which sends it on, as Jupyter does.
+    """
+    with contextlib.ExitStack() as stack:
+        target = address
+        if key is not None:
+            with contextlib.suppress(OSError):  # a page without its key asks for it
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tinygpt-"))
+                target = redirect_file(Path(folder), f"{address}/#key={key}").as_uri()
+        _open_browser(target)
+        yield
+
+
+def redirect_file(folder: Path, target: str) -> Path:
+    """A page in the folder, for the eyes of its owner alone, that leads to another one."""
+    path = folder / "open.html"
+    link = html.escape(target)
+    page = (
+        f'<!DOCTYPE html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
+        f'<meta http-equiv="refresh" content="0; url={link}"><a href="{link}">Go on</a>\n'
+    )
+    with open(path, "x", encoding="utf-8", opener=_private) as file:
+        file.write(page)
+    return path
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _open_browser(address: str) -> None:
+    """A browser in the terminal, which would wait, does not keep the server."""
     import webbrowser
 
     threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

@@ -1,9 +1,13 @@
 """Signals while a run is on: they set a flag, and the run sees to it when its step is done.
 
-The main thread blocks them, and a thread of their own waits for them. So they interrupt no step and
+The main thread blocks them, and a thread of their own hears of them. So they interrupt no step and
 no save, a compiler that is running inherits the block and ends its work although a terminal's
 Ctrl-C goes to every process in front of it, and the second signal is obeyed at once even while a
 kernel keeps the main thread busy.
+
+The system may deliver a signal to any thread that does not block it, such as one that a library
+has started, and Python runs its handler in the main thread when that is free again. But the number
+of the signal is written to a pipe as it arrives (``signal.set_wakeup_fd``), which the thread reads.
 """
 
 from __future__ import annotations
@@ -26,7 +30,11 @@ STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 SAVING = ("SIGUSR1",)
 """What Slurm sends ahead of time if asked to: ``#SBATCH --signal=USR1@120``."""
 ECHO = 0.2
-"""Seconds within which a second signal is the first one once more: wrappers pass them on."""
+"""Seconds after the answer to a signal in which it is taken for the same: wrappers pass it on."""
+
+
+END = b"\0"
+"""What ends the thread for signals; no signal has the number 0."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,19 @@ def run_signals(
     listener = _Listener(stop, save, notice, words)
     wanted = (*STOPPING, *(SAVING if save is not None else ()))
     numbers = [number for number in _known(*wanted) if not _ignored(number)]
-    before = {number: signal.signal(number, listener.handle) for number in numbers}
+    threaded = bool(numbers) and sys.platform != "win32"
+    handler = _heard if threaded else listener.handle
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        with _own_thread(numbers, listener.receive):
+        with _own_thread(numbers, listener.receive) if threaded else contextlib.nullcontext():
             yield listener.received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    """The handler of a signal that the thread for signals has read from the pipe."""
 
 
 class _Listener:
@@ -83,7 +97,7 @@ class _Listener:
         self._saving = _known(*SAVING)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """For what reaches a thread that blocks nothing, and where there is no blocking."""
+        """Where there is no blocking: the main thread receives them."""
         self.receive(number)
 
     def receive(self, number: int) -> None:
@@ -93,12 +107,12 @@ class _Listener:
             self._say(f"{name}: a checkpoint after this step")
             return
         if not self.received:
-            self._first = time.monotonic()
             self.received.append(signal.Signals(number))
             if name == "SIGHUP":
                 _silence(self.terminals)  # nobody is there any more, and writing would fail
             self.stop()
             self._say(f"{self.words.stopping}; once more stops at once")
+            self._first = time.monotonic()  # after the message: only then can it be obeyed
         elif time.monotonic() - self._first > ECHO:
             _quit(number, self.terminals, self.words)
 
@@ -109,30 +123,31 @@ class _Listener:
 
 @contextlib.contextmanager
 def _own_thread(numbers: list[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
-    """Let a thread wait for the signals, which this one and its children do not get meanwhile."""
-    if not numbers or sys.platform == "win32":
-        yield
-        return
-    over = threading.Event()
+    """Let a thread hear of the signals, which this one and its children do not get meanwhile."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
-    def wait() -> None:
-        while True:
-            number = signal.sigwait(numbers)
-            if over.is_set():
-                return
-            receive(number)
+    def listen() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # one thread at least gets them
+        while (number := os.read(reading, 1)) != END:
+            if number[0] in numbers:
+                receive(number[0])
+            elif earlier >= 0:
+                os.write(earlier, number)
 
-    thread = threading.Thread(target=wait, daemon=True, name="tinygpt-signals")
+    thread = threading.Thread(target=listen, daemon=True, name="tinygpt-signals")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     thread.start()
     try:
         yield
     finally:
-        over.set()
-        if thread.ident is not None:
-            signal.pthread_kill(thread.ident, numbers[0])  # wakes it, and reaches nobody else
+        os.write(writing, END)
         thread.join()
+        signal.set_wakeup_fd(earlier)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(reading)
+        os.close(writing)
 
 
 def _known(*names: str) -> list[signal.Signals]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
 from tinygpt.checkpoint import check_claim, read_meta, run_of
 from tinygpt.checkpoint.folder import CONFIG, SUFFIX
-from tinygpt.cli.console import command, finite, say, show_json
+from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
     Settings,
@@ -27,6 +27,7 @@ from tinygpt.cli.serving import dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
+from tinygpt.files import user_path
 from tinygpt.lock import check_free
 from tinygpt.metrics import perplexity
 
@@ -167,6 +168,11 @@ def train(
             same = _same_command(tables, others, start)
             knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
             raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
+        except BaseException:
+            if out is None:
+                with suppress(OSError):
+                    folder.rmdir()  # nothing is in it yet
+            raise
         introduce(run)
         if listener is None:
             return _follow(run, json)
@@ -239,7 +245,7 @@ def _where_to_go_on(
 
     SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
     """
-    path = Path(source or "")
+    path = user_path(source or "")
     if path.suffix == SUFFIX or re.fullmatch("ckpt_[0-9]+", path.name):
         path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
         read_meta(path)  # CheckpointError if it is none
@@ -304,9 +310,9 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
                 "max_iters": run.config.max_iters,
                 "stopped": result.stopped,
                 "skipped": result.skipped,
-                "train_loss": finite(last.train_loss if last else None),
-                "best_val_loss": finite(loss),
-                "perplexity": None if loss is None else finite(perplexity(loss)),
+                "train_loss": last.train_loss if last else None,
+                "best_val_loss": loss,
+                "perplexity": None if loss is None else perplexity(loss),
                 "seconds": last.elapsed if last else 0.0,
                 "parameters": run.model.num_params(),
             }

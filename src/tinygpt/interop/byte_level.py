@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tinygpt.errors import TokenizerError
+from tinygpt.strict_json import to_json
 from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
 from tinygpt.untrusted import brief
 
@@ -59,7 +59,7 @@ class Vocabulary:
     def digest(self) -> str:
         """SHA-256 of the content, whatever file it came from."""
         parts = [self.spelled, self.spelled_merges, sorted(self.special)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary | None:

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt import __version__, checkpoint
+from tinygpt import __version__, checkpoint, extras
 from tinygpt.config import GPTConfig
-from tinygpt.errors import InteropError, MissingExtraError, UsageError
+from tinygpt.errors import InteropError, UsageError
 from tinygpt.files import check_overwritable, replacing
 from tinygpt.interop import parity
 from tinygpt.interop.gguf_tokens import Tokens, tokens_of
@@ -107,9 +107,8 @@ def _gguf() -> types.ModuleType:
     try:
         return import_module("gguf")
     except ImportError as error:
-        raise MissingExtraError(
-            "Writing GGUF files needs the gguf package, which is not installed. Install it: "
-            "pip install 'tinygpt[gguf]'"
+        raise extras.missing(
+            "gguf", "Writing GGUF files needs the gguf package, which is not installed."
         ) from error
 
 

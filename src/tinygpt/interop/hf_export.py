@@ -5,9 +5,8 @@ A linear layer without biases does not exist there: the biases of such a model a
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,6 +28,7 @@ from tinygpt.interop.hf_config import config_to_hf, end_of_text
 from tinygpt.interop.hf_tokenizer import write_tokenizer
 from tinygpt.interop.parity import Floats, Ids
 from tinygpt.interop.safetensors import read_file, write_file
+from tinygpt.strict_json import write_json
 from tinygpt.tokenizers import Tokenizer
 from tinygpt.untrusted import clip
 
@@ -51,14 +51,14 @@ def export(
     """
     config = model.config
     with new_folder(folder) as staging:
-        _write_json(staging / "config.json", config_to_hf(config, tokenizer))
-        _write_json(staging / "generation_config.json", _generation(tokenizer))
+        write_json(staging / "config.json", config_to_hf(config, tokenizer), indent=2)
+        write_json(staging / "generation_config.json", _generation(tokenizer), indent=2)
         write_weights(model, staging / WEIGHTS_FILE)
         if tokenizer is not None:
             write_tokenizer(tokenizer, staging, config.block_size)
         proved = prove(model, staging)
         record = {"tinygpt": __version__, "parity": asdict(proved), **_described(meta)}
-        _write_json(staging / "tinygpt.json", record)
+        write_json(staging / "tinygpt.json", record, indent=2)
         with replacing(staging / "README.md") as file:
             name, with_tokenizer = folder.resolve().name, tokenizer is not None
             file.write(model_card(name, meta, proved, source, with_tokenizer).encode())
@@ -84,11 +84,6 @@ def write_weights(model: Transformer, path: Path) -> None:
 
 def _theirs(name: str) -> str:
     return name if name == "lm_head.weight" else PREFIX + name
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
 # Reading back -----------------------------------------------------------------------------------

@@ -6,17 +6,19 @@ BPE, and the other two files tell ``AutoTokenizer`` how to go about it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tinygpt.files import replacing
 from tinygpt.interop.byte_level import GPT2_SHA256, Vocabulary, vocabulary
 from tinygpt.interop.hf_reading import SPLIT, read_tokenizer
+from tinygpt.strict_json import to_json, write_json
 from tinygpt.tokenizers import CharTokenizer, Tokenizer
 
 __all__ = ["read_tokenizer", "write_tokenizer"]
 
+STYLE: dict[str, Any] = {"indent": 2, "unicode": True}
+"""How transformers writes its JSON files."""
 END = "<|endoftext|>"
 """What GPT-2 puts between texts."""
 
@@ -30,11 +32,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None
     """
     found = vocabulary(tokenizer)
     if found is None:
-        _write_json(folder / "tokenizer.json", _of_characters(tokenizer))
+        write_json(folder / "tokenizer.json", _of_characters(tokenizer), **STYLE)
         special: dict[str, str] = {}
     else:
-        _write_json(folder / "tokenizer.json", _of_bytes(found))
-        _write(folder / "vocab.json", json.dumps(found.spelled))
+        write_json(folder / "tokenizer.json", _of_bytes(found), **STYLE)
+        _write(folder / "vocab.json", to_json(found.spelled))
         _write(folder / "merges.txt", "\n".join(["#version: 0.2", *found.spelled_merges, ""]))
         roles = ("bos_token", "eos_token", "unk_token")
         special = dict.fromkeys(roles, END) if END in found.special else {}
@@ -47,8 +49,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", config, **STYLE)
+    write_json(folder / "special_tokens_map.json", special, **STYLE)
 
 
 def _of_bytes(found: Vocabulary) -> dict[str, Any]:
@@ -105,10 +107,6 @@ def _fast(
 def _added(text: str, i: int) -> dict[str, Any]:
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": text, **plain, "special": True}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

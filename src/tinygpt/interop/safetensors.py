@@ -10,7 +10,6 @@ tensor takes memory only while somebody looks at it.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from tinygpt.errors import InteropError
 from tinygpt.files import replacing, write_all
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, clip, is_sparse, open_regular, parse_json
 
 Array = npt.NDArray[Any]
@@ -202,7 +202,7 @@ def write_file(
     for name in sorted(shapes):
         start, end = end, end + 4 * math.prod(shapes[name])
         header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, compact=True).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         write_all(file.fileno(), len(text).to_bytes(8, "little") + text)

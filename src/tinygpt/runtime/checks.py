@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,9 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
+from tinygpt import extras
 from tinygpt.errors import DeviceError
-from tinygpt.runtime import device, folders, machine
+from tinygpt.runtime import device, folders, kernelcache, machine
 
 NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
 """Extras for those who work on tinygpt itself."""
@@ -68,13 +68,13 @@ def _packages() -> Iterator[Check]:
     from tinygpt import __version__
 
     yield Check("tinygpt", True, f"{__version__} ({Path(__file__).parents[1]})")
-    for requirement in _requirements(None):
+    for requirement in extras.requirements(None):
         name, version = _installed(requirement)
         fits = version is not None and _fits(version, requirement)
         found = version or "not installed"
         if version and not fits:
             found += f", but tinygpt needs {requirement}"
-        yield Check(name, fits, found, None if fits else f"pip install {shlex.quote(requirement)}")
+        yield Check(name, fits, found, None if fits else extras.install_command(requirement))
 
 
 def _device() -> Iterator[Check]:
@@ -112,9 +112,35 @@ def _caches() -> Iterator[Check]:
         found = f"{wanted} cannot be written; using {found}"
     cure = None if used == wanted else "set TINYGPT_CACHE to a folder of yours"
     yield Check("cache", used == wanted, found, cure, optional=True)
-    if kernels := os.environ.get("CACHEDB"):
-        size = sum(f.stat().st_size for f in Path(kernels).parent.glob(Path(kernels).name + "*"))
-        yield Check("kernel cache", True, f"{kernels} ({_size(size)})", optional=True)
+    clear = "tinygpt doctor --clear-cache"
+    kernels = Path(os.environ.get("CACHEDB") or device.kernel_database())
+    trouble = kernelcache.trouble(kernels)
+    found = f"{kernels} {trouble or f'({_size(kernelcache.size_of(kernels))})'}"
+    yield Check("kernel cache", not trouble, found, clear if trouble else None, optional=True)
+    size, limit = sum(p.stat().st_size for p in folders.token_files()), folders.cache_limit()
+    found = f"{folders.token_folders()[0]} ({_size(size)}, kept below {_size(limit)})"
+    yield Check("token cache", True, found, optional=True)
+
+
+def clear_caches() -> tuple[int, list[str]]:
+    """Delete kernels and token files; -> the bytes of them, and what could not be deleted."""
+    before = {path: kernelcache.size_of(path) for path in _clearable()}
+    chosen = Path(os.environ.get("CACHEDB") or device.kernel_database())
+    for path in before:
+        kernelcache.remove(path)
+    failed = [str(path) for path in before if path.exists()]
+    if chosen.is_file() and not chosen.match(kernelcache.PATTERN):  # the user's own file
+        cache = kernelcache.KernelCache(chosen)
+        cache.clear()
+        cache.disconnect()
+        failed += [] if cache.writable else [str(chosen)]
+    return sum(size for path, size in before.items() if not path.exists()), failed
+
+
+def _clearable() -> list[Path]:
+    places = dict.fromkeys([folders.cache_dir(), folders.private_temp()])
+    kernels = [path for place in places for path in kernelcache.databases(place)]
+    return [*kernels, *folders.token_files()]
 
 
 def _vocabulary() -> Iterator[Check]:
@@ -131,32 +157,20 @@ def _vocabulary() -> Iterator[Check]:
         found = "the extra offline"
     else:
         found = "not on this machine; downloaded when it is first used"
-        yield Check("GPT-2 vocabulary", False, found, device.COMPILER_CURE, optional=True)
+        yield Check("GPT-2 vocabulary", False, found, device.compiler_cure(), optional=True)
         return
     yield Check("GPT-2 vocabulary", True, found, optional=True)
 
 
 def _extras() -> Iterator[Check]:
-    extras = metadata.metadata("tinygpt").get_all("Provides-Extra") or []
-    for extra in extras:
+    for extra in extras.names():
         if extra in NOT_FOR_USERS:
             continue
-        packages = [_installed(requirement) for requirement in _requirements(extra)]
+        packages = [_installed(requirement) for requirement in extras.requirements(extra)]
         missing = [name for name, version in packages if version is None]
         found = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages)
-        cure = f"pip install 'tinygpt[{extra}]'" if missing else None
+        cure = extras.cure(extra) if missing else None
         yield Check(f"extra {extra}", not missing, found, cure, optional=True)
-
-
-def _requirements(extra: str | None) -> list[str]:
-    """What tinygpt, or one of its extras, requires: ``["tinygrad==0.14.*", ...]``."""
-    requirements = []
-    for line in metadata.requires("tinygpt") or []:
-        requirement, _, marker = line.partition(";")
-        named = re.search(r"extra == ['\"]([^'\"]+)", marker)
-        if (named.group(1) if named else None) == extra:
-            requirements.append(requirement.strip())
-    return requirements
 
 
 def _installed(requirement: str) -> tuple[str, str | None]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
+import platform
 import shlex
 import shutil
 import stat
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
+from tinygpt import extras
 from tinygpt.errors import DeviceError
-from tinygpt.runtime.folders import cache_dir, private_temp
+from tinygpt.runtime import choice, hook, kernelcache
+from tinygpt.runtime.folders import cache_dir, is_shared, private_temp, wanted_cache_dir
 from tinygpt.runtime.machine import may_have_accelerator, processor
 
-COMPILER_CURE = "pip install 'tinygpt[offline]'"
-"""Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
+log = logging.getLogger(__name__)
 
 SHIM_PREFIX = "zig-clang-"
 
@@ -29,21 +34,27 @@ def prepare() -> None:
     compiler and processor gets a kernel cache of its own: kernels are compiled for the very
     processor they run on, and a home folder may be shared. PARALLEL=0 keeps tinygrad from
     starting compile processes that would live as long as the program. DEV=CPU is set where there is
-    plainly no other device: to try them all takes tinygrad half a second.
+    plainly no other device: to try them all takes tinygrad half a second. Elsewhere ``choice`` has
+    a say in the default.
 
     It starts no process and never fails: what is wrong is told later, by ``require_device`` or
     ``doctor``, where there is someone to read it.
     """
     os.environ.setdefault("PARALLEL", "0")
-    if not os.environ.get("DEV") and not may_have_accelerator():
-        os.environ["DEV"] = "CPU"
+    if not os.environ.get("DEV"):
+        if may_have_accelerator():
+            hook.after_import("tinygrad.device", choice.install)
+        else:
+            os.environ["DEV"] = "CPU"
     try:
         if not os.environ.get("CC") and not clang_on_path() and (zig := bundled_zig()):
             os.environ["CC"] = str(shim(zig))
         if not os.environ.get("CACHEDB"):
-            os.environ["CACHEDB"] = str(cache_dir() / f"kernels-{_kernel_key()}.db")
+            os.environ["CACHEDB"] = str(kernel_database())
+            hook.after_import("tinygrad.helpers", _say_where_the_cache_is)
     except OSError:  # no folder can be written: tinygrad's own defaults are as good
         pass
+    hook.after_import("tinygrad.helpers", _keep_kernels)
 
 
 def require_device() -> str:
@@ -87,18 +98,23 @@ def trouble(error: BaseException | None = None) -> tuple[str, str]:
         return (
             f"The compiler CC={chosen!r} does not work for tinygrad, which needs clang; gcc will "
             "not do.",
-            f"Set CC to a clang, or unset CC; a clang comes with: {COMPILER_CURE}",
+            f"Set CC to a clang, or unset CC; a clang comes with: {compiler_cure()}",
         )
     if not shutil.which(name):
         system = "xcode-select --install" if sys.platform == "darwin" else "apt install clang"
         return (
             "tinygrad needs the C compiler clang to use this processor, and none is on PATH.",
-            f"Get one with: {COMPILER_CURE} (or: {system})",
+            f"Get one with: {compiler_cure()} (or: {system})",
         )
     return (
         f"tinygrad could not open this processor with the compiler {shutil.which(name)}: {error}.",
-        f"Run `tinygpt doctor` to see more. Another clang comes with: {COMPILER_CURE}",
+        f"Run `tinygpt doctor` to see more. Another clang comes with: {compiler_cure()}",
     )
+
+
+def compiler_cure() -> str:
+    """Brings a clang from a package registry, wherever pip works (the wheel ``ziglang``)."""
+    return extras.cure("offline")
 
 
 def clang_on_path() -> str | None:
@@ -130,10 +146,11 @@ def shim(zig: Path) -> Path:
     name = SHIM_PREFIX + hashlib.sha256(script).hexdigest()[:16]
     for folder in (cache_dir, private_temp):
         path = folder() / name
-        if not (path.is_file() and path.read_bytes() == script):
-            _write_program(path, script)
-        if os.access(path, os.X_OK):  # false too on a file system mounted noexec
-            return path
+        with suppress(OSError):  # such as a full disk, or a script of another user
+            if not (path.is_file() and path.read_bytes() == script):
+                _write_program(path, script)
+            if os.access(path, os.X_OK):  # false too on a file system mounted noexec
+                return path
     raise PermissionError(f"programs cannot be run from {path.parent}")
 
 
@@ -145,10 +162,39 @@ def is_shim(cc: str) -> bool:
 def _write_program(path: Path, content: bytes) -> None:
     """It appears whole and executable at once: another process may be about to start it."""
     handle, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(staging).chmod(stat.S_IRWXU)
-    Path(staging).replace(path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(staging).chmod(stat.S_IRWXU)
+        Path(staging).replace(path)
+    except OSError:
+        Path(staging).unlink()
+        raise
+
+
+def kernel_database() -> Path:
+    """The kernel cache: one for each machine where the folder is shared by several."""
+    folder = cache_dir()
+    host = f"-{platform.node()}" if is_shared(folder) else ""
+    return folder / f"kernels-{_kernel_key()}{host}.db"
+
+
+def _say_where_the_cache_is(helpers: ModuleType) -> None:
+    wanted, used = wanted_cache_dir(), cache_dir()
+    if used != wanted:
+        log.warning(
+            "%s cannot be written, so kernels and other files that can be made again are kept in "
+            "%s. TINYGPT_CACHE names another folder.",
+            wanted,
+            used,
+        )
+
+
+def _keep_kernels(helpers: ModuleType) -> None:
+    try:
+        kernelcache.install(helpers, _kernel_key())
+    except (AttributeError, OSError) as error:  # tinygrad has changed
+        log.info("Kernels are kept in tinygrad's own way: %r", error)
 
 
 def _kernel_key() -> str:

@@ -85,6 +85,7 @@ def may_have_accelerator() -> bool:
     bus = Path("/sys/bus")
     return (
         any(map(os.path.exists, ACCELERATORS))
+        or any(_is_for_accelerators(path) for path in OPENCL_DRIVERS.glob("*.icd"))
         or any(
             _read(d / "class")[:4] in DISPLAYS and _read(d / "vendor") in MAKERS
             for d in bus.glob("pci/devices/*")
@@ -95,9 +96,13 @@ def may_have_accelerator() -> bool:
 
 ACCELERATORS = (
     *("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dri", "/dev/dxg", "/dev/kgsl-3d0"),
-    "/etc/OpenCL/vendors",
+    *("/dev/mali0", "/dev/pvr_sync", "/dev/galcore"),
 )
-"""What the drivers of NVIDIA, AMD, WSL, Qualcomm and OpenCL leave on a Linux system."""
+"""What the drivers of NVIDIA, AMD, WSL, Qualcomm and of small boards leave on a Linux system."""
+OPENCL_DRIVERS = Path("/etc/OpenCL/vendors")
+"""A file for each installed OpenCL driver, which names its library."""
+ON_PROCESSOR = ("pocl", "intelocl", "oclgrind")
+"""Words in the names of those libraries that run kernels on the processor."""
 DISPLAYS = ("0x03", "0x12")
 """Classes of PCI devices: displays and accelerators, which tinygrad can drive without a driver."""
 MAKERS = ("0x1002", "0x10de", "0x8086", "0x5143")
@@ -105,9 +110,13 @@ USB_BRIDGES = ("add1", "3801", "174c")
 """Boxes that put a graphics card on a USB port."""
 
 
+def _is_for_accelerators(driver: Path) -> bool:
+    return not any(word in _read(driver) for word in ON_PROCESSOR)
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 

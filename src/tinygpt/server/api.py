@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tinygpt.server.body import read_json, unless_gone
 from tinygpt.server.document import openapi
-from tinygpt.server.engine import EngineClosed
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.refusal import DOCUMENT, Refusal
 from tinygpt.server.requests import chat_schema, completion_schema
 from tinygpt.server.running import Running
 from tinygpt.server.schema import Schema, check
@@ -44,7 +44,7 @@ def routes(service: Service) -> list[Route]:
         get("/v1/models/{id:path}", _one_model, service),
         get("/healthz", _health, service),
         get("/metrics", _metrics, service),
-        get("/openapi.json", _document, document),
+        get(DOCUMENT, _document, document),
     ]
 
 
@@ -53,15 +53,10 @@ async def generate(
 ) -> Response:
     """Check, encode, and let the engine write; a client that goes frees its places."""
     deadline = asyncio.get_running_loop().time() + service.limits.request_seconds
-    try:
-        body = await read_json(request, service.limits)
-        _check_model(service, body)
-        check(body, schema)
-        return await unless_gone(request, _answer(service, make_job, body, deadline))
-    except ClientDisconnect:
-        return Response(status_code=499)  # nobody hears it; it is for the counts
-    except EngineClosed:
-        raise Refusal(503, "The server is shutting down.", code="shutting_down") from None
+    body = await read_json(request, service.limits)
+    _check_model(service, body)
+    check(body, schema)
+    return await unless_gone(request, _answer(service, make_job, body, deadline))
 
 
 async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: float) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tinygpt.server.service import Service
 def model_card(service: Service) -> dict[str, Any]:
     """Everything that a page tells of the model."""
     config, tokenizer = service.model.config, service.tokenizer
-    card: dict[str, Any] = {
+    return {
         "name": service.name,
         "parameters": service.model.num_params(),
         "config": config.to_dict(),
@@ -23,8 +22,6 @@ def model_card(service: Service) -> dict[str, Any]:
         "limits": {"max_tokens": service.limits.max_tokens},
         **_history(service.folder),
     }
-    told: dict[str, Any] = _without_nan(card)
-    return told
 
 
 def _history(folder: Path | None) -> dict[str, Any]:
@@ -43,10 +40,3 @@ def _history(folder: Path | None) -> dict[str, Any]:
         "train": None if meta.train is None else meta.train.to_dict(),
         "data": checkpoint.text_of(folder if folder.is_dir() else folder.parent),
     }
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity; null stands for them."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,15 +9,16 @@ here.
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from tinygpt.untrusted import is_number
+from tinygpt.untrusted import has_surrogates, is_number
 
 Numbers = npt.NDArray[np.float64]
 Row = dict[str, Any]
@@ -40,7 +41,8 @@ LAYER_POINTS = 256
 """The most points of one layer's gradient norm."""
 MAX_ROWS = 2_000_000
 """Rows of a run that are kept; what comes after is not shown."""
-MAX_LAYERS = 128
+MAX_LAYERS, MAX_NAME = 128, 100
+"""Layers that are shown, and characters of a layer's name."""
 MAX_SKIPPED = 500
 """Skipped steps that are named; the others are counted."""
 FAR, MAX_STEP = 1e30, 1e12
@@ -55,6 +57,8 @@ class Curves:
         self.layers: list[str] = []
         self.skipped: list[tuple[float, str]] = []
         self.skips = 0
+        self.odd: set[str] = set()
+        """What is not shown of the rows, and why."""
         self._columns = np.empty((len(KEYS), 1024))
         self._norms = np.empty((0, 1024), np.float32)
 
@@ -64,7 +68,9 @@ class Curves:
         fine = (steps >= 0) & (steps <= MAX_STEP)
         if not fine.all():
             rows = [row for row, good in zip(rows, fine.tolist(), strict=True) if good]
-        rows = rows[: MAX_ROWS - self.rows]
+        if len(rows) > MAX_ROWS - self.rows:
+            self.odd.add(f"Rows after the first {MAX_ROWS:,} are not shown.")
+            rows = rows[: MAX_ROWS - self.rows]
         if not rows:
             return
         self._see_layers(rows)
@@ -72,11 +78,18 @@ class Curves:
         self._make_room(end)
         for i, key in enumerate(KEYS):
             self._columns[i, self.rows : end] = _column(rows, key)
-        norms = [_mapping(row.get("grad_norms")) for row in rows]
-        for i, layer in enumerate(self.layers):
-            self._norms[i, self.rows : end] = _column(norms, layer)
+        at = [i for i, row in enumerate(rows) if _mapping(row.get("grad_norms"))]
+        norms = [rows[i]["grad_norms"] for i in at]
+        for i, layer in enumerate(self.layers if at else ()):  # where there is none it is NaN
+            self._norms[i, self.rows + np.array(at)] = _column(norms, layer)
         self._see_skipped(rows)
         self.rows = end
+
+    def frozen(self) -> Self:
+        """The curves as they are now, to be read while more rows are added to these."""
+        now = copy.copy(self)  # whose columns have the same first rows, which never change
+        now.layers, now.skipped = self.layers[:], self.skipped[:]
+        return now
 
     def __getitem__(self, key: str) -> Numbers:
         """All values of one of KEYS; NaN where there is none."""
@@ -163,18 +176,31 @@ class Curves:
     def _see_layers(self, rows: Sequence[Row]) -> None:
         for row in (rows[0], rows[-1], *(r for r in rows if not self.layers)):
             for name in _mapping(row.get("grad_norms")):
-                if name not in self.layers and len(self.layers) < MAX_LAYERS:
-                    self.layers.append(name)
+                if name in self.layers:
+                    continue
+                if len(self.layers) == MAX_LAYERS:
+                    self.odd.add(f"Layers after the first {MAX_LAYERS} are not shown.")
+                    break
+                self._see_layer(name)
         missing = len(self.layers) - len(self._norms)
         if missing:
             more = np.full((missing, self._columns.shape[1]), np.nan, np.float32)
             self._norms = np.concatenate([self._norms, more])
 
+    def _see_layer(self, name: str) -> None:
+        if len(name) > MAX_NAME:
+            self.odd.add(f"Layers with names of more than {MAX_NAME} characters are not shown.")
+            return
+        if has_surrogates(name):
+            self.odd.add("The name of a layer holds half a character (a lone surrogate).")
+        self.layers.append(name)
+
     def _see_skipped(self, rows: Sequence[Row]) -> None:
         for row in rows:
             if reason := row.get("skipped"):
                 self.skips += 1
-                self.skipped.append((float(row["iter"]), str(reason)[:200]))
+                why = reason if isinstance(reason, str) else type(reason).__name__
+                self.skipped.append((float(row["iter"]), why[:200]))
         del self.skipped[:-MAX_SKIPPED]
 
     def _make_room(self, rows: int) -> None:

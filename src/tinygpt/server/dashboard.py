@@ -1,37 +1,38 @@
 """The dashboard's side of HTTP: curves, samples and events of the runs in some folders.
 
 Everything is read from the files of the runs, when a page asks: without a page nothing happens, and
-what trains is never waited for. Reading needs no key here; asking a training to save or to stop
-does.
+what trains is never waited for. Samples are made of texts that may be private, so reading needs the
+board's key, as asking a training to save or to stop does; the gate sees to that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tinygpt.errors import UsageError
 from tinygpt.server import static
+from tinygpt.server.assembly import assemble
 from tinygpt.server.curves import POINTS
-from tinygpt.server.refusal import Refusal, answer_http_error, answer_refusal
-from tinygpt.server.security import Gate
+from tinygpt.server.json_answer import JSONResponse
+from tinygpt.server.refusal import Refusal
+from tinygpt.server.security import GateOptions
 from tinygpt.server.steering import ByLock, Steering
-from tinygpt.server.watch import Cursor, Run, Watch, parse_cursor, write_cursor
+from tinygpt.server.watch import Cursor, Watch, parse_cursor, write_cursor
+from tinygpt.server.watched import Run
+from tinygpt.strict_json import to_json
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""
@@ -44,7 +45,7 @@ SAMPLES_BYTES = 1 << 20
 
 
 class Board:
-    """What the routes need: the runs, how to steer them, and the key for that."""
+    """What the routes need: the runs, how to steer them, and the key."""
 
     def __init__(
         self,
@@ -52,8 +53,10 @@ class Board:
         key: str | None = None,
         steering: Mapping[Path, Steering] | None = None,
         playground: bool = False,
+        is_open: bool = False,
     ) -> None:
-        self.watch, self.playground = watch, playground
+        """With ``is_open`` the key is only for saving and stopping."""
+        self.watch, self.playground, self.is_open = watch, playground, is_open
         self.key = key or secrets.token_urlsafe(16)
         self.streams = 0
         self._steering = {folder.absolute(): s for folder, s in (steering or {}).items()}
@@ -70,13 +73,10 @@ class Board:
         return run
 
 
-def make_app(board: Board, *, api_key: str | None = None, hosts: Collection[str] = ()) -> Starlette:
-    """The dashboard alone; with an ``api_key`` reading needs it too."""
-    return Starlette(
-        routes=[page_route("/"), *routes(board), *static.routes()],
-        middleware=[Middleware(Gate, api_key=api_key, hosts=hosts)],
-        exception_handlers={Refusal: answer_refusal, HTTPException: answer_http_error},
-    )
+def make_app(board: Board, **gate: Unpack[GateOptions]) -> Starlette:
+    """The dashboard alone, behind a `Gate` that wants the board's key."""
+    gate = {"board_key": board.key, "board_is_open": board.is_open, **gate}
+    return assemble([page_route("/"), *routes(board)], **gate)
 
 
 def page_route(path: str) -> Route:
@@ -95,24 +95,27 @@ def routes(board: Board) -> list[Route]:
     def answer(read: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
             await run_in_threadpool(board.watch.refresh)
-            return JSONResponse(await run_in_threadpool(read, request))
+            return await run_in_threadpool(lambda: JSONResponse(read(request)))
 
         return endpoint
 
     def runs(request: Request) -> Any:
         with board.watch.lock:
-            cards = [run.card() | {"settings": run.settings} for run in board.watch.listed()]
-            return {"runs": cards, "playground": board.playground}
+            settings = {run.id: {"settings": run.settings} for run in board.watch.listed()}
+            cards = [card | settings[card["id"]] for card in board.watch.cards()]
+        return {"runs": cards, "playground": board.playground}
 
     def curves(request: Request) -> Any:
         low, high = _number(request, "from", -math.inf), _number(request, "to", math.inf)
         points = int(_number(request, "points", POINTS))
         with board.watch.lock:
-            return board.find(request).curves.overview(points, low, high)
+            found = board.find(request).curves.frozen()
+        return found.overview(points, low, high)
 
     def samples(request: Request) -> Any:
         with board.watch.lock:
-            return {"samples": within(board.find(request).samples, SAMPLES_BYTES)}
+            found = board.find(request).samples[:]
+        return {"samples": within(found, SAMPLES_BYTES)}
 
     async def events(request: Request) -> Response:
         if board.streams >= STREAMS:
@@ -124,7 +127,6 @@ def routes(board: Board) -> list[Route]:
 
     def asked(what: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
-            _check_key(board, request)
             run = board.find(request)
             try:
                 await run_in_threadpool(getattr(board.steering(run), what))
@@ -192,7 +194,7 @@ def _advanced(cursor: Cursor, entries: list[dict[str, Any]]) -> dict[str, tuple[
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return to_json(value, compact=True)
 
 
 def within(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -211,14 +213,3 @@ def _number(request: Request, name: str, default: float) -> float:
     if math.isnan(value) or (text is not None and math.isinf(value)):
         raise Refusal(400, f"{name} must be a number.", param=name)
     return value
-
-
-def _check_key(board: Board, request: Request) -> None:
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(key.strip().encode(), board.key.encode())
-    if scheme.lower() != "bearer" or not right:
-        raise Refusal(
-            401,
-            "The key is missing or wrong. It stands in the terminal, beside the address.",
-            code="invalid_api_key",
-        )

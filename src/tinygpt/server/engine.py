@@ -342,7 +342,9 @@ class Engine:
             self._end(stream, "cancelled")
         for writer in list(self._running):
             self._leave(writer, "cancelled")
+        closed = EngineClosed("The engine was closed meanwhile.")
         for future, _ in calls:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(closed)
         if self._preparing:
-            self._preparing[1].set_exception(EngineClosed("The engine was closed meanwhile."))
+            self._preparing[1].set_exception(closed)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TinyGPTError, TokenizerError
@@ -25,6 +25,7 @@ from tinygpt.server.card import model_card
 from tinygpt.server.choices import Choice, Delta, finite
 from tinygpt.server.engine import EngineClosed
 from tinygpt.server.jobs import Body, Job, sampling_of
+from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.prompts import Ids, encode
 from tinygpt.server.refusal import Refusal
 from tinygpt.server.requests import completion_schema
@@ -115,10 +116,6 @@ async def _answer(service: Service, schema: Schema, answer: Answer, request: Req
         async with asyncio.timeout(service.limits.request_seconds):
             found = await unless_gone(request, answer(body))
         return await asyncio.to_thread(JSONResponse, found)
-    except ClientDisconnect:
-        return Response(status_code=499)
-    except EngineClosed:
-        raise Refusal(503, "The server is shutting down.", code="shutting_down") from None
     except TimeoutError:
         message = "The time for this request was over before it had its turn."
         raise Refusal(504, message, code="timeout") from None
@@ -188,7 +185,7 @@ class _Looking:
         """What a function finds in the engine's thread; only so many may wait for that."""
         if self._waiting >= LOOKS:
             message = "More looks inside the model are waiting than this server takes. Try again."
-            raise Refusal(429, message, code="queue_full", headers={"retry-after": "2"})
+            raise Refusal(429, message, code="queue_full")
         self._waiting += 1
         try:
             return await asyncio.wrap_future(self.service.engine.run(work))

@@ -8,11 +8,18 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
+
+from tinygpt.server.json_answer import JSONResponse
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Kinds of errors by status; other refusals are ``invalid_request_error``."""
-ADVICE = {404: " GET /openapi.json lists what there is.", 405: " The header Allow lists others."}
+GONE = 499
+"""nginx's status for a client that went before its answer."""
+RETRY_SECONDS = 2
+"""When a client should come again that was refused for want of room, or because we restart."""
+DOCUMENT = "/openapi.json"
+ADVICE = {404: f" GET {DOCUMENT} lists what there is.", 405: " The header Allow lists others."}
 
 
 class Refusal(Exception):  # noqa: N818
@@ -33,7 +40,8 @@ class Refusal(Exception):  # noqa: N818
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+        again = {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else {}
+        self.headers = {**again, **(headers or {})}
 
     def body(self) -> dict[str, Any]:
         """The object that OpenAI's clients look for."""
@@ -52,15 +60,19 @@ def answer_refusal(request: Request, error: Exception) -> Response:
     return error.response()
 
 
+def answer_closing(request: Request, error: Exception) -> Response:
+    """Whatever failed because the engine has been closed meanwhile."""
+    return closing().response()
+
+
 def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: a path that is not there, or a method that it does not have."""
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
-    advice = {
-        404: " GET /openapi.json lists what there is.",
-        405: " The header Allow lists others.",
-    }
-    message = f"{phrase}.{advice.get(error.status_code, '')}"
+    advice = ADVICE.get(error.status_code, "")
+    if DOCUMENT in advice and all(getattr(r, "path", "") != DOCUMENT for r in request.app.routes):
+        advice = ""  # a dashboard has no API that could be described
+    message = f"{phrase}.{advice}"
     return Refusal(error.status_code, message, headers=error.headers).response()
 
 
@@ -68,3 +80,8 @@ FAILURE = Refusal(
     500, "The server failed on this request; whoever runs it sees why in its terminal."
 )
 """A mistake of ours. What it was is not for the client."""
+
+
+def closing() -> Refusal:
+    """The server ends: a program that starts it again, or a proxy, may have another one soon."""
+    return Refusal(503, "The server is shutting down.", code="shutting_down")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,13 +11,12 @@ from tinygpt.errors import TinyGPTError
 from tinygpt.server.choices import Choice, Delta
 from tinygpt.server.engine import QueueFull
 from tinygpt.server.jobs import Job
-from tinygpt.server.refusal import FAILURE, Refusal
+from tinygpt.server.refusal import FAILURE, Refusal, closing
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import usage
 from tinygpt.server.stream import Piece, Stream
+from tinygpt.strict_json import to_json
 
-RETRY_SECONDS = 2
-"""When to come again after the queue was full."""
 SENT_TOGETHER = 1 << 14
 """Bytes of events that are sent at once, if more are waiting than the client takes."""
 DONE = b"data: [DONE]\n\n"
@@ -104,8 +102,11 @@ class Running:
             if pieces:
                 yield choice, choice.take(pieces)
                 continue
-            _raise_failure(self.streams[index])
-            yield choice, choice.end(self.streams[index].finish_reason)
+            stream = self.streams[index]
+            _raise_failure(stream)
+            if stream.finish_reason == "cancelled" and self._in_time() and not choice.count:
+                raise closing()
+            yield choice, choice.end(stream.finish_reason)
 
     async def _until_deadline(self) -> AsyncIterator[Arrived]:
         """What arrives. When time is up the texts end as they are, if there is anything of them."""
@@ -130,11 +131,13 @@ class Running:
 
     async def _next(self) -> Arrived:
         """The next that arrives; TimeoutError if time is up before."""
-        in_time = asyncio.get_running_loop().time() < self.deadline
-        if in_time and not self._arrived.empty():  # without a timer, which costs a lot
+        if self._in_time() and not self._arrived.empty():  # without a timer, which costs a lot
             return self._arrived.get_nowait()
         async with asyncio.timeout_at(self.deadline):
             return await self._arrived.get()
+
+    def _in_time(self) -> bool:
+        return asyncio.get_running_loop().time() < self.deadline
 
     async def _forward(self, index: int, stream: Stream) -> None:
         async for pieces in stream.bursts(REST if self.job.stream else math.inf):
@@ -155,7 +158,6 @@ def _submit_all(service: Service, job: Job) -> list[Stream]:
             429,
             "More requests are waiting than this server takes. Try again soon.",
             code="queue_full",
-            headers={"retry-after": str(RETRY_SECONDS)},
         ) from error
     return streams
 
@@ -170,4 +172,4 @@ def _raise_failure(stream: Stream) -> None:
 
 def event(value: object) -> bytes:
     """One server-sent event with a JSON value."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"data: {to_json(value, unicode=True, compact=True)}\n\n".encode()

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 from tinygpt.metrics import MAX_LINE
 from tinygpt.untrusted import is_sparse, open_regular, parse_json
 
-CHUNK = 1 << 23
-"""Bytes read in one look; a long file takes several."""
+CHUNK = 1 << 18
+"""Bytes read in one look, or a line if that is longer; a long file takes several looks."""
 MARK = 512
 """Bytes before the place reached that must still be the same, or the file is another one."""
 
@@ -29,31 +29,44 @@ class Tail:
         self.restarts = self.damaged = 0
         self.more = False
         """Whether the last look ended before the file did."""
+        self.trouble: str | None = None
+        """Why a file that is there could not be read in the last look."""
         self._offset, self._mark = 0, b""
 
     def look(self) -> list[dict[str, Any]]:
         """Rows that are new since the last look; empty when there are none."""
-        self.more = False
+        self.more, self.trouble = False, None
         try:
-            file = _open(self.path)
-        except OSError:
+            lines = self._read()
+        except FileNotFoundError:
             self._restart()
             return []
-        with file:
+        except OSError as error:
+            self.trouble = error.strerror or str(error)
+            self._restart()
+            return []
+        rows, damaged = parse_rows(lines)
+        self.damaged += damaged
+        return rows
+
+    def _read(self) -> bytes:
+        """The next whole lines, about ``CHUNK`` bytes of them; OSError if the file is none."""
+        with _open(self.path) as file:
             if not self._continues(file):
                 self._restart()
             if os.fstat(file.fileno()).st_size == self._offset:
-                return []
+                return b""
             file.seek(self._offset)
             chunk = file.read(CHUNK)
+            full = len(chunk) == CHUNK
+            if full and b"\n" not in chunk:
+                chunk += file.read(MAX_LINE)
         end = chunk.rfind(b"\n") + 1
         if end == 0 and len(chunk) >= MAX_LINE:  # no row is so long: its beginning is passed over
             end = len(chunk)
-        self._offset, self.more = self._offset + end, len(chunk) == CHUNK
+        self._offset, self.more = self._offset + end, full and end > 0
         self._mark = (self._mark + chunk[:end])[-MARK:]
-        rows, damaged = parse_rows(chunk[:end])
-        self.damaged += damaged
-        return rows
+        return chunk[:end]
 
     def _continues(self, file: BinaryIO) -> bool:
         file.seek(self._offset - len(self._mark))
@@ -67,11 +80,11 @@ class Tail:
 
 def _open(path: Path) -> BinaryIO:
     if path.is_symlink():  # it could lead out of the folder, to what is not to be shown
-        raise OSError(f"{path} is a link")
+        raise OSError("It is a link, and links are not followed")
     file = open_regular(path)
     if is_sparse(file):
         file.close()
-        raise OSError(f"{path} was hardly ever written")
+        raise OSError("It was hardly ever written: most of it is a hole")
     return file
 
 

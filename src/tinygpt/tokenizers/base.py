@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, parse_json, read_bounded
 
 MAX_FILE_BYTES = 64 << 20
@@ -86,7 +86,7 @@ class BaseTokenizer:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path."""
-        path, text = Path(path), encoded(self)
+        path, text = user_path(path), encoded(self)
         try:
             with replacing(path) as file:
                 file.write(text)
@@ -117,7 +117,7 @@ class BaseTokenizer:
 
 def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:
     """SHA-256 of the content: the same for tokenizers that tokenize alike."""
-    text = json.dumps(tokenizer.to_dict(), sort_keys=True, separators=(",", ":"))
+    text = to_json(tokenizer.to_dict(), sort=True, compact=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -128,8 +128,8 @@ MARK = b'{\n "kind": "'
 def encoded(tokenizer: Tokenizer | BaseTokenizer) -> bytes:
     """The file of a saved tokenizer. Raises TokenizerError for one that could not be read again."""
     try:
-        text = json.dumps(tokenizer.to_dict(), indent=1, ensure_ascii=False).encode() + b"\n"
-    except (TypeError, ValueError) as error:
+        text = to_json(tokenizer.to_dict(), indent=1, unicode=True).encode() + b"\n"
+    except TypeError as error:
         raise TokenizerError(f"{tokenizer!r} cannot be written as JSON: {error}.") from error
     if len(text) > MAX_FILE_BYTES:
         raise TokenizerError(
@@ -142,7 +142,7 @@ def encoded(tokenizer: Tokenizer | BaseTokenizer) -> bytes:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, or a TokenizerError that says what the file is instead."""
-    path = Path(path)
+    path = user_path(path)
     try:
         content = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:

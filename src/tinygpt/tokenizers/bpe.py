@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
+from tinygpt.files import user_path
 from tinygpt.tokenizers.base import BaseTokenizer, checked_ids, utf8
 from tinygpt.tokenizers.chunks import chunks, split_space
 from tinygpt.tokenizers.vocabulary import load_encoding
@@ -53,7 +54,7 @@ class BPETokenizer(BaseTokenizer):
     kind = "bpe"
 
     def __init__(self, encoding_name: str = "gpt2", *, folder: str | Path | None = None) -> None:
-        encoding = load_encoding(encoding_name, Path(folder) if folder is not None else None)
+        encoding = load_encoding(encoding_name, user_path(folder) if folder is not None else None)
         self._set(encoding, {"kind": self.kind, "encoding": encoding_name})
 
     def _set(self, encoding: tiktoken.Encoding, content: dict[str, Any]) -> None:

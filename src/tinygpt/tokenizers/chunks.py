@@ -30,11 +30,12 @@ def chunks(pieces: Iterable[str], size: int = CHUNK, longest: int = LONGEST) -> 
     """The same text in chunks of about ``size`` characters, cut where a BPE does not notice."""
     waiting: list[str] = []
     length = searched = 0  # characters waiting, and how many of them are known to have no cut
+    due = size  # characters at which a cut is sought: joining at every small piece is quadratic
     for piece in pieces:
         for start in range(0, len(piece), size):
             waiting.append(piece[start : start + size])
             length += len(waiting[-1])
-            if length < size:
+            if length < due:
                 continue
             text = "".join(waiting)
             found = _LAST_CUT.match(text, max(searched - 1, 0))
@@ -43,6 +44,7 @@ def chunks(pieces: Iterable[str], size: int = CHUNK, longest: int = LONGEST) -> 
                 yield text[:cut]
             waiting, length = [text[cut:]], length - cut
             searched = length
+            due = min(length + size, longest)
     if length:
         yield "".join(waiting)
 

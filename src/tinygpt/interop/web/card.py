@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from tinygpt import checkpoint, metrics
 
 POINTS = 200
 """Points of a curve: as many as a small picture can show."""
+
+Point = tuple[int, float | None]
+"""A step and its loss; None is a gap in the curve."""
 
 
 def card(path: Path) -> dict[str, Any]:
@@ -31,9 +35,12 @@ def card(path: Path) -> dict[str, Any]:
 
 
 def _curves(path: Path, last: int) -> dict[str, Any]:
-    """The losses up to step ``last``, as [step, loss]; means of equal stretches of training."""
-    train: list[tuple[int, float]] = []
-    val: list[tuple[int, float]] = []
+    """The losses up to step ``last``, as [step, loss]; means of equal stretches of training.
+
+    The loss of a step that was skipped, or is no number, is a gap.
+    """
+    train: list[Point] = []
+    val: list[Point] = []
     if not path.is_file():
         return {}
     for row in metrics.read(path):
@@ -43,13 +50,18 @@ def _curves(path: Path, last: int) -> dict[str, Any]:
         for points, name in ((train, "train_loss"), (val, "val_loss")):
             value = row.get(name)
             if isinstance(value, float):
-                points.append((step, value))
+                gap = not math.isfinite(value) or (name == "train_loss" and row.get("skipped"))
+                points.append((step, None if gap else value))
     curves = {"train": _thinned(train), "val": _thinned(val)}
     return {"curves": curves} if len(train) > 1 else {}
 
 
-def _thinned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
+def _thinned(points: Sequence[Point]) -> list[list[float | None]]:
+    """Means of equal stretches; None for one without a single loss."""
     stretch = max(1, -(-len(points) // POINTS))
     parts = [points[i : i + stretch] for i in range(0, len(points), stretch)]
-    means = [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
-    return [[step, round(loss, 4)] for step, loss in means]
+    return [[part[-1][0], _mean([loss for _, loss in part if loss is not None])] for part in parts]
+
+
+def _mean(losses: Sequence[float]) -> float | None:
+    return round(sum(losses) / len(losses), 4) if losses else None

@@ -8,7 +8,6 @@ which sees one core, or a device that is not there.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinygpt import runtime
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
+from tinygpt.strict_json import to_json
 
 if TYPE_CHECKING:
     from tinygrad import Tensor
@@ -120,12 +121,11 @@ def _buffer(tensor: Tensor) -> Any:
 
 
 def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str]) -> Any:
-    """What ``python -m module`` makes of a config, from JSON to JSON."""
+    """What the program ``module`` makes of a config, from JSON to JSON."""
     done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(config.to_dict()).encode(),
+        **runtime.python_module(module, environment=environment),
+        input=to_json(config.to_dict()).encode(),
         capture_output=True,
-        env={**os.environ, **environment},
         check=False,
     )
     if done.returncode:
@@ -136,4 +136,4 @@ def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str
 
 def answer(make: Callable[[GPTConfig], Any]) -> None:
     """The other side of ``in_own_process``."""
-    json.dump(make(GPTConfig.from_dict(json.load(sys.stdin))), sys.stdout)
+    sys.stdout.write(to_json(make(GPTConfig.from_dict(json.load(sys.stdin)))))

@@ -11,13 +11,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
 from tinygpt.interop.web.weights import Chunk
+from tinygpt.strict_json import to_json
 
 WORKER = ("model.mjs", "webgpu.mjs", "sampling.mjs", "tokenizer.mjs", "worker.mjs")
 UI = ("curve.mjs", "ui.mjs")
@@ -83,7 +83,7 @@ def _asset(name: str) -> str:
 
 def _json(value: object) -> str:
     """JSON that an element of HTML can hold, whatever is in it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    text = to_json(value, unicode=True, compact=True, sort=True)
     return text.replace("<", "\\u003c")
 
 

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tinygpt import extras
 from tinygpt.config import GPTConfig, SampleConfig
-from tinygpt.errors import InteropError, MissingExtraError
+from tinygpt.errors import InteropError
 from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.interop.hf import fetch_from
 from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
 from tinygpt.interop.web.weights import Chunk, values
 from tinygpt.model import Transformer
+from tinygpt.strict_json import to_json
 
 Logits = npt.NDArray[np.float32]
 
@@ -101,7 +103,7 @@ def _node(module: bytes, chunks: Sequence[Chunk], config: GPTConfig, prompt: lis
             "count": GREEDY,
         }
         done = subprocess.run(
-            ["node", str(CHECK)], input=json.dumps(given).encode(), capture_output=True, check=False
+            ["node", str(CHECK)], input=to_json(given).encode(), capture_output=True, check=False
         )
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip()[-300:]
@@ -134,9 +136,10 @@ class _Running:
         try:
             import wasmtime
         except ImportError as error:
-            raise MissingExtraError(
+            raise extras.missing(
+                "web",
                 "A page is checked before it is written, and there is nothing to run it in: "
-                "neither node nor wasmtime. Get one with: pip install 'tinygpt[web]'"
+                "neither node nor wasmtime.",
             ) from error
         self._config = config
         self._store: Any = wasmtime.Store()

@@ -7,7 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tinygpt.errors import KernelError, MissingExtraError
+from tinygpt import extras
+from tinygpt.errors import KernelError
 from tinygpt.runtime import bundled_zig
 
 FLAGS = (
@@ -44,7 +45,8 @@ def _compiler() -> list[str]:
     clang = shutil.which("clang")
     if clang and shutil.which("wasm-ld"):
         return [clang, "--target=wasm32"]
-    raise MissingExtraError(
+    raise extras.missing(
+        "web",
         "There is no compiler for WebAssembly here: neither the wheel ziglang nor a clang with "
-        "wasm-ld. Get one with: pip install 'tinygpt[web]'"
+        "wasm-ld.",
     )

@@ -6,7 +6,7 @@ import { byId, debounced } from "./dom.js";
 import { Feed } from "./feed.js";
 import { Film } from "./film.js";
 import * as format from "./format.js";
-import { ApiError, get, keepKey, request } from "./net.js";
+import { ApiError, get, request } from "./net.js";
 import { look, repaint, RunList, showFigures } from "./runs.js";
 import { Series, smooth } from "./series.js";
 import { Strip } from "./strip.js";
@@ -46,7 +46,6 @@ function cursor() {
 }
 
 async function begin() {
-  takeKey();
   const answer = await get("dashboard/runs");
   byId("pages").hidden = !answer.playground;
   answer.runs.forEach((card) => add(card, runs.size < SHOWN_AT_FIRST));
@@ -289,14 +288,6 @@ function tellLink(state, seconds) {
   away = !away;
   if (!away) byId("told").textContent = "";
   show();
-}
-
-/** A key in the address, where only this page sees it, goes into the tab's storage. */
-function takeKey() {
-  const key = new URLSearchParams(location.hash.slice(1)).get("key");
-  if (!key) return;
-  keepKey(key);
-  history.replaceState(null, "", location.pathname + location.search);
 }
 
 function stored() {

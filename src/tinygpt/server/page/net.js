@@ -83,7 +83,7 @@ function storedKey() {
 let memory = "";
 
 /** Send this key with every request from now on, in this tab. */
-export function keepKey(key) {
+function keepKey(key) {
   memory = key;
   try {
     sessionStorage.setItem(KEY, key);
@@ -91,6 +91,18 @@ export function keepKey(key) {
     return; // storage is switched off: the key lasts as long as the page
   }
 }
+
+/** A key behind the # of the address, which browsers send to nobody, goes into the tab's storage. */
+function takeKey() {
+  const key = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (!key) return false;
+  keepKey(key);
+  history.replaceState(null, "", location.pathname + location.search);
+  return true;
+}
+
+takeKey();
+window.addEventListener("hashchange", () => takeKey() && location.reload()); // a new link, the same tab
 
 let asking = null;
 
@@ -112,7 +124,7 @@ function dialog(again) {
       "form",
       { class: "key" },
       h("h2", { id: "key-title" }, "This server wants a key"),
-      h("p", {}, again ? "That key was not the right one." : "Whoever started the server has it."),
+      h("p", {}, again ? "That key was not the right one." : "It stands in the terminal of the server, behind #key= or as it was set there."),
       h("label", { for: "key" }, "Key"),
       input,
       h("p", { class: "hint" }, "It is kept in this tab, until you close it."),

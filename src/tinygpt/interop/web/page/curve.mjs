@@ -3,10 +3,11 @@
 const SVG = 'http://www.w3.org/2000/svg';
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 220, 44, 28];
 
-// curves: {train: [[step, loss], ...], val: [...]}; -> an <svg>, which says in words what it shows.
+// curves: {train: [[step, loss], ...], val: [...]}, where a loss of null is a gap;
+// -> an <svg>, which says in words what it shows.
 export function drawCurves(curves) {
-  const series = Object.entries(curves).filter(([, points]) => points.length > 1);
-  const all = series.flatMap(([, points]) => points);
+  const series = Object.entries(curves).filter(([, points]) => isCurve(points));
+  const all = series.flatMap(([, points]) => points.filter(isKnown));
   const lastStep = Math.max(...all.map(([step]) => step));
   const top = Math.max(...all.map(([, loss]) => loss));
   const low = Math.min(...all.map(([, loss]) => loss));
@@ -15,7 +16,7 @@ export function drawCurves(curves) {
   const y = (loss) => 8 + ((top + room - loss) / (top - low + 2 * room)) * (HEIGHT - BOTTOM - 8);
 
   const svg = make('svg', { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: 'img', class: 'curves' });
-  const ends = series.map(([name, points]) => `${LABELS[name]} ${points.at(-1)[1].toFixed(2)}`);
+  const ends = series.map(([name, points]) => `${LABELS[name]} ${points.filter(isKnown).at(-1)[1].toFixed(2)}`);
   svg.setAttribute('aria-label', `Loss after ${lastStep} steps: ${ends.join(', ')}`);
   for (const loss of ticks(low, top, 4)) {
     svg.append(make('line', { x1: LEFT, x2: WIDTH - 12, y1: y(loss), y2: y(loss), class: 'grid' }));
@@ -25,10 +26,24 @@ export function drawCurves(curves) {
     svg.append(label(step.toLocaleString('en'), { x: x(step), y: HEIGHT - 8, 'text-anchor': 'middle' }));
   }
   for (const [name, points] of series) {
-    const path = points.map(([step, loss], i) => `${i ? 'L' : 'M'}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`);
-    svg.append(make('path', { d: path.join(''), class: name }));
+    svg.append(make('path', { d: pathOf(points, x, y), class: name }));
   }
   return svg;
+}
+
+// Two losses make a line.
+export const isCurve = (points) => points.filter(isKnown).length > 1;
+const isKnown = ([, loss]) => Number.isFinite(loss);
+
+// A line that is interrupted where a loss is missing.
+export function pathOf(points, x, y) {
+  let pen = 'M';
+  let path = '';
+  for (const point of points) {
+    if (isKnown(point)) path += `${pen}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`;
+    pen = isKnown(point) ? 'L' : 'M';
+  }
+  return path;
 }
 
 export const LABELS = { train: 'training loss', val: 'validation loss' };

@@ -1,7 +1,7 @@
 // What is seen and pressed. The model is in a worker; this side shows what it says. Every text, be
 // it the model's, the run's or the visitor's, is put in as text, never as HTML.
 
-import { LABELS, drawCurves } from './curve.mjs';
+import { LABELS, drawCurves, isCurve } from './curve.mjs';
 
 const find = (id) => document.getElementById(id);
 const about = JSON.parse(find('about').textContent);
@@ -262,12 +262,12 @@ function showCard({ card, weights, parity }) {
   for (const [name, value] of rows) {
     if (value) find('card').append(element('dt', name), element('dd', value));
   }
-  if (!card.curves) return;
+  if (!Object.values(card.curves ?? {}).some(isCurve)) return;
   find('curve').append(drawCurves(card.curves));
   const legend = element('ul');
   legend.className = 'legend';
   for (const [name, points] of Object.entries(card.curves)) {
-    if (points.length < 2) continue;
+    if (!isCurve(points)) continue;
     const item = element('li', LABELS[name]);
     item.className = name;
     legend.append(item);
