@@ -286,7 +286,7 @@ def test_going_back_sets_the_later_checkpoints_aside(run):
     best = (run / "best.json").read_bytes()
     result = train(
         GPT(MODEL, seed=5), replace(EVERY, max_iters=5, keep_last=1), TOKENS[:-200], TOKENS[-200:],
-        tokenizer=ByteTokenizer(), out_dir=run, resume=run / "ckpt_2.safetensors",
+        tokenizer=ByteTokenizer(), out_dir=run, resume=run / "ckpt_2",
         allow_change=("max_iters",), show=False,
     )  # fmt: skip
     assert result.checkpoint == run / "ckpt_5.safetensors" and result.checkpoint.is_file()
@@ -450,6 +450,15 @@ def test_a_step_that_no_checkpoint_can_have_is_refused(step, tmp_path):
     with pytest.raises(UsageError, match="not a step number"):
         GPT(MODEL).save_checkpoint(step, None, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_is_saved_over_a_tokenizer_only(tmp_path):
+    ByteTokenizer().save(tmp_path / "t.json")
+    ByteTokenizer().save(tmp_path / "t.json")
+    (tmp_path / "text.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not a tokenizer that TinyGPT wrote"):
+        ByteTokenizer().save(tmp_path / "text.txt")
+    assert (tmp_path / "text.txt").read_text() == "mine"
 
 
 def test_a_text_without_merges_makes_no_vocabulary():

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
-from tinygpt.files import replacing, user_path
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, parse_json, read_bounded
 
@@ -85,8 +85,12 @@ class BaseTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, whole or not at all, and return the path."""
+        """Write it as JSON, whole or not at all, and return the path.
+
+        Raises UsageError if a file is there that is no saved tokenizer.
+        """
         path, text = user_path(path), encoded(self)
+        check_overwritable(path, MARK, "a tokenizer")
         try:
             with replacing(path) as file:
                 file.write(text)
