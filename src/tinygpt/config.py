@@ -11,11 +11,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from tinygpt.errors import ConfigError, nearest
 from tinygpt.strict_json import to_json
-from tinygpt.untrusted import LARGEST, brief, clip, parse_toml
+from tinygpt.untrusted import LARGEST, brief, clip, parse_toml, read_bounded
 
 AttentionMethod = Literal["auto", "flash", "plain"]
 """How attention is computed, see ``GPTConfig.attention``."""
@@ -494,6 +495,11 @@ def check_toml(text: str) -> None:
         parse_toml(text)
     except ValueError as error:
         raise ConfigError(f"These settings cannot be read back: {clip(error)}.") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a config.toml; OSError or ValueError if it is none."""
+    return parse_toml(read_bounded(path, MAX_CONFIG_BYTES).decode())
 
 
 def field_docs(config: type[Config]) -> Mapping[str, str]:

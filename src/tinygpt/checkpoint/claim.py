@@ -13,12 +13,12 @@ from tinygpt.checkpoint.folder import (
     BESIDE,
     CONFIG,
     list_checkpoints,
-    read_config,
     run_of,
 )
 from tinygpt.checkpoint.format import Meta
 from tinygpt.checkpoint.reader import read_meta
 from tinygpt.checkpoint.writer import writing
+from tinygpt.config import read_config
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files import TEMPORARY
 from tinygpt.untrusted import clip

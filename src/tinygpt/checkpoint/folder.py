@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoint.writer import writing
-from tinygpt.config import MAX_CONFIG_BYTES
+from tinygpt.config import read_config
 from tinygpt.files import user_path
 from tinygpt.strict_json import write_json
-from tinygpt.untrusted import parse_json, parse_toml, read_bounded
+from tinygpt.untrusted import parse_json, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
 SUFFIX = ".safetensors"
@@ -70,11 +70,6 @@ def run_of(folder: Path) -> str | None:
 def mark_run(folder: Path, run: str) -> None:
     """Mark a folder as that of a run, which makes it take runs. Raises CheckpointError."""
     _write(folder / RUN, {"run": run, **PROGRAM})
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a config.toml; OSError or ValueError if it is none."""
-    return parse_toml(read_bounded(path, MAX_CONFIG_BYTES).decode())
 
 
 def text_of(folder: Path) -> str | None:

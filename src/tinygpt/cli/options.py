@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from tinygpt.checkpoint.folder import read_config
 from tinygpt.config import (
     PRESETS,
     Config,
@@ -17,6 +16,7 @@ from tinygpt.config import (
     TrainConfig,
     check_together,
     field_docs,
+    read_config,
     to_toml,
 )
 from tinygpt.errors import ConfigError, nearest

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from tinygpt.checkpoint import run_of
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.display.text import printable
@@ -48,6 +47,7 @@ def train(
     glob
         Files of a folder that are read.
     """
+    from tinygpt.checkpoint import run_of
     from tinygpt.corpus import open_corpus
     from tinygpt.files import check_overwritable
     from tinygpt.tokenizers import BPETokenizer

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
-from tinygpt.checkpoint import check_claim, read_meta, run_of
-from tinygpt.checkpoint.folder import CONFIG, SUFFIX
 from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
@@ -149,6 +147,8 @@ def train(
             f"go on with it: {go_on}"
         )
     if out is not None:
+        from tinygpt.checkpoint import check_claim
+
         check_free(out)
         check_claim(out)
     # Before the text is read, and before there is a folder: it may not be possible.
@@ -204,6 +204,7 @@ def _check_init(settings: Settings, kept: Tables, resume: bool) -> None:
 
 def _saved_tokenizer(folder: Path, start: Path | None) -> Tokenizer | None:
     """The tokenizer of a run that goes on, from its folder or the checkpoint to ``start`` from."""
+    from tinygpt.checkpoint import read_meta
     from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict
 
     if start is not None:
@@ -245,6 +246,9 @@ def _where_to_go_on(
 
     SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
     """
+    from tinygpt.checkpoint import read_meta, run_of
+    from tinygpt.checkpoint.folder import SUFFIX
+
     path = user_path(source or "")
     if path.suffix == SUFFIX or re.fullmatch("ckpt_[0-9]+", path.name):
         path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
@@ -271,7 +275,9 @@ def _folder_to_resume(out: Path | None) -> Path:
 
 def _settings_of(folder: Path, start: Path | None = None) -> Tables:
     """The settings of the run in a folder, or of the checkpoint to ``start`` from and its run."""
-    config = (folder if start is None else start.parent) / CONFIG
+    from tinygpt.checkpoint import read_meta
+
+    config = (folder if start is None else start.parent) / "config.toml"
     if start is not None:
         tables = file_tables(config) if config.is_file() else {}
         meta = read_meta(start)
