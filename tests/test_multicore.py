@@ -325,7 +325,7 @@ def test_a_signal_reaches_the_main_thread_while_kernels_run() -> None:
 def test_a_worker_leaves_the_core_of_its_caller() -> None:
     multicore.install(2)
     pool, (commands, _) = multicore._engine().pool, counting(1000)
-    [worker], everywhere = pool._workers, os.sched_getaffinity(0)
+    [worker], everywhere = pool._crew.workers, os.sched_getaffinity(0)
     home = min(everywhere)
     try:
         for _ in range(100):
@@ -343,7 +343,7 @@ def test_a_worker_leaves_the_core_of_its_caller() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_leave_signals_to_the_main_thread() -> None:
     multicore.install(2)
-    [worker] = multicore._engine().pool._workers
+    [worker] = multicore._engine().pool._crew.workers
     status = Path(f"/proc/self/task/{worker.native_id}/status").read_text().splitlines()
     blocked = int(next(line for line in status if line.startswith("SigBlk")).split()[1], 16)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
@@ -370,6 +370,67 @@ def test_a_process_ends_cleanly_while_workers_wait() -> None:
         print(rows(Tensor.ones(PIECES, 5).contiguous()).tolist())
     """)
     assert printed == f"{[5.0] * PIECES}\n"
+
+
+ENDINGS = """
+    import atexit, gc, sys, warnings
+    from test_multicore import *
+    multicore.install(2)
+    pool, (commands, counter) = multicore._engine().pool, counting(50)
+    multicore.install(1)
+
+    def forever():
+        while True:
+            pool.run(commands, 50)
+
+    def ends(way):
+        multicore.install(3)
+        for _ in range(2):
+            threading.Thread(target=forever, daemon=True).start()
+        time.sleep(0.01)
+        if way == "exit":
+            sys.exit(0)
+        elif way == "exception":
+            raise ValueError("an end like any other")
+        elif way == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        elif way == "another size":
+            for size in (2, 4, 1, 3):
+                multicore.install(size)
+        elif way == "later work":
+            atexit._run_exitfuncs()
+            pool.run(commands, 50)
+
+    def end_of(child):
+        for _ in range(1000):
+            if (ended := os.waitpid(child, os.WNOHANG))[0]:
+                return os.waitstatus_to_exitcode(ended[1])
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "hangs"
+
+    warnings.simplefilter("ignore")  # newer Pythons warn of any fork of a threaded process
+    gc.freeze()  # a child that ends looks through all objects of before otherwise
+    children = []
+    for way in ("return", "exit", "exception", "interrupt", "another size", "later work") * 3:
+        if (child := os.fork()) == 0:
+            sys.stderr = open(os.devnull, "w")
+            ends(way)
+            sys.exit(0)
+        children.append((way, end_of(child)))
+    print(sorted(set(children), key=str))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_ends_whatever_its_threads_run() -> None:
+    """Two daemon threads run kernels back to back: of both the one that has the pool and the other,
+    a new kernel must not undo the pool's end. Each way is tried three times, in forked children."""
+    wanted = {"return": 0, "exit": 0, "exception": 1, "interrupt": -signal.SIGINT}
+    wanted |= {"another size": 0, "later work": 0}
+    assert in_a_process(ENDINGS) == f"{sorted(wanted.items())}\n"
 
 
 def test_a_forked_child_runs_alone_and_its_parent_goes_on() -> None:

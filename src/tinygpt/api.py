@@ -40,13 +40,14 @@ class GPT(Transformer):
         self.decoder = generate.Decoder(self)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
         """A GPT-2 from Hugging Face in inference mode; see ``load_pretrained`` for its tokenizer.
 
         ``source`` is a folder, a .safetensors file in one, or a name: gpt2, gpt2-medium,
-        gpt2-large, gpt2-xl, distilgpt2, owner/name. Raises InteropError.
+        gpt2-large, gpt2-xl, distilgpt2, owner/name. A short name is never a folder, but ``./gpt2``
+        is; ``revision`` is a commit, tag or branch of the hub. Raises InteropError.
         """
-        found = hf.open_pretrained(source)
+        found = hf.open_pretrained(source, revision=revision)
         model = cls(found.config, seed=None)
         hf.load_weights(model, found)
         return model.eval()
@@ -176,7 +177,9 @@ def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT
     return model, tokenizer
 
 
-def load_pretrained(source: str | Path) -> tuple[GPT, Tokenizer | None]:
-    """``GPT.from_pretrained(source)``, and the tokenizer that lies beside the weights, if any."""
-    tokenizer = hf.open_pretrained(source).tokenizer
-    return GPT.from_pretrained(source), tokenizer
+def load_pretrained(
+    source: str | Path, revision: str | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """``GPT.from_pretrained``, and the tokenizer that lies beside the weights, if any."""
+    tokenizer = hf.open_pretrained(source, revision=revision).tokenizer
+    return GPT.from_pretrained(source, revision), tokenizer

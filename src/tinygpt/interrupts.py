@@ -1,15 +1,20 @@
 """Signals while something is under way that may be ended only between two steps of it.
 
-The main thread blocks them, and a thread of their own waits for them. So they interrupt no step and
+The main thread blocks them, and a thread of their own hears of them. So they interrupt no step and
 no save, a compiler that is running inherits the block and ends its work although a terminal's
 Ctrl-C goes to every process in front of it, and the second signal is obeyed at once even while a
 kernel keeps the main thread busy.
+
+The system may deliver a signal to any thread that does not block it, such as one that a library
+has started, and Python runs its handler in the main thread when that is free again. But the number
+of the signal is written to a pipe as it arrives (``signal.set_wakeup_fd``), which the thread reads.
 """
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -22,7 +27,9 @@ STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 SAVING = ("SIGUSR1",)
 """What Slurm sends ahead of time if asked to: ``#SBATCH --signal=USR1@120``."""
 ECHO = 0.2
-"""Seconds within which a second signal is the first one once more: wrappers pass them on."""
+"""Seconds after the answer to a signal in which it is taken for the same: wrappers pass it on."""
+END = b"\0"
+"""What ends the thread for signals; no signal has the number 0."""
 
 
 class Stopper:
@@ -52,10 +59,10 @@ class Stopper:
             self.save()
             self._tell(f"{signal.Signals(number).name}: a checkpoint after this step")
         elif not self.received:
-            self._first = time.monotonic()
             self.received.append(signal.Signals(number))
             self.stop(number)
             self._tell(f"{self.stopping}; once more stops at once")
+            self._first = time.monotonic()  # after the message: only then can it be obeyed
         elif time.monotonic() - self._first > ECHO:
             self.again(number)
 
@@ -68,46 +75,48 @@ class Stopper:
 def receiving(numbers: Iterable[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
     """Hand these signals to ``receive`` instead of what they do otherwise, which is put back."""
     wanted = list(numbers)
+    threaded = bool(wanted) and sys.platform != "win32"
 
     def handle(number: int, frame: FrameType | None) -> None:
-        """For what reaches a thread that blocks nothing, and where there is no blocking."""
-        receive(number)
+        if not threaded:  # else the thread for signals has read it from the pipe
+            receive(number)
 
     before = {number: signal.signal(number, handle) for number in wanted}
     try:
-        with _own_thread(wanted, receive):
+        with _own_thread(wanted, receive) if threaded else contextlib.nullcontext():
             yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 @contextlib.contextmanager
 def _own_thread(numbers: list[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
-    """Let a thread wait for the signals, which this one and its children do not get meanwhile."""
-    if not numbers or sys.platform == "win32":
-        yield
-        return
-    over = threading.Event()
+    """Let a thread hear of the signals, which this one and its children do not get meanwhile."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
-    def wait() -> None:
-        while True:
-            number = signal.sigwait(numbers)
-            if over.is_set():
-                return
-            receive(number)
+    def listen() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # one thread at least gets them
+        while (number := os.read(reading, 1)) != END:
+            if number[0] in numbers:
+                receive(number[0])
+            elif earlier >= 0:
+                os.write(earlier, number)
 
-    thread = threading.Thread(target=wait, daemon=True, name="tinygpt-signals")
+    thread = threading.Thread(target=listen, daemon=True, name="tinygpt-signals")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     thread.start()
     try:
         yield
     finally:
-        over.set()
-        if thread.ident is not None:
-            signal.pthread_kill(thread.ident, numbers[0])  # wakes it, and reaches nobody else
+        os.write(writing, END)
         thread.join()
+        signal.set_wakeup_fd(earlier)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(reading)
+        os.close(writing)
 
 
 @contextlib.contextmanager
@@ -140,9 +149,11 @@ def _is_free(number: signal.Signals) -> bool:
 
 def _interrupt(number: int) -> None:
     """A KeyboardInterrupt in the main thread, when it is back in Python."""
-    if threading.current_thread() is threading.main_thread():
+    main = threading.main_thread()
+    if threading.current_thread() is main:
         raise KeyboardInterrupt
-    _thread.interrupt_main(signal.Signals(number))
+    raising = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    raising(ctypes.c_ulong(main.ident or 0), ctypes.py_object(KeyboardInterrupt))
 
 
 def known(*names: str) -> list[signal.Signals]:

@@ -9,26 +9,20 @@
  *     address of the kernel | pieces, slot << 16, arguments << 32 | argument 0 | argument 1 | ...
  *
  * A kernel of several pieces is called once for each piece, with the number of the piece in
- * argument `slot`; the pieces are independent, and the caller and the workers share them. All of
- * a command's pieces are done before the next command starts.
+ * argument `slot`. The pieces are independent, and one after another they go to whichever thread,
+ * the caller or a worker, asks for the next. All of a command's pieces are done before the next
+ * command starts.
  */
 
 typedef unsigned long long word;
 
-enum { MAX_PIECES = 256 };
 enum { RUN, SERVE, START, STOP }; /* what the caller from outside wants */
-#define NO_TICKET 0ull
-#define NO_MORE_TICKETS (~0ull)
 
 /* A word that one side changes and the other waits for: by spinning for a while, then asleep. */
 struct gate {
   _Alignas(64) word value;
   word sleepers;
   _Alignas(64) char condition[128];
-};
-
-struct claim {
-  _Alignas(64) word ticket;
 };
 
 struct pool {
@@ -48,14 +42,14 @@ struct pool {
   word patience; /* nanoseconds to spin before going to sleep */
   word threads;  /* the caller and the workers; 1 runs everything on the caller */
   _Alignas(64) char mutex[128];
-  struct gate work; /* the ticket of the newest kernel, or NO_MORE_TICKETS */
-  struct gate done; /* the ticket of the newest kernel whose last piece a worker finished */
-  _Alignas(64) const word *command;
-  word ticket;
+  struct gate work; /* grows with every kernel, and when the pool stops */
+  struct gate done; /* the number of kernels whose last piece a worker finished */
+  word stopped;     /* once set it stays set, whatever happens to the gates */
   word busy;
   word home; /* the CPU of the caller */
+  _Alignas(64) const word *command;
+  _Alignas(64) word next;    /* pieces of the command << 32 | the piece that nobody has yet */
   _Alignas(64) word pending; /* pieces that are not finished */
-  struct claim claims[MAX_PIECES];
 };
 
 #define load(at) __atomic_load_n(at, __ATOMIC_SEQ_CST)
@@ -64,15 +58,15 @@ struct pool {
 static void start(struct pool *pool);
 static void stop(struct pool *pool);
 static void run(struct pool *pool, const word *command, word count);
-static void serve(struct pool *pool, word rank);
+static void serve(struct pool *pool);
 
-/* The only entry. START comes first, while no worker serves; then SERVE(rank), once for each
- * worker, returns after STOP; RUN(list, count) is for the caller, who is rank 0. */
+/* The only entry. START comes first, while no worker serves; then SERVE, once for each worker,
+ * returns after STOP; RUN(list, count) is for the caller. */
 void tinygpt_pool(struct pool *pool, word wish, word x, word y) {
   if (wish == RUN)
     run(pool, (const word *)x, y);
   else if (wish == SERVE)
-    serve(pool, x);
+    serve(pool);
   else if (wish == START)
     start(pool);
   else
@@ -114,8 +108,8 @@ static word pass(struct pool *pool, struct gate *gate, word seen) {
   return value;
 }
 
-static void open(struct pool *pool, struct gate *gate, word value) {
-  store(&gate->value, value);
+static void open(struct pool *pool, struct gate *gate) {
+  __atomic_add_fetch(&gate->value, 1, __ATOMIC_SEQ_CST);
   if (!load(&gate->sleepers)) return;
   pool->lock(pool->mutex);
   pool->wake_all(gate->condition);
@@ -155,24 +149,19 @@ static void call(const word *command, word piece) {
 
 /* ---- fork and join ---- */
 
-/* Run what is left of a kernel's pieces, one's own first, then anybody's. True for the thread
- * that finishes the last piece.
+/* Run pieces until none is left. True for the thread that finishes the last one.
  *
- * A ticket names a kernel and holds the number of its pieces; tickets only grow. A piece is
- * claimed by raising its ticket to the kernel's. A thread that comes late, with an old ticket,
- * finds each of its pieces at that ticket or above, claims nothing and reads nothing else: that
- * is why the next kernel may start while it still dozes. */
-static int share(struct pool *pool, word ticket, word rank) {
-  word pieces = ticket & 0xffff, first = rank * pieces / pool->threads, finished = 0;
-  for (word k = 0; k < pieces; k++) {
-    word piece = (first + k) % pieces, *claim = &pool->claims[piece].ticket, held = load(claim);
-    if (held < ticket && __atomic_compare_exchange_n(claim, &held, ticket, 0, __ATOMIC_SEQ_CST,
-                                                     __ATOMIC_SEQ_CST)) {
-      call(pool->command, piece);
-      finished++;
-    }
+ * Invariant: `command` and `pending` belong to the kernel that `next` counts, and stay as they are
+ * while one of its pieces is not finished. So a thread that took a piece may read them, and one
+ * that comes too late finds no piece, or helps with the kernel after. */
+static int share(struct pool *pool) {
+  int last = 0;
+  for (;;) {
+    word next = __atomic_fetch_add(&pool->next, 1, __ATOMIC_SEQ_CST);
+    if ((next & 0xffffffff) >= next >> 32) return last;
+    call(pool->command, next & 0xffffffff);
+    last = !__atomic_sub_fetch(&pool->pending, 1, __ATOMIC_SEQ_CST);
   }
-  return finished && !__atomic_sub_fetch(&pool->pending, finished, __ATOMIC_SEQ_CST);
 }
 
 /* A worker that is woken on the caller's CPU leaves for the others that the process may use. The
@@ -186,38 +175,40 @@ static void leave_home(struct pool *pool) {
   pool->set_affinity(0, sizeof mask, mask); /* refused, with no harm, if no CPU is left */
 }
 
-static void serve(struct pool *pool, word rank) {
-  word ticket = NO_TICKET;
-  while ((ticket = pass(pool, &pool->work, ticket)) != NO_MORE_TICKETS) {
+static void serve(struct pool *pool) {
+  /* `stopped` is looked at after every change of the gate, and is set before the gate's last. */
+  for (word seen = 0; seen = pass(pool, &pool->work, seen), !load(&pool->stopped);) {
     leave_home(pool);
-    if (share(pool, ticket, rank)) open(pool, &pool->done, ticket);
+    if (share(pool)) open(pool, &pool->done);
   }
 }
 
 static void fork_join(struct pool *pool, const word *command) {
   word before = load(&pool->done.value);
-  pool->ticket = ((pool->ticket >> 16) + 1) << 16 | PIECES(command);
   pool->command = command;
   if (pool->cpu) store(&pool->home, (word)pool->cpu());
   store(&pool->pending, PIECES(command));
-  open(pool, &pool->work, pool->ticket);
-  if (!share(pool, pool->ticket, 0)) pass(pool, &pool->done, before);
+  store(&pool->next, PIECES(command) << 32);
+  open(pool, &pool->work);
+  if (!share(pool)) pass(pool, &pool->done, before);
 }
 
 static void start(struct pool *pool) {
   pool->init_mutex(pool->mutex, 0);
   pool->init_condition(pool->work.condition, 0);
   pool->init_condition(pool->done.condition, 0);
-  store(&pool->work.value, NO_TICKET);
 }
 
-static void stop(struct pool *pool) { open(pool, &pool->work, NO_MORE_TICKETS); }
+static void stop(struct pool *pool) {
+  store(&pool->stopped, 1);
+  open(pool, &pool->work);
+}
 
 static void run(struct pool *pool, const word *command, word count) {
   /* A second caller, from another thread, does its work alone. */
   int alone = pool->threads < 2 || __atomic_exchange_n(&pool->busy, 1, __ATOMIC_SEQ_CST);
   for (; count; count--, command += 2 + ARGUMENTS(command)) {
-    if (!alone && PIECES(command) > 1 && PIECES(command) <= MAX_PIECES)
+    if (!alone && PIECES(command) > 1)
       fork_join(pool, command);
     else
       for (word piece = 0; piece < PIECES(command); piece++) call(command, piece);

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from tinygrad.device import TinyELF
@@ -34,7 +35,7 @@ PATIENCE = 50_000
 MAX_ARGS = 63
 """Arguments of one kernel: tinygrad's own limit on the CPU."""
 
-MEMORY = 32 << 10  # bytes, more than sizeof(struct pool)
+MEMORY = 4 << 10  # bytes, more than sizeof(struct pool)
 FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
 
 
@@ -78,11 +79,42 @@ def command_list(words: Sequence[int]) -> Commands:
     return (ctypes.c_uint64 * len(words))(*words)
 
 
+@cache
+def _addresses() -> dict[str, int | None]:
+    """Of what ``pool.c`` calls; found once: a forked child must not wait for the linker's lock."""
+    libc = ctypes.CDLL(None)
+    return {
+        field: ctypes.cast(getattr(libc, name), ctypes.c_void_p).value
+        for field, name in _LIBC.items()
+        if not name.startswith("sched_") or sys.platform == "linux"
+    }
+
+
+class Crew:
+    """The memory of one ``struct pool`` and the workers that serve it.
+
+    Each start of a pool makes another one: a thread that is still running kernels on the one
+    before, whose workers have left, finishes there by itself.
+    """
+
+    def __init__(self, threads: int, patience: int) -> None:
+        # Private, so that a forked child has its own copy.
+        self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_ANON | mmap.MAP_PRIVATE)
+        head = _Head.from_buffer(self._memory)
+        self.threads, self.address = threads, ctypes.addressof(head)
+        self.workers: list[threading.Thread] = []
+        for field, address in _addresses().items():
+            setattr(head, field, address)
+        head.process, head.clock_id = os.getpid(), time.CLOCK_MONOTONIC
+        head.patience, head.threads = patience, threads
+
+
 class Pool:
     """The caller and its workers.
 
     A pool that is not started, has been stopped, or finds itself in a forked process, runs
-    everything on the caller, with the same results.
+    everything on the caller, with the same results. So does a thread that runs kernels while
+    another does.
     """
 
     def __init__(self, device: CPUDevice) -> None:
@@ -92,58 +124,52 @@ class Pool:
         self._program = CPUProgram(device, TinyELF(code, "tinygpt_pool", target, ()))
         word = ctypes.c_uint64
         self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p, word, word, word)(self._program.addr)
-        # Private, so that a forked child has its own copy.
-        self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_ANON | mmap.MAP_PRIVATE)
-        self._head = _Head.from_buffer(self._memory)
-        self._address = ctypes.addressof(self._head)
-        self._head.clock_id, self._head.threads = time.CLOCK_MONOTONIC, 1
-        libc = ctypes.CDLL(None)
-        for field, name in _LIBC.items():
-            if not name.startswith("sched_") or sys.platform == "linux":
-                address = ctypes.cast(getattr(libc, name), ctypes.c_void_p).value
-                setattr(self._head, field, address)
-        self._workers: list[threading.Thread] = []
-        os.register_at_fork(after_in_child=self._forget_workers)
+        self._crew = Crew(1, 0)
+        os.register_at_fork(after_in_child=self._dismiss)
         atexit.register(self.stop)
 
     @property
     def threads(self) -> int:
         """The caller and the workers; 1 without workers."""
-        return int(self._head.threads)
+        return self._crew.threads
 
     def run(self, commands: Commands, count: int) -> None:
         """Run ``count`` commands in order, each kernel's pieces on all threads."""
-        self._enter(self._address, _RUN, ctypes.addressof(commands), count)
+        crew = self._crew  # its memory stays while this call lasts
+        self._enter(crew.address, _RUN, ctypes.addressof(commands), count)
 
     def start(self, threads: int, cpus: int) -> None:
         """Start ``threads - 1`` workers in a process that may use ``cpus`` CPUs."""
         self.stop()
         # With fewer CPUs than threads, to spin is to keep the thread that is waited for from
         # running: sleep at once.
-        self._head.patience = PATIENCE if threads <= cpus else 0
-        self._head.threads, self._head.process = threads, os.getpid()
-        self._enter(self._address, _START, 0, 0)
+        crew = Crew(threads, PATIENCE if threads <= cpus else 0)
+        self._enter(crew.address, _START, 0, 0)
+        self._crew = crew
         # Signals belong to the main thread: there they interrupt a wait and become exceptions.
         # A thread inherits what is blocked where it is started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
         try:
             for rank in range(1, threads):
-                serve = (self._address, _SERVE, rank, 0)
-                worker = threading.Thread(target=self._enter, args=serve, daemon=True)
+                worker = threading.Thread(target=self._serve, args=(crew,), daemon=True)
                 worker.name = f"tinygpt-{rank}"
                 worker.start()
-                self._workers.append(worker)
+                crew.workers.append(worker)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
-        """Let the workers finish, and wait for them."""
-        if self._workers:
-            self._enter(self._address, _STOP, 0, 0)
-        for worker in self._workers:
+        """Let the workers finish, and wait for them; other threads may run kernels meanwhile."""
+        crew = self._dismiss()
+        if crew.workers:
+            self._enter(crew.address, _STOP, 0, 0)
+        for worker in crew.workers:
             worker.join()
-        self._forget_workers()
 
-    def _forget_workers(self) -> None:
-        self._workers = []
-        self._head.threads = 1
+    def _serve(self, crew: Crew) -> None:
+        self._enter(crew.address, _SERVE, 0, 0)
+
+    def _dismiss(self) -> Crew:
+        """Go on without workers; return the crew so far, which in a forked child is none."""
+        crew, self._crew = self._crew, Crew(1, 0)
+        return crew
