@@ -14,6 +14,7 @@ left-after-N         what came after step N, before the run went back to it
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -90,6 +91,8 @@ class TrainResult:
     """Stopped before max_iters, by stop() or early stopping."""
     skipped: int = 0
     """Steps that were skipped because of their loss or gradient."""
+    notices: tuple[str, ...] = ()
+    """The last 1,000 things there were to tell, whether they were shown or not."""
 
 
 class TrainingRun:
@@ -149,6 +152,7 @@ class TrainingRun:
         self._notices: list[str] = []
         self._found: list[Path] = []
         """The checkpoints that were there before the folder was taken."""
+        self._told: deque[str] = deque(maxlen=1000)
         self.fingerprints = {"train": data.data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data.data_fingerprint(val_tokens)
@@ -191,6 +195,7 @@ class TrainingRun:
     def notice(self, message: str) -> None:
         """Tell whoever watches, along with the step in progress."""
         self._notices.append(message)
+        self._told.append(message)
 
     def take_notices(self) -> tuple[str, ...]:
         """What there is to tell since the last step; it will not come with the next one."""
@@ -208,6 +213,7 @@ class TrainingRun:
             self.newest,
             stopped,
             self.guard.skipped,
+            tuple(self._told),
         )
 
     def __iter__(self) -> Iterator[Step]:

@@ -161,6 +161,7 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_eos_token_id(tokens.end)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
     for key in ("max_difference", "tolerance", "rounding"):  # written over when they are known
         writer.add_float64(f"{PARITY}.{key}", math.nan)
     writer.add_uint32(f"{PARITY}.tokens", parity.fixed_prompt(config).size)
