@@ -173,9 +173,10 @@ def test_a_run_chosen_while_the_server_is_gone_comes_when_it_is_back(tmp_path, o
 
 def test_a_page_whose_first_question_stays_unanswered_asks_again(runs, open_page):
     page = open_page(f"{runs[1]}/page/icon.svg")
-    page.route("**/dashboard/runs", lambda route: route.abort(), times=1)
+    page.route("**/dashboard/runs", lambda route: route.abort())
     page.goto(runs[1])
     expect(page.locator("#error")).to_contain_text("cannot be reached")
+    page.unroute("**/dashboard/runs")
     ready(page)
     expect(page.locator("#error")).to_be_hidden()
     expect(page.locator("#link")).to_have_text("live")
