@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoint.writer import writing
+from tinygpt.corpus import NAMES
 from tinygpt.files import user_path
 from tinygpt.strict_json import write_json
 from tinygpt.untrusted import parse_json, parse_toml, read_bounded
@@ -70,7 +71,10 @@ def text_of(folder: Path) -> str | None:
         source = tables["data"]["source"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return Path(source).name or None if isinstance(source, str) else None
+    if not isinstance(source, str):
+        return None
+    name = Path(source).name
+    return f"./{name}" if name in NAMES and source != name else name or None  # see names.py
 
 
 def _read(path: Path, key: str) -> Any:
