@@ -216,7 +216,7 @@ def common_length(codes: Codes, a: Numbers, b: Numbers) -> Numbers:
     lengths = np.minimum(_compared(codes, a, b, until), until)
     ends = np.where(lengths < until, np.arange(len(a)), len(a))  # pairs that met a difference
     ends = np.minimum.accumulate(ends[::-1])[::-1]
-    common = np.empty_like(lengths)
+    common = np.zeros(len(a), np.int64)
     common[order] = a[ends] + lengths[ends] - a
     return common
 
