@@ -318,6 +318,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
 
     The folder appears whole or not at all. Weights go from file to file a piece at a time.
     """
+    folder = user_path(folder)
     layout = checkpoint.arrange(
         (f"model.{name}", np.dtype(np.float32), shape)
         for name, shape in shapes(pretrained.config).items()
@@ -328,8 +329,10 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
         tokenizer=None if tokenizer is None else tokenizer.to_dict(),
         progress={"imported": {**_origin(pretrained), "types": pretrained.dtypes}},
     )
+    checkpoint.rehearse(meta, layout)
     with new_folder(folder) as staging:
-        path = checkpoint.checkpoint_path(staging, 0)
+        run = checkpoint.ensure_run(staging)
+        meta, path = replace(meta, run=run), checkpoint.checkpoint_path(staging, 0)
         checkpoint.stream(path, layout, lambda name: pretrained.pieces(name[len("model.") :]), meta)
         with replacing(staging / "config.toml") as file:
             file.write(to_toml({"model": pretrained.config}, comments=True).encode())
