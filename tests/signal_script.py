@@ -8,10 +8,12 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from tinygpt.checkpoint import background
 from tinygpt.cli import main
+from tinygpt.runs import TrainingRun
 
 train = importlib.import_module("tinygpt.train")
 MOMENTS = [moment.split(":") for moment in sys.argv[1].split(",")]
@@ -19,14 +21,29 @@ seen = dict.fromkeys(["compile", "step", "evaluation", "save"], 0)
 
 
 def passes(phase):
-    """Count the phases, and send what is due."""
+    """Count the phases, and send what is due.
+
+    The phase waits until the run knows of its signals: they arrive in a thread of their own, and a
+    step of this size can be over before that thread has its turn.
+    """
     seen[phase] += 1
-    for where, number, name in MOMENTS:
-        if (where, int(number)) == (phase, seen[phase]):
-            if phase == "compile":  # the compiler does it, see test_signals.py
-                Path(os.environ["ARMED"]).write_text(name + "\n")
-            else:
-                os.killpg(0, signal.Signals[name])
+    due = [name for where, n, name in MOMENTS if (where, int(n)) == (phase, seen[phase])]
+    for name in due:
+        if phase == "compile":  # the compiler does it, see test_signals.py
+            Path(os.environ["ARMED"]).write_text(name + "\n")
+        else:
+            os.killpg(0, signal.Signals[name])
+    if due and phase != "compile":
+        assert known.wait(60)
+        known.clear()
+
+
+def makes_known(function):
+    def call(run):
+        function(run)
+        known.set()
+
+    return call
 
 
 def announced(phase, function):
@@ -42,6 +59,9 @@ def make_train_step(*args):
     return announced("step", made(*args))
 
 
+known = threading.Event()
+TrainingRun.stop = makes_known(TrainingRun.stop)
+TrainingRun.save_soon = makes_known(TrainingRun.save_soon)
 made, train.make_train_step = train.make_train_step, make_train_step
 train.evaluate = announced("evaluation", train.evaluate)
 background.write = announced("save", background.write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import tracemalloc
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tinygpt import data
+from tinygpt import data, runtime
 from tinygpt.corpus import Corpus, open_corpus
 from tinygpt.data import (
     batch,
@@ -76,7 +77,9 @@ def test_a_token_file_is_made_once_for_each_text_and_tokenizer(tmp_path: Path) -
 def test_a_damaged_token_file_is_made_again(tmp_path: Path) -> None:
     path = tokenize(corpus_of(TEXT), ByteTokenizer(), tmp_path)
     whole = path.read_bytes()
-    for damaged in (b"", whole[:50], whole[:-1], b"\0" * 200):
+    middle = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    unsealed = whole[:93] + b" " * 34 + whole[127:]  # as others write it, and we did
+    for damaged in (b"", whole[:50], whole[:-1], b"\0" * 200, middle, unsealed):
         path.write_bytes(damaged)
         assert tokenize(corpus_of(TEXT), ByteTokenizer(), tmp_path).read_bytes() == whole
 
@@ -107,6 +110,48 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="could not be written"):
         tokenize(corpus_of("text"), ByteTokenizer(), tmp_path / "file" / "cache")
+
+
+@pytest.fixture
+def homes(monkeypatch: Any, tmp_path: Path) -> tuple[Path, Path]:
+    """The user's cache folder, and the one among the temporary files."""
+    first, second = tmp_path / "cache", tmp_path / "temporary"
+    monkeypatch.setattr(runtime.folders, "cache_dir", lambda: first)
+    monkeypatch.setattr(runtime.folders, "private_temp", lambda: second)
+    return first, second
+
+
+def test_tokens_are_kept_elsewhere_where_the_cache_has_no_room(homes: tuple[Path, Path]) -> None:
+    homes[0].write_text("a file in its place")
+    path = tokenize(corpus_of(TEXT), ByteTokenizer())
+    assert path.parent == homes[1] / "tokens"
+    assert tokenize(corpus_of(TEXT), ByteTokenizer()) == path
+
+
+def test_tokens_stay_in_memory_where_nothing_can_be_written(
+    homes: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    for home in homes:
+        home.write_text("a file in its place")
+    tokenizer = CharTokenizer(TEXT)
+    tokens = data.tokens_of(corpus_of(TEXT), tokenizer, 300)
+    assert tokens.tolist() == tokenizer.encode(TEXT) and tokens.dtype == np.uint16
+    assert [r.getMessage().count("stay in memory") for r in caplog.records] == [1]
+    with pytest.raises(DataError, match=r"There is no room .*Set TINYGPT_CACHE"):
+        tokenize(corpus_of(TEXT), tokenizer)
+
+
+def test_token_files_used_longest_ago_make_room(homes: tuple[Path, Path], monkeypatch: Any) -> None:
+    made = [tokenize(corpus_of(f"{n}" * 400), ByteTokenizer()) for n in range(4)]
+    for age, path in enumerate(made):
+        os.utime(path, (1000 + age, 5000 - age))
+    assert tokenize(corpus_of("0" * 400), ByteTokenizer()) == made[0]  # used again
+    monkeypatch.setenv("TINYGPT_CACHE_GB", str(3 * made[0].stat().st_size / 1e9))
+    new = tokenize(corpus_of("n" * 200), ByteTokenizer())
+    assert set(new.parent.iterdir()) == {made[0], made[3], new}
+    monkeypatch.setenv("TINYGPT_CACHE_GB", "0")
+    last = tokenize(corpus_of("last"), ByteTokenizer())
+    assert list(new.parent.iterdir()) == [last]
 
 
 def test_a_long_text_needs_little_memory(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import threading
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import requests
 from tests.test_hf import SMALL, make_folder, make_index, random_model
 from tinygpt import GPT, runtime
 from tinygpt.cli import main
-from tinygpt.errors import InteropError
+from tinygpt.errors import InteropError, UsageError
 from tinygpt.interop import hub
 
 REPOSITORY = "openai-community/gpt2"
@@ -39,6 +41,23 @@ class Hub(http.server.ThreadingHTTPServer):
         self.tags = {}
         """What the server says of a file in place of its hash."""
         self.status = {}
+        self.branches = {}
+        """The commit of each branch or tag; without any the server knows one state of ``main``."""
+        self.commits = {}
+        """The folder of each commit."""
+        self.after = {}
+        """What happens after so many requests."""
+
+    def find(self, path):
+        """-> the commit and the file of a request"""
+        if moved := re.fullmatch(r"/storage/([^/]*)/([^/]*)", path):
+            return moved[1], self.commits.get(moved[1], self.folder) / moved[2]
+        asked = re.fullmatch(rf"/{REPOSITORY}/resolve/([^/]+)/([^/]+)", path)
+        revision = unquote(asked[1]) if asked else None
+        if self.commits:
+            commit = self.branches.get(revision, revision)
+            return commit, self.commits[commit] / asked[2] if commit in self.commits else None
+        return "", self.folder / asked[2] if revision == "main" else None
 
     def tag(self, name, content):
         large = name.endswith(".safetensors")
@@ -66,16 +85,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        path = hub.folder / name
-        known = self.path.startswith((f"/{REPOSITORY}/resolve/main/", "/storage/"))
-        if not known or not path.is_file():
+        if change := hub.after.get(len(hub.asked)):
+            change()
+        commit, path = hub.find(self.path)
+        if path is None or not path.is_file():
             self.send_error(404)
             return
         content = path.read_bytes()
         stored = name.endswith(".safetensors") and not self.path.startswith("/storage/")
         if stored:
             self.send_response(302)
-            self.send_header("Location", f"/storage/{name}")
+            if commit:
+                self.send_header("X-Repo-Commit", commit)
+            self.send_header("Location", f"/storage/{commit}/{name}")
             self.send_header("X-Linked-Etag", hub.tag(name, content))
             self.send_header("X-Linked-Size", str(len(content)))
             self.send_header("ETag", '"0123"')
@@ -92,6 +114,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         else:
+            if commit:
+                self.send_header("X-Repo-Commit", commit)
             self.send_header("ETag", hub.tag(name, content))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -235,6 +259,144 @@ def test_shards_are_fetched_and_hostile_names_never_asked_for(server, cached):
             GPT.from_pretrained("gpt2")
         assert not any(asked.endswith("/x.safetensors") for _, asked, _ in server.asked)
         shutil.rmtree(cached)
+
+
+# One commit -------------------------------------------------------------------------------------
+
+A, B = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def two_commits(server, tmp_path):
+    """Two states of the repository, of which ``main`` is at the first: only that has a tokenizer"""
+    for commit, seed in ((A, 1), (B, 2)):
+        server.commits[commit] = tmp_path / commit
+        server.commits[commit].mkdir()
+        make_folder(server.commits[commit], random_model(seed=seed))
+    (server.commits[A] / "merges.txt").write_text("a b")
+    server.branches = {"main": A, "v1": A, "refs/pr/2": B}
+    return server
+
+
+def embedding(model):
+    return model.wte.weight.numpy().tolist()
+
+
+@pytest.fixture(scope="module")
+def embeddings():
+    return {commit: embedding(random_model(seed=seed)) for commit, seed in ((A, 1), (B, 2))}
+
+
+def imported(run, capsys):
+    capsys.readouterr()
+    assert main(["info", str(run), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["progress"]["imported"]
+
+
+@pytest.mark.parametrize("moment", range(1, 12, 2))
+def test_all_files_are_of_one_commit_though_the_branch_moves(
+    two_commits, embeddings, moment, tmp_path, capsys
+):
+    two_commits.after = {moment: lambda: two_commits.branches.update(main=B)}
+    command = ["import", "hf", "gpt2", "--tokenizer", "none", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    commit = B if moment == 1 else A
+    assert f"commit {commit}" in capsys.readouterr().err
+    found = imported(tmp_path / "run", capsys)
+    assert (found["repository"], found["commit"]) == (REPOSITORY, commit)
+    fetched = {path.split("/")[-2] for method, path, _ in two_commits.asked if method == "GET"}
+    assert fetched == {commit}
+    count = len(two_commits.asked)
+    assert embedding(GPT.from_pretrained("gpt2")) == embeddings[commit]
+    assert len(two_commits.asked) == count  # it is here, and known to be
+
+
+def test_what_a_broken_off_fetch_left_is_not_mixed_with_another_commit(
+    two_commits, embeddings, cached
+):
+    two_commits.break_after, two_commits.breaks = BLOCK, 99
+    with pytest.raises(InteropError, match="kept"):
+        GPT.from_pretrained("gpt2")
+    two_commits.breaks = 0
+    two_commits.branches["main"] = B
+    assert embedding(GPT.from_pretrained("gpt2")) == embeddings[B]
+    folder = cached.with_name(f"{cached.name}@{B}")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit"), [("main", A), ("v1", A), ("refs/pr/2", B), (B, B), (A, A)]
+)
+def test_a_revision_is_taken_and_written_down(
+    two_commits, embeddings, revision, commit, tmp_path, capsys
+):
+    flags = ["--tokenizer", "none", "--revision", revision, "--out", str(tmp_path / "run")]
+    assert main(["import", "hf", "gpt2", *flags]) == 0
+    assert imported(tmp_path / "run", capsys)["commit"] == commit
+    count = len(two_commits.asked)
+    assert embedding(GPT.from_pretrained("gpt2", revision)) == embeddings[commit]
+    assert len(two_commits.asked) == count
+
+
+@pytest.mark.parametrize("revision", ["none", "c" * 40, "../x", "a b", "", "-x", "x" * 200])
+def test_a_revision_that_is_none_is_named(two_commits, revision):
+    with pytest.raises(InteropError, match=r"answered 404|is no commit, tag or branch"):
+        GPT.from_pretrained("gpt2", revision)
+    assert all(method == "HEAD" for method, _, _ in two_commits.asked)
+
+
+def test_a_revision_of_a_folder_is_refused(server):
+    with pytest.raises(UsageError, match="in no revision but one"):
+        GPT.from_pretrained(server.folder, "main")
+
+
+def test_a_server_that_tells_no_commit_must_not_change_meanwhile(server, cached, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    make_folder(other, random_model(seed=2))
+    (other / "config.json").write_bytes((other / "config.json").read_bytes() + b"\n")
+    server.after = {4: lambda: setattr(server, "folder", other)}
+    with pytest.raises(InteropError, match=r"config\.json changed while the model was fetched"):
+        GPT.from_pretrained("gpt2")
+    assert not (cached / "config.json").exists()
+    assert embedding(GPT.from_pretrained("gpt2")) == embedding(random_model(seed=2))
+    assert main(["import", "hf", "gpt2", "--out", str(tmp_path / "run")]) == 0
+    assert imported(tmp_path / "run", capsys) == {"source": "gpt2", "types": "F32"}
+
+
+def test_another_commit_than_was_asked_for_is_not_taken(two_commits):
+    two_commits.commits[A] = two_commits.commits[B]
+    find = two_commits.find
+    two_commits.find = lambda path: (B, find(path)[1])  # whatever is asked
+    with pytest.raises(InteropError, match=f"is said to be of another commit, {B}"):
+        GPT.from_pretrained("gpt2", A)
+
+
+# A name or a path -------------------------------------------------------------------------------
+
+
+def test_a_short_name_is_the_hubs_though_there_is_such_a_folder(
+    server, tmp_path, monkeypatch, caplog, capsys
+):
+    here = tmp_path / "gpt2"
+    here.mkdir()
+    make_folder(here, random_model(seed=2))
+    monkeypatch.chdir(tmp_path)
+    assert is_ours(GPT.from_pretrained("gpt2"))
+    assert "'gpt2' is taken as the name. The folder called so is './gpt2'" in caplog.text
+    for source in ("./gpt2", Path("gpt2"), str(here)):
+        assert not is_ours(GPT.from_pretrained(source))
+    for source, written in (("gpt2", "gpt2"), ("./gpt2", "./gpt2"), (str(here), "./gpt2")):
+        out = str(tmp_path / f"run-{len(source)}")
+        assert main(["import", "hf", source, "--out", out]) == 0
+        assert imported(out, capsys)["source"] == written
+
+
+def test_a_repository_may_be_a_folder_here(server, tmp_path, monkeypatch):
+    (tmp_path / REPOSITORY).mkdir(parents=True)
+    make_folder(tmp_path / REPOSITORY, random_model(seed=2))
+    monkeypatch.chdir(tmp_path)
+    assert not is_ours(GPT.from_pretrained(REPOSITORY)) and not server.asked
 
 
 @pytest.mark.parametrize(

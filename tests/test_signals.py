@@ -128,6 +128,9 @@ from tinygpt.cli.signals import run_signals
 first, second, pause = signal.Signals[sys.argv[1]], signal.Signals[sys.argv[2]], float(sys.argv[3])
 def stop():
     print("stop", flush=True)
+import threading
+for _ in range(40):  # as a library starts threads that block nothing
+    threading.Thread(target=time.sleep, args=(10_000,), daemon=True).start()
 with run_signals(stop, lambda: print("save", flush=True), lambda text: None) as received:
     child = os.fork()
     if child == 0:

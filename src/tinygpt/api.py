@@ -14,7 +14,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt import checkpoint, data, generate, lora
 from tinygpt import quantize as quantization
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
-from tinygpt.display import watch
+from tinygpt.display import follow
 from tinygpt.errors import UsageError
 from tinygpt.files import user_path
 from tinygpt.interop import hf
@@ -40,13 +40,14 @@ class GPT(Transformer):
         self.decoder = generate.Decoder(self)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
         """A GPT-2 from Hugging Face in inference mode; see ``load_pretrained`` for its tokenizer.
 
         ``source`` is a folder, a .safetensors file in one, or a name: gpt2, gpt2-medium,
-        gpt2-large, gpt2-xl, distilgpt2, owner/name. Raises InteropError.
+        gpt2-large, gpt2-xl, distilgpt2, owner/name. A short name is never a folder, but ``./gpt2``
+        is; ``revision`` is a commit, tag or branch of the hub. Raises InteropError.
         """
-        found = hf.open_pretrained(source)
+        found = hf.open_pretrained(source, revision=revision)
         model = cls(found.config, seed=None)
         hf.load_weights(model, found)
         return model.eval()
@@ -126,6 +127,9 @@ def train(
     those named in ``allow_change``, such as ``("max_iters",)``. ``show`` prints progress on stderr.
     What adapters learn, with ``lora_rank``, is in the model's own weights when this returns.
 
+    Ctrl-C ends it after the step in progress, with a checkpoint, and is a KeyboardInterrupt then;
+    a second one is at once. SIGTERM and SIGHUP wait as long: see ``interrupts.held_back``.
+
     >>> result = train(model, TrainConfig(max_iters=1000), tokens)
     >>> result.iter_num, result.best_val_loss
     """
@@ -145,8 +149,7 @@ def train(
         init=model.origin if isinstance(model, GPT) else None,
     )
     try:
-        for _ in watch(run, show=show):
-            pass
+        follow(run, show=show)
     finally:
         lora.merge(model)
         if isinstance(model, GPT):
@@ -174,7 +177,9 @@ def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT
     return model, tokenizer
 
 
-def load_pretrained(source: str | Path) -> tuple[GPT, Tokenizer | None]:
-    """``GPT.from_pretrained(source)``, and the tokenizer that lies beside the weights, if any."""
-    tokenizer = hf.open_pretrained(source).tokenizer
-    return GPT.from_pretrained(source), tokenizer
+def load_pretrained(
+    source: str | Path, revision: str | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """``GPT.from_pretrained``, and the tokenizer that lies beside the weights, if any."""
+    tokenizer = hf.open_pretrained(source, revision=revision).tokenizer
+    return GPT.from_pretrained(source, revision), tokenizer

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +24,8 @@ from tinygpt.errors import DataError
 from tinygpt.files import replacing, user_path
 from tinygpt.tokenizers import Tokenizer, chunks, fingerprint
 from tinygpt.untrusted import clip, is_sparse, open_regular
+
+log = logging.getLogger(__name__)
 
 Tokens = NDArray[Any]
 """A 1-D array of token ids in any integer type; mostly a memory-mapped file."""
@@ -37,9 +43,13 @@ MAX_NPY_HEADER = 4096
 _NPY_LENGTH_BYTES = {(1, 0): 2, (2, 0): 4, (3, 0): 4}
 _NPY_HEADER = re.compile(
     r"\{'descr': '([<>|=][biufc]\d{1,2})', 'fortran_order': (?:False|True), "
-    r"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\),? *\} *\n?"
+    r"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\),? *\} *(?:# [0-9a-f]{32})?\n?"
 )
 """The one way in which numpy writes a header; no Python expression is ever evaluated."""
+NPY_HEADER = 128
+"""Bytes of the header of a token file that ``tokenize`` has made."""
+_SEAL = re.compile(rb"# ([0-9a-f]{32})\n$")
+"""The hash of its tokens, at the header's end."""
 
 
 # Token files ------------------------------------------------------------------------------------
@@ -49,51 +59,111 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None
     """The token file of this text under this tokenizer, made unless it is there already.
 
     A .npy file, uint16 where the vocabulary allows and else uint32, named by the contents of both,
-    in ``cache_dir`` (by default ``tokens`` in the user's cache folder). It is written in bounded
-    memory and appears whole or not at all. Raises DataError, and TokenizerError for text that the
-    tokenizer cannot hold.
+    in ``cache_dir`` (by default ``tokens`` in the user's cache folder, where those that were not
+    used for longest make room). It is written in bounded memory, appears whole or not at all, and
+    is made again if a byte of it has changed. Raises DataError, and TokenizerError for text that
+    the tokenizer cannot hold.
     """
+    try:
+        return _cached(corpus, tokenizer, cache_dir)
+    except OSError as error:
+        where = f"{error.filename} could not be written: " if error.filename else ""
+        raise DataError(
+            f"There is no room for the tokens of {corpus.description}. {where}{error.strerror}. "
+            f"Set TINYGPT_CACHE to a folder with room."
+        ) from error
+
+
+def tokens_of(corpus: Corpus, tokenizer: Tokenizer, vocab_size: int | None = None) -> Tokens:
+    """The tokens of a text (n,), memory-mapped; in memory where no token file can be written."""
+    try:
+        return load_tokens(_cached(corpus, tokenizer), vocab_size)
+    except OSError as error:
+        log.warning("No token file can be written (%s), so the tokens stay in memory.", error)
+        parts = [_encode(tokenizer, chunk) for chunk in chunks(corpus.pieces())]
+        dtype = _token_type(tokenizer)
+        joined = np.concatenate([part.astype(dtype) for part in parts] or [np.zeros(0, dtype)])
+        return load_tokens(joined, vocab_size)
+
+
+def _cached(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Path:
+    """The token file, found or made. Raises OSError where no folder can be written."""
     content = corpus.fingerprint()
-    folder = runtime.cache_dir() / "tokens" if cache_dir is None else cache_dir
     key = hashlib.sha256(f"1 {content} {fingerprint(tokenizer)}".encode()).hexdigest()[:24]
     name = re.sub(r"[^A-Za-z0-9]+", "-", corpus.name)[:40].strip("-") or "text"
-    path = folder / f"{name}-{key}.npy"
-    if _is_complete(path):
+    folders = runtime.token_folders() if cache_dir is None else [cache_dir]
+    paths = [folder / f"{name}-{key}.npy" for folder in folders]
+    for path in paths:
+        if _is_complete(path):
+            with suppress(OSError):  # the time of its last use: see runtime.keep_limit
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+            return path
+    for path in paths:
+        try:
+            with replacing(path) as file:
+                if _write_tokens(file, corpus, tokenizer) != content:
+                    raise DataError(f"{corpus.description} changed while it was read. Try again.")
+        except OSError:
+            if path == paths[-1]:
+                raise
+            continue
+        if cache_dir is None:
+            runtime.keep_limit(path.parent, path)
         return path
-    try:
-        with replacing(path) as file:
-            if _write_tokens(file, corpus, tokenizer) != content:
-                raise DataError(f"{corpus.description} changed while it was read. Try again.")
-    except OSError as error:
-        raise DataError(f"{path} could not be written: {error.strerror}.") from error
-    return path
+    raise AssertionError("there is at least one folder")
 
 
 def _is_complete(path: Path) -> bool:
+    """Whether a token file is one of ours, and as it was written."""
     try:
-        return _map_file(path).ndim == 1
-    except DataError:
+        tokens = _map_file(path)
+        with path.open("rb") as file:
+            sealed = _SEAL.search(file.read(NPY_HEADER))
+    except (DataError, OSError):
         return False
+    return tokens.ndim == 1 and sealed is not None and sealed[1].decode() == _seal(tokens)
+
+
+def _seal(tokens: Tokens) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), SPAN):
+        digest.update(tokens[start : start + SPAN].tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Write the .npy and return the fingerprint of the text that went in."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    digest, count = hashlib.sha256(), 0
+    dtype = _token_type(tokenizer)
+    digest, seal, count = hashlib.sha256(), hashlib.sha256(), 0
     _write_header(file, dtype, count)
     for chunk in chunks(corpus.pieces()):
         digest.update(chunk.encode())
         ids = _encode(tokenizer, chunk)
         count += len(ids)
-        file.write(ids.astype(dtype).tobytes())
+        written = ids.astype(dtype).tobytes()
+        seal.update(written)
+        file.write(written)
     file.seek(0)
-    _write_header(file, dtype, count)  # of the same length: the format leaves room for the count
+    _write_header(file, dtype, count, seal.hexdigest()[:32])
     return digest.hexdigest()
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int) -> None:
+def _token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int, seal: str = "") -> None:
+    """Write the header of a .npy, which ends in the hash of the tokens: to numpy, a comment.
+
+    It is always as long: the format leaves room for the count.
+    """
     header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    npy.write_array_header_1_0(file, header)
+    whole = io.BytesIO()
+    npy.write_array_header_1_0(whole, header)
+    end = f"# {seal}\n".encode()
+    text = whole.getvalue()[: -len(end)] + end if seal else whole.getvalue()
+    assert len(text) == NPY_HEADER
+    file.write(text)
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> Tokens:

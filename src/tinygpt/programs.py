@@ -2,9 +2,9 @@
 
 To make C of a kernel's graph takes tinygrad 30 to 120 ms of Python, for each of the fifty kernels
 of a training step, in every process anew; only what the C compiler makes of it is kept. ``install``
-lets tinygrad find the whole program again, in the same database, at 0.3 ms each. What a graph
+lets tinygrad find the whole program again, in the same cache, at 0.3 ms each. What a graph
 becomes depends on the graph, on tinygrad's settings, and on tinygrad itself: all three are in the
-key, and the machine is in the database's name (``runtime.prepare``).
+key, and the machine is in the cache's (``runtime.kernelcache``).
 
 The first time, the kernels of a step are shared out among forked processes, which end with it.
 """
@@ -16,28 +16,25 @@ import logging
 import os
 import pickle
 import signal
-import sqlite3
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinygrad import codegen, helpers
+from tinygrad import codegen
 from tinygrad.engine import realize
 from tinygrad.helpers import CACHELEVEL, DEBUG, PARALLEL, VIZ, diskcache_get, diskcache_put
 from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import Ops, UOp
 
 from tinygpt import multicore
+from tinygpt.runtime.kernelcache import disconnect as disconnect
 
 log = logging.getLogger(__name__)
 
 _own_workers = realize.get_worker_pool
-_own_connection = helpers.db_connection
-_connections = threading.local()
 
 TABLE = "tinygpt_programs"
 WORTH_A_FORK = 3
@@ -67,10 +64,8 @@ class Programs(dict[tuple[Any, ...], UOp]):
 def install() -> None:
     """Let tinygrad keep lowered kernels on disk from now on; where it cannot, do nothing.
 
-    From now on each thread has a connection to that database of its own.
     tinygrad's own ``CACHELEVEL=0`` switches it off, along with everything else it keeps.
     """
-    helpers.db_connection = _connection
     own = codegen.to_program_cache
     if isinstance(own, Programs) or DEBUG >= 2 or VIZ:  # whoever looks on wants to see it happen
         return
@@ -84,35 +79,14 @@ def install() -> None:
     ops_cpu.do_to_program = codegen.to_program  # four little programs that the device opens with
 
 
-def disconnect() -> None:
-    """Close this thread's connection to the database: for threads that end before the process."""
-    if (mine := _connections.__dict__.pop("mine", None)) is not None:
-        mine.close()
-
-
-def _connection() -> sqlite3.Connection:
-    """tinygrad's connection, one for each thread: the one that made it must also use it."""
-    if not hasattr(_connections, "mine"):
-        helpers._db_connection = None
-        _connections.mine = _own_connection()  # type: ignore[no-untyped-call]
-    mine: sqlite3.Connection = _connections.mine
-    return mine
-
-
 def _load(key: object) -> UOp | None:
-    try:
-        found = diskcache_get(TABLE, _name(key))
-    except Exception:  # a damaged entry is one that is made again
-        return None
+    found = diskcache_get(TABLE, _name(key))
     whole = isinstance(found, UOp) and found.op is Ops.PROGRAM and found.src[-1].op is Ops.BINARY
     return found if whole else None
 
 
 def _save(key: object, program: UOp) -> None:
-    try:
-        diskcache_put(TABLE, _name(key), program)
-    except Exception as error:  # a full disk, a locked database: the program is there all the same
-        log.info("A lowered kernel could not be kept: %s", error)
+    diskcache_put(TABLE, _name(key), program)
 
 
 def _name(key: object) -> str:

@@ -11,6 +11,7 @@ from tinygpt import runtime
 from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.options import Switch
 from tinygpt.errors import UsageError
+from tinygpt.names import is_name
 
 if TYPE_CHECKING:
     from tinygpt.interop.hf import Pretrained
@@ -25,6 +26,7 @@ def import_hf(
     /,
     *,
     out: Path,
+    revision: str | None = None,
     tokenizer: str | None = None,
     check: Switch = False,
     json: Switch = False,
@@ -38,6 +40,8 @@ def import_hf(
         the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, owner/name.
     out
         Folder of the run, which must not exist.
+    revision
+        Commit, tag or branch of a model on the hub. [default: what main is at]
     tokenizer
         gpt2, byte, a saved one, or none. [default: the one beside the weights]
     check
@@ -49,7 +53,8 @@ def import_hf(
     from tinygpt.interop.hf import import_run, open_pretrained
 
     check_free(out)
-    found = open_pretrained(source, progress=True)
+    found = open_pretrained(source, progress=True, revision=revision)
+    say(f"weights: {found.place}")
     vocabulary = _tokenizer(found, tokenizer)
     difference = _checked(found) if check else None
     path = import_run(found, out, vocabulary)
@@ -67,6 +72,7 @@ def import_hf(
                 "run": str(out),
                 "checkpoint": str(path),
                 "source": found.source,
+                "commit": found.snapshot and found.snapshot.commit,
                 "parameters": found.config.num_params(),
                 "model": found.config.to_dict(),
                 "tokenizer": None if vocabulary is None else vocabulary.kind,
@@ -82,7 +88,7 @@ def _tokenizer(found: Pretrained, spec: str | None) -> Tokenizer | None:
 
     if spec is None:
         return found.tokenizer
-    if spec == "none":
+    if is_name(spec, ("none",)):
         return None
     named = make_tokenizer(spec, lambda: _no_text(spec))
     found.check_vocabulary(named)

@@ -154,7 +154,7 @@ def gradcheck(
     return 0 if report.ok else 1
 
 
-def doctor(*, json: Switch = False) -> int:
+def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
     """Look at device, compiler, caches, versions and vocabulary, and say how to mend them.
 
     The exit code is 1 if something is missing that tinygpt cannot do without.
@@ -163,7 +163,14 @@ def doctor(*, json: Switch = False) -> int:
     ----------
     json
         Print the checks as JSON.
+    clear_cache
+        First delete compiled kernels and token files, which are made again when they are needed.
     """
+    if clear_cache:
+        freed, failed = runtime.clear_caches()
+        say(f"cleared {freed / 1e6:,.1f} MB of kernels and token files")
+        for path in failed:
+            say(f"could not delete {path}")
     checks = runtime.doctor()
     healthy = all(check.ok or check.optional for check in checks)
     if json:

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from tinygpt.cli.console import aligned, command, say, show_json
 from tinygpt.cli.models import load_model
 from tinygpt.cli.options import DataConfig, Switch
-from tinygpt.cli.texts import own_source, read_tokens
+from tinygpt.cli.texts import own_source, read_tokens, unlike_training
 from tinygpt.config import SampleConfig
 from tinygpt.display.text import printable
 from tinygpt.errors import DataError, TokenizerError, UsageError
@@ -99,6 +99,7 @@ def memorization(
     source = _source(run, data, field, glob, val_fraction)
     name, tokens = read_tokens(source, model, own)
     training, held_out = split(tokens, source.val_fraction, model.config.block_size)
+    name += unlike_training(run, "train", training) if data is None else ""
     say(f"writing {samples} texts at each temperature")
     groups = [
         _write(model, own, prompt, max_tokens, config, samples if config.temperature else 1, seed)

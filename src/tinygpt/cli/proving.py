@@ -20,8 +20,10 @@ from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Settings, Switch, Tables, file_tables, flags, preset_tables, resolve
 from tinygpt.cli.running import Material, gather, make_run
 from tinygpt.config import GPTConfig, TrainConfig
+from tinygpt.corpus import NAMES
 from tinygpt.errors import TrainingError, UsageError
 from tinygpt.files import user_path
+from tinygpt.names import is_name
 
 if TYPE_CHECKING:
     from tinygpt.checkpoint import Meta
@@ -130,7 +132,7 @@ def verify_resume(
 def _tables_of_run(source: str | None) -> Tables:
     """The settings of a run folder, its tokenizer included; none if ``source`` is no run."""
     folder = user_path(source or "")
-    if source is None or not (folder / "config.toml").is_file():
+    if source is None or is_name(source, NAMES) or not (folder / "config.toml").is_file():
         return {}
     tables = file_tables(folder / "config.toml")
     saved = folder / "tokenizer.json"

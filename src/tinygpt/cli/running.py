@@ -13,7 +13,8 @@ from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.display.text import duration
 from tinygpt.errors import CheckpointError, DataError, UsageError
-from tinygpt.files import make_folder, sync_folder, user_path
+from tinygpt.files import make_folder, sync_folder
+from tinygpt.names import lasting
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -149,7 +150,7 @@ def _read(settings: Settings, own: Tokenizer | None) -> tuple[str, Tokens, Token
     corpus = open_corpus(source, field=settings.data.field, glob=settings.data.glob)
     say(f"text: {corpus.description}")
     tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
-    return corpus.name, data.load_tokens(data.tokenize(corpus, tokenizer)), tokenizer
+    return corpus.name, data.tokens_of(corpus, tokenizer), tokenizer
 
 
 def _no_text(source: str) -> list[str]:
@@ -160,14 +161,15 @@ def _no_text(source: str) -> list[str]:
 
 
 def _lasting(data: DataConfig, chosen: str) -> DataConfig:
-    """Paths made absolute and ``auto`` replaced by what it chose, so that a run can be resumed."""
+    """What was used, so that it is found again: ``auto`` is what it chose, paths are absolute."""
+    from tinygpt import corpus, tokenizers
+
     values = data.to_dict()
-    if values["source"] == "auto" and not Path("auto").exists():
+    if values["source"] == "auto":
         values["source"] = chosen
-    for name in ("source", "tokenizer", "init"):
-        value = values[name]
-        if value is not None and user_path(value).exists():
-            values[name] = str(user_path(value).resolve())
+    for name, known in (("source", corpus.NAMES), ("tokenizer", tokenizers.NAMES), ("init", ())):
+        if values[name] is not None:
+            values[name] = lasting(values[name], known)
     return DataConfig.from_dict(values)
 
 

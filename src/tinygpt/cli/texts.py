@@ -30,7 +30,20 @@ def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[s
     if Path(name).suffix in data.TOKEN_FILES:
         return name, data.load_tokens(name, vocab_size)
     corpus = open_corpus(name, field=source.field, glob=source.glob)
-    return corpus.description, data.load_tokens(data.tokenize(corpus, tokenizer), vocab_size)
+    return corpus.description, data.tokens_of(corpus, tokenizer, vocab_size)
+
+
+def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
+    """What to say behind the name of a run's own text if it is no longer the one it was.
+
+    ``part`` is ``train`` or ``val``. Nothing is said where nobody knows what it was.
+    """
+    from tinygpt import checkpoint, data
+    from tinygpt.runs import choose_checkpoint
+
+    known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get(part)
+    same = known is None or known == data.data_fingerprint(tokens)
+    return "" if same else " (not what it was when the run was trained)"
 
 
 def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> tuple[str, Tokens]:
@@ -44,4 +57,5 @@ def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> 
     _, held_out = data.split(tokens, source.val_fraction, model.config.block_size)
     if held_out is None:
         raise UsageError(f"{run} kept no text for validation. {advice}")
-    return f"{name}, its last {source.val_fraction:.0%}", held_out
+    changed = unlike_training(run, "val", held_out)
+    return f"{name}, its last {source.val_fraction:.0%}{changed}", held_out

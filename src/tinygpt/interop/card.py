@@ -105,6 +105,8 @@ def _figures(meta: Meta, source: str | None) -> Iterator[tuple[str, object]]:
     imported = progress.get("imported")
     if isinstance(imported, dict):
         yield "imported from", imported.get("source", "")
+        if "commit" in imported:
+            yield "commit", f"{imported.get('repository')} {imported['commit']}"
 
 
 def _settings(meta: Meta) -> str:

@@ -154,6 +154,7 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_eos_token_id(tokens.end)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
     writer.add_string("tinygpt.version", __version__)
     for key in ("max_difference", "tolerance", "rounding"):  # written over when they are known
         writer.add_float64(f"{PARITY}.{key}", math.nan)

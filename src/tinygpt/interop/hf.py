@@ -26,8 +26,9 @@ from tinygpt.interop.hf_config import read_config
 from tinygpt.interop.hf_tokenizer import read_tokenizer
 from tinygpt.interop.safetensors import WEIGHTS, Entry, Floats, read_file, refuse_pickle
 from tinygpt.interop.shards import INDEX, read_shards
+from tinygpt.names import exists, is_name
 from tinygpt.tokenizers import Tokenizer
-from tinygpt.untrusted import clip
+from tinygpt.untrusted import brief, clip
 
 if TYPE_CHECKING:
     from tinygpt.model import Transformer
@@ -58,6 +59,8 @@ class Pretrained:
     config: GPTConfig
     entries: Mapping[str, Entry]
     """By our names, which are GPT-2's without the prefix."""
+    snapshot: hub.Snapshot | None = None
+    """Where on the hub it is from; None for files that were given."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -80,6 +83,14 @@ class Pretrained:
                 f"{self.source}: the model has a vocabulary of {self.config.vocab_size:,}, and the "
                 f"tokenizer one of {tokenizer.vocab_size:,}. {OTHER_TOKENIZER}"
             )
+
+    @property
+    def place(self) -> str:
+        """Where they are from, for a person."""
+        if self.snapshot is None:
+            return f"the files in {self.folder}"
+        commit = self.snapshot.commit
+        return f"{self.snapshot.repository} of the hub" + (f", commit {commit}" if commit else "")
 
     @property
     def dtypes(self) -> str:
@@ -131,25 +142,34 @@ def _layer(name: str, shape: tuple[int, ...], bias: bool) -> dict[str, tuple[int
 # Finding ----------------------------------------------------------------------------------------
 
 
-def open_pretrained(source: str | Path, progress: bool = False) -> Pretrained:
+def open_pretrained(
+    source: str | Path, progress: bool = False, revision: str | None = None
+) -> Pretrained:
     """The GPT-2 in a folder, in the folder of a .safetensors file, or of a name on the hub.
 
-    Everything is checked but the values. Nothing is read of the weights yet. ``progress`` shows a
-    bar where something has to be fetched. Raises InteropError that says what does not fit.
+    ``gpt2`` and the other short names are always those of the hub, see ``names``; ``owner/name`` is
+    a folder if there is one. ``revision`` is a commit, tag or branch of the hub. Everything is
+    checked but the values. Nothing is read of the weights yet. ``progress`` shows a bar where
+    something has to be fetched. Raises InteropError that says what does not fit.
     """
-    path = user_path(source)
-    if path.is_dir():
+    path, snapshot = user_path(source), None
+    if is_name(source, hub.NAMES) or not exists(path):
+        snapshot = hub.fetch(str(source), progress, revision)
+        folder, files = snapshot.folder, _weight_files(snapshot.folder)
+    elif revision is not None:
+        raise UsageError(
+            f"{source} is here, in no revision but one. Leave revision {brief(revision)} out, or "
+            f"give the name of a model on the hub."
+        )
+    elif path.is_dir():
         folder, files = path, _weight_files(path)
-    elif path.is_file():
-        folder, files = path.parent, path
     else:
-        folder = hub.fetch(str(source), progress)
-        files = _weight_files(folder)
+        folder, files = path.parent, path
     found = read_shards(files) if files.name == INDEX else read_file(files)
     if not (folder / "config.json").exists():
         raise InteropError(f"{files} needs the config.json of the model beside it: its shape.")
     config = read_config(folder / "config.json")
-    return Pretrained(str(source), folder, config, _matched(files, config, found))
+    return Pretrained(str(source), folder, config, _matched(files, config, found), snapshot)
 
 
 def _weight_files(folder: Path) -> Path:
@@ -282,10 +302,15 @@ def fetch_from(model: Transformer) -> parity.Fetch:
     return fetch
 
 
-def _public(source: str) -> str:
+def _origin(pretrained: Pretrained) -> dict[str, str]:
     """Where weights come from, to be passed on with them: of a path no more than its last name."""
-    path = user_path(source)
-    return path.resolve().name if path.exists() else source
+    snapshot = pretrained.snapshot
+    if snapshot is None:
+        return {"source": f"./{user_path(pretrained.source).resolve().name}"}
+    if snapshot.commit is None:
+        return {"source": pretrained.source}
+    repository = {"repository": snapshot.repository, "commit": snapshot.commit}
+    return {"source": pretrained.source, **repository}
 
 
 def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None) -> Path:
@@ -301,7 +326,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
         0,
         pretrained.config,
         tokenizer=None if tokenizer is None else tokenizer.to_dict(),
-        progress={"imported": {"source": _public(pretrained.source), "types": pretrained.dtypes}},
+        progress={"imported": {**_origin(pretrained), "types": pretrained.dtypes}},
     )
     with new_folder(folder) as staging:
         path = checkpoint.checkpoint_path(staging, 0)

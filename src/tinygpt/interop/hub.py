@@ -1,8 +1,15 @@
 """Models of the Hugging Face hub by name: fetched once, verified, kept in the user's cache folder.
 
 The hub tells the size and the hash of each file before it is fetched: the SHA-256 of large files,
-and of small ones the SHA-1 that git knows them by. ``HF_ENDPOINT`` names another server that speaks
-the same protocol, as it does for Hugging Face's own tools.
+and of small ones the SHA-1 that git knows them by. It also tells which commit a branch is at: all
+files are fetched from the one that it was at first. ``HF_ENDPOINT`` names another server that
+speaks the same protocol, as it does for Hugging Face's own tools.
+
+The folder ``hub`` of the cache holds
+
+owner--name@COMMIT   the files of one commit
+owner--name@main     a file that says which commit a branch or tag was at when it was fetched
+owner--name          files that were put there by hand, or of a server that tells no commit
 """
 
 from __future__ import annotations
@@ -12,16 +19,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from tinygpt import runtime
 from tinygpt.errors import DataError, InteropError, nearest
 from tinygpt.files import download, replacing
 from tinygpt.interop.shards import INDEX, weight_map
-from tinygpt.untrusted import brief
+from tinygpt.untrusted import brief, read_bounded
 
 if TYPE_CHECKING:
     from requests import Response
@@ -34,12 +41,19 @@ NAMES = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 """Models by the short names that everybody uses."""
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+BRANCH = "main"
+"""What is fetched where nothing else is asked for."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 FILES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".gguf")
 """Ends of what is a path to a file, though it may look like owner/name."""
 ENDPOINT = "https://huggingface.co"
-WEIGHTS = "model.safetensors"
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER = (
+    *("vocab.json", "merges.txt", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 """Files that may be missing."""
 SMALL = 16 << 20
 """Bytes that a file other than weights may have."""
@@ -52,6 +66,16 @@ Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A model that was fetched."""
+
+    folder: Path
+    repository: str
+    commit: str | None
+    """The commit that its files are of; None if nobody told."""
+
+
+@dataclass(frozen=True)
 class Remote:
     """What the hub says of a file."""
 
@@ -59,14 +83,16 @@ class Remote:
     size: int
     digest: str
     """SHA-256 in hexadecimal, or the SHA-1 that git gives to the content."""
+    commit: str | None = None
+    """The commit that it was asked of, or that the branch was at, if the server tells."""
 
 
-def fetch(name: str, progress: bool = False) -> Path:
-    """The folder with a model's config.json, weights and tokenizer, fetched unless it is there.
+def fetch(name: str, progress: bool = False, revision: str | None = None) -> Snapshot:
+    """A model's config.json, weights and tokenizer in a folder, fetched unless they are there.
 
     ``name`` is ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, ``distilgpt2`` or
-    ``owner/name``. Raises InteropError: where the hub cannot be reached, it says which files belong
-    where.
+    ``owner/name``; ``revision`` a commit, tag or branch. Raises InteropError: where the hub cannot
+    be reached, it says which files belong where.
     """
     repository = NAMES.get(name, name)
     if not REPOSITORY.fullmatch(repository) or ".." in repository or name.endswith(FILES):
@@ -74,19 +100,40 @@ def fetch(name: str, progress: bool = False) -> Path:
             f"There is no file or folder {brief(name, 200)}, and no model of that name."
             f"{nearest(name[:99], list(NAMES))} Known names: {', '.join(NAMES)}, or owner/name."
         )
+    if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+        raise InteropError(f"{brief(revision, 200)} is no commit, tag or branch of {repository}.")
     try:
-        folder = runtime.cache_dir() / "hub" / repository.replace("/", "--")
-        if not _is_complete(folder):
+        place = runtime.cache_dir() / "hub" / repository.replace("/", "--")
+        found = _kept(place, revision)
+        if found is None:
             with _bar(progress) as watch:
-                _fetch_all(repository, folder, watch)
+                found = _fetch_all(repository, place, revision, watch)
     except (DataError, OSError) as error:
         raise InteropError(_by_hand(name, repository, error)) from error
-    return folder
+    commit = found.name.partition("@")[2]
+    return Snapshot(found, repository, commit if COMMIT.fullmatch(commit) else None)
+
+
+def _kept(place: Path, revision: str | None) -> Path | None:
+    """The folder of a model that was fetched before, or put there by hand."""
+    named = place if revision is None else _at(place, revision)
+    if _is_complete(named):
+        return named
+    try:
+        commit = read_bounded(_at(place, revision or BRANCH), 100).decode().strip()
+    except (OSError, ValueError):
+        return None
+    found = _at(place, commit)
+    return found if COMMIT.fullmatch(commit) and _is_complete(found) else None
+
+
+def _at(place: Path, revision: str) -> Path:
+    return place.with_name(f"{place.name}@{revision.replace('/', '--')}")
 
 
 def _is_complete(folder: Path) -> bool:
-    """The weights come last, so that the rest is there when they are."""
-    if not (folder / "config.json").is_file():
+    """config.json comes last, so that the rest is there when it is."""
+    if not (folder / CONFIG).is_file():
         return False
     if (folder / WEIGHTS).is_file():
         return True
@@ -94,25 +141,74 @@ def _is_complete(folder: Path) -> bool:
     return index.is_file() and all((folder / n).is_file() for n in weight_map(index).values())
 
 
-def _fetch_all(repository: str, folder: Path, watch: Watch) -> None:
+def _fetch_all(repository: str, place: Path, revision: str | None, watch: Watch) -> Path:
+    """-> the folder with all files of one commit, or of a branch that stayed as it was meanwhile"""
     site = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
-    base = f"{site}/{repository}/resolve/main"
-    _small(_wanted(f"{base}/config.json"), folder / "config.json")
+    wanted = revision or BRANCH
+    first = _wanted(f"{site}/{repository}/resolve/{quote(wanted, safe='')}/{CONFIG}")
+    commit = wanted if COMMIT.fullmatch(wanted) else first.commit
+    files = _Files(f"{site}/{repository}/resolve/{quote(commit or wanted, safe='')}", commit)
+    folder = _at(place, commit or wanted) if commit or revision else place
+    config = _content(files.wanted(CONFIG))
     for name in TOKENIZER:
-        if remote := _ask(f"{base}/{name}"):
-            _small(remote, folder / name)
-    if remote := _ask(f"{base}/{WEIGHTS}"):
-        _large(remote, folder / WEIGHTS, watch)
+        if remote := files.ask(name):
+            _write(folder / name, _content(remote))
+        else:
+            (folder / name).unlink(missing_ok=True)  # of another state of the branch
+    weights = list(_weights(repository, files, folder))
+    files.check_unchanged()
+    for remote in weights:
+        _large(remote, folder / remote.url.rpartition("/")[2], watch)
+    _write(folder / CONFIG, config)
+    if commit not in (None, wanted):
+        _write(_at(place, wanted), f"{commit}\n".encode())
+    return folder
+
+
+def _weights(repository: str, files: _Files, folder: Path) -> Iterator[Remote]:
+    if remote := files.ask(WEIGHTS):
+        yield remote
         return
-    remote = _ask(f"{base}/{INDEX}")
-    if remote is None:
+    if (index := files.ask(INDEX)) is None:
         raise DataError(
             f"{repository} has neither {WEIGHTS} nor {INDEX}: its weights are perhaps a pickle, "
             f"which TinyGPT does not open."
         )
-    _small(remote, folder / INDEX)
+    _write(folder / INDEX, _content(index))
     for shard in sorted(set(weight_map(folder / INDEX).values())):
-        _large(_wanted(f"{base}/{shard}"), folder / shard, watch)
+        yield files.wanted(shard)
+
+
+@dataclass
+class _Files:
+    """The files of a repository at one commit, or else of a branch as it was when it was asked."""
+
+    base: str
+    commit: str | None
+    asked: dict[str, Remote | None] = field(default_factory=dict)
+
+    def ask(self, name: str) -> Remote | None:
+        found = self.asked[name] = _ask(f"{self.base}/{name}")
+        other = None if found is None else found.commit
+        if other is not None and self.commit not in (None, other):
+            raise DataError(f"{self.base}/{name} is said to be of another commit, {other}.")
+        return found
+
+    def wanted(self, name: str) -> Remote:
+        found = self.ask(name)
+        if found is None:
+            raise DataError(f"{self.base}/{name} answered 404: there is no such file.")
+        return found
+
+    def check_unchanged(self) -> None:
+        """DataError if a branch has moved on meanwhile: the files may be of two of its states.
+
+        What is fetched afterwards must have the hash that was told before.
+        """
+        if self.commit is None:
+            for name, remote in self.asked.items():
+                if _ask(f"{self.base}/{name}") != remote:
+                    raise DataError(f"{self.base}/{name} changed while the model was fetched.")
 
 
 def _wanted(url: str) -> Remote:
@@ -159,13 +255,12 @@ def _described(url: str, answer: Response) -> Remote:
     digest = tag.removeprefix("W/").strip('"').lower()
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) or not re.fullmatch("[0-9]+", size):
         raise DataError(f"{url}: the server does not tell its size and hash, so it is not taken.")
-    return Remote(url, int(size), digest)
+    commit = headers.get("X-Repo-Commit", "")
+    return Remote(url, int(size), digest, commit if COMMIT.fullmatch(commit) else None)
 
 
 def _large(remote: Remote, path: Path, watch: Watch) -> None:
-    """A file with weights, resumed where it broke off."""
-    if path.is_file():
-        return
+    """A file with weights, resumed where it broke off; one that is there already is checked."""
     if len(remote.digest) != 64:
         raise DataError(f"{remote.url}: the server does not tell its SHA-256, so it is not taken.")
     download(
@@ -177,7 +272,7 @@ def _large(remote: Remote, path: Path, watch: Watch) -> None:
     )
 
 
-def _small(remote: Remote, path: Path) -> None:
+def _content(remote: Remote) -> bytes:
     """A file that is read in one go."""
     import requests
 
@@ -194,6 +289,10 @@ def _small(remote: Remote, path: Path) -> None:
             f"{remote.url} is not the file it should be: its hash is not {remote.digest}. "
             f"Something on the way changed it; nothing was kept."
         )
+    return content
+
+
+def _write(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
 

@@ -12,7 +12,7 @@ apart, not as log z + m, because for logits of 10⁴ that sum would round away w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 from tinygrad import Tensor, UOp, dtypes
@@ -20,7 +20,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygpt.kernels import reference
 from tinygpt.kernels.fallback import falls_back, obstacle
 from tinygpt.kernels.norm import across, empty, fill, largest_divisor, sum_dtype
-from tinygpt.kernels.phases import Array, Kernel, as_index, as_uop, contiguous, exp2, run
+from tinygpt.kernels.phases import Array, Backward, Kernel, as_index, as_uop, contiguous, exp2, run
 
 LANES = 16
 ROWS = 4
@@ -41,34 +41,32 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     inputs = [logits, targets]
     losses, *statistics = launch(_row_losses, rows, inputs, name=f"cross_entropy_{N}x{V}")
 
-    def backward(gradient: Tensor) -> list[Tensor | None]:
-        inputs = [contiguous(gradient), inverse, *statistics, logits, targets]
+    def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        inputs = [contiguous(gradient), outputs[1], *statistics, logits, targets]
         out = [empty(logits, N, V)]
         dlogits = launch(_row_gradients, out, inputs, name=f"cross_entropy_grad_{N}x{V}")
         return [None, None, *dlogits]
 
-    loss, inverse = mean(losses, targets, [logits], backward)
-    return loss
+    return mean(losses, targets, [logits], backward)
 
 
 def mean(
     losses: Tensor,
     targets: Tensor,
     sources: list[Tensor],
-    backward: Callable[[Tensor], list[Tensor | None]],
-) -> tuple[Tensor, Tensor]:
-    """-> (mean loss () of the counted rows, 1 / their number (1,)).
+    backward: Backward,
+) -> Tensor:
+    """-> mean loss () of the counted rows.
 
-    ``backward`` is given the gradient of the mean, (1,), and returns those of losses and targets,
-    which are None, and of the ``sources`` that the losses were computed from.
+    ``backward`` is given the gradient of the mean, (1,), and the outputs, of which the second is 1
+    / the number of counted rows (1,). It returns the gradients of losses and targets, which are
+    None, and of the ``sources`` that the losses were computed from.
     """
     outputs = [empty(losses, 1), empty(losses, 1)]
     inputs = [losses, targets, *sources]
     N = int(losses.shape[0])
-    loss, inverse = run(
-        _mean, outputs, inputs, lanes=LANES, name="mean_loss", backward=backward, N=N
-    )
-    return loss.reshape(()), inverse
+    loss = run(_mean, outputs, inputs, lanes=LANES, name="mean_loss", backward=backward, N=N)[0]
+    return loss.reshape(())
 
 
 def _row_losses(

@@ -5,6 +5,7 @@ Srivastava et al., "Dropout: a simple way to prevent neural networks from overfi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 
@@ -32,7 +33,7 @@ def dropout(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) ->
     launch = partial(run, lanes=LANES, ops=20 * rows * width, rows=rows, width=width, p=p)
     key = contiguous(key.to(x.device))
 
-    def backward(gradient: Tensor) -> list[Tensor | None]:
+    def backward(gradient: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
         inputs = [contiguous(gradient), key]
         dx = launch(_dropout, [empty(x, *outer, width)], inputs, name=f"dropout_{rows}x{width}")
         return [*dx, None, *(gradient for _ in given[1:])]

@@ -8,6 +8,7 @@ two cores ever write the same number, and the order of a sum never changes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 from tinygrad import Tensor, UOp, dtypes
@@ -37,7 +38,7 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -
     tokens = contiguous(tokens.cast(dtypes.int32))
     launch = partial(run, lanes=largest_divisor(C, LANES), B=B, T=T, C=C)
 
-    def backward(gradient: Tensor) -> list[Tensor | None]:
+    def backward(gradient: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
         rows = tuple(int(t.shape[0]) for t in tables)
         sums = [empty(t, n, C, dtype=sum_dtype(t)) for t, n in zip(tables, rows, strict=True)]
         inputs = [contiguous(gradient), tokens]

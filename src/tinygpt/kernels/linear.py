@@ -21,6 +21,7 @@ GELU at u.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from tinygrad import Tensor, UOp, dtypes
@@ -66,9 +67,9 @@ def linear(
     m = int(math.prod(lead))
     x2, w = contiguous(x.reshape(m, n_in)), contiguous(weight)
 
-    def backward(gradient: Tensor) -> list[Tensor | None]:
+    def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         dy = contiguous(gradient)
-        du = dy if pre is None else gelu_backward(dy, pre)
+        du = gelu_backward(dy, outputs[1]) if activate else dy
         dx = matmul(du, w, (m, n_in, n_out), (n_out, 1), (n_in, 1))[0]
         dw, *db = matmul(du, x2, (n_out, n_in, m), (1, n_out), (n_in, 1), sums=bias is not None)
         grads = [dx, dw, *db] + [du] * (residual is not None)
@@ -78,9 +79,9 @@ def linear(
     r = None if residual is None else contiguous(residual.reshape(m, n_out))
     activate = activation == "gelu"
     if m <= FEW:
-        y, *kept = matvec(x2, w, b, r, activate, backward)
+        y = matvec(x2, w, b, r, activate, backward)[0]
     else:
-        y, *kept = matmul(
+        y = matmul(
             x2,
             w,
             (m, n_out, n_in),
@@ -90,8 +91,7 @@ def linear(
             residual=r,
             gelu=activate,
             backward=backward,
-        )
-    pre = kept[0] if kept else None
+        )[0]
     return y.cast(least_upper_dtype(x.dtype, weight.dtype)).reshape(*lead, n_out)
 
 

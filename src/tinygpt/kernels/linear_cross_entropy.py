@@ -21,6 +21,7 @@ there are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from tinygrad import Tensor, dtypes
@@ -62,7 +63,7 @@ def linear_cross_entropy(
     statistics = work.run(gradient)
     ready = gradient
 
-    def backward(g: Tensor) -> list[Tensor | None]:
+    def backward(g: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
         nonlocal ready
         if not ready:  # not computed with the loss, or already scaled for another caller
             work.run(gradient=True)

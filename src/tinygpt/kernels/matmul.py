@@ -147,7 +147,9 @@ class Plan:
             copied = (COPY_ACROSS if self.b_strides[0] == 1 else COPY) * width
             copied += COPY * height if self.copies_a else 0
             unit = UNIT + (height * width + copied) * self.depth
-            return sum(cores ** (1 / 3) * -(-chunks * groups // cores) * unit for cores in CORES)
+            return sum(
+                float(cores) ** (1 / 3) * -(-chunks * groups // cores) * unit for cores in CORES
+            )
 
         chunks = sorted({-(-tiles // height) for height in range(1, tiles + 1)})
         groups = [panels] if not self.copies_a else divisors(panels)

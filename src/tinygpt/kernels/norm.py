@@ -16,7 +16,7 @@ order, so that the result is always the same, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import prod
 
@@ -47,7 +47,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     x = contiguous(x)
     affine = [contiguous(weight)] if bias is None else [contiguous(weight), contiguous(bias)]
 
-    def backward(gradient: Tensor) -> list[Tensor | None]:
+    def backward(gradient: Tensor, forward: Sequence[Tensor]) -> list[Tensor | None]:
+        _, mean, rstd = forward
         parts = largest_divisor(rows // group, PARTS)
         outputs = [empty(x, *outer, width), *(empty(mean, parts, width) for _ in affine)]
         inputs = [contiguous(gradient), x, mean, rstd, affine[0]]
@@ -56,15 +57,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
         return [dx, *run(_add_parts, sums, pieces, lanes=LANES, parts=parts, width=width)]
 
     statistics = [empty(x, rows, dtype=sum_dtype(x)) for _ in range(2)]
-    y, mean, rstd = launch(
+    return launch(
         _forward,
         [empty(x, *outer, width), *statistics],
         [x, *affine],
         name=f"norm_{size}",
         backward=backward,
         eps=eps,
-    )
-    return y
+    )[0]
 
 
 def _forward(

@@ -61,7 +61,7 @@ MOST_PIECES = 256
 
 Index = UOp | int
 Value = UOp | float
-Backward = Callable[[Tensor], Sequence[Tensor | None]]
+Backward = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
 
 
 def as_uop(value: Value, dtype: DType | None = None) -> UOp:
@@ -348,9 +348,11 @@ def run(
     the size of the arrays, in how many pieces the work goes to the cores of a CPU. Under tinygrad's
     NUM_CPU_THREADS=1 it stays whole.
 
-    ``backward(gradient)`` is given the gradient of the first output and returns one gradient, or
-    None, for each input. The other outputs are for ``backward``'s own use: no gradient may reach
-    them (and ``detach()`` would copy them).
+    ``backward(gradient, outputs)`` is given the gradient of the first output, and the outputs; it
+    returns one gradient, or None, for each input. The other outputs are for ``backward``'s own use:
+    no gradient may reach them (and ``detach()`` would copy them). ``backward`` must not refer to
+    the outputs in any other way: tinygrad's cache of UOps holds it for as long as the call lives,
+    and an output holds the call, so that neither would ever be freed.
     """
     assert fn.__closure__ is None, "a kernel function takes its constants as arguments"
     gpu, whole = on_gpu(outputs[0]), NUM_CPU_THREADS.value == 1
@@ -375,7 +377,8 @@ class Gradient:
 
     def __call__(self, grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         assert self.backward is not None, "a gradient through a function that was captured without"
-        found = self.backward(Tensor(grad))
+        outputs = [Tensor(u.after(call)) for u in call.src[1 : 1 + self.outputs]]
+        found = self.backward(Tensor(grad), outputs)
         return (None,) * self.outputs + tuple(None if g is None else g.uop for g in found)
 
 

@@ -16,7 +16,7 @@ from tinygpt.runtime.device import (
     prepare,
     require_device,
 )
-from tinygpt.runtime.folders import cache_dir
+from tinygpt.runtime.folders import cache_dir, keep_limit, token_folders
 from tinygpt.runtime.machine import (
     available_memory,
     cores,
@@ -32,14 +32,17 @@ __all__ = [
     "available_memory",
     "bundled_zig",
     "cache_dir",
+    "clear_caches",
     "compiler",
     "cores",
     "doctor",
+    "keep_limit",
     "memory",
     "peak_memory",
     "prepare",
     "python_module",
     "require_device",
+    "token_folders",
     "total_memory",
 ]
 
@@ -49,3 +52,10 @@ def doctor() -> list[Check]:
     from tinygpt.runtime import checks  # late: it reads package metadata, which is slow to import
 
     return checks.examine()
+
+
+def clear_caches() -> tuple[int, list[str]]:
+    """Delete kernels and token files; -> the bytes of them, and what could not be deleted."""
+    from tinygpt.runtime import checks
+
+    return checks.clear_caches()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tinygpt import extras
 from tinygpt.errors import DeviceError
-from tinygpt.runtime import device, folders, machine
+from tinygpt.runtime import device, folders, kernelcache, machine
 
 NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
 """Extras for those who work on tinygpt itself."""
@@ -81,7 +81,12 @@ def _device() -> Iterator[Check]:
     try:
         yield Check("device", True, device.require_device())
     except DeviceError as error:
-        found, cure = device.trouble(error.__cause__)
+        unknown = error.__cause__ is None and "DEV=" in str(error)
+        found, cure = (
+            (str(error), "unset DEV, or set DEV=CPU")
+            if unknown
+            else device.trouble(error.__cause__)
+        )
         yield Check("device", False, found, cure)
 
 
@@ -112,9 +117,35 @@ def _caches() -> Iterator[Check]:
         found = f"{wanted} cannot be written; using {found}"
     cure = None if used == wanted else "set TINYGPT_CACHE to a folder of yours"
     yield Check("cache", used == wanted, found, cure, optional=True)
-    if kernels := os.environ.get("CACHEDB"):
-        size = sum(f.stat().st_size for f in Path(kernels).parent.glob(Path(kernels).name + "*"))
-        yield Check("kernel cache", True, f"{kernels} ({_size(size)})", optional=True)
+    clear = "tinygpt doctor --clear-cache"
+    kernels = Path(os.environ.get("CACHEDB") or device.kernel_database())
+    trouble = kernelcache.trouble(kernels)
+    found = f"{kernels} {trouble or f'({_size(kernelcache.size_of(kernels))})'}"
+    yield Check("kernel cache", not trouble, found, clear if trouble else None, optional=True)
+    size, limit = sum(p.stat().st_size for p in folders.token_files()), folders.cache_limit()
+    found = f"{folders.token_folders()[0]} ({_size(size)}, kept below {_size(limit)})"
+    yield Check("token cache", True, found, optional=True)
+
+
+def clear_caches() -> tuple[int, list[str]]:
+    """Delete kernels and token files; -> the bytes of them, and what could not be deleted."""
+    before = {path: kernelcache.size_of(path) for path in _clearable()}
+    chosen = Path(os.environ.get("CACHEDB") or device.kernel_database())
+    for path in before:
+        kernelcache.remove(path)
+    failed = [str(path) for path in before if path.exists()]
+    if chosen.is_file() and not chosen.match(kernelcache.PATTERN):  # the user's own file
+        cache = kernelcache.KernelCache(chosen)
+        cache.clear()
+        cache.disconnect()
+        failed += [] if cache.writable else [str(chosen)]
+    return sum(size for path, size in before.items() if not path.exists()), failed
+
+
+def _clearable() -> list[Path]:
+    places = dict.fromkeys([folders.cache_dir(), folders.private_temp()])
+    kernels = [path for place in places for path in kernelcache.databases(place)]
+    return [*kernels, *folders.token_files()]
 
 
 def _vocabulary() -> Iterator[Check]:

@@ -7,7 +7,12 @@ import os
 import stat
 import sys
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+
+CACHE_GB = 10.0
+"""What ``cache_limit`` is where TINYGPT_CACHE_GB says nothing."""
 
 
 def cache_dir() -> Path:
@@ -30,18 +35,84 @@ def wanted_cache_dir() -> Path:
     """The cache folder by the rules, whether it can be written or not."""
     if chosen := os.environ.get("TINYGPT_CACHE"):
         return _absolute(chosen)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return _absolute(base) / "tinygpt"
-    if base := os.environ.get("LOCALAPPDATA"):  # Windows
-        return _absolute(base) / "tinygpt"
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):  # the latter on Windows
+        base = os.environ.get(name, "")
+        if Path(base).is_absolute():  # a relative one is to be ignored, says the specification
+            return Path(base, "tinygpt")
     return _absolute("~/Library/Caches" if sys.platform == "darwin" else "~/.cache") / "tinygpt"
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a folder lies on a file system that several machines may have mounted."""
+    try:
+        mounts = [line.split()[1:3] for line in MOUNTS.read_text(errors="replace").splitlines()]
+    except (OSError, ValueError):
+        return False
+    kinds = {Path(place.replace("\\040", " ")): kind for place, kind in mounts}
+    path = path.absolute()
+    kind = next((kinds[p] for p in (path, *path.parents) if p in kinds), "")
+    return kind.lower().removeprefix("fuse.").rstrip("0123456789") in SHARED
+
+
+MOUNTS = Path("/proc/self/mounts")
+SHARED = (
+    *("nfs", "cifs", "smb", "smbfs", "afs", "9p", "virtiofs", "sshfs", "davfs", "coda"),
+    *("lustre", "gpfs", "beegfs", "ceph", "glusterfs", "pvfs", "orangefs", "gfs", "ocfs"),
+    *("panfs", "wekafs", "quobyte", "moosefs", "juicefs", "s3fs", "rclone"),
+)
+"""Kinds of file systems, without the digits at their end, in which SQLite's locks may not hold
+between machines, or not at all."""
+
+
+def token_folders() -> list[Path]:
+    """Where token files are kept, the place to prefer first."""
+    return list(dict.fromkeys([cache_dir() / "tokens", private_temp() / "tokens"]))
+
+
+def token_files() -> list[Path]:
+    """The token files that are kept now."""
+    return [p for folder in token_folders() for p in folder.glob("*.npy") if p.is_file()]
+
+
+def too_many(found: Iterable[tuple[float, int, Path]], limit: int) -> list[Path]:
+    """Of (time of last use, bytes, path) the paths used longest ago, whose loss keeps the limit."""
+    ordered = sorted(found)
+    excess = sum(size for _, size, _ in ordered) - limit
+    gone = []
+    for _, size, path in ordered:
+        if excess <= 0:
+            break
+        excess -= size
+        gone.append(path)
+    return gone
+
+
+def keep_limit(folder: Path, kept: Path) -> None:
+    """Delete the token files used longest ago, but ``kept``, while all exceed ``cache_limit``."""
+    with suppress(OSError):  # another process may do the same
+        found = [(p.stat(), p) for p in folder.glob("*.npy") if p.is_file() and p != kept]
+        room = cache_limit() - kept.stat().st_size
+        for path in too_many([(s.st_atime, s.st_size, p) for s, p in found], room):
+            path.unlink()
+
+
+def cache_limit() -> int:
+    """Bytes that the token files of the cache may take: TINYGPT_CACHE_GB, by default 10."""
+    try:
+        limit = float(os.environ.get("TINYGPT_CACHE_GB") or CACHE_GB)
+        return int(limit * 1e9) if limit >= 0 else int(CACHE_GB * 1e9)
+    except (ValueError, OverflowError):  # no number, or none that is finite
+        return int(CACHE_GB * 1e9)
 
 
 def _absolute(path: str) -> Path:
     try:
-        return Path(path).expanduser().absolute()
+        found = Path(path).expanduser()
     except RuntimeError:  # a user without a home folder
         return private_temp()
+    if path.startswith("~") and not found.is_absolute():  # HOME is empty, or relative
+        return private_temp()
+    return found.absolute()
 
 
 @functools.cache

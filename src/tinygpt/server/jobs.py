@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TinyGPTError
+from tinygpt.generate.decoder import Logits
+from tinygpt.sample import Penalties
 from tinygpt.server.choices import Delta, Told
+from tinygpt.server.engine import EngineClosed, QueueFull
 from tinygpt.server.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
 from tinygpt.server.refusal import Refusal
 from tinygpt.server.requests import MAX_CHAT_TOKENS, MAX_TOKENS
-from tinygpt.server.scoring import score
+from tinygpt.server.scoring import Score, Scored
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import ChatShape, CompletionShape
 from tinygpt.server.stream import Request
 from tinygpt.tokenizers import TextStream
 
 Body = Mapping[str, Any]
+
+LEAST = 5e-324
+"""The smallest number above 0: as top_p it leaves the likeliest token alone."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,12 @@ async def completion_job(service: Service, body: Body) -> Job:
     logprobs = _number(body, "logprobs")
     prompts = [await encode(service, each, "prompt") for each in given]
     echoes = [Delta() for _ in prompts]
+    firsts: list[Logits | None] = [None for _ in prompts]
     if body.get("echo"):
-        echoes = [
-            await _echo(service, text, ids, logprobs)
-            for text, ids in zip(given, prompts, strict=True)
-        ]
+        echoes, firsts = await _echoes(service, given, prompts, logprobs)
     return Job(
         CompletionShape(service.name, service.tokenizer, logprobs),
-        _requests(body, prompts, n, int(_value(body, "max_tokens", MAX_TOKENS)), logprobs),
+        _requests(body, prompts, n, _tokens(service, body, MAX_TOKENS), logprobs, firsts),
         tuple(echo for echo in echoes for _ in range(n)),
         sum(map(len, prompts)),
         *_streaming(body),
@@ -70,7 +75,9 @@ async def chat_job(service: Service, body: Body) -> Job:
     ids = await encode(service, text, "messages")
     return Job(
         ChatShape(service.name, service.tokenizer, logprobs),
-        _requests(body, [ids], n, _chat_tokens(body), logprobs, stop=(CHAT_STOP,)),
+        _requests(
+            body, [ids], n, _tokens(service, body, MAX_CHAT_TOKENS), logprobs, [None], (CHAT_STOP,)
+        ),
         tuple(Delta() for _ in range(n)),
         len(ids),
         *_streaming(body),
@@ -102,21 +109,17 @@ def _count(service: Service, body: Body, prompts: int) -> int:
     return n
 
 
-def _chat_tokens(body: Body) -> int:
-    names = ("max_completion_tokens", "max_tokens")
-    given = {int(body[name]) for name in names if body.get(name) is not None}
-    if len(given) > 1:
-        message = "max_tokens and max_completion_tokens are one thing: give one of them."
-        raise _conflict(message, "max_tokens")
-    return given.pop() if given else MAX_CHAT_TOKENS
+def _tokens(service: Service, body: Body, default: int) -> int:
+    """Tokens of each text: no more than any field says, nor than the limit."""
+    given = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    asked = min((int(n) for n in given if n is not None), default=default)
+    return min(asked, service.limits.max_tokens)
 
 
 def _streaming(body: Body) -> tuple[bool, bool]:
     """Whether to stream, and whether to count tokens at the end of the stream."""
-    stream, options = bool(body.get("stream")), body.get("stream_options")
-    if options is not None and not stream:
-        raise _conflict("stream_options are for a stream: set stream to true.", "stream_options")
-    return stream, bool((options or {}).get("include_usage"))
+    options = body.get("stream_options") or {}
+    return bool(body.get("stream")), bool(options.get("include_usage"))
 
 
 def _requests(
@@ -125,46 +128,97 @@ def _requests(
     n: int,
     max_tokens: int,
     logprobs: int | None,
+    firsts: Sequence[Logits | None],
     stop: tuple[str, ...] = (),
 ) -> tuple[Request, ...]:
-    """Every text has a seed of its own: the seed, the seed + 1, and so on."""
-    config, seed = sampling_of(body), _number(body, "seed")
+    """Every text has a seed of its own: the seed, the seed + 1, and so on. ``firsts`` are logits
+    of the first token, where they are known."""
+    config, penalties, seed = sampling_of(body), _penalties(body), seed_of(body)
     own = _value(body, "stop", ())
     stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
-    texts = [ids for ids in prompts for _ in range(n)]
+    texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
     return tuple(
-        Request(ids, max_tokens, config, None if seed is None else seed + i, stops, logprobs)
-        for i, ids in enumerate(texts)
+        Request(
+            ids,
+            max_tokens,
+            config,
+            None if seed is None else seed + i,
+            stops,
+            logprobs,
+            first,
+            penalties,
+        )
+        for i, (ids, first) in enumerate(texts)
     )
 
 
 def sampling_of(body: Body) -> SampleConfig:
-    penalty, min_p = body.get("repetition_penalty"), body.get("min_p")
+    """The settings, of which some have values that stand for nothing in other servers."""
+    penalty, top_k, top_p = (body.get(k) for k in ("repetition_penalty", "top_k", "top_p"))
     return SampleConfig(
         temperature=float(_value(body, "temperature", 1)),
-        top_k=_number(body, "top_k"),
-        top_p=body.get("top_p"),
-        min_p=min_p or None,  # 0 is none
+        top_k=None if top_k in (None, 0, -1) else int(top_k),
+        top_p=None if top_p is None else top_p or LEAST,
+        min_p=body.get("min_p") or None,  # 0 is none
         repetition_penalty=None if penalty == 1 else penalty,
     )
 
 
-async def _echo(service: Service, prompt: str | list[int], ids: Ids, logprobs: int | None) -> Delta:
-    """The prompt as the beginning of a text; its own log probabilities are a forward pass."""
-    text = prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)
+def seed_of(body: Body) -> int | None:
+    """The seed; -1 stands for a random one, as in other servers."""
+    seed = _number(body, "seed")
+    return None if seed == -1 else seed
+
+
+def _penalties(body: Body) -> Penalties | None:
+    bias = {int(token): float(value) for token, value in (body.get("logit_bias") or {}).items()}
+    presence, frequency = (
+        float(_value(body, f"{name}_penalty", 0)) for name in ("presence", "frequency")
+    )
+    return Penalties(presence, frequency, bias) if presence or frequency or bias else None
+
+
+async def _echoes(
+    service: Service, given: Sequence[str | list[int]], prompts: Sequence[Ids], logprobs: int | None
+) -> tuple[list[Delta], list[Logits | None]]:
+    """Each prompt as the beginning of its texts; where it is scored, logits of what follows."""
+    texts = [
+        each if isinstance(each, str) else service.tokenizer.decode(ids)
+        for each, ids in zip(given, prompts, strict=True)
+    ]
     if logprobs is None:
-        return Delta(text)
+        return [Delta(text) for text in texts], [None] * len(texts)
+    scored = await _scored(service, prompts, logprobs)
+    echoes = [
+        Delta(text, _told(service, ids, each.tokens))
+        for text, ids, each in zip(texts, prompts, scored, strict=True)
+    ]
+    return echoes, [each.following for each in scored]
+
+
+async def _scored(service: Service, prompts: Sequence[Ids], count: int) -> list[Scored]:
+    """The scores of all prompts, or of none."""
     block_size = service.model.config.block_size
-    if len(ids) > block_size:
+    if max(map(len, prompts)) > block_size:
         message = f"Log probabilities of a prompt (echo) are for {block_size} tokens at most."
         raise Refusal(400, message, param="logprobs", code="context_length_exceeded")
-    work = service.engine.run(lambda: score(service.model, ids, service.vocab_size, logprobs))
+    work: list[Future[Scored]] = []
     try:
-        scores = await asyncio.wrap_future(work)
+        for ids in prompts:
+            work.append(service.engine.score(ids, count))
+        return await asyncio.gather(*map(asyncio.wrap_future, work))
+    except (EngineClosed, QueueFull):
+        raise
     except TinyGPTError as error:
         raise Refusal(500, str(error), code="model_failed") from error
+    finally:
+        for future in work:
+            future.cancel()  # where it is not done
+
+
+def _told(service: Service, ids: Ids, scores: Sequence[Score]) -> list[Told]:
     stream, begins, told = TextStream(service.tokenizer), 0, []
     for token, (logprob, top) in zip(ids, scores, strict=True):
         told.append(Told(token, logprob, top, begins))
         begins += len(stream.push(token))
-    return Delta(text, told)
+    return told

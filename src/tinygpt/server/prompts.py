@@ -41,12 +41,27 @@ def chat_text(messages: Sequence[Mapping[str, Any]]) -> str:
     >>> chat_text([{"role": "user", "content": "Hello"}])
     'User: Hello\\n\\nAssistant:'
     """
-    turns = [SPEAKERS.get(m["role"], "") + _content(m["content"]) for m in messages]
-    return TURN.join([*turns, ANSWER])
+    return TURN.join([*(_turn(i, message) for i, message in enumerate(messages)), ANSWER])
+
+
+def _turn(index: int, message: Mapping[str, Any]) -> str:
+    """A message in the template. What the model wrote comes back with the space that it put behind
+    ``Assistant:``, and maybe with the line break before ``User:``; there is one of each already.
+    """
+    role = message["role"]
+    if role != "assistant" and "content" not in message:
+        where = f"messages[{index}].content"
+        raise Refusal(400, f"{where} is missing.", param=where, code="conflicting_fields")
+    content = _content(message.get("content") or message.get("refusal") or "")
+    if role == "assistant":
+        return f"{SPEAKERS[role]}{content.strip()}".rstrip()
+    return SPEAKERS.get(role, "") + content
 
 
 def _content(content: str | Sequence[Mapping[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or part.get("refusal") or "" for part in content)
 
 
 def prompts_of(value: Any) -> list[str | list[int]]:
@@ -56,32 +71,35 @@ def prompts_of(value: Any) -> list[str | list[int]]:
     return list(value)
 
 
-async def encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
-    """The ids of a prompt, refused where the model has none or the prompt is too long.
+async def encode(
+    service: Service, prompt: str | Sequence[int], param: str, *, most: int | None = None
+) -> Ids:
+    """The ids of a prompt, refused where the model has none or there are more than ``most``.
 
     A long one is encoded in a thread of its own, so that nobody has to wait for it.
     """
+    most = service.limits.prompt_tokens if most is None else most
     if len(prompt) <= SHORT:
-        return _encode(service, prompt, param)
-    return await asyncio.to_thread(_encode, service, prompt, param)
+        return _encode(service, prompt, param, most)
+    return await asyncio.to_thread(_encode, service, prompt, param, most)
 
 
-def _encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
+def _encode(service: Service, prompt: str | Sequence[int], param: str, most: int) -> Ids:
     if isinstance(prompt, str):
         try:
             ids = tuple(service.tokenizer.encode(prompt))
         except TokenizerError as error:
-            raise Refusal(400, _strange(service, param), param=param, code="bad_text") from error
+            raise Refusal(400, strange(service, param), param=param, code="bad_text") from error
     else:
         ids = tuple(map(int, prompt))
-    most = service.limits.prompt_tokens
     if len(ids) > most:
         message = f"{param} has {len(ids)} tokens, and {most} are the most that are taken."
         raise Refusal(400, message, param=param, code="context_length_exceeded")
     return ids
 
 
-def _strange(service: Service, param: str) -> str:
+def strange(service: Service, param: str) -> str:
+    """Why a text cannot be encoded."""
     if service.tokenizer.kind != "char":
         return f"{param} holds half a character (a lone surrogate), which is no text."
     template = " The chat template itself needs the letters of 'User' and 'Assistant' and a colon."

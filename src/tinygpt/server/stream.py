@@ -7,10 +7,14 @@ import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from tinygpt.config import SampleConfig
+from tinygpt.sample import Penalties
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """A stop string, or ``max_tokens``; the other two speak for themselves."""
@@ -35,6 +39,10 @@ class Request:
     """The text ends before the first of these strings."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report with each; 0: the chosen one's only."""
+    first: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    """Logits (V,) of the first token, where they are known already: of a prompt that was scored."""
+    penalties: Penalties | None = None
+    """What is taken off, or added to, the logits of tokens."""
 
 
 @dataclass(frozen=True, slots=True)

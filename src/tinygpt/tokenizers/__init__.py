@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import TokenizerError, nearest
 from tinygpt.files import user_path
+from tinygpt.names import exists, is_name
 from tinygpt.tokenizers.base import BaseTokenizer, TextStream, Tokenizer, fingerprint, read_json
 from tinygpt.tokenizers.bpe import BPETokenizer
 from tinygpt.tokenizers.chunks import chunks
@@ -50,7 +51,7 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer that ``save`` wrote; ``path`` may also be a folder with tokenizer.json."""
     path = user_path(path)
-    file = path / "tokenizer.json" if _exists(path) and path.is_dir() else path
+    file = path / "tokenizer.json" if exists(path) and path.is_dir() else path
     try:
         return tokenizer_from_dict(read_json(file))
     except TokenizerError as error:
@@ -58,26 +59,42 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(message if str(file) in message else f"{file}: {message}") from error
 
 
+class _Names(Container[str]):
+    """What ``make_tokenizer`` knows by name."""
+
+    def __contains__(self, spec: object) -> bool:
+        return spec in ("gpt2", "char", "byte") or _bpe_size(str(spec)) is not None
+
+
+NAMES = _Names()
+
+
+def _bpe_size(spec: str) -> int | None:
+    """The size in ``bpe:1024``."""
+    name, _, size = spec.partition(":")
+    is_size = name == "bpe" and size.isdecimal() and len(size) < 20
+    return int(size) if is_size else None
+
+
 def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -> Tokenizer:
     """The tokenizer that ``spec`` asks for, trained on ``text()`` where it is one that learns.
 
-    ``spec`` is ``gpt2``, ``bpe:N``, ``char``, ``byte``, or the path of a saved tokenizer or a run.
-    None is ``bpe:1024`` for a small text and ``gpt2`` for one of more than 16 million characters.
+    ``spec`` is ``gpt2``, ``bpe:N``, ``char``, ``byte``, or the path of a saved tokenizer or a run;
+    a file that is called as one of the former is ``./gpt2``, see ``names``. None is ``bpe:1024``
+    for a small text and ``gpt2`` for one of more than 16 million characters.
     """
     if spec is None:
         spec = "bpe:1024" if _is_small(text()) else "gpt2"
-    name, _, size = str(spec).partition(":")
-    if spec == "gpt2":
-        return BPETokenizer("gpt2")
-    if spec == "byte":
-        return ByteTokenizer()
-    if spec == "char":
-        return CharTokenizer.train(text())
-    if name == "bpe" and size.isdecimal() and len(size) < 20:
-        return BPETokenizer.train(text(), int(size))
-    if str(spec) and _exists(user_path(spec)):
+    if is_name(spec, NAMES):
+        if spec == "gpt2":
+            return BPETokenizer("gpt2")
+        if spec == "byte":
+            return ByteTokenizer()
+        size = _bpe_size(str(spec))
+        return CharTokenizer.train(text()) if size is None else BPETokenizer.train(text(), size)
+    if str(spec) and exists(user_path(spec)):
         return load_tokenizer(spec)
-    if name == "bpe":
+    if str(spec).partition(":")[0] == "bpe":
         raise TokenizerError(
             f"{brief(str(spec))} lacks a size of the vocabulary that can be. Try bpe:1024."
         )
@@ -86,13 +103,6 @@ def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -
         f"{nearest(str(spec)[:99], ['gpt2', 'bpe:1024', 'char', 'byte'])} "
         f"Wanted: gpt2, bpe:N, char, byte, or the path of a saved tokenizer."
     )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, or a link to itself
-        return False
 
 
 def _is_small(pieces: Iterable[str]) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tinygpt.cli.console import say, show_json
 from tinygpt.cli.models import load_model
 from tinygpt.cli.options import Switch
+from tinygpt.names import is_name
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -59,7 +60,7 @@ def export_hf(
 
 
 def _load(path: Path, tokenizer: str | None) -> tuple[GPT, Tokenizer | None]:
-    if tokenizer != "none":
+    if tokenizer is None or not is_name(tokenizer, ("none",)):
         return load_model(path, tokenizer)
     from tinygpt import runtime
     from tinygpt.api import load

@@ -26,7 +26,7 @@ from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, sum_dtype, tile_shape
 from tinygpt.kernels.fallback import falls_back, first_device, obstacle
 from tinygpt.kernels.norm import empty
-from tinygpt.kernels.phases import contiguous, run
+from tinygpt.kernels.phases import Backward, contiguous, run
 
 HEADS = 12
 """From so many on, of all sequences, a head is a unit of the backward pass."""
@@ -125,14 +125,14 @@ def _attention(
     x = inputs[0]
     keys = [contiguous(key.to(x.device))] if p.dropout and key is not None else []
 
-    def gradients(gradient: Tensor) -> list[Tensor | None]:
+    def gradients(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        out, lse = outputs
         saved = [out.detach(), lse]
         grad = contiguous(gradient.cast(out.dtype))
         return [*_gradients(p, grad, saved, inputs, keys), *(None for _ in keys)]
 
     outputs = [empty(x, *shape), empty(x, *rows, dtype=sum_dtype(x.dtype))]
-    out, lse = _run(forward, p, 2, outputs, [*inputs, *keys], gradients)
-    return out
+    return _run(forward, p, 2, outputs, [*inputs, *keys], gradients)[0]
 
 
 def _gradients(
@@ -161,7 +161,7 @@ def _run(
     products: int,
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    gradients: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
+    gradients: Backward | None = None,
 ) -> list[Tensor]:
     return run(
         kernel,

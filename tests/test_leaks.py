@@ -1,0 +1,86 @@
+"""Whatever may be called in a loop keeps nothing of a call: no UOps, no memory of the device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+from tinygrad.helpers import Context, GlobalCounters
+from tinygrad.uop.ops import UOpMetaClass
+
+from tinygpt import GPT, ByteTokenizer, GPTConfig, evaluation, kernels
+from tinygpt.server import inspect, scoring
+
+CONFIG = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
+IDS = np.arange(32, dtype=np.int32).reshape(2, 16)
+CALLS = 2
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return GPT(CONFIG).eval()
+
+
+def forward(model: GPT) -> None:
+    model(Tensor(IDS)).realize()
+
+
+def forward_unrealized(model: GPT) -> None:
+    model(Tensor(IDS))
+
+
+def forward_in_training(model: GPT) -> None:
+    with Context(TRAINING=1):
+        model(Tensor(IDS)).realize()
+
+
+def forward_plain(model: GPT) -> None:
+    with kernels.plain():
+        model(Tensor(IDS)).realize()
+
+
+def gradients(model: GPT) -> None:
+    loss = model.loss(Tensor(IDS), Tensor(IDS))
+    Tensor.realize(loss, *loss.gradient(*model.parameters().values()))
+
+
+def gradients_of_logits(model: GPT) -> None:
+    logits = model(Tensor(IDS))
+    loss = kernels.cross_entropy(logits.reshape(-1, 256), Tensor(IDS.reshape(-1)))
+    Tensor.realize(loss, *loss.gradient(*model.parameters().values()))
+
+
+def generate(model: GPT) -> None:
+    model.generate(Tensor(IDS[:, :15]), max_tokens=3)
+
+
+def look(model: GPT) -> None:
+    inspect.attention(model, [1, 2, 3], 0, 3)
+
+
+def score(model: GPT) -> None:
+    scoring.score(model, [1, 2, 3], 256, 2)
+
+
+def evaluate(model: GPT) -> None:
+    evaluation.measure(model, IDS.reshape(-1), ByteTokenizer(), batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(forward, forward_unrealized, forward_in_training, forward_plain, gradients),
+        *(gradients_of_logits, generate, look, score, evaluate),
+    ],
+)
+def test_memory_is_flat(model: GPT, call: Callable[[GPT], None]) -> None:
+    found = []
+    for _ in range(2):
+        for _ in range(CALLS):
+            call(model)
+        gc.collect()
+        found.append((len(UOpMetaClass.ucache), GlobalCounters.mem_used))
+    assert found[1] <= found[0], "UOps in tinygrad's cache, and bytes on the device"
