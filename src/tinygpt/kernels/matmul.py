@@ -47,8 +47,9 @@ COPY, COPY_ACROSS = 6, 15
 """What it takes to copy a number of an operand, and one that lies across, in multiply-adds."""
 UNIT = 20_000
 """What a unit takes besides, being dealt out for instance; in multiply-adds too."""
-CORES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Numbers of cores that products are cut up for."""
+CORES = tuple((n, math.cbrt(n)) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128))
+"""Numbers of cores that products are cut up for, and what the time on so many weighs. It falls with
+their number n, so a relative loss counts 1 / n^(2/3): few cores are the more common."""
 LINE = 16
 """Numbers in a cache line of 64 bytes."""
 
@@ -135,8 +136,7 @@ class Plan:
         """(chunks of rows, groups of panels): the units that suit one core, some, and many.
 
         More units copy more, and waste rows where the last chunk is not full; fewer leave cores
-        with nothing to do. What each choice costs on each of CORES, in multiply-adds, is estimated;
-        relative to the best it counts the less the more cores, by their cube root.
+        with nothing to do. What each choice takes on each of CORES is estimated, in multiply-adds.
         """
         tiles = -(-self.m // self.rows)
         fewest = -(-tiles * self.rows // COPIED_ROWS) if self.copies_a else 1
@@ -147,9 +147,7 @@ class Plan:
             copied = (COPY_ACROSS if self.b_strides[0] == 1 else COPY) * width
             copied += COPY * height if self.copies_a else 0
             unit = UNIT + (height * width + copied) * self.depth
-            return sum(
-                float(cores) ** (1 / 3) * -(-chunks * groups // cores) * unit for cores in CORES
-            )
+            return sum(weight * -(-chunks * groups // cores) * unit for cores, weight in CORES)
 
         chunks = sorted({-(-tiles // height) for height in range(1, tiles + 1)})
         groups = [panels] if not self.copies_a else divisors(panels)
