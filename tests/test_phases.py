@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -188,7 +188,7 @@ def test_backward_gives_the_gradient() -> None:
         else tensor(numbers(8))
     )
 
-    def backward(gradient: Tensor) -> list[Tensor]:
+    def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         return run(times_twice, [Tensor.empty(8)], [gradient.contiguous(), x], lanes=8)
 
     y = run(square, [Tensor.empty(8)], [x], lanes=8, backward=backward)[0]
