@@ -131,9 +131,9 @@ def _requests(
     config, seed = sampling_of(body), _number(body, "seed")
     own = _value(body, "stop", ())
     stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
-    texts = [ids for ids in prompts for _ in range(n)]
+    texts, on = [ids for ids in prompts for _ in range(n)], bool(body.get("ignore_eos"))
     return tuple(
-        Request(ids, max_tokens, config, None if seed is None else seed + i, stops, logprobs)
+        Request(ids, max_tokens, config, None if seed is None else seed + i, stops, logprobs, on)
         for i, ids in enumerate(texts)
     )
 

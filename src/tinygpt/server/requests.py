@@ -134,6 +134,7 @@ def _sampling(limits: Limits) -> Fields:
             ],
             "description": "End before these strings.",
         },
+        "ignore_eos": _optional("boolean", "Go on behind the token that ends a text."),
         "seed": _optional("integer", "One seed, one text.", minimum=0, maximum=LARGEST_SEED),
         "stream": _optional("boolean", "Send the text as it is written, as server-sent events."),
         "stream_options": {

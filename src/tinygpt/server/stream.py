@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from tinygpt.config import SampleConfig
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""A stop string, or ``max_tokens``; the other two speak for themselves."""
+"""A stop string or the end of the text, or ``max_tokens``; the other two speak for themselves."""
 
 Waiter: TypeAlias = "threading.Lock | asyncio.Future[None]"
 """What a consumer waits for: a lock that the engine releases, or a future of its event loop."""
@@ -35,6 +35,8 @@ class Request:
     """The text ends before the first of these strings."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report with each; 0: the chosen one's only."""
+    ignore_eos: bool = False
+    """Whether to go on behind a token that ends a text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,19 +9,29 @@ from typing import Any
 from tinygpt.errors import TokenizerError, nearest
 from tinygpt.files import user_path
 from tinygpt.names import exists, is_name
-from tinygpt.tokenizers.base import BaseTokenizer, TextStream, Tokenizer, fingerprint, read_json
+from tinygpt.tokenizers.base import (
+    END,
+    BaseTokenizer,
+    TextStream,
+    Tokenizer,
+    ends_of,
+    fingerprint,
+    read_json,
+)
 from tinygpt.tokenizers.bpe import BPETokenizer
 from tinygpt.tokenizers.chunks import chunks
 from tinygpt.tokenizers.simple import ByteTokenizer, CharTokenizer
 from tinygpt.untrusted import brief
 
 __all__ = [
+    "END",
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "TextStream",
     "Tokenizer",
     "chunks",
+    "ends_of",
     "fingerprint",
     "load_tokenizer",
     "make_tokenizer",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt.errors import UsageError
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.tokenizers import BPETokenizer, Tokenizer
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     """The kind, and the characters or the tokens in the order of their ids.
 
-    A byte-pair token is given as its bytes, each as the character of that number (Latin-1). Raises
+    A byte-pair token is given as its bytes, each as the character of that number (Latin-1), and a
+    special one, which no text becomes, by its name. ``ends`` are the ids that end a text. Raises
     UsageError for a vocabulary that splits text otherwise than GPT-2's.
     """
     values = tokenizer.to_dict()
@@ -20,11 +21,18 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         return {"kind": "byte"}
     if kind == "char":
         return {"kind": "char", "chars": values["chars"]}
-    if kind == "bpe" and "gpt2" in (values.get("encoding"), values.get("pattern")):
-        special = {"<|endoftext|>": 50256} if values.get("encoding") == "gpt2" else {}
-        count = tokenizer.vocab_size - len(special)
-        tokens = [tokenizer.decode_bytes([i]).decode("latin-1") for i in range(count)]
-        return {"kind": "bpe", "tokens": tokens, "special": special}
+    if isinstance(tokenizer, BPETokenizer) and "gpt2" in (
+        values.get("encoding"),
+        values.get("pattern"),
+    ):
+        special = dict(tokenizer.special)
+        tokens: list[str | None] = [None] * tokenizer.vocab_size
+        for token, i in tokenizer.ranks.items():
+            tokens[i] = token.decode("latin-1")
+        while tokens and tokens[-1] is None:
+            tokens.pop()
+        described = {"kind": "bpe", "tokens": tokens, "special": special}
+        return described | ({"ends": list(tokenizer.ends)} if tokenizer.ends else {})
     name = values.get("encoding") or kind
     raise UsageError(
         f"A page cannot carry the tokenizer {name!r}: it splits text in a way that is not built "

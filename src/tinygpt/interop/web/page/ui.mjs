@@ -8,6 +8,8 @@ const about = JSON.parse(find('about').textContent);
 const text = find('text');
 const SHARED = ['count', 'temperature', 'topK', 'topP', 'seed'];
 
+find('ends').hidden = !about.tokenizer.ends;
+
 // Loading ------------------------------------------------------------------------------------------
 
 const worker = new Worker(
@@ -68,6 +70,7 @@ function options() {
     }
     given[name] = value;
   }
+  given.ignoreEos = find('ignoreEos').checked;
   return given;
 }
 
@@ -117,12 +120,13 @@ const heard = {
     text.value = text.value.slice(0, text.value.length - drop) + added;
     if (atEnd) text.scrollTop = text.scrollHeight;
   },
-  done({ count, seconds, error }) {
+  done({ count, ended, seconds, error }) {
     if (writing && error) past.pop();
     setWriting(false);
     fail(error ?? '');
     const pace = count > 1 ? `, ${Math.round(count / seconds).toLocaleString('en')} per second` : '';
-    find('status').textContent = error ? '' : `${count.toLocaleString('en')} tokens${pace}`;
+    const end = ended ? '; the text ends here' : '';
+    find('status').textContent = error ? '' : `${count.toLocaleString('en')} tokens${pace}${end}`;
     document.documentElement.dataset.pace = count / seconds;
     if (find('look').open) askForTokens();
   },
