@@ -46,6 +46,10 @@ OTHER_TOKENIZER = (
 )
 OF_ANOTHER = "Is the config.json of another model? Fetch both from the same place."
 """What to do where the weights are not those that config.json describes."""
+MOST_PADDING = 1024
+"""Rows of an embedding beyond the tokens: vocabularies are padded to a multiple of 64, as nanoGPT's
+50,304 rows for GPT-2's 50,257 tokens, or of up to so many. More tell that the tokenizer is not the
+model's."""
 LISTED = 5
 """Names that an error lists at most."""
 
@@ -88,8 +92,8 @@ class Pretrained:
         return tuple(i for i in read_ends(self.folder) if i < self.config.vocab_size)
 
     def check_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """InteropError unless the model has a row for each token; more only pad the vocabulary."""
-        if tokenizer.vocab_size > self.config.vocab_size:
+        """InteropError unless the model has a row for each token, and few more that only pad."""
+        if not 0 <= self.config.vocab_size - tokenizer.vocab_size <= MOST_PADDING:
             raise InteropError(
                 f"{self.source}: the model has a vocabulary of {self.config.vocab_size:,}, and the "
                 f"tokenizer one of {tokenizer.vocab_size:,}. {OTHER_TOKENIZER}"
