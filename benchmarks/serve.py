@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py [--config baby|gpt2] [--clients 1,8,64] [--rounds R] [--whole]
                                [--places P] [--memory REQUESTS] [--threads N] [--json FILE]
+    python benchmarks/serve.py --score [--scorers N] ...
     python benchmarks/serve.py --engine [--cpu-time] ...
 
 Two `tinygpt serve`, one with 16 places and one with a single one, take turns. A turn is so many
@@ -9,6 +10,11 @@ clients that each send some requests, one after the other, over a connection of 
 the answer as a stream of events (``--whole``: in one piece); the clients are one other process,
 this one. First the texts of requests that arrive together must be those of `tinygpt generate`.
 ``--memory`` sends as many short requests, and tells what they leave behind in the server.
+
+``--score`` is about what programs that evaluate models ask for, the log probabilities of a prompt
+(``echo`` with ``logprobs``): how many requests a second, and how long a stream of tokens takes
+beside so many clients that ask for nothing else, against alone. First the scores of texts that
+arrive together must be those of a forward pass of each text.
 
 ``--engine`` is about decoding alone: the engine, called in its own process, against `generate_text`
 for one text after another.
@@ -337,6 +343,112 @@ def memory(server: Served, requests: int) -> dict[str, float]:
     return dict(zip(("before", "a_tenth", "all"), [n / MB for n in held], strict=True))
 
 
+def score_body(prompt: str) -> dict[str, Any]:
+    """What lm-evaluation-harness sends for a text."""
+    return {"prompt": prompt, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0,
+            "seed": 1234, "stream": False}  # fmt: skip
+
+
+def texts_to_score(count: int) -> list[str]:
+    """Texts of many lengths, from two characters to 60."""
+    return [(ALPHABET[i % 65 :] + ALPHABET)[: 2 + 17 * i % 59] for i in range(count)]
+
+
+def check_scores(checkpoint: Path, server: Served) -> None:
+    """Raise SystemExit unless scores of texts that arrive together are the forward pass's."""
+    import numpy as np
+    from tinygrad import Tensor
+
+    from tinygpt import load
+    from tinygpt.sample import log_probabilities
+
+    model, tokenizer = load(checkpoint)
+    assert tokenizer is not None
+    prompts = texts_to_score(12)
+
+    async def answers() -> list[bytes]:
+        async def one(prompt: str) -> bytes:
+            async with server.client() as client:
+                return await client.ask(score_body(prompt))
+
+        return await asyncio.gather(*map(one, prompts))
+
+    for prompt, answer in zip(prompts, asyncio.run(answers()), strict=True):
+        ids = tokenizer.encode(prompt)
+        rows = model(Tensor([ids], dtype="int32"))[0].numpy()
+        wanted = [log_probabilities(row)[i] for row, i in zip(rows, ids[1:], strict=False)]
+        told = json.loads(answer)["choices"][0]["logprobs"]["token_logprobs"]
+        if len(told) != len(ids) + 1 or not np.allclose(told[1:-1], wanted, atol=1e-3):
+            raise SystemExit(f"the scores of {prompt!r} are not those of a forward pass")
+
+
+def measure_scores(options: Any, checkpoint: Path) -> dict[str, Any]:
+    """Requests a second of so many scorers, and seconds of a stream beside them and alone."""
+    server = Served("scores", checkpoint, options.places, options.threads)
+    stream = {"prompt": ALPHABET[0], "max_tokens": 150, "temperature": 0, "stream": True}
+    bodies = [score_body(text) for text in texts_to_score(59)]
+
+    async def requests_per_second() -> float:
+        asks, everybody = 4, [server.client() for _ in range(options.scorers)]
+
+        async def work(number: int, client: Client) -> None:
+            async with client:
+                for i in range(asks):
+                    await client.ask(bodies[(number + 7 * i) % len(bodies)])
+
+        begin = time.perf_counter()
+        await asyncio.gather(*(work(i, client) for i, client in enumerate(everybody)))
+        return asks * options.scorers / (time.perf_counter() - begin)
+
+    async def stream_seconds(scorers: int) -> float:
+        over = asyncio.Event()
+
+        async def score(number: int) -> None:
+            async with server.client() as client:
+                while not over.is_set():
+                    number += 1
+                    await client.ask(bodies[number % len(bodies)])
+
+        work = [asyncio.create_task(score(7 * i)) for i in range(scorers)]
+        await asyncio.sleep(0.3 if scorers else 0)
+        async with server.client() as client:
+            begin = time.perf_counter()
+            answer = await client.ask(stream)
+            seconds = time.perf_counter() - begin
+        assert DONE in answer
+        over.set()
+        await asyncio.gather(*work)
+        return seconds
+
+    try:
+        check_scores(checkpoint, server)
+        works = {
+            "rate": lambda: asyncio.run(requests_per_second()),
+            "alone": lambda: asyncio.run(stream_seconds(0)),
+            "beside": lambda: asyncio.run(stream_seconds(options.scorers)),
+        }
+        for work in works.values():  # what is made on first use is there
+            work()
+        taken = take_turns(works, options.rounds)
+    finally:
+        server.close()
+    return {
+        "scorers": options.scorers,
+        "requests_per_second": Spread.of(taken["rate"]),
+        "alone_ms": Spread.of([1e3 * each for each in taken["alone"]]),
+        "beside_ms": Spread.of([1e3 * each for each in taken["beside"]]),
+        "slowdown": ratio(taken["beside"], taken["alone"]),
+    }
+
+
+def show_scores(row: dict[str, Any]) -> None:
+    print(
+        f"{row['scorers']} scorers: {row['requests_per_second'].show('.0f')} requests/s; a stream "
+        f"of 150 tokens takes {row['beside_ms'].show('.0f')} ms beside them, "
+        f"{row['alone_ms'].show('.0f')} alone: {row['slowdown'].show()} times as long"
+    )
+
+
 def run(work: Coroutine[Any, Any, Turn]) -> Turn:
     return asyncio.run(work)
 
@@ -388,18 +500,25 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="answers in one piece, no streams")
     parser.add_argument("--memory", type=int, metavar="REQUESTS", help="as many short ones")
     parser.add_argument("--engine", action="store_true", help="decoding alone, without HTTP")
+    parser.add_argument("--score", action="store_true", help="log probabilities of prompts")
+    parser.add_argument("--scorers", type=int, default=30, help="clients that ask for scores")
     add_cpu_time(parser)
     options = parse(parser)
     where, setting = machine(), SETTINGS[options.config]
     show_machine(where, options.threads)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_checkpoint(setting, folder)
-        if options.engine:
+        if options.score:
+            rows, kept = [measure_scores(options, checkpoint)], None
+        elif options.engine:
             rows, kept = measure_engine(options, checkpoint), None
         else:
             rows, kept = measure_served(options, checkpoint, setting)
-    print(f"{options.config}: {setting.new} tokens for each request, {options.places} places")
-    (show_engine if options.engine else show_served)(rows)
+    if options.score:
+        show_scores(rows[0])
+    else:
+        print(f"{options.config}: {setting.new} tokens for each request, {options.places} places")
+        (show_engine if options.engine else show_served)(rows)
     if kept:
         print(f"memory over {options.memory} requests: " + ", ".join(
             f"{name} {value:.1f} MB" for name, value in kept.items()

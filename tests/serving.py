@@ -14,10 +14,12 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 from tinygpt.api import GPT
 from tinygpt.config import GPTConfig
+from tinygpt.generate.batching import BatchDecoder
 from tinygpt.server.app import make_app
 from tinygpt.server.engine import EngineClosed, EngineStats, QueueFull
 from tinygpt.server.limits import Limits
 from tinygpt.server.listening import Server, listen, url
+from tinygpt.server.scoring import score_texts
 from tinygpt.server.service import Service
 from tinygpt.server.stream import Piece, Stream, wake
 from tinygpt.tokenizers import ByteTokenizer
@@ -80,6 +82,19 @@ class FakeEngine:
             future.set_exception(error)
         return future
 
+    def score(self, ids, count):
+        """The real scores, of the model that ``fake_service`` gives."""
+        pieces = score_texts(BatchDecoder(self.model, 1), [(ids, count)], 256)
+
+        def scored():
+            while True:
+                try:
+                    next(pieces)
+                except StopIteration as end:
+                    return end.value[0]
+
+        return self.run(scored)
+
     def stats(self):
         n, ended = len(self.streams), dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         return EngineStats(len(self.open()), 0, 4, self.queue, n, ended, 0, 0, 12345678, 0, 1.5)
@@ -87,9 +102,9 @@ class FakeEngine:
 
 def fake_service(engine=None, name="tiny", **limits):
     """A service of which only the engine is not real."""
-    return Service(
-        engine or FakeEngine(), GPT(TINY), ByteTokenizer(), name, limits=Limits(**limits)
-    )
+    engine = engine or FakeEngine()
+    engine.model = GPT(TINY)
+    return Service(engine, engine.model, ByteTokenizer(), name, limits=Limits(**limits))
 
 
 @contextlib.contextmanager

@@ -259,7 +259,8 @@ def test_what_was_prepared_is_not_made_again(batch, wanted):
     for prepare in batch.preparations():
         prepare()
     made = dict(batch._functions)
-    assert len(made) == 2 + 4 + 3  # prompts, steps of up to 8 rows, windows
+    # Prompts, steps of up to 8 rows, windows; texts that are only read; logits of 16 rows and 64.
+    assert len(made) == 2 + 4 + 3 + 2 + 2
     got = together(batch, PROMPTS, 12, [0, 0, 1, 2, 5, 5, 9])
     np.testing.assert_array_equal(got, wanted)  # preparing leaves nothing behind
     assert batch._functions == made  # the very same: nothing is compiled for a request

@@ -15,7 +15,7 @@ from tinygrad import Tensor
 
 from tests.browser import axe_violations, overflow
 from tests.numpy_gpt2 import GPT2
-from tests.serving import running
+from tests.serving import running, until
 from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig, checkpoint
 from tinygpt.config import to_toml
 from tinygpt.sample import next_logits, softmax
@@ -121,7 +121,8 @@ class Attending(GPT2):
 def test_a_forward_pass_by_the_maps_is_the_models_own():
     model = opinionated_model(GPTConfig(block_size=24, vocab_size=50, n_layer=3, n_embd=32))
     ids = np.random.default_rng(1).integers(0, 50, 21).tolist()
-    maps = [inspect.attention(model, ids, layer, 24) for layer in range(3)]
+    look = inspect.AttentionLook(model)
+    maps = [look.weights(ids, layer, 24) for layer in range(3)]
     assert np.abs(np.diff(maps[2], axis=0)).max() > 0.1, "the heads differ"
     found = Attending(model, maps).logits([ids])
     expected = model(Tensor([ids], dtype="int32")).numpy()
@@ -130,8 +131,9 @@ def test_a_forward_pass_by_the_maps_is_the_models_own():
 
 def test_only_the_last_positions_are_told_of_all_that_the_model_sees(model):
     ids = np.random.default_rng(1).integers(0, 256, 100).tolist()
-    whole = inspect.attention(model, ids[-48:], 1, 48)
-    part = inspect.attention(model, ids, 1, 7)
+    look = inspect.AttentionLook(model)
+    whole = look.weights(ids[-48:], 1, 48)
+    part = look.weights(ids, 1, 7)
     assert part.shape == (3, 7, 48)
     np.testing.assert_allclose(part, whole[:, -7:], atol=1e-6)
     assert (part[:, 0, 42:] == 0).all() and (part.sum(-1) - 1 < 1e-5).all()
@@ -203,6 +205,25 @@ def test_a_stream_tells_the_cuts_of_the_prompt_and_then_every_token(address, ser
         after.append(token["id"])
 
 
+@pytest.mark.parametrize(
+    "asked, written", [({}, 100), ({"max_tokens": None}, 100), ({"max_tokens": 0}, 0)]
+)
+def test_no_tokens_are_none_and_only_what_is_not_said_has_a_default(address, asked, written):
+    told = events(address, text="So", **asked, **GREEDY)
+    assert sum(len(event.get("tokens", ())) for event in told) == written
+    assert told[-1] == {"finish_reason": "length"}
+
+
+def test_of_a_text_that_is_too_long_the_end_is_taken_from_a_whole_character_on(address):
+    text = "語" * 5000 + "x"  # three bytes each, in a server that takes 8,192 tokens
+    tokens = post(address, "/api/tokens", text=text)["tokens"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == text[-2731:]
+    told = events(address, ids=list(b"So"), text=text, max_tokens=2, **GREEDY)
+    assert ids_of(told[0]["prompt"]) == ids_of(tokens)
+    found = post(address, "/api/candidates", ids=[1] * 8192, text="x", count=1)
+    assert found["kept"] == 256
+
+
 def test_what_was_written_can_be_handed_back_and_gone_on_from(address):
     def tokens(told):
         return [t for event in told[1:-1] for t in event["tokens"]]
@@ -231,7 +252,8 @@ def test_attention_is_told_in_rows_that_end_at_their_own_token(address, service)
     told = post(address, "/api/attention", text=text, layer=1, last=20)
     assert (told["start"], told["position"]) == (42, 14)
     assert ids_of(told["tokens"]) == list(text[-20:].encode())
-    work = service.engine.run(lambda: inspect.attention(service.model, list(text.encode()), 1, 20))
+    look = inspect.AttentionLook(service.model)
+    work = service.engine.run(lambda: look.weights(list(text.encode()), 1, 20))
     expected = work.result()
     for head, rows in enumerate(told["weights"]):
         assert [len(row) for row in rows] == list(range(1, 21))
@@ -272,7 +294,6 @@ WRONG = [
     ("/api/tokens", {}, 400),
     ("/api/tokens", {"text": 5}, 400),
     ("/api/tokens", {"text": "\ud800"}, 400),
-    ("/api/tokens", {"text": "x" * 10_000}, 400),
     ("/api/tokens", b'{"text": "' + b"x" * (1 << 21) + b'"}', 413),
     ("/api/tokens", {"text": "x", "more": 1}, 400),
     ("/api/generate", {}, 400),
@@ -281,7 +302,7 @@ WRONG = [
     ("/api/generate", {"ids": [-1]}, 400),
     ("/api/generate", {"ids": [1.5]}, 400),
     ("/api/generate", {"ids": [10**30]}, 400),
-    ("/api/generate", {"ids": [1] * 8192, "text": "x"}, 400),
+    ("/api/generate", {"ids": [1] * 8193}, 400),
     ("/api/generate", {"text": "x", "max_tokens": 10**9}, 400),
     ("/api/generate", {"text": "x", "temperature": -1}, 400),
     ("/api/generate", {"text": "x", "top_p": 0}, 400),
@@ -615,11 +636,158 @@ def expected_pair(text, row, column):
 
 
 def test_a_refusal_is_told_in_words(playground):
-    playground.text.fill("x" * 9000)
-    error = playground.page.get_by_role("alert")
-    playground.expect(error).to_contain_text("8192 are the most")
+    playground.page.route(
+        "**/api/tokens",
+        lambda route: route.fulfill(status=400, json={"error": {"message": "No such character."}}),
+        times=1,
+    )
     playground.text.fill("x")
+    error = playground.page.get_by_role("alert")
+    playground.expect(error).to_have_text("No such character.")
+    playground.text.fill("y")
     playground.expect(error).to_be_hidden()
+
+
+LONG = ["x" * 9000, "語" * 3000 + "é", "word " * 24_000 + "\U0001f642"]
+
+
+def test_a_text_that_is_too_long_stays_whole_and_the_model_is_given_its_end(playground, address):
+    page = playground.page
+    for text in LONG:
+        playground.text.fill(text)
+        playground.expect(playground.status).to_contain_text("the model is given its end")
+        playground.expect(page.locator("#meter")).to_contain_text("the last 8,1")
+        playground.expect(page.locator("#meter")).to_contain_text("the model sees the last 48")
+        assert playground.write(3) == text + continuation(address, text[-60:], 3)
+    playground.expect(page.get_by_role("alert")).to_be_hidden()
+    playground.tab("Tokens")
+    playground.expect(page.locator("#cuts")).to_contain_text("The text begins before them.")
+    playground.tab("Attention")
+    playground.expect(page.locator("#pair")).to_contain_text("looks at")
+    playground.tab("Candidates")
+    playground.text.press("Control+Home")
+    playground.expect(playground.title).to_contain_text("Token 1 of")
+    playground.expect(page.locator("#candidates")).to_contain_text("further back than the model")
+    playground.text.fill("short")
+    playground.expect(page.locator("#meter")).to_have_text("5 tokens")
+
+
+def test_the_text_outlives_a_reload_and_the_way_back(playground, address):
+    page = playground.page
+    text = playground.write(6, "Once 語")
+    playground.tab("Tokens")
+    model = "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
+    for place in (None, "about:blank"):
+        page.reload() if place is None else (page.goto(place), page.go_back())
+        playground.expect(playground.text).to_have_value(text)
+        page.get_by_text(HOSTILE, exact=True).first.wait_for()
+        playground.expect(page.locator("#meter")).to_contain_text(f"{len(text.encode())} tokens")
+        assert page.evaluate(model) == 6  # what the model wrote is still the model's
+    assert playground.write(2) == text + continuation(address, text, 2)
+    playground.text.fill("")
+    page.reload()
+    page.get_by_text(HOSTILE, exact=True).first.wait_for()
+    assert playground.value() == ""
+
+
+def test_of_another_model_only_the_text_is_taken_over(playground):
+    page = playground.page
+    text = playground.write(6, "Once")
+    until(lambda: page.evaluate("sessionStorage.getItem('tinygpt-text')?.includes('model')"))
+    page.add_init_script(
+        "const kept = JSON.parse(sessionStorage.getItem('tinygpt-text'));"
+        "sessionStorage.setItem('tinygpt-text', JSON.stringify({ ...kept, model: 'another' }));"
+    )
+    page.reload()
+    playground.expect(page.locator("#meter")).to_have_text("10 tokens")
+    assert playground.value() == text
+    size = "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
+    until(lambda: page.evaluate(size) == 0)
+
+
+def test_without_storage_the_page_works_as_long_as_it_is_open(open_page, address):
+    page = open_page(f"{address}/page/icon.svg")
+    page.add_init_script(
+        "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('no'); } });"
+        "Object.defineProperty(window, 'localStorage', { get() { throw new Error('no'); } });"
+    )
+    page.goto(address)
+    playground = Playground(page)
+    page.get_by_text(HOSTILE, exact=True).first.wait_for()
+    text = playground.write(3, "if")
+    playground.button("Undo").click()
+    playground.button("Redo").click()
+    assert playground.value() == text
+
+
+def test_what_was_undone_can_be_done_again_by_key_and_button(playground):
+    keys = playground.page.keyboard
+    text = playground.write(4, "once")
+    playground.text.focus()
+    undo, redo = playground.button("Undo"), playground.button("Redo")
+    playground.expect(redo).to_be_disabled()
+    for again in ("Control+Shift+Z", "Control+y"):
+        keys.press("Control+z")
+        assert playground.value() == "once"
+        playground.expect(redo).to_be_enabled()
+        keys.press(again)
+        assert playground.value() == text
+        playground.expect(redo).to_be_disabled()
+    undo.click()
+    undo.click()
+    assert playground.value() == ""
+    keys.press("Control+y")  # from the button, too
+    redo.click()
+    assert playground.value() == text
+    undo.click()
+    playground.text.press_sequentially("!")  # which makes another text of it
+    playground.expect(redo).to_be_disabled()
+
+
+def test_reset_gives_every_field_its_first_value(playground):
+    first = (
+        "[...document.querySelectorAll('#sampling input')].map((i) => [i.id, i.value, i.checked])"
+    )
+    before = playground.page.evaluate(first)
+    playground.page.get_by_label("New each time").uncheck()
+    playground.set(
+        temperature=1.5, top_k=7, top_p=0.5, min_p=0.1, repetition_penalty=1.3, max_tokens=7, seed=9
+    )
+    assert all(a != b for a, b in zip(before, playground.page.evaluate(first), strict=True))
+    playground.button("Reset").click()
+    playground.expect(playground.page.locator("#temperature-value")).to_have_text("0.80")
+    assert playground.page.evaluate(first) == before
+    assert playground.page.locator("#seed").get_attribute("readonly") is not None
+
+
+def test_what_the_page_says_is_so(playground):
+    """Each text at a moment at which it was wrong once."""
+    page = playground.page
+    panel = page.locator("#candidates")
+    playground.expect(panel).to_contain_text("Write something")  # nothing: no text of a first token
+    legend = page.locator("#legend")
+    assert "Point at" not in legend.inner_text() and "cursor" in legend.inner_text()
+    playground.text.fill("ab")
+    playground.text.press("Control+Home")
+    playground.expect(panel).to_contain_text("Nothing comes before the first token")
+    playground.text.fill("")
+    playground.set(max_tokens=4096)
+    playground.button("Continue").click()
+    for tab, said in (("Candidates", "its candidates"), ("Attention", "where it looks"),
+                      ("Tokens", "its tokens")):  # fmt: skip
+        playground.tab(tab)
+        playground.expect(page.get_by_role("tabpanel")).to_contain_text(f"is writing; {said} come")
+    playground.tab("Candidates")
+    assert "Nothing comes before" not in panel.inner_text() and playground.value()
+    playground.button("Stop").click()
+    playground.expect(panel).to_contain_text("Sampling leaves")
+    playground.candidates().first.click()
+    playground.expect(playground.status).to_have_text("Chosen.")  # at the end nothing is lost
+    for _ in range(2):
+        playground.button("Token before").click()
+    playground.expect(page.locator("#candidates [aria-current]")).to_have_count(1)
+    playground.candidates().last.click()
+    playground.expect(playground.status).to_contain_text("Undo brings it back")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -42,17 +42,19 @@ from tinygpt.cli import main
 from tinygpt.cli.serving import _name as name_of
 from tinygpt.cli.serving import browser
 from tinygpt.config import SampleConfig
-from tinygpt.errors import TinyGPTError, UsageError
+from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError
 from tinygpt.generate import generate_text
+from tinygpt.generate.batching import BatchDecoder
 from tinygpt.sample import softmax
+from tinygpt.server import listening
 from tinygpt.server.app import assemble, make_app
 from tinygpt.server.choices import Choice, Delta
 from tinygpt.server.engine import Engine
 from tinygpt.server.limits import Limits
-from tinygpt.server.listening import Server, listen
+from tinygpt.server.listening import HOOKS, Server, check_hooks, listen
 from tinygpt.server.prompts import chat_text
 from tinygpt.server.schema import check
-from tinygpt.server.scoring import score
+from tinygpt.server.scoring import score_texts
 from tinygpt.server.security import HEADERS, is_loopback
 from tinygpt.server.service import Service
 from tinygpt.server.stream import Piece, wake
@@ -528,7 +530,7 @@ def test_texts_and_looks_that_a_closing_engine_drops_are_503s(model):
         threads = [threading.Thread(target=ask, args=each) for each in asked]
         for thread in threads:
             thread.start()
-        until(lambda: engine.stats().waiting == 2 and len(engine._calls) == 2)
+        until(lambda: engine.stats().waiting == 2 and len(engine._beside._waiting) == 2)
         threading.Timer(0.05, held.set).start()
         engine.close()
     for thread in threads:
@@ -1087,7 +1089,7 @@ def test_scores_of_a_model_that_diverged_are_an_error(model):
     broken = GPT(TINY)
     broken.ln_f.weight.assign(Tensor.full(broken.ln_f.weight.shape, float("nan"))).realize()
     with pytest.raises(TinyGPTError, match="diverged"):
-        score(broken, [1, 2, 3], 256, 1)
+        list(score_texts(BatchDecoder(broken, 1), [([1, 2, 3], 1)], 256))
 
 
 # The command ------------------------------------------------------------------------------------
@@ -1207,3 +1209,26 @@ def test_a_missing_extra_is_named(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(run)]) == 1
     assert extras.cure("serve") in capsys.readouterr().err
+
+
+def test_a_uvicorn_that_no_longer_calls_what_is_overridden_is_refused_with_the_cure():
+    check_hooks(HOOKS)
+
+    class Renamed:
+        def __init__(self):
+            self.transport = None
+
+        def connection_made(self):
+            """As before."""
+
+    check_hooks({Renamed: ("connection_made", "transport")})
+    for name in ("handle_events", "cycle"):
+        with pytest.raises(MissingExtraError, match=rf"no Renamed\.{name}, .*install .*uvicorn"):
+            check_hooks({Renamed: ("connection_made", name)})
+
+
+def test_all_that_is_overridden_of_uvicorn_is_checked():
+    for base, names in HOOKS.items():
+        own = listening.Server if base.__name__ == "Server" else listening._Connection
+        overridden = {name for name in vars(own) if name in dir(base) and not name.startswith("__")}
+        assert overridden <= set(names)

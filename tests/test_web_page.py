@@ -112,13 +112,24 @@ def test_hostile_prompts_and_names_are_text(made: Made, open_page: OpenPage) -> 
     assert page.query_selector("img") is None
 
 
+PRESS_STOP = """() => new Promise((resolve) => {
+    const shown = document.getElementById('text').value.length;
+    const look = () => {
+        if (document.getElementById('text').value.length === shown) return setTimeout(look);
+        document.getElementById('stop').click();
+        resolve();
+    };
+    look();
+})"""
+"""In the page itself, once it shows more: a small model would be done before a click from here."""
+
+
 def test_writing_stops_and_goes_on(made: Made, open_page: OpenPage) -> None:
     page = ready(open_page(made.path.as_uri(), offline=True))
     set_up(page, temperature=0, count=100000)
     page.fill("#text", "Once")
     page.click("#go")
-    page.wait_for_selector("#stop:enabled")
-    page.click("#stop")
+    page.evaluate(PRESS_STOP)
     stopped = done(page)
     written = len(made.tokenizer.encode(stopped.rstrip("\ufffd"))) - 4
     assert 0 < written < 100000
@@ -163,6 +174,32 @@ def test_the_text_can_be_changed_and_continued(made: Made, open_page: OpenPage) 
         page.press("#text", "Control+Enter")
         page.wait_for_selector("#go:enabled")
         assert page.input_value("#text") == made.text(prompt, 8)
+
+
+def test_a_page_that_is_slow_to_show_a_text_is_not_buried_in_messages(
+    made: Made, open_page: OpenPage, tmp_path: Path
+) -> None:
+    """Of a model that tells each token by itself, where to lay out the text takes long."""
+    text, wait = made.path.read_text(), "const PAUSE = 16;"
+    assert text.count(wait) == 1
+    path = tmp_path / "page.html"
+    path.write_text(text.replace(wait, "const PAUSE = 0;"))
+    page = ready(open_page(path.as_uri(), offline=True))
+    page.evaluate("""() => {
+        window.shown = 0;
+        const { get } = Object.getOwnPropertyDescriptor(Element.prototype, 'scrollHeight');
+        Object.defineProperty(document.getElementById('text'), 'scrollHeight', { get() {
+            window.shown++;
+            for (const began = performance.now(); performance.now() - began < 100; );
+            return get.call(this);
+        } });
+    }""")
+    set_up(page, temperature=0, count=300)
+    page.fill("#text", "Once")
+    page.click("#go")
+    page.wait_for_selector("html[data-pace]", state="attached")
+    assert page.input_value("#text") == made.text("Once", 300)
+    assert 0 < page.evaluate("window.shown") < 150  # it was 300
 
 
 def test_candidates_are_shown_and_lead_to_another_text(made: Made, open_page: OpenPage) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from tinygpt import runtime
 from tinygpt.errors import DataError, nearest
 from tinygpt.files import download, sha256_of, user_path
 from tinygpt.names import is_name
+from tinygpt.text_files import UTF16_OR_32, find_texts
 from tinygpt.untrusted import brief, clip
 
 SHAKESPEARE_URL = (
@@ -32,10 +32,6 @@ MAX_LINE = 64 << 20
 """Characters that a line of a JSONL file may have."""
 LISTED = 8
 """Fields of a record that an error names."""
-MAX_PATTERN, MAX_RECURSIONS = 200, 2
-"""Length of a pattern for files, and how many ``**`` it may have: each multiplies the work."""
-
-_UTF16_OR_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -61,10 +57,11 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
     """The text that ``source`` names; everything that can be wrong with it is a DataError.
 
     ``source`` is the path of a UTF-8 text file, of a folder (every file below it that matches
-    ``glob``, in the order of their paths), or of a ``.jsonl`` file (the texts under ``field``, one
-    object a line); or ``shakespeare``, ``pydocs``, or ``auto``, which is the first of these two
-    that can be had within seconds. Those are always meant by name, see ``names``; a folder called
-    ``pydocs`` is ``./pydocs``. Several documents are separated by a blank line.
+    ``glob``, in the order of their paths; ``text_files`` says what is left out), or of a ``.jsonl``
+    file (the texts under ``field``, one object a line); or ``shakespeare``, ``pydocs``, or
+    ``auto``, which is the first of these two that can be had within seconds. Those are always meant
+    by name, see ``names``; a folder called ``pydocs`` is ``./pydocs``. Several documents are
+    separated by a blank line.
     """
     if not str(source):
         raise DataError("The source of the text is an empty name; give a file or 'auto'.")
@@ -115,52 +112,14 @@ def _file(path: Path) -> Corpus:
 
 
 def _folder(path: Path, glob: str) -> Corpus:
-    _check_pattern(glob)
-    try:
-        files = sorted(file for file in path.glob(glob) if file.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise DataError(f"glob={glob!r} is no pattern for files in a folder: {error}.") from error
-    _check_inside(path, files)
-    if not files:
-        raise DataError(_no_match(path, glob))
-    total = _size(sum(file.stat().st_size for file in files))
-    count = f"{len(files)} file" + "s" * (len(files) > 1)
+    found = find_texts(path, glob)
+    sizes = [file.stat().st_size for file in found.files]
+    count = f"{len(sizes)} file{'s' * (len(sizes) > 1)} matching {glob}"
+    empty = f", {sizes.count(0)} of them empty" if 0 in sizes else ""
     return Corpus(
         path.resolve().name or "folder",
-        f"{path} ({count} matching {glob}, {total})",
-        lambda: _documents(read_text(file) for file in files),
-    )
-
-
-def _check_pattern(glob: str) -> None:
-    """A pattern may come with a config file from elsewhere, and must not lead out of the folder."""
-    leaves = ".." in PurePath(glob).parts or PurePath(glob).is_absolute()
-    if leaves or len(glob) > MAX_PATTERN or glob.count("**") > MAX_RECURSIONS:
-        raise DataError(
-            f"glob={brief(glob)} is no pattern for files in a folder: wanted at most "
-            f"{MAX_PATTERN} characters, two ** and no '..', such as '**/*.md'."
-        )
-
-
-def _check_inside(folder: Path, files: list[Path]) -> None:
-    """A link in a folder from elsewhere could make a private file part of the text."""
-    inside = folder.resolve()
-    for file in files:
-        if not file.resolve().is_relative_to(inside):
-            raise DataError(
-                f"{file} is a link to a file outside {folder}, which is not read. If it is meant "
-                f"to be part of the text, copy the file there; else remove the link."
-            )
-
-
-def _no_match(path: Path, glob: str) -> str:
-    there = Counter(file.suffix for file in path.rglob("*") if file.is_file() and file.suffix)
-    if not there:
-        return f"No file in {path} matches {glob!r}."
-    listed = ", ".join(f"{count} {suffix}" for suffix, count in there.most_common(5))
-    return (
-        f"No file in {path} matches {glob!r}. It has {listed}; "
-        f"to read those, give the pattern '**/*{there.most_common(1)[0][0]}'."
+        f"{path} ({count}{empty}, {_size(sum(sizes))}{found.left_out_text})",
+        lambda: _documents(read_text(file) for file in found.files),
     )
 
 
@@ -182,7 +141,7 @@ def read_text(path: Path) -> Iterator[str]:
     offset = 0
     for block in _blocks(path):
         if offset == 0:
-            if block.startswith(_UTF16_OR_32):
+            if block.startswith(UTF16_OR_32):
                 raise DataError(_wrong_encoding(path, "is UTF-16 or UTF-32", "UTF-16"))
             skipped = len(codecs.BOM_UTF8) if block.startswith(codecs.BOM_UTF8) else 0
             block, offset = block[skipped:], skipped

@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
 
 from tinygpt import kernels
 from tinygpt.cache import OnePlace, Places, Rows
@@ -28,8 +29,12 @@ from tinygpt.transfer import Port, zeros
 ROWS = (1, 2, 4, 8, 16)
 """Sizes of a step; surplus rows are padding. With more rows linear layers would round otherwise."""
 WINDOW_TOKENS = 128
-"""Texts that slide go through the model together up to so many tokens."""
+"""Texts that slide, or are only read, go through the model together up to so many tokens."""
+CHUNK = 64
+"""Positions of which logits are made at once where all are wanted: a vocabulary is wide."""
 
+Made = Tensor | tuple[Tensor, ...]
+States = npt.NDArray[np.float32]
 Compute = Callable[[Sequence["Line"]], Logits]
 """Of some lines -> logits (n, V), of which the first rows are the lines'."""
 
@@ -94,6 +99,44 @@ class BatchDecoder:
             out[indices] = logits[: len(indices)]
         return out
 
+    def together(self, ids: Sequence[int]) -> int:
+        """How many texts of about this length ``states`` reads in one forward pass."""
+        return max(1, WINDOW_TOKENS // padded_length(len(ids), self.model.config.block_size))
+
+    def states(self, texts: Sequence[Sequence[int]]) -> tuple[list[States], Logits]:
+        """The residual stream (n, C) behind the last block of each text, and logits (texts, V) of
+        what follows; nothing is kept. The texts, none longer than block_size, are at most as many
+        as ``together`` says of each.
+        """
+        with mode(self.model, training=False):
+            if len(texts) > 1:
+                return self._read(texts)
+            line = Line(texts[0], self.places)
+            logits = self._prefill([line])
+            return [self._prefilling(len(line.ids)).beside()[0, : len(line.ids)]], logits
+
+    def _read(self, texts: Sequence[Sequence[int]]) -> tuple[list[States], Logits]:
+        """``states`` of several texts; surplus rows are padding."""
+        length = padded_length(len(texts[0]), self.model.config.block_size)
+        n = self.together(texts[0])
+        tokens = np.zeros((n, length), np.int32)
+        for row, ids in zip(tokens, texts, strict=False):
+            row[: len(ids)] = ids
+        x = self._function(self._whole_texts, length, (n, length))(tokens)
+        states = [x[i, : len(ids)] for i, ids in enumerate(texts)]
+        return states, self.unembed(np.stack([rows[-1] for rows in states]))
+
+    def unembed(self, rows: States) -> Logits:
+        """Logits (n, V) of up to `CHUNK` rows (n, C) of the residual stream."""
+        n = ROWS[-1] if len(rows) <= ROWS[-1] else CHUNK
+        key, C = ("unembed", n), self.model.config.n_embd
+        if key not in self._functions:
+            self._functions[key] = _Function(self._logits, (n, C), dtype=dtypes.float32)
+        padded = np.zeros((n, C), np.float32)
+        padded[: len(rows)] = rows
+        with mode(self.model, training=False):
+            return self._functions[key](padded)[: len(rows)]
+
     def _groups(self, lines: Sequence[Line]) -> Iterator[tuple[Compute, list[int]]]:
         """Which of the lines are computed together, and how."""
         stepping, sliding = list[int](), list[int]()
@@ -122,6 +165,11 @@ class BatchDecoder:
             yield partial(self._step, [spare] * n)
         for n in self._windows():
             yield partial(self._slide, [spare] * n)
+        for length in sorted(lengths):
+            if 2 * length <= WINDOW_TOKENS:
+                yield partial(self.states, [[0] * length] * 2)
+        for n in (ROWS[-1], CHUNK):
+            yield partial(self.unembed, np.zeros((n, self.model.config.n_embd), np.float32))
 
     def _prefill(self, lines: Sequence[Line]) -> Logits:
         """Put the last tokens of one line into the cache; -> logits (1, V) of what follows.
@@ -131,12 +179,15 @@ class BatchDecoder:
         """
         (line,), block_size = lines, self.model.config.block_size
         ids = line.ids[-block_size:]
-        length = padded_length(len(ids), block_size)
-        padded = ids + [0] * (length - len(ids))
-        function = self._function(self._one_text, length, (1, length), (1,), (1, 1))
-        logits = function(padded, line.place, len(ids) - 1)
+        padded = ids + [0] * (padded_length(len(ids), block_size) - len(ids))
+        logits = self._prefilling(len(ids))(padded, line.place, len(ids) - 1)
         line.cached = len(ids)
         return logits
+
+    def _prefilling(self, n: int) -> _Function:
+        """The function for a line of n tokens; beside logits it makes their states (1, T, C)."""
+        length = padded_length(n, self.model.config.block_size)
+        return self._function(self._one_text, length, (1, length), (1,), (1, 1))
 
     def _step(self, lines: Sequence[Line]) -> Logits:
         """Append the last token of up to 16 lines; -> logits (n, V), surplus rows behind them."""
@@ -170,7 +221,7 @@ class BatchDecoder:
         return tuple(n for n in self._sizes() if n <= most)
 
     def _function(
-        self, compute: Callable[..., Tensor], size: int, *shapes: tuple[int, ...]
+        self, compute: Callable[..., Made], size: int, *shapes: tuple[int, ...]
     ) -> _Function:
         """The jitted function for a size, with inputs of these shapes: made once."""
         key = compute.__name__, size
@@ -178,11 +229,17 @@ class BatchDecoder:
             self._functions[key] = _Function(compute, *shapes)
         return self._functions[key]
 
-    def _one_text(self, tokens: Tensor, place: Tensor, last: Tensor) -> Tensor:
+    def _one_text(self, tokens: Tensor, place: Tensor, last: Tensor) -> tuple[Tensor, ...]:
         cache = OnePlace(self._cache, place)
         x = self.model.hidden(tokens, cache)  # (1, T, C)
         logits = self.model.unembed(kernels.embedding(last, x.squeeze(0)))  # (1, 1, V)
-        return logits.squeeze(1).float().realize(*cache.kept)
+        return logits.squeeze(1).float().realize(x, *cache.kept), x
+
+    def _whole_texts(self, tokens: Tensor) -> Tensor:
+        return self.model.hidden(tokens).float().realize()  # (n, T, C)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.model.unembed(x).float().realize()  # (n, C) -> (n, V)
 
     def _one_token_each(self, tokens: Tensor, places: Tensor, at: Tensor) -> Tensor:
         x = self.model.hidden(tokens, Rows(self._cache, places, at))  # (1, n, C)
@@ -194,24 +251,34 @@ class BatchDecoder:
 
 
 class _Function:
-    """Logits (n, V) of int32 inputs of fixed shapes, jitted, from numpy to numpy.
+    """Numbers, logits (n, V) mostly, of inputs of fixed shapes, jitted, from numpy to numpy.
 
     The inputs are written into buffers that the jit knows from the start: to hand a Tensor to a jit
     costs more than the whole forward pass of a small model.
     """
 
-    def __init__(self, compute: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
-        inputs = [zeros(shape, dtypes.int32) for shape in shapes]
+    def __init__(
+        self,
+        compute: Callable[..., Made],
+        *shapes: tuple[int, ...],
+        dtype: DType = dtypes.int32,
+    ) -> None:
+        inputs = [zeros(shape, dtype) for shape in shapes]
         self._inputs = [Port(tensor) for tensor in inputs]
         self._compute = jit(lambda: compute(*inputs), short=True)
-        self._logits: Port | None = None
+        self._outputs: list[Port] = []
 
     def __call__(self, *values: npt.ArrayLike) -> Logits:
         for port, value in zip(self._inputs, values, strict=True):
             port.write(value)
-        logits = self._compute()
-        self._logits = self._logits or Port(logits)  # which is the same Tensor at each call
-        return self._logits.read()
+        made = self._compute()
+        if not self._outputs:  # they are the same Tensors at each call
+            self._outputs = [Port(t) for t in (made if isinstance(made, tuple) else (made,))]
+        return self._outputs[0].read()
+
+    def beside(self) -> States:
+        """What the last call made beside its result."""
+        return self._outputs[1].read()
 
 
 def _at_least(sizes: tuple[int, ...], n: int) -> int:

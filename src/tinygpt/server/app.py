@@ -8,9 +8,9 @@ from starlette.applications import Starlette
 
 from tinygpt.server import api, dashboard, playground
 from tinygpt.server.assembly import assemble
-from tinygpt.server.engine import EngineClosed
+from tinygpt.server.engine import EngineClosed, QueueFull
 from tinygpt.server.metrics_page import Counting
-from tinygpt.server.refusal import answer_closing
+from tinygpt.server.refusal import answer_closing, answer_full
 from tinygpt.server.security import GateOptions
 from tinygpt.server.service import Service
 
@@ -29,5 +29,6 @@ def make_app(
         gate = {"board_key": board.key, "board_is_open": board.is_open, **gate}
     app = assemble(routes, **gate)
     app.add_exception_handler(EngineClosed, answer_closing)
+    app.add_exception_handler(QueueFull, answer_full)
     app.add_middleware(Counting, counts=service.counts)
     return app

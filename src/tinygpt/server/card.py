@@ -19,7 +19,10 @@ def model_card(service: Service) -> dict[str, Any]:
         "parameters": service.model.num_params(),
         "config": config.to_dict(),
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
-        "limits": {"max_tokens": service.limits.max_tokens},
+        "limits": {
+            "max_tokens": service.limits.max_tokens,
+            "prompt_tokens": service.limits.prompt_tokens,
+        },
         **_history(service.folder),
     }
 

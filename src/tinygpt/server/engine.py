@@ -1,11 +1,11 @@
 """The engine behind the server: many requests decoded together, in one thread that owns tinygrad.
 
 tinygrad is not thread-safe. So one thread computes, and nothing else does: requests come to it
-through a queue, tokens leave it through streams, and whatever else needs the model (`Engine.run`)
-is called in that thread between two steps. A step brings every running request one token further.
-A request waits for a free place, of which there are ``places``; its prompt is then prefilled by
-itself. Between two steps that is one long prompt or a few short ones, so that no running stream
-waits for more.
+through a queue, and tokens leave it through streams. Whatever else needs the model (`Engine.run`,
+`Engine.score`) is done in that thread between two steps, in its share of the time. A step brings
+every running request one token further. A request waits for a free place, of which there are
+``places``; its prompt is then prefilled by itself. Between two steps that is one long prompt or a
+few short ones, so that no running stream waits for more.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from tinygpt import programs
 from tinygpt.errors import TinyGPTError
-from tinygpt.generate.batching import BatchDecoder
+from tinygpt.generate.batching import BatchDecoder, Line
 from tinygpt.generate.decoder import SMALLEST_BUCKET
 from tinygpt.model import Transformer
 from tinygpt.sample import choose
+from tinygpt.server.beside import Beside, Call, Text
+from tinygpt.server.scoring import Scored
 from tinygpt.server.stream import FinishReason, Piece, Request, Stream, wake
 from tinygpt.server.writer import Writer
 from tinygpt.tokenizers import Tokenizer
@@ -91,8 +93,8 @@ class Engine:
         self._decoder = BatchDecoder(model, places)
         self._running: list[Writer] = []
         self._waiting: deque[Stream] = deque()
-        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._changed = threading.Condition()  # guards what is waiting, the calls, and the end
+        self._beside = Beside(self._decoder, tokenizer.vocab_size)
+        self._changed = threading.Condition()  # guards what is waiting, the counts, and the end
         self._thread: threading.Thread | None = None
         self._preparing: tuple[Iterator[Callable[[], object]], Future[None]] | None = None
         self._open = False
@@ -143,28 +145,44 @@ class Engine:
         stream = Stream(request, self._on_cancel)
         with self._changed:
             self._check_open()
-            if len(self._waiting) >= self.queue:
-                self._refused += 1
-                raise QueueFull(
-                    f"{len(self._running)} requests are running and {len(self._waiting)} are "
-                    f"waiting, which is as many as the server takes. Try again in a few seconds."
-                )
+            at_once = request.max_tokens == 0 or (
+                request.max_tokens == 1 and request.first is not None
+            )
+            if not at_once:
+                self._check_room(len(self._waiting))
+                self._waiting.append(stream)
             self._requests += 1
-            self._waiting.append(stream)
             self._changed.notify()
+        if at_once:
+            self._answer(stream)
         return stream
+
+    def score(self, ids: Sequence[int], count: int) -> Future[Scored]:
+        """How likely each of up to block_size ids is, and the ``count`` likeliest in its place.
+
+        Texts of about one length are read together, beside the streams, which keep their pace.
+        Raises QueueFull if too many texts are waiting for this, and EngineClosed.
+        """
+        text = Text(ids, count)
+        with self._changed:
+            self._check_open()
+            self._check_room(self._beside.texts)
+            self._beside.add(text)
+            self._changed.notify()
+        return text.future
 
     def run(self, function: Callable[[], T]) -> Future[T]:
         """Call ``function`` in the engine's thread, between two steps; it may use the model.
 
-        What it raises is the future's exception. Streams wait for it meanwhile.
+        What it raises is the future's exception. Streams wait for it meanwhile, and then it waits
+        for them: calls get a share of the time.
         """
-        future: Future[T] = Future()
+        call = Call(function)
         with self._changed:
             self._check_open()
-            self._calls.append((future, function))
+            self._beside.add(call)
             self._changed.notify()
-        return future
+        return call.future
 
     @property
     def alive(self) -> bool:
@@ -199,6 +217,31 @@ class Engine:
         if not self._open:
             raise EngineClosed("The engine is not running: it was not started, or it was closed.")
 
+    def _check_room(self, waiting: int) -> None:
+        if waiting >= self.queue:
+            self._refused += 1
+            raise QueueFull(
+                f"{len(self._running)} requests are running and {waiting} are waiting, which is as "
+                f"many as the server takes. Try again in a few seconds."
+            )
+
+    def _answer(self, stream: Stream) -> None:
+        """End a request that needs no place: it wants nothing, or a token that is known so far."""
+        reason: FinishReason = "length"
+        try:
+            if stream.request.max_tokens:
+                writer = Writer(stream, Line(stream.request.ids, self.places), self.tokenizer)
+                assert stream.request.first is not None
+                [token] = choose([stream.request.first], [stream.request.ids], [writer.choice])
+                reason = writer.advance(int(token), stream.request.first) or reason
+                with self._changed:
+                    self._prompt_tokens += len(stream.request.ids)
+                    self._tokens += 1
+        except Exception as error:
+            self._end(stream, "error", error)
+        else:
+            self._end(stream, reason)
+
     def _on_cancel(self) -> None:
         with self._changed:
             self._cancelled = True
@@ -210,9 +253,11 @@ class Engine:
         try:
             while self._wait():
                 self._drop_cancelled()
-                self._call()
+                self._beside.piece(bool(self._running or self._waiting))
+                begin = time.perf_counter()
                 self._admit()
                 self._step()
+                self._beside.earn(time.perf_counter() - begin)
                 self._prepare()
         finally:
             self._open = False
@@ -223,7 +268,7 @@ class Engine:
         """Wait for something to do; False at the end."""
         with self._changed:
             while True:
-                busy = self._running or self._waiting or self._calls
+                busy = self._running or self._waiting or self._beside
                 if self._deadline is not None and (not busy or time.monotonic() > self._deadline):
                     return False
                 if busy or self._cancelled or self._preparing:
@@ -242,21 +287,9 @@ class Engine:
         for writer in [w for w in self._running if w.stream.cancelled]:
             self._leave(writer, "cancelled")
 
-    def _call(self) -> None:
-        with self._changed:
-            if not self._calls:
-                return
-            future, function = self._calls.popleft()
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
     def _prepare(self) -> None:
         """Compile one thing more, if there is nothing else to do."""
-        if not self._preparing or self._running or self._waiting or self._calls:
+        if not self._preparing or self._running or self._waiting or self._beside:
             return
         preparations, future = self._preparing
         try:
@@ -280,9 +313,6 @@ class Engine:
             self._begin(stream)
 
     def _begin(self, stream: Stream) -> None:
-        if stream.request.max_tokens == 0:
-            self._end(stream, "length")
-            return
         line = self._decoder.admit(stream.request.ids)
         try:
             writer = Writer(stream, line, self.tokenizer)
@@ -329,22 +359,20 @@ class Engine:
         self._end(writer.stream, reason, error)
 
     def _end(self, stream: Stream, reason: FinishReason, error: Exception | None = None) -> None:
-        self._ended[reason] += 1
+        with self._changed:
+            self._ended[reason] += 1
         stream.finish(reason, error)
         wake([stream])
 
     def _cancel_all(self) -> None:
         with self._changed:
-            waiting, calls = list(self._waiting), list(self._calls)
+            waiting = list(self._waiting)
             self._waiting.clear()
-            self._calls.clear()
         for stream in waiting:
             self._end(stream, "cancelled")
         for writer in list(self._running):
             self._leave(writer, "cancelled")
         closed = EngineClosed("The engine was closed meanwhile.")
-        for future, _ in calls:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(closed)
+        self._beside.cancel_all(closed)
         if self._preparing:
             self._preparing[1].set_exception(closed)

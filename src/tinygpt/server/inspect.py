@@ -1,32 +1,32 @@
 """A look inside a model: what else it weighed for the next token, and where its heads look.
 
 Both are forward passes of their own, so they touch tinygrad: only the thread that owns it may call
-``next_token`` and ``attention``.
+``next_token`` and ``AttentionLook.weights``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import AttentionMethod, SampleConfig
 from tinygpt.generate import Decoder
+from tinygpt.generate.decoder import padded_length
+from tinygpt.jit import jit
 from tinygpt.model import Transformer
 from tinygpt.sample import next_logits, softmax
 from tinygpt.train import mode
+from tinygpt.transfer import read, write, zeros
 
 Ids = Sequence[int]
 Weights = npt.NDArray[np.float32]
 Probabilities = npt.NDArray[np.float64]
-
-SMALLEST_LENGTH = 16
-"""Shorter texts are padded to it, so that few shapes are ever compiled."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,54 @@ def next_token(decoder: Decoder, ids: Ids, config: SampleConfig, vocab_size: int
     return NextToken(softmax(np.array(logits, np.float64)), sampled)
 
 
-def attention(model: Transformer, ids: Ids, layer: int, last: int) -> Weights:
-    """Where the heads of a layer look: (H, q, T), the weights of the last q <= ``last`` positions.
+class AttentionLook:
+    """Where the heads of a layer look, by a forward pass that is jitted for a few lengths."""
 
-    T is the number of ids, of which the model sees the last block_size. Row i belongs to position
-    T - q + i; it sums to 1, and is 0 behind that position.
-    """
-    ids = ids[-model.config.block_size :]
-    q, k = _queries_and_keys(model, ids, layer)  # (H, T, D)
-    return causal_weights(q[:, -last:], k)
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self._functions: dict[int, Callable[[Ids, int], Weights]] = {}  # by padded length
+
+    def weights(self, ids: Ids, layer: int, last: int) -> Weights:
+        """(H, q, T): the weights of the last q <= ``last`` positions.
+
+        T is the number of ids, of which the model sees the last block_size. Row i belongs to
+        position T - q + i; it sums to 1, and is 0 behind that position.
+        """
+        ids = ids[-self.model.config.block_size :]
+        q, k = self._queries_and_keys(ids, layer)  # (H, T, D)
+        return causal_weights(q[:, -last:], k)
+
+    def _queries_and_keys(self, ids: Ids, layer: int) -> tuple[Weights, Weights]:
+        """Queries and keys (H, T, D) of a layer.
+
+        Behind the text stands padding, which no position of the text can see.
+        """
+        length = padded_length(len(ids), self.model.config.block_size)
+        if length not in self._functions:
+            self._functions[length] = self._function(length)
+        padded = [*ids, *[0] * (length - len(ids))]
+        with mode(self.model, training=False):
+            qkv = self._functions[length](padded, layer)[0, : len(ids)]  # (T, 3C)
+        q, k, _ = (_heads(part, self.model.config.n_head) for part in np.split(qkv, 3, axis=1))
+        return q, k
+
+    def _function(self, length: int) -> Callable[[Ids, int], Weights]:
+        tokens, layer = zeros((1, length), dtypes.int32), zeros((1, 1, 1), dtypes.int32)
+
+        def compute() -> Tensor:
+            seen = _Seen(layer)
+            self.model.hidden(tokens, seen)
+            return seen.qkv.float().realize()
+
+        jitted = jit(compute, short=True)
+
+        def call(ids: Ids, number: int) -> Weights:
+            write(tokens, [ids])
+            write(layer, [[[number]]])
+            found: Weights = read(jitted())
+            return found
+
+        return call
 
 
 def causal_weights(q: Weights, k: Weights) -> Weights:
@@ -94,24 +133,15 @@ def causal_weights(q: Weights, k: Weights) -> Weights:
     return powers / total
 
 
-def _queries_and_keys(model: Transformer, ids: Ids, layer: int) -> tuple[Weights, Weights]:
-    """Queries and keys (H, T, D) of a layer, in a forward pass that goes no further.
-
-    Behind the text stands padding, which no position of the text can see.
-    """
-    seen = _Seen()
-    with mode(model, training=False):
-        model.hidden(_padded(ids, model.config.block_size), seen)
-        qkv = seen.layers[layer].numpy()[0, : len(ids)]  # (T, 3C)
-    q, k, _ = (_heads(part, model.config.n_head) for part in np.split(qkv, 3, axis=1))
-    return q, k
-
-
 class _Seen:
-    """Takes the place of a cache to see what each layer attends with; nothing else changes."""
+    """Takes the place of a cache to see what one layer attends with; nothing else changes.
 
-    def __init__(self) -> None:
-        self.layers: dict[int, Tensor] = {}
+    The number of the layer is an input, so that one function does for all.
+    """
+
+    def __init__(self, layer: Tensor) -> None:
+        self.layer = layer
+        self.qkv = layer  # until the first one is there
 
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[:T]
@@ -119,16 +149,10 @@ class _Seen:
     def attend(
         self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
     ) -> Tensor:
-        self.layers[layer] = qkv
+        self.qkv = qkv if layer == 0 else (self.layer == layer).where(qkv, self.qkv)
         return kernels.self_attention(qkv, n_head, method)
 
 
 def _heads(x: Weights, n_head: int) -> Weights:
     """(T, C) -> (H, T, D)"""
     return x.reshape(len(x), n_head, -1).swapaxes(0, 1)
-
-
-def _padded(ids: Ids, block_size: int) -> Tensor:
-    """Tokens (1, T) with T a power of two, or block_size."""
-    length = min(block_size, max(SMALLEST_LENGTH, 1 << (len(ids) - 1).bit_length()))
-    return Tensor([[*ids, *[0] * (length - len(ids))]], dtype="int32")

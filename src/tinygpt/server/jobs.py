@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TinyGPTError
+from tinygpt.generate.decoder import Logits
 from tinygpt.server.choices import Delta, Told
+from tinygpt.server.engine import EngineClosed, QueueFull
 from tinygpt.server.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
 from tinygpt.server.refusal import Refusal
 from tinygpt.server.requests import MAX_CHAT_TOKENS, MAX_TOKENS
-from tinygpt.server.scoring import score
+from tinygpt.server.scoring import Score, Scored
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import ChatShape, CompletionShape
 from tinygpt.server.stream import Request
@@ -45,14 +48,12 @@ async def completion_job(service: Service, body: Body) -> Job:
     logprobs = _number(body, "logprobs")
     prompts = [await encode(service, each, "prompt") for each in given]
     echoes = [Delta() for _ in prompts]
+    firsts: list[Logits | None] = [None for _ in prompts]
     if body.get("echo"):
-        echoes = [
-            await _echo(service, text, ids, logprobs)
-            for text, ids in zip(given, prompts, strict=True)
-        ]
+        echoes, firsts = await _echoes(service, given, prompts, logprobs)
     return Job(
         CompletionShape(service.name, service.tokenizer, logprobs),
-        _requests(body, prompts, n, int(_value(body, "max_tokens", MAX_TOKENS)), logprobs),
+        _requests(body, prompts, n, int(_value(body, "max_tokens", MAX_TOKENS)), logprobs, firsts),
         tuple(echo for echo in echoes for _ in range(n)),
         sum(map(len, prompts)),
         *_streaming(body),
@@ -70,7 +71,7 @@ async def chat_job(service: Service, body: Body) -> Job:
     ids = await encode(service, text, "messages")
     return Job(
         ChatShape(service.name, service.tokenizer, logprobs),
-        _requests(body, [ids], n, _chat_tokens(body), logprobs, stop=(CHAT_STOP,)),
+        _requests(body, [ids], n, _chat_tokens(body), logprobs, [None], (CHAT_STOP,)),
         tuple(Delta() for _ in range(n)),
         len(ids),
         *_streaming(body),
@@ -125,16 +126,20 @@ def _requests(
     n: int,
     max_tokens: int,
     logprobs: int | None,
+    firsts: Sequence[Logits | None],
     stop: tuple[str, ...] = (),
 ) -> tuple[Request, ...]:
-    """Every text has a seed of its own: the seed, the seed + 1, and so on."""
+    """Every text has a seed of its own: the seed, the seed + 1, and so on. ``firsts`` are logits
+    of the first token, where they are known."""
     config, seed = sampling_of(body), _number(body, "seed")
     own = _value(body, "stop", ())
     stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
-    texts, on = [ids for ids in prompts for _ in range(n)], bool(body.get("ignore_eos"))
+    texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
+    seeds = [None if seed is None else seed + i for i in range(len(texts))]
+    on = bool(body.get("ignore_eos"))
     return tuple(
-        Request(ids, max_tokens, config, None if seed is None else seed + i, stops, logprobs, on)
-        for i, ids in enumerate(texts)
+        Request(ids, max_tokens, config, seed, stops, logprobs, first, on)
+        for (ids, first), seed in zip(texts, seeds, strict=True)
     )
 
 
@@ -149,22 +154,47 @@ def sampling_of(body: Body) -> SampleConfig:
     )
 
 
-async def _echo(service: Service, prompt: str | list[int], ids: Ids, logprobs: int | None) -> Delta:
-    """The prompt as the beginning of a text; its own log probabilities are a forward pass."""
-    text = prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)
+async def _echoes(
+    service: Service, given: Sequence[str | list[int]], prompts: Sequence[Ids], logprobs: int | None
+) -> tuple[list[Delta], list[Logits | None]]:
+    """Each prompt as the beginning of its texts; where it is scored, logits of what follows."""
+    texts = [
+        each if isinstance(each, str) else service.tokenizer.decode(ids)
+        for each, ids in zip(given, prompts, strict=True)
+    ]
     if logprobs is None:
-        return Delta(text)
+        return [Delta(text) for text in texts], [None] * len(texts)
+    scored = await _scored(service, prompts, logprobs)
+    echoes = [
+        Delta(text, _told(service, ids, each.tokens))
+        for text, ids, each in zip(texts, prompts, scored, strict=True)
+    ]
+    return echoes, [each.following for each in scored]
+
+
+async def _scored(service: Service, prompts: Sequence[Ids], count: int) -> list[Scored]:
+    """The scores of all prompts, or of none."""
     block_size = service.model.config.block_size
-    if len(ids) > block_size:
+    if max(map(len, prompts)) > block_size:
         message = f"Log probabilities of a prompt (echo) are for {block_size} tokens at most."
         raise Refusal(400, message, param="logprobs", code="context_length_exceeded")
-    work = service.engine.run(lambda: score(service.model, ids, service.vocab_size, logprobs))
+    work: list[Future[Scored]] = []
     try:
-        scores = await asyncio.wrap_future(work)
+        for ids in prompts:
+            work.append(service.engine.score(ids, count))
+        return await asyncio.gather(*map(asyncio.wrap_future, work))
+    except (EngineClosed, QueueFull):
+        raise
     except TinyGPTError as error:
         raise Refusal(500, str(error), code="model_failed") from error
+    finally:
+        for future in work:
+            future.cancel()  # where it is not done
+
+
+def _told(service: Service, ids: Ids, scores: Sequence[Score]) -> list[Told]:
     stream, begins, told = TextStream(service.tokenizer), 0, []
     for token, (logprob, top) in zip(ids, scores, strict=True):
         told.append(Told(token, logprob, top, begins))
         begins += len(stream.push(token))
-    return Delta(text, told)
+    return told

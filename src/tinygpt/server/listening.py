@@ -7,16 +7,21 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tinygpt import extras
 from tinygpt.errors import UsageError
 from tinygpt.server.limits import Limits
 from tinygpt.server.refusal import Refusal
+
+try:
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as error:
+    raise extras.missing("serve", f"uvicorn {uvicorn.__version__} has no H11Protocol.") from error
 
 BACKLOG = 128
 AT_ONCE = struct.pack("ii", 1, 0)
@@ -70,6 +75,31 @@ def url(listener: socket.socket, host: str) -> str:
     port = listener.getsockname()[1]
     name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+HOOKS: dict[type, tuple[str, ...]] = {
+    uvicorn.Server: ("capture_signals", "run", "should_exit"),
+    H11Protocol: (
+        *("connection_made", "connection_lost", "handle_events", "on_response_complete"),
+        *("pause_writing", "resume_writing", "connections", "cycle", "loop", "transport"),
+    ),
+}
+"""What the classes below override and use of uvicorn, which promises none of it."""
+
+
+def check_hooks(hooks: Mapping[type, tuple[str, ...]]) -> None:
+    """Raise MissingExtraError, with the cure, if this uvicorn lacks any of them.
+
+    An override of what is no longer called would do nothing, and no limit would hold.
+    """
+    for base, names in hooks.items():
+        known = {*dir(base), *vars(base)["__init__"].__code__.co_names}  # attributes too
+        if lacking := [name for name in names if name not in known]:
+            found = f"uvicorn {uvicorn.__version__} has no {base.__name__}.{lacking[0]}"
+            raise extras.missing("serve", f"{found}, on which the limits of connections depend.")
+
+
+check_hooks(HOOKS)
 
 
 class Server(uvicorn.Server):

@@ -2,12 +2,14 @@
 
 Every endpoint takes POST with JSON. What stands before the place in question is told as ``ids``,
 the tokens that are certain, and ``text``, which is encoded and comes after them: so a page can hand
-back, token for token, what the model wrote, and leave what a person typed to the tokenizer.
+back, token for token, what the model wrote, and leave what a person typed to the tokenizer. Of
+what is too long the end is taken, which is all that the model sees.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from tinygpt.server.body import read_json, unless_gone
 from tinygpt.server.card import model_card
 from tinygpt.server.choices import Choice, Delta, finite
 from tinygpt.server.engine import EngineClosed
+from tinygpt.server.inspect import AttentionLook
 from tinygpt.server.jobs import Body, Job, sampling_of
 from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.prompts import Ids, encode
@@ -42,6 +45,8 @@ CANDIDATES = 50
 """Tokens that are told of a distribution at most."""
 WINDOW = 128
 """Tokens of which attention is told at most."""
+MAX_TOKENS = 100
+"""Tokens that are written where the page does not say how many."""
 LOOKS = 16
 """Looks inside the model that may wait for the engine; each is a forward pass."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -126,12 +131,12 @@ class _Looking:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._decoder = Decoder(service.model)
+        self._decoder, self._attention = Decoder(service.model), AttentionLook(service.model)
         self._waiting = 0
 
     async def tokens(self, body: Body) -> Json:
-        """How the tokenizer cuts a text."""
-        ids = await encode(self.service, body["text"], "text")
+        """How the tokenizer cuts a text, or the end of one that is too long."""
+        ids = await _text_ids(self.service, body["text"])
         return {"tokens": pieces(self.service.tokenizer, ids)}
 
     async def candidates(self, body: Body) -> Json:
@@ -165,8 +170,8 @@ class _Looking:
         ``position`` of those that the model no longer sees, ``before`` what goes to those between.
         """
         ids, layer = await _context(self.service, body), int(body["layer"])
-        model, last = self.service.model, int(body.get("last", WINDOW))
-        weights = await self._look(lambda: inspect.attention(model, ids, layer, last))
+        last, look = int(body.get("last", WINDOW)), self._attention
+        weights = await self._look(lambda: look.weights(ids, layer, last))
         _, rows, columns = weights.shape
         weights = weights.astype(float).round(4)
         beyond = columns - rows
@@ -204,23 +209,39 @@ async def _context(service: Service, body: Body) -> Ids:
 
 
 async def _ids_and_text(service: Service, body: Body) -> tuple[Ids, Ids]:
-    """All ids of what stands before, and those of its text alone."""
-    text = await encode(service, body.get("text", ""), "text")
-    ids = (*map(int, body.get("ids", ())), *text)
-    most = service.limits.prompt_tokens
-    if len(ids) > most:
-        message = f"ids and text have {len(ids)} tokens, and {most} are the most that are taken."
-        raise Refusal(400, message, param="text", code="context_length_exceeded")
+    """The last ids of what stands before, so many as are taken, and those of its text alone."""
+    text = await _text_ids(service, body.get("text", ""))
+    ids = (*map(int, body.get("ids", ())), *text)[-service.limits.prompt_tokens :]
     if not ids:
         message = "There is no token to go on from: give ids, or text, such as a line break."
         raise Refusal(400, message, param="text", code="empty_prompt")
     return ids, text
 
 
+async def _text_ids(service: Service, text: str) -> Ids:
+    """The last ids of a text, as many as a prompt may have, from a whole character on.
+
+    The model sees the end of a text only, so a page need not know how long one may be.
+    """
+    ids = await encode(service, text, "text", most=sys.maxsize)
+    kept = ids[-service.limits.prompt_tokens :]
+    if len(kept) < len(ids):
+        first = (i for i, token in enumerate(kept) if _begins(service.tokenizer, token))
+        kept = kept[next(first, len(kept)) :]
+    return kept
+
+
+def _begins(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token's first byte is not one from within a character."""
+    raw = bytes(piece(tokenizer, token)["bytes"][:1])
+    return not 0x80 <= int.from_bytes(raw) <= 0xBF
+
+
 async def _generation(service: Service, body: Body) -> Job:
     """The engine's work for a body of /api/generate."""
     ids, text = await _ids_and_text(service, body)
-    seed, max_tokens = body.get("seed"), int(body.get("max_tokens") or 100)
+    seed, asked = body.get("seed"), body.get("max_tokens")
+    max_tokens = MAX_TOKENS if asked is None else int(asked)
     request = TextRequest(
         ids, max_tokens, sampling_of(body), None if seed is None else int(seed), logprobs=0
     )

@@ -56,17 +56,20 @@ def prompts_of(value: Any) -> list[str | list[int]]:
     return list(value)
 
 
-async def encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
-    """The ids of a prompt, refused where the model has none or the prompt is too long.
+async def encode(
+    service: Service, prompt: str | Sequence[int], param: str, *, most: int | None = None
+) -> Ids:
+    """The ids of a prompt, refused where the model has none or there are more than ``most``.
 
     A long one is encoded in a thread of its own, so that nobody has to wait for it.
     """
+    most = service.limits.prompt_tokens if most is None else most
     if len(prompt) <= SHORT:
-        return _encode(service, prompt, param)
-    return await asyncio.to_thread(_encode, service, prompt, param)
+        return _encode(service, prompt, param, most)
+    return await asyncio.to_thread(_encode, service, prompt, param, most)
 
 
-def _encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
+def _encode(service: Service, prompt: str | Sequence[int], param: str, most: int) -> Ids:
     if isinstance(prompt, str):
         try:
             ids = tuple(service.tokenizer.encode(prompt))
@@ -74,7 +77,6 @@ def _encode(service: Service, prompt: str | Sequence[int], param: str) -> Ids:
             raise Refusal(400, _strange(service, param), param=param, code="bad_text") from error
     else:
         ids = tuple(map(int, prompt))
-    most = service.limits.prompt_tokens
     if len(ids) > most:
         message = f"{param} has {len(ids)} tokens, and {most} are the most that are taken."
         raise Refusal(400, message, param=param, code="context_length_exceeded")

@@ -65,6 +65,12 @@ def answer_closing(request: Request, error: Exception) -> Response:
     return closing().response()
 
 
+def answer_full(request: Request, error: Exception) -> Response:
+    """For a queue of the engine that is full."""
+    message = "More requests are waiting than this server takes. Try again soon."
+    return Refusal(429, message, code="queue_full").response()
+
+
 def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: a path that is not there, or a method that it does not have."""
     assert isinstance(error, HTTPException)

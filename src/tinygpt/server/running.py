@@ -9,7 +9,6 @@ from typing import Any
 
 from tinygpt.errors import TinyGPTError
 from tinygpt.server.choices import Choice, Delta
-from tinygpt.server.engine import QueueFull
 from tinygpt.server.jobs import Job
 from tinygpt.server.refusal import FAILURE, Refusal, closing
 from tinygpt.server.service import Service
@@ -151,14 +150,10 @@ def _submit_all(service: Service, job: Job) -> list[Stream]:
     try:
         for request in job.requests:
             streams.append(service.engine.submit(request))
-    except QueueFull as error:
+    except TinyGPTError:  # no room for all of them, or the end of the engine
         for stream in streams:
             stream.cancel()
-        raise Refusal(
-            429,
-            "More requests are waiting than this server takes. Try again soon.",
-            code="queue_full",
-        ) from error
+        raise
     return streams
 
 

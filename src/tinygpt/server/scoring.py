@@ -2,70 +2,71 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
 
 from tinygpt.errors import TinyGPTError
-from tinygpt.model import Transformer
-from tinygpt.train import mode
+from tinygpt.generate.batching import CHUNK, BatchDecoder
+from tinygpt.generate.decoder import Logits
+from tinygpt.sample import likeliest
 
-Scores = list[tuple[float | None, tuple[tuple[int, float], ...]]]
-"""Of each token its log probability, and (id, log probability) of the likeliest ones."""
-
-SMALLEST_LENGTH = 16
-ROWS = 64
-"""Positions of which logits are held at once: a vocabulary is wide."""
+Score = tuple[float | None, tuple[tuple[int, float], ...]]
+"""A token's log probability, and (id, log probability) of the likeliest ones in its place."""
+Asked = tuple[Sequence[int], int]
+"""Token ids, at most block_size, and how many of the likeliest to tell."""
 
 
-def score(model: Transformer, ids: Sequence[int], vocab_size: int, count: int) -> Scores:
-    """Scores of ids, at most block_size of them; ids from vocab_size on are out of the question.
+@dataclass(frozen=True)
+class Scored:
+    """What is known of a text."""
 
-    The first has None, as nothing comes before it. It runs the model, so it is for the thread that
-    owns it.
+    tokens: list[Score]
+    """One for each token; the first has None, as nothing comes before it."""
+    following: Logits
+    """Logits (V,) of the token behind the text."""
+
+
+def score_texts(
+    decoder: BatchDecoder, asked: Sequence[Asked], vocab_size: int
+) -> Generator[None, None, list[Scored]]:
+    """Scores of texts that fit into one forward pass; ids from vocab_size on are out.
+
+    It yields between two pieces of work. A vocabulary is wide, so logits are made of a few
+    positions at a time. Raises TinyGPTError where they are no numbers.
     """
-    scores: Scores = [(None, ())]
-    for start, logits in _logits(model, ids, vocab_size):
-        for i, row in enumerate(logits, start):
-            if i + 1 < len(ids):
-                scores.append(_score(row, ids[i + 1], count))
-    return scores
+    states, following = decoder.states([ids for ids, _ in asked])  # each (n, C); (texts, V)
+    yield
+    # Rows of all texts behind one another: what predicts each token but a text's first.
+    rows = np.concatenate([x[:-1] for x in states])
+    targets = np.concatenate([np.asarray(ids[1:], np.int64) for ids, _ in asked])
+    counts = [count for ids, count in asked for _ in ids[1:]]
+    scores: list[Score] = []
+    for start in range(0, len(rows), CHUNK):
+        some = slice(start, start + CHUNK)
+        logits = decoder.unembed(rows[some])[:, :vocab_size]
+        scores += _score(logits, targets[some], counts[some])
+        yield
+    found, start = [], 0
+    for (ids, _), last in zip(asked, following[:, :vocab_size], strict=True):
+        end = start + len(ids) - 1
+        found.append(Scored([(None, ()), *scores[start:end]], last))
+        start = end
+    return found
 
 
-def _logits(
-    model: Transformer, ids: Sequence[int], vocab_size: int
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """(first position, logits (rows, V)) of the whole text, some rows at a time.
-
-    Padding to powers of two comes behind the text, where it is not seen: few shapes are compiled.
-    """
-    length = min(model.config.block_size, max(SMALLEST_LENGTH, 1 << (len(ids) - 1).bit_length()))
-    with mode(model, training=False):
-        tokens = Tensor([_padded(ids, length)], dtype="int32")
-        hidden = model.hidden(tokens)[0]  # (T, C)
-        x = hidden.float().numpy()
-        for start in range(0, len(ids), ROWS):
-            rows = Tensor(_padded(x[start : start + ROWS], min(ROWS, length))).cast(hidden.dtype)
-            yield start, model.unembed(rows).float().numpy()[:, :vocab_size].astype(np.float64)
-
-
-def _padded(rows: npt.ArrayLike, length: int) -> npt.NDArray[Any]:
-    """``rows`` (n, …) with zeros behind them, up to ``length`` rows."""
-    array = np.asarray(rows)
-    return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])
-
-
-def _score(
-    logits: npt.NDArray[np.float64], token: int, count: int
-) -> tuple[float, tuple[tuple[int, float], ...]]:
-    largest = logits.max()
-    if not math.isfinite(largest):
+def _score(logits: Logits, targets: npt.NDArray[np.int64], counts: Sequence[int]) -> list[Score]:
+    """Scores of targets (n,), given logits (n, V)."""
+    logs = logits.astype(np.float64)
+    logs -= logs.max(axis=1, keepdims=True)
+    logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
+    if not np.isfinite(logs.max()):
         raise TinyGPTError("The model's training diverged: what it computes are no numbers.")
-    logprobs = logits - (largest + math.log(np.exp(logits - largest).sum()))
-    best = np.argpartition(-logprobs, min(count, logits.size - 1))[:count]
-    best = best[np.argsort(-logprobs[best], kind="stable")]
-    return float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in best)
+    own = logs[np.arange(len(logs)), targets].tolist()
+    tops = [
+        tuple((i, float(row[i])) for i in likeliest(row, count))
+        for row, count in zip(logs, counts, strict=True)
+    ]
+    return list(zip(own, tops, strict=True))

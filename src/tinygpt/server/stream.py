@@ -7,8 +7,11 @@ import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from tinygpt.config import SampleConfig
 
@@ -35,6 +38,8 @@ class Request:
     """The text ends before the first of these strings."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report with each; 0: the chosen one's only."""
+    first: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    """Logits (V,) of the first token, where they are known already: of a prompt that was scored."""
     ignore_eos: bool = False
     """Whether to go on behind a token that ends a text."""
 

@@ -7,10 +7,11 @@ import { post } from "./net.js";
 
 const LENGTHS = [24, 48, 96, 128];
 const STRONGEST = 5;
+const EMPTY = "Write something, and see here where the model looks.";
 
 export class Attention {
-  constructor(panel, { onError }) {
-    Object.assign(this, { panel, onError, newest: newestOnly(), head: 0, found: null, at: null });
+  constructor(panel, { onError, given }) {
+    Object.assign(this, { panel, onError, given, newest: newestOnly(), head: 0, found: null, at: null });
     this.layer = h("select", { id: "layer" });
     this.length = h("select", { id: "window" }, ...LENGTHS.map((n) => h("option", { value: n }, `last ${n}`)));
     this.length.value = "48";
@@ -24,7 +25,7 @@ export class Attention {
     this.pair = h("p", { class: "pair-named", id: "pair", "aria-live": "polite" });
     this.strongest = h("ol", { class: "strongest" });
     this.note = h("p", { class: "hint" });
-    this.empty = h("p", { class: "hint" }, "Write something, and see here where the model looks.");
+    this.empty = h("p", { class: "hint" }, EMPTY);
     this.shown = h(
       "div",
       { class: "attention", hidden: true },
@@ -50,14 +51,23 @@ export class Attention {
     this.draft = draft;
     this.empty.hidden = !draft.isEmpty;
     this.shown.hidden = draft.isEmpty;
+    this.empty.textContent = EMPTY;
     if (draft.isEmpty || !this.layer.value) return;
-    const body = { ...draft.prompt, layer: Number(this.layer.value), last: Number(this.length.value) };
+    const prompt = this.given(draft);
+    const body = { ...prompt, layer: Number(this.layer.value), last: Number(this.length.value) };
     try {
       const found = await this.newest((signal) => post("api/attention", body, signal));
-      if (found) this.#take(found, selected);
+      if (found) this.#take(found, selected - (draft.tokens.length - prompt.ids.length));
     } catch (error) {
       this.onError(error);
     }
+  }
+
+  /** What is shown belongs to another text by now, and the model is busy. */
+  wait() {
+    this.newest(() => Promise.resolve());
+    [this.empty.hidden, this.shown.hidden] = [false, true];
+    this.empty.textContent = "The model is writing; where it looks comes when it has stopped.";
   }
 
   /** Draw again, in another width or other colours. */

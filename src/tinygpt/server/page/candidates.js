@@ -6,11 +6,15 @@ import { received } from "./draft.js";
 import { post } from "./net.js";
 
 const COUNT = 10;
+const EMPTY = "Write something, and see here what might come next. Continue begins after a line break.";
+const FIRST = "Nothing comes before the first token, so the model has no candidates for it.";
+const FAR = "What comes before this token is further back than the model is given.";
+const WRITING = "The model is writing; its candidates come when it has stopped.";
 
 export class Candidates {
-  /** ``onChoose(draft, index, token)``, ``onMove(step)``, and ``sampling()`` for the settings. */
-  constructor(panel, { onChoose, onMove, onError, sampling }) {
-    Object.assign(this, { panel, onChoose, onMove, onError, sampling });
+  /** ``onChoose(draft, index, token)``, ``onMove(step)``; ``sampling()``, and ``given(draft)`` the prompt. */
+  constructor(panel, { onChoose, onMove, onError, sampling, given }) {
+    Object.assign(this, { panel, onChoose, onMove, onError, sampling, given });
     this.newest = newestOnly();
     this.title = h("h3", { class: "title", tabindex: -1 });
     this.summary = h("p", { class: "hint" });
@@ -45,15 +49,24 @@ export class Candidates {
     this.before.disabled = index <= 0;
     this.after.disabled = index >= draft.tokens.length;
     this.#head(draft, index, token);
-    if (index === 0) return this.#none();
+    if (index === 0) return this.#none(draft.head ? FAR : token ? FIRST : EMPTY);
     if (this.keys.hidden) this.summary.textContent = "The model is asked …";
-    const body = { ...draft.upTo(index).prompt, token: token?.id ?? null, count: COUNT, ...this.sampling() };
+    const body = { ...this.given(draft.upTo(index)), token: token?.id ?? null, count: COUNT, ...this.sampling() };
     try {
       const found = await this.newest((signal) => post("api/candidates", body, signal));
       if (found) this.#fill(found, draft, index);
     } catch (error) {
       this.onError(error);
     }
+  }
+
+  /** What is shown belongs to another text by now, and the model is busy. */
+  wait() {
+    const had = this.list.contains(document.activeElement);
+    this.title.textContent = "The next token";
+    this.before.disabled = this.after.disabled = true;
+    this.#none(WRITING);
+    if (had) this.title.focus();
   }
 
   focus() {
@@ -68,12 +81,12 @@ export class Candidates {
     );
   }
 
-  #none() {
+  #none(why) {
     this.newest(() => Promise.resolve());
     this.keys.hidden = true;
     this.list.replaceChildren();
     this.list.setAttribute("aria-busy", "false");
-    this.summary.textContent = "Nothing comes before the first token, so the model has no say in it.";
+    this.summary.textContent = why;
   }
 
   #fill(found, draft, index) {

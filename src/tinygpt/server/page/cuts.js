@@ -1,7 +1,7 @@
 // The text as the tokenizer cuts it.
 
 import { visible } from "./bytes.js";
-import { byId, counted, h, moveWithArrows, whole } from "./dom.js";
+import { byId, counted, h, whole } from "./dom.js";
 
 const MOST = 1000;
 const HUES = 6;
@@ -31,9 +31,17 @@ export class Cuts {
     if (this.draft !== draft) {
       this.draft = draft;
       this.list.replaceChildren(...draft.tokens.slice(this.first).map((t, i) => chip(t, this.first + i)));
-      this.summary.textContent = summary(draft.tokens);
+      this.summary.textContent = summary(draft);
     }
     this.select(selected);
+  }
+
+  /** While the model writes, what was cut before is no longer the text. */
+  wait() {
+    this.draft = null;
+    this.list.replaceChildren();
+    this.summary.textContent = "The model is writing; its tokens come when it has stopped.";
+    this.note.textContent = "";
   }
 
   select(index) {
@@ -48,6 +56,7 @@ export class Cuts {
   }
 
   #key(event) {
+    if (!this.draft) return undefined;
     if (event.key === "Enter" && this.selected >= 0) return this.onOpen(this.selected);
     const { length } = this.draft.tokens;
     const at = this.selected < 0 ? length - 1 : this.selected;
@@ -88,13 +97,13 @@ function chip(token, index) {
 
 function describe(token, index) {
   const hex = [...token.bytes].map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
-  const origin = { model: "written by the model", chosen: "chosen by you", typed: "typed" }[token.origin];
+  const origin = { model: "written by the model", chosen: "chosen by you", typed: "cut from the text" }[token.origin];
   return `Token ${whole(index + 1)}, ${origin}: id ${token.id}, ${counted(token.bytes.length, "byte")}: ${hex}`;
 }
 
-function summary(tokens) {
+function summary({ tokens, head }) {
   if (!tokens.length) return "Nothing to cut yet.";
   const bytes = tokens.reduce((sum, token) => sum + token.bytes.length, 0);
   const rest = tokens.length > MOST ? `, of which the last ${whole(MOST)} are shown` : "";
-  return `${counted(tokens.length, "token")}${rest}: ${counted(bytes, "byte")}, ${(bytes / tokens.length).toFixed(1)} a token.`;
+  return `${counted(tokens.length, "token")}${rest}: ${counted(bytes, "byte")}, ${(bytes / tokens.length).toFixed(1)} a token.${head ? " The text begins before them." : ""}`;
 }

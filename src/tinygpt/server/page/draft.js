@@ -1,5 +1,8 @@
 // The text as the page knows it: tokens, whose ids are certain, and behind them a tail that no
-// tokenizer has cut yet. A draft never changes; what happens to it makes another one.
+// tokenizer has cut yet. Before them may stand a head, which is shown but too far back for the model
+// to be given. A draft never changes; what happens to it makes another one.
+
+const LONGEST = 100_000; // characters that are cut at once; a model sees less
 
 /**
  * A token: { id, bytes, origin, logprob }. Its origin is "model" or "chosen" for those whose ids
@@ -7,18 +10,27 @@
  * is written.
  */
 export class Draft {
-  constructor(tokens = [], tail = "") {
+  constructor(tokens = [], tail = "", head = "") {
     this.tokens = tokens;
     this.tail = tail;
+    this.head = head;
   }
 
-  /** What the server is told: the ids that are certain, and the text behind them. */
-  get prompt() {
-    return { ids: this.tokens.map((token) => token.id), text: this.tail };
+  /** Text that nobody has cut yet; of a very long one the beginning is left in the head. */
+  static of(text) {
+    let at = Math.max(0, text.length - LONGEST);
+    if (/[\uDC00-\uDFFF]/.test(text[at] ?? "")) at += 1; // not within a character
+    return new Draft([], text.slice(at), text.slice(0, at));
+  }
+
+  /** What the server is told: the last ids that are certain, and the text behind them. */
+  given(most = Infinity) {
+    const first = Math.max(0, this.tokens.length - most);
+    return { ids: this.tokens.slice(first).map((token) => token.id), text: this.tail };
   }
 
   get isEmpty() {
-    return this.tokens.length === 0 && this.tail === "";
+    return this.tokens.length === 0 && this.tail === "" && this.head === "";
   }
 
   get isCut() {
@@ -35,7 +47,7 @@ export class Draft {
   }
 
   start(index) {
-    return index === 0 ? 0 : this.ends[index - 1];
+    return index === 0 ? this.head.length : this.ends[index - 1];
   }
 
   /** The token at a place in the text; at its end, the one that would come next. */
@@ -45,11 +57,19 @@ export class Draft {
   }
 
   upTo(count) {
-    return new Draft(this.tokens.slice(0, count));
+    return new Draft(this.tokens.slice(0, count), "", this.head);
   }
 
   with(...tokens) {
-    return new Draft([...this.tokens, ...tokens]);
+    return new Draft([...this.tokens, ...tokens], "", this.head);
+  }
+
+  /** The draft with its tail cut; if it was too long for that, these are the tokens of its end. */
+  cut(tokens) {
+    const typed = tokens.map((token) => received(token, "typed"));
+    const end = new Draft(typed);
+    if (end.text.length >= this.tail.length) return this.with(...typed);
+    return new Draft(typed, "", this.text.slice(0, this.text.length - end.text.length));
   }
 
   /**
@@ -62,15 +82,31 @@ export class Draft {
     this.tokens.forEach((token, i) => {
       if (token.origin !== "typed" && this.ends[i] <= common) keep = i + 1;
     });
-    let kept = this.upTo(keep);
-    while (!value.startsWith(kept.text)) kept = this.upTo(--keep); // not within a character
-    return new Draft(kept.tokens, value.slice(kept.text.length));
+    while (keep && !value.startsWith(this.upTo(keep).text)) keep -= 1; // not within a character
+    if (!keep) return Draft.of(value);
+    const kept = this.upTo(keep);
+    return new Draft(kept.tokens, value.slice(kept.text.length), kept.head).#bounded();
+  }
+
+  #bounded() {
+    return this.tail.length > LONGEST ? Draft.of(this.text) : this;
+  }
+
+  /** As JSON; ``revived`` makes a draft of it again. */
+  toJSON() {
+    const tokens = this.tokens.map(({ id, bytes, origin, logprob }) => [id, [...bytes], origin, logprob]);
+    return { tokens, tail: this.tail, head: this.head };
+  }
+
+  static revived({ tokens, tail, head }) {
+    const known = tokens.map(([id, bytes, origin, logprob]) => received({ id, bytes, logprob }, origin));
+    return new Draft(known, tail, head);
   }
 
   #cache = null;
 
   get #decoded() {
-    return (this.#cache ??= decode(this.tokens));
+    return (this.#cache ??= decode(this.tokens, this.head));
   }
 }
 
@@ -79,9 +115,9 @@ export function received(token, origin) {
   return { ...token, bytes: Uint8Array.from(token.bytes), origin };
 }
 
-function decode(tokens) {
+function decode(tokens, head) {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  let text = "";
+  let text = head;
   const ends = tokens.map((token) => {
     text += shown(decoder.decode(token.bytes, { stream: true }));
     return text.length;

@@ -7,20 +7,23 @@ import { Cuts } from "./cuts.js";
 import { byId, counted, debounced, newestOnly, whole } from "./dom.js";
 import { Draft, received } from "./draft.js";
 import { Editor } from "./editor.js";
-import { History } from "./history.js";
+import { History, historyKey } from "./history.js";
+import { keepText, keptText } from "./kept.js";
 import { events, post } from "./net.js";
 import { Sampling } from "./sampling.js";
 import { Tabs } from "./tabs.js";
 
 class Playground {
   constructor() {
-    this.draft = new Draft();
-    this.selected = 0; // the token that is looked at; their number means the one to come
+    this.kept = keptText();
+    this.draft = this.kept?.draft ?? new Draft();
+    this.selected = this.draft.tokens.length; // the token that is looked at, or the one to come
     this.history = new History();
     this.writing = null; // the AbortController of what is being written
     this.last = null; // what was written last: { before, after }
     this.frame = null; // a timer: what has come will be shown
     this.pause = 0; // milliseconds until then
+    this.waiting = null; // a timer: what is shown of the model belongs to another text by now
     this.cutting = newestOnly();
     this.editor = new Editor(byId("text"), byId("mirror"), byId("scroller"), {
       onInput: (value) => this.#typed(value),
@@ -33,8 +36,9 @@ class Playground {
       onChoose: (draft, index, token) => draft === this.draft && this.branch(index, token),
       onMove: (step) => this.select(this.selected + step),
       sampling: () => this.sampling.values,
+      given: (draft) => draft.given(this.most),
     });
-    this.attention = new Attention(byId("attention"), { onError });
+    this.attention = new Attention(byId("attention"), { onError, given: (draft) => draft.given(this.most) });
     this.cuts = new Cuts(byId("cuts"), {
       onSelect: (index) => this.select(index),
       onOpen: () => {
@@ -45,6 +49,7 @@ class Playground {
     this.tabs = new Tabs(document.querySelector("[role=tablist]"), () => this.#look());
     this.cutSoon = debounced(250, () => this.#cut());
     this.lookSoon = debounced(80, () => this.#look());
+    this.keepSoon = debounced(300, () => this.#keep());
     this.#listen();
     this.#show();
   }
@@ -59,8 +64,11 @@ class Playground {
       this.model = model;
       this.sampling.limit(model.limits.max_tokens);
       this.attention.describe(model);
+      if (this.kept && this.kept.model !== this.#identity()) {
+        this.draft = Draft.of(this.draft.text); // its ids are those of another model
+      }
       this.#meter();
-      this.#look();
+      this.#cut();
     } catch (error) {
       this.#fail(error);
     }
@@ -85,19 +93,28 @@ class Playground {
   }
 
   undo() {
-    const state = this.writing ? undefined : this.history.back();
+    if (!this.writing) this.#return(this.history.back(this.#state()), "Undone.");
+  }
+
+  redo() {
+    if (!this.writing) this.#return(this.history.forward(this.#state()), "Done again.");
+  }
+
+  #return(state, told) {
     if (!state) return;
+    this.#forgive();
     this.last = state.last;
     this.#set(state.draft, state.selected);
-    this.#say("Undone.");
+    this.#say(told);
   }
 
   /** Another token in the place of one, and nothing behind it. */
   branch(index, token) {
     if (this.writing) return;
     this.history.keep(this.#state());
+    const more = index < this.draft.tokens.length - 1;
     this.#set(this.draft.upTo(index).with(token));
-    this.#say("Chosen. What came after it is gone.");
+    this.#say(more ? "Chosen. What came after it is gone; Undo brings it back." : "Chosen.");
   }
 
   /** Look at a token; their number means the one that would come next. */
@@ -114,12 +131,13 @@ class Playground {
     this.#forgive();
     this.#busy(new AbortController());
     this.draft = before;
+    this.waiting = setTimeout(() => this.#look(), 300); // for the flash of a short text nothing changes
     let count = 0;
     let began = 0;
     try {
       const settings = { ...this.sampling.values, max_tokens: this.sampling.maxTokens, seed };
-      for await (const event of events("api/generate", { ...before.prompt, ...settings }, this.writing.signal)) {
-        if (event.prompt) this.draft = before = cut(before, event.prompt);
+      for await (const event of events("api/generate", { ...before.given(this.most), ...settings }, this.writing.signal)) {
+        if (event.prompt) this.draft = before = before.cut(event.prompt);
         for (const token of event.tokens ?? []) {
           this.draft = this.draft.with(received(token, "model"));
           began ||= performance.now();
@@ -132,6 +150,7 @@ class Playground {
       if (this.writing.signal.aborted) this.#say(`Stopped after ${counted(count, "token")}.`);
       else this.#fail(error);
     }
+    clearTimeout(this.waiting);
     this.#busy(null);
     const same = this.last?.after.text === this.draft.text && this.sampling.seedIsHeld;
     if (same && count) this.#say("The same seed wrote the same text again.");
@@ -173,6 +192,7 @@ class Playground {
     this.last = null;
     this.#show();
     this.cutSoon();
+    if (this.draft.head) this.#say(LONG);
   }
 
   /** Another draft, with the caret at its end. */
@@ -187,12 +207,13 @@ class Playground {
 
   /** Have the server cut what is not cut yet. */
   async #cut() {
-    if (this.draft.isCut || this.writing) return this.#look();
+    if (this.draft.isCut || this.writing || !this.model) return this.#look();
     const draft = this.draft;
     try {
       const found = await this.cutting((signal) => post("api/tokens", { text: draft.tail }, signal));
       if (!found || this.draft !== draft) return undefined;
-      this.draft = cut(draft, found.tokens);
+      this.draft = draft.cut(found.tokens);
+      if (this.draft.head) this.#say(LONG);
       this.selected = this.draft.at(byId("text").selectionStart);
       this.#show();
       return this.#look();
@@ -206,15 +227,29 @@ class Playground {
     this.editor.select(this.selected);
     this.#buttons();
     this.#meter();
+    this.keepSoon();
   }
 
-  /** Bring the open panel up to date. */
+  /** Bring the open panel up to date; while the model writes it cannot be asked for more. */
   #look() {
-    if (this.writing || !this.draft.isCut || !this.model) return;
-    const { draft, selected } = this;
-    if (this.tabs.current === "candidates") this.candidates.show(draft, selected);
-    if (this.tabs.current === "attention") this.attention.show(draft, selected);
-    if (this.tabs.current === "cuts") this.cuts.show(draft, selected);
+    const panel = { candidates: this.candidates, attention: this.attention, cuts: this.cuts }[this.tabs.current];
+    if (this.writing) panel?.wait();
+    else if (this.draft.isCut && this.model) panel?.show(this.draft, this.selected);
+  }
+
+  #keep() {
+    keepText(this.draft, this.model ? this.#identity() : this.kept?.model);
+  }
+
+  /** What tells this model from others whose tokens may be others. */
+  #identity() {
+    const { name, parameters, tokenizer, step } = this.model;
+    return JSON.stringify([name, parameters, tokenizer, step]);
+  }
+
+  /** The most ids that the server takes. */
+  get most() {
+    return this.model?.limits.prompt_tokens;
   }
 
   #state() {
@@ -227,12 +262,14 @@ class Playground {
     const { length } = this.draft.tokens;
     const context = this.model?.config.block_size;
     const sees = context && length > context ? `, of which the model sees the last ${whole(context)}` : "";
-    const size = this.draft.isCut || this.writing ? `${counted(length, "token")}${sees}` : "";
+    const end = this.draft.head ? "the last " : "";
+    const size = this.draft.isCut || this.writing ? `${end}${counted(length, "token")}${sees}` : "";
     byId("meter").textContent = [speed, size].filter(Boolean).join(" · ");
   }
 
   #buttons() {
-    byId("undo").disabled = this.history.isEmpty || Boolean(this.writing);
+    byId("undo").disabled = !this.history.canUndo || Boolean(this.writing);
+    byId("redo").disabled = !this.history.canRedo || Boolean(this.writing);
     byId("regenerate").disabled = Boolean(this.writing) || !this.last || this.draft !== this.last.after;
   }
 
@@ -254,28 +291,31 @@ class Playground {
     byId("continue").addEventListener("click", () => (this.writing ? this.stop() : this.continue()));
     byId("regenerate").addEventListener("click", () => this.regenerate());
     byId("undo").addEventListener("click", () => this.undo());
+    byId("redo").addEventListener("click", () => this.redo());
     document.addEventListener("keydown", (event) => this.#key(event));
     byId("text").addEventListener("beforeinput", (event) => {
-      if (event.inputType !== "historyUndo") return;
+      const what = { historyUndo: "undo", historyRedo: "redo" }[event.inputType];
+      if (!what) return;
       event.preventDefault();
-      this.undo();
+      this[what]();
     });
+    window.addEventListener("pagehide", () => this.#keep());
+    document.addEventListener("visibilitychange", () => document.hidden && this.#keep());
   }
 
   #key(event) {
     if (event.isComposing || document.querySelector("dialog[open]")) return;
     const command = event.ctrlKey || event.metaKey;
+    const what = event.target.matches("input") ? undefined : historyKey(event); // fields have their own
     if (event.key === "Escape" && this.writing) this.stop();
     else if (command && event.key === "Enter" && !this.writing) this.continue();
-    else if (command && event.key === "z" && !event.shiftKey && event.target === byId("text")) this.undo();
+    else if (what) this[what]();
     else return;
     event.preventDefault();
   }
 }
 
-/** The draft with its tail cut into tokens. */
-const cut = (draft, tokens) =>
-  new Draft(draft.tokens).with(...tokens.map((token) => received(token, "typed")));
+const LONG = "All of this text stays here; the model is given its end, which is all that it sees.";
 
 function rate(count, began) {
   const seconds = (performance.now() - began) / 1000;

@@ -41,13 +41,16 @@ export class Sampling {
   /** Builds the controls into a form; ``onChange()`` when a value of them does. */
   constructor(form, onChange) {
     form.append(...SLIDERS.map(slider), tokens(), seed());
-    form.append(h("button", { type: "button", class: "quiet", onclick: () => this.reset() }, "Reset"));
+    form.append(h("button", { type: "reset", class: "quiet" }, "Reset"));
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("input", () => {
       this.#show();
       onChange();
     });
-    this.onChange = onChange;
+    form.addEventListener("reset", () => setTimeout(() => { // once the fields have their first values
+      this.#show();
+      onChange();
+    }));
     this.#show();
   }
 
@@ -73,13 +76,9 @@ export class Sampling {
   }
 
   limit(maxTokens) {
-    byId("max_tokens").max = maxTokens;
-  }
-
-  reset() {
-    for (const { name, value } of SLIDERS) byId(name).value = value;
-    this.#show();
-    this.onChange();
+    const field = byId("max_tokens");
+    field.max = maxTokens;
+    field.defaultValue = Math.min(Number(field.defaultValue), maxTokens);
   }
 
   #show() {
@@ -119,7 +118,7 @@ function tokens() {
     { class: "control" },
     h("label", { for: "max_tokens" }, "Tokens"),
     h("input", { type: "number", id: "max_tokens", min: 1, max: 4096, step: 1, value: 100, "aria-describedby": "max_tokens-hint" }),
-    h("p", { class: "hint", id: "max_tokens-hint" }, "How many to write at a time."),
+    h("p", { class: "hint", id: "max_tokens-hint" }, "The most to write at a time."),
   );
 }
 
@@ -130,6 +129,6 @@ function seed() {
     h("label", { for: "seed" }, "Seed"),
     h("input", { type: "number", id: "seed", min: 0, max: LARGEST_SEED, step: 1, value: 1, "aria-describedby": "seed-hint" }),
     h("label", { class: "check" }, h("input", { type: "checkbox", id: "random", checked: true }), "New each time"),
-    h("p", { class: "hint", id: "seed-hint" }, "The same seed writes the same text."),
+    h("p", { class: "hint", id: "seed-hint" }, "With the same text and settings, the same seed writes the same."),
   );
 }

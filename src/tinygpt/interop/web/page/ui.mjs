@@ -103,6 +103,22 @@ function fail(message) {
   find('error').hidden = !message;
 }
 
+// To lay out a long text takes longer than the model takes to write the next piece of it. So the page
+// shows what is written in turns, and rests between two of them: otherwise Stop could not be reached.
+const REST = 3; // times as long as it took to show the last one
+let effort = 0; // milliseconds which that took
+let unshown = null; // the text as it is by now, where the page shows less of it
+function show() {
+  if (unshown === null) return;
+  const began = performance.now();
+  const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  text.value = unshown;
+  unshown = null;
+  const height = text.scrollHeight; // asking makes the browser lay it out now
+  if (atEnd) text.scrollTop = height;
+  effort = performance.now() - began;
+}
+
 const heard = {
   ready({ where }) {
     find('card').append(element('dt', 'Runs on'), element('dd', `your ${where}`));
@@ -116,11 +132,14 @@ const heard = {
   },
   written({ drop, text: added }) {
     document.documentElement.dataset.first ??= Math.round(performance.now());
-    const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
-    text.value = text.value.slice(0, text.value.length - drop) + added;
-    if (atEnd) text.scrollTop = text.scrollHeight;
+    if (unshown === null) {
+      unshown = text.value;
+      setTimeout(() => requestAnimationFrame(show), REST * effort);
+    }
+    unshown = unshown.slice(0, unshown.length - drop) + added;
   },
   done({ count, ended, seconds, error }) {
+    show();
     if (writing && error) past.pop();
     setWriting(false);
     fail(error ?? '');
