@@ -182,16 +182,23 @@ def train(
     return run.result
 
 
-def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT, Tokenizer | None]:
+def load(
+    path: str | Path, quantize: Literal["int8", False] | None = None
+) -> tuple[GPT, Tokenizer | None]:
     """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
 
     Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
     are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
+    None and False leave them as they are; anything but "int8" is a UsageError.
     """
+    if not (quantize is None or quantize is False or quantize == "int8"):
+        raise UsageError(
+            f"quantize={quantize!r} is not known. Wanted: 'int8', or None for weights as they are."
+        )
     chosen = choose_checkpoint(user_path(path))
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
-    if quantize is None:
+    if quantize != "int8":
         checkpoint.load(chosen, model)
     else:
         with checkpoint.weights(chosen, model) as fetch:
