@@ -15,7 +15,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt import checkpoint, data, generate, lora
 from tinygpt import quantize as quantization
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
-from tinygpt.display import watch
+from tinygpt.display import follow
 from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.files import user_path
 from tinygpt.interop import hf
@@ -152,6 +152,9 @@ def train(
     those named in ``allow_change``, such as ``("max_iters",)``. ``show`` prints progress on stderr.
     What adapters learn, with ``lora_rank``, is in the model's own weights when this returns.
 
+    Ctrl-C ends it after the step in progress, with a checkpoint, and is a KeyboardInterrupt then;
+    a second one is at once. SIGTERM and SIGHUP wait as long: see ``interrupts.held_back``.
+
     >>> result = train(model, TrainConfig(max_iters=1000), tokens)
     >>> result.iter_num, result.best_val_loss
     """
@@ -173,8 +176,7 @@ def train(
         init=model.origin if isinstance(model, GPT) else None,
     )
     try:
-        for _ in watch(run, show=show):
-            pass
+        follow(run, show=show)
     finally:
         lora.merge(model)
         if isinstance(model, GPT):

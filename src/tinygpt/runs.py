@@ -13,6 +13,7 @@ run.json             which run they belong to
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -86,6 +87,8 @@ class TrainResult:
     """Stopped before max_iters, by stop() or early stopping."""
     skipped: int = 0
     """Steps that were skipped because of their loss or gradient."""
+    notices: tuple[str, ...] = ()
+    """The last 1,000 things there were to tell, whether they were shown or not."""
 
 
 class TrainingRun:
@@ -141,6 +144,7 @@ class TrainingRun:
         self._lock = None if self.folder is None else FolderLock(self.folder)
         self._stop = self._save_soon = False
         self._notices: list[str] = []
+        self._told: deque[str] = deque(maxlen=1000)
         self.fingerprints = {"train": data.data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data.data_fingerprint(val_tokens)
@@ -181,6 +185,7 @@ class TrainingRun:
     def notice(self, message: str) -> None:
         """Tell whoever watches, along with the step in progress."""
         self._notices.append(message)
+        self._told.append(message)
 
     def take_notices(self) -> tuple[str, ...]:
         """What there is to tell since the last step; it will not come with the next one."""
@@ -198,6 +203,7 @@ class TrainingRun:
             self.newest,
             stopped,
             self.guard.skipped,
+            tuple(self._told),
         )
 
     def __iter__(self) -> Iterator[Step]:

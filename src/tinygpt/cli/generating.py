@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from tinygpt.cli.console import program_name, say, show_json
+from tinygpt.cli.console import program_name, read_stdin, say, show_json
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch, flags
 from tinygpt.config import SampleConfig
 from tinygpt.display.text import printable
-from tinygpt.errors import DataError, TinyGPTError, UsageError
+from tinygpt.errors import StreamError, TinyGPTError, UsageError
 
 if TYPE_CHECKING:
     SampleFlags = dict[str, Any]
@@ -95,10 +95,7 @@ def _prompt_text(prompt: str | None) -> str:
     if prompt is None:
         return "\n"
     if prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"The prompt on stdin is not UTF-8: {error}.") from error
+        prompt = read_stdin()
     if not prompt:
         raise UsageError(
             "The prompt is empty, and a model needs something to continue. Leave --prompt out to "
@@ -179,5 +176,7 @@ def _converse(writer: _Writer, echo: bool, count: int) -> None:
                 _stream(writer, prompt, echo, count)
             except KeyboardInterrupt:
                 _emit("\n")
+            except StreamError:  # nobody hears the next text either
+                raise
             except TinyGPTError as error:
                 say(f"{program_name()}: error: {error}")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from tinygpt.cli.console import aligned, say, show_json
+from tinygpt.cli.console import aligned, read_stdin, say, show_json
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.display.text import printable
-from tinygpt.errors import DataError, UsageError
+from tinygpt.errors import UsageError
 
 if TYPE_CHECKING:
     from tinygpt.tokenizers import Tokenizer
@@ -75,7 +75,7 @@ def encode(
     json
         Print a JSON list instead of numbers between spaces.
     """
-    ids = _ready(tokenizer).encode(_stdin() if text is None else text)
+    ids = _ready(tokenizer).encode(read_stdin() if text is None else text)
     if json:
         show_json(ids)
     else:
@@ -93,7 +93,7 @@ def decode(tokenizer: str, /, *ids: int) -> None:
     ids
         The ids. [default: stdin, between spaces]
     """
-    wanted = list(ids) or _numbers(_stdin())
+    wanted = list(ids) or _numbers(read_stdin())
     text = _ready(tokenizer).decode(wanted)
     print(printable(text) if sys.stdout.isatty() else text)
 
@@ -138,13 +138,6 @@ def _nothing_to_learn_from(spec: str) -> list[str]:
         f"{spec!r} has to be trained first. Give gpt2, byte, a run folder, or a file written by "
         f"tokenizer train."
     )
-
-
-def _stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"The text on stdin is not UTF-8: {error}.") from error
 
 
 def _numbers(text: str) -> list[int]:

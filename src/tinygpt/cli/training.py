@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
-from tinygpt.cli.console import command, say, show_json
+from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
     Settings,
@@ -242,13 +243,15 @@ def _settings_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = None) -> int:
     """Train to the end, or until a signal; -> the exit code. Others can stop it too."""
-    from tinygpt.display import make_display
+    from tinygpt.display import hung_up, make_display
 
     display = make_display(run.config, start=run.iter_num, title=str(run.folder))
-    last = None
+    messages, last = sys.stderr, None  # the live view puts another stream in its place
     with run_signals(run.stop, run.save_soon, display.notice) as received, display:
         for last in run:
             display.update(last)
+            if hung_up(messages):
+                run.stop()
     for message in run.take_notices():
         say(message)
     result = run.result
@@ -271,7 +274,9 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
         )
     asked = bool(received) or (stopped is not None and stopped())
     _tell_end(run, interrupted=asked and result.stopped)
-    return 128 + received[0] if received and result.stopped else 0
+    if not result.stopped:
+        return 0
+    return 128 + received[0] if received else BROKEN_PIPE if hung_up(messages) else 0
 
 
 def _tell_end(run: TrainingRun, interrupted: bool) -> None:

@@ -18,7 +18,9 @@ class Writer:
     def __init__(self, stream: Stream, line: Line, tokenizer: Tokenizer) -> None:
         request = stream.request
         self.stream, self.line = stream, line
-        self.choice = first_choice(request.config, request.seed)
+        self.choice = first_choice(
+            request.config, request.seed, request.penalties, len(request.ids)
+        )
         self._left, self._logprobs = request.max_tokens, request.logprobs
         self._text, self._stop = TextStream(tokenizer), StopStrings(request.stop)
         self._ends = () if request.ignore_eos else ends_of(tokenizer)
