@@ -134,7 +134,7 @@ def test_a_stream_of_the_server(
 def test_a_page_knows_it(tokenizer: BPETokenizer):
     found = describe(tokenizer)
     assert found["ends"] == [258] and found["special"] == {END: 258, "<|more|>": 259}
-    assert len(found["tokens"]) == 258
+    assert len(found["tokens"]) == 260
     assert "ends" not in describe(ByteTokenizer())
 
 

@@ -643,10 +643,10 @@ def test_what_transformers_cannot_read_is_not_handed_out(tmp_path, transformers,
 
 
 def test_what_a_killed_import_left_goes_with_the_next_one(tmp_path, exported):
-    stale = tmp_path / f".run.{'0' * 12}.tmp"
+    stale = tmp_path / f".run.tinygpt-{'0' * 12}.tmp"
     stale.mkdir()
     (stale / "ckpt_0.safetensors").write_text("half")
-    other = tmp_path / f".another.{'0' * 12}.tmp"
+    other = tmp_path / f".another.tinygpt-{'0' * 12}.tmp"
     other.mkdir()
     hf.import_run(hf.open_pretrained(exported), tmp_path / "run", None)
     assert not stale.exists() and other.exists()

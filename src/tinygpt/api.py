@@ -21,7 +21,8 @@ from tinygpt.files import user_path
 from tinygpt.interop import hf
 from tinygpt.model import Transformer
 from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
-from tinygpt.tokenizers import Tokenizer, ends_of, tokenizer_from_dict
+from tinygpt.tokenizers import Tokenizer, check_readable, ends_of, tokenizer_from_dict
+from tinygpt.untrusted import brief
 
 TokenSource = npt.NDArray[np.integer[Any]] | Sequence[int] | Tensor | str | Path
 
@@ -36,8 +37,6 @@ class GPT(Transformer):
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
         super().__init__(config, seed)
-        self.origin: dict[str, Any] | None = None
-        """The checkpoint that the weights are from, as ``checkpoint.Meta.init`` has it."""
         self.decoder = generate.Decoder(self)
         self.limit: int | None = None
         """Ids from here on are never generated; None for as many as the vocabulary has rows."""
@@ -52,6 +51,14 @@ class GPT(Transformer):
         self.limit = None if tokenizer is None else tokenizer.vocab_size
         self.ends = ends_of(tokenizer)
         return self
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """The checkpoint that the weights are from, as ``checkpoint.Meta.init`` has it.
+
+        None if they are from none, or were changed since. Asking reads all weights.
+        """
+        return checkpoint.origin_of(self)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
@@ -111,10 +118,12 @@ class GPT(Transformer):
 
         It holds the weights, the optimizer's state if one is given, and all that ``load`` needs.
         """
-        if not isinstance(iter_num, int) or iter_num < 0:
-            raise UsageError(f"iter_num={iter_num!r} is not a step number, 0 or above.")
+        if type(iter_num) is not int or not 0 <= iter_num < 2**63:
+            raise UsageError(f"iter_num={brief(iter_num)} is not a step number, 0 or above.")
         if any(name.endswith(ADAPTERS) for name in self.parameters()):
             raise UsageError("This model has adapters: lora.merge(model) makes it a plain one.")
+        if tokenizer is not None:
+            check_readable(tokenizer)
         described = None if tokenizer is None else tokenizer.to_dict()
         meta = checkpoint.Meta(iter_num, self.config, tokenizer=described)
         path = checkpoint.checkpoint_path(folder, iter_num)
@@ -173,14 +182,12 @@ def train(
         folder=out_dir,
         resume=resume,
         allow_change=allow_change,
-        init=model.origin if isinstance(model, GPT) else None,
+        init=checkpoint.origin_of(model),
     )
     try:
         follow(run, show=show)
     finally:
         lora.merge(model)
-        if isinstance(model, GPT):
-            model.origin = None  # they are no longer those
     return run.result
 
 
@@ -205,7 +212,6 @@ def load(
     else:
         with checkpoint.weights(chosen, model) as fetch:
             quantization.quantize(model, fetch)
-    model.origin = checkpoint.origin(chosen)
     tokenizer = None if meta.tokenizer is None else tokenizer_from_dict(meta.tokenizer)
     return model.speaks(tokenizer).eval(), tokenizer
 

@@ -47,9 +47,18 @@ def train(
     glob
         Files of a folder that are read.
     """
+    from tinygpt.checkpoint import run_of
     from tinygpt.corpus import open_corpus
+    from tinygpt.files import check_overwritable
     from tinygpt.tokenizers import BPETokenizer
+    from tinygpt.tokenizers.base import MARK
 
+    check_overwritable(out, MARK, "a tokenizer")
+    if run_of(out.parent) is not None:
+        raise UsageError(
+            f"{out.parent} is the folder of a run, whose tokenizer belongs to its weights. Write "
+            f"to another place."
+        )
     corpus = open_corpus(source, field=field, glob=glob)
     say(f"text: {corpus.description}")
     tokenizer = BPETokenizer.train(corpus.pieces(), vocab_size)

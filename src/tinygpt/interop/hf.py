@@ -343,8 +343,10 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
         tokenizer=None if tokenizer is None else tokenizer.to_dict(),
         progress={"imported": {**_origin(pretrained), "types": pretrained.dtypes}},
     )
+    checkpoint.rehearse(meta, layout)
     with new_folder(folder) as staging:
-        path = checkpoint.checkpoint_path(staging, 0)
+        run = checkpoint.ensure_run(staging)
+        meta, path = replace(meta, run=run), checkpoint.checkpoint_path(staging, 0)
         checkpoint.stream(path, layout, lambda name: pretrained.pieces(name[len("model.") :]), meta)
         with replacing(staging / "config.toml") as file:
             file.write(to_toml({"model": pretrained.config}, comments=True).encode())

@@ -14,6 +14,7 @@ from tinygpt.tokenizers.base import (
     BaseTokenizer,
     TextStream,
     Tokenizer,
+    encoded,
     ends_of,
     fingerprint,
     read_json,
@@ -30,6 +31,7 @@ __all__ = [
     "CharTokenizer",
     "TextStream",
     "Tokenizer",
+    "check_readable",
     "chunks",
     "ends_of",
     "fingerprint",
@@ -56,6 +58,19 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
             f"Files of other tools and of newer versions cannot be read."
         )
     return _KINDS[kind].from_dict(values)
+
+
+def check_readable(tokenizer: Tokenizer) -> None:
+    """TokenizerError if the tokenizer could not be made again from what a run keeps of it."""
+    encoded(tokenizer)
+    if type(tokenizer) not in _KINDS.values():
+        try:
+            tokenizer_from_dict(tokenizer.to_dict())
+        except TokenizerError as error:
+            raise TokenizerError(
+                f"A run cannot keep {type(tokenizer).__name__}: load() could not make it again. "
+                f"{error} Train without out_dir, or without the tokenizer."
+            ) from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -129,10 +129,15 @@ class BPETokenizer(BaseTokenizer):
         """The tokenizer of these tokens, in the order in which they are merged.
 
         ``special`` names ids that no text becomes. The others go, in order, to the 256 bytes as
-        ``alphabet`` has them, and to ``merges``.
+        ``alphabet`` has them, and to ``merges``. TokenizerError if there are none.
         """
         import tiktoken
 
+        if not merges:
+            raise TokenizerError(
+                "There is nothing to merge: no word of the text has two bytes. Use the tokenizer "
+                "that has no merges, byte, or give a longer text."
+            )
         special = dict(special or {})
         taken = set(special.values())
         free = (i for i in range(256 + len(merges) + len(special)) if i not in taken)

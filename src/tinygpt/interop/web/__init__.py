@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.files import replacing
+from tinygpt.files import check_overwritable, replacing
 from tinygpt.interop.web import page, vocabulary, weights
 from tinygpt.interop.web.capture import Source, capture
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
@@ -27,8 +27,10 @@ from tinygpt.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from tinygpt.model import Transformer
 
-__all__ = ["KINDS", "Exported", "Kind", "export_web"]
+__all__ = ["KINDS", "Exported", "Kind", "check_target", "export_web"]
 
+MARK = b'<meta name="generator" content="TinyGPT">'
+"""What stands in the head of every page."""
 LARGEST = 1 << 29
 """Bytes of a page: what browsers still open. GPT-2 124M takes 333 MB as float16."""
 
@@ -72,6 +74,7 @@ def export_web(
     from tinygpt.interop.web.parity import check
     from tinygpt.transfer import read, write
 
+    check_target(path)
     described = vocabulary.describe(tokenizer)
     _check_size(model, kind)
     parameters = model.parameters()
@@ -110,6 +113,13 @@ def export_web(
         ) from error
     carried = sum(len(chunk.data) for chunk in chunks)
     return Exported(path, path.stat().st_size, carried, len(module), difference)
+
+
+def check_target(path: Path) -> None:
+    """UsageError if something else than such a page is there."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'page.html'}")
+    check_overwritable(path, MARK, "a page")
 
 
 def _shaders(config: GPTConfig, source: Source) -> dict[str, Any]:

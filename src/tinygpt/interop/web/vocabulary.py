@@ -11,9 +11,9 @@ from tinygpt.tokenizers import BPETokenizer, Tokenizer
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     """The kind, and the characters or the tokens in the order of their ids.
 
-    A byte-pair token is given as its bytes, each as the character of that number (Latin-1), and a
-    special one, which no text becomes, by its name. ``ends`` are the ids that end a text. Raises
-    UsageError for a vocabulary that splits text otherwise than GPT-2's.
+    A byte-pair token is given as its bytes, each as the character of that number (Latin-1); in the
+    place of a special one, which text never becomes, stands nothing. ``ends`` are the ids that end a
+    text. Raises UsageError for a vocabulary that splits text otherwise than GPT-2's.
     """
     values = tokenizer.to_dict()
     kind = values.get("kind")
@@ -21,16 +21,11 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         return {"kind": "byte"}
     if kind == "char":
         return {"kind": "char", "chars": values["chars"]}
-    if isinstance(tokenizer, BPETokenizer) and "gpt2" in (
-        values.get("encoding"),
-        values.get("pattern"),
-    ):
-        special = dict(tokenizer.special)
-        tokens: list[str | None] = [None] * tokenizer.vocab_size
+    if kind == "bpe" and "gpt2" in (values.get("encoding"), values.get("pattern")):
+        assert isinstance(tokenizer, BPETokenizer)
+        special, tokens = dict(tokenizer.special), [""] * tokenizer.vocab_size
         for token, i in tokenizer.ranks.items():
             tokens[i] = token.decode("latin-1")
-        while tokens and tokens[-1] is None:
-            tokens.pop()
         described = {"kind": "bpe", "tokens": tokens, "special": special}
         return described | ({"ends": list(tokenizer.ends)} if tokenizer.ends else {})
     name = values.get("encoding") or kind

@@ -62,12 +62,12 @@ const WORDS = new RegExp(
 const REMEMBERED = 50_000; // words
 
 class BPETokenizer {
-  // tokens: the bytes of each, as characters of these numbers, in the order of their ranks; null
-  // in the place of a special one.
+  // tokens: the bytes of each, as characters of these numbers, in the order of their ranks; nothing
+  // in the place of a special one, which text never becomes.
   constructor({ tokens, special }) {
     this.tokens = tokens;
     this.special = new Map(Object.entries(special).map(([text, id]) => [id, utf8.encode(text)]));
-    this.size = Math.max(tokens.length, ...[...this.special.keys()].map((id) => id + 1));
+    this.size = tokens.length;
     this.ranks = new Map(tokens.map((token, rank) => [token, rank]));
     this.words = new Map();
   }
