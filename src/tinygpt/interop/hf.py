@@ -333,6 +333,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
 
     The folder appears whole or not at all. Weights go from file to file a piece at a time.
     """
+    folder = user_path(folder)
     layout = checkpoint.arrange(
         (f"model.{name}", np.dtype(np.float32), shape)
         for name, shape in shapes(pretrained.config).items()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.files import check_overwritable, replacing
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.interop.web import page, vocabulary, weights
 from tinygpt.interop.web.capture import Source, capture
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
@@ -74,6 +74,7 @@ def export_web(
     from tinygpt.interop.web.parity import check
     from tinygpt.transfer import read, write
 
+    path = user_path(path)
     check_target(path)
     described = vocabulary.describe(tokenizer)
     _check_size(model, kind)
