@@ -141,18 +141,11 @@ def _requests(
     own = _value(body, "stop", ())
     stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
     texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
+    seeds = [None if seed is None else seed + i for i in range(len(texts))]
+    on = bool(body.get("ignore_eos"))
     return tuple(
-        Request(
-            ids,
-            max_tokens,
-            config,
-            None if seed is None else seed + i,
-            stops,
-            logprobs,
-            first,
-            penalties,
-        )
-        for i, (ids, first) in enumerate(texts)
+        Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, on)
+        for (ids, first), seed in zip(texts, seeds, strict=True)
     )
 
 

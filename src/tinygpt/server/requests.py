@@ -207,6 +207,7 @@ def _sampling(limits: Limits) -> Fields:
             ],
             "description": "End before these strings.",
         },
+        "ignore_eos": _optional("boolean", "Go on behind the token that ends a text."),
         "seed": _optional(
             "integer",
             "One seed, one text; -1: a random one.",
