@@ -2,8 +2,9 @@
 
 ``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
 makes the same for graphics cards. ``weights`` rounds and cuts the weights, ``vocabulary`` describes
-the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``, and
-``parity`` sees to it that what is in there computes the same as the model.
+the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``,
+``parity`` sees to it that what is in there computes the same as the model, and ``finished`` that
+the file starts.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ def export_web(
     ``kind`` in place, as the page has them.
 
     Raises UsageError if the page would be too large, or a weight or the tokenizer does not fit in;
-    InteropError if what was compiled does not compute what the model does. No file is left then.
+    InteropError if what was compiled does not compute what the model does, or if the finished file
+    does not start. No file is left then.
     """
+    from tinygpt.interop.web.finished import check_finished
     from tinygpt.interop.web.parity import check
     from tinygpt.transfer import read, write
 
@@ -103,6 +106,8 @@ def export_web(
                 title=title, description=description, about=about, module=module, chunks=chunks
             ):
                 file.write(piece)
+            file.flush()
+            check_finished(Path(file.name), module, len(chunks))
     except OSError as error:
         raise InteropError(
             f"{path} could not be written: {error.strerror}. Nothing was left there."
