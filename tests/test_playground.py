@@ -527,6 +527,15 @@ def test_a_token_can_be_opened_and_another_one_taken_in_its_place(playground, ad
     assert playground.value() == text
 
 
+def test_a_candidate_of_the_place_before_cannot_be_chosen_on_the_way(playground):
+    text = playground.write(6, "a tree")
+    playground.expect(playground.candidates()).to_have_count(10)
+    both = "['[aria-label=\"Token before\"]', '#candidates li button']"
+    playground.page.evaluate(f"{both}.forEach((each) => document.querySelector(each).click())")
+    playground.expect(playground.title).to_contain_text("Token 12 of 12")
+    assert playground.value() == text
+
+
 def test_a_click_in_the_text_opens_the_token_under_it(playground):
     playground.write(8, "m" * 20)
     box = playground.page.evaluate(

@@ -122,6 +122,7 @@ class Playground {
     if (index < 0 || index > this.draft.tokens.length) return;
     this.selected = index;
     this.editor.select(index);
+    this.candidates.index = index; // from now on a choice among those of another place is none
     this.lookSoon();
   }
 
