@@ -1413,7 +1413,9 @@ def test_a_uvicorn_that_no_longer_calls_what_is_overridden_is_refused_with_the_c
             check_hooks({Renamed: ("connection_made", name)})
 
 
-def test_all_that_is_overridden_of_uvicorn_is_checked():
+def test_uvicorn_has_an_upper_bound_and_all_that_is_overridden_is_checked():
+    [wanted] = [r for r in extras._in_clone()["serve"] if r.startswith("uvicorn")]
+    assert "<" in wanted
     for base, names in HOOKS.items():
         own = listening.Server if base.__name__ == "Server" else listening._Connection
         overridden = {name for name in vars(own) if name in dir(base) and not name.startswith("__")}
