@@ -32,6 +32,7 @@ from tinygpt.interop.parity import Floats
 from tinygpt.model import Transformer
 from tinygpt.tokenizers import Tokenizer
 from tinygpt.transfer import read, write
+from tinygpt.untrusted import utf8_name
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 """What most weights are stored as, as llama.cpp counts it."""
@@ -142,7 +143,7 @@ def _kind(ours: str, shape: tuple[int, ...], kind: Kind) -> Kind:
 def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: str) -> None:
     """Everything but the weights."""
     writer.add_string(VERSION_KEY, __version__)  # first, where ``check_target`` looks for it
-    writer.add_name(name)
+    writer.add_name(utf8_name(name))
     writer.add_file_type(FILE_TYPES[kind])
     if kind == "q8_0":
         writer.add_quantization_version(2)
