@@ -83,7 +83,8 @@ def export(
     CheckpointError, and MissingExtraError without the gguf package.
     """
     gguf = _gguf()
-    check_target(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
     tokens = tokens_of(tokenizer, model.config.vocab_size)
     weights = list(_weights(gguf, model, tokens, kind))
     checkpoint.foresee_space(path.parent, sum(weight.size for weight in weights), 1)
@@ -98,9 +99,7 @@ def export(
 
 
 def check_target(path: Path) -> None:
-    """UsageError if something else than a GGUF file of ours is there."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
+    """UsageError if something else than a GGUF file of ours is there: for a path of the user's."""
     check_overwritable(path, VERSION_KEY.encode(), "a GGUF file")
 
 
