@@ -556,10 +556,10 @@ def test_wrong_places_are_told_what_was_wanted(tmp_path, exported, capsys):
 
 
 def test_a_vocabulary_of_another_size_is_refused(exported, capsys):
-    edit_config(exported, vocab_size=300)
-    grown = np.zeros((300, 16), np.float32)
+    edit_config(exported, vocab_size=1281)
+    grown = np.zeros((1281, 16), np.float32)
     rewrite(exported, lambda f: f.update({WTE: grown}))
-    wanted = ("a vocabulary of 300", "one of 256", "--tokenizer none")
+    wanted = ("a vocabulary of 1,281", "one of 256", "--tokenizer none")
     refused(exported, capsys, "--tokenizer", "byte", wanted=wanted)
     out = str(exported.parent / "run")
     assert main(["import", "hf", str(exported), "--out", out, "--tokenizer", "none"]) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tinygpt import checkpoint, preflight, runs
-from tinygpt.cli import main
+from tinygpt.cli import generating, main
 from tinygpt.cli.streams import _Descriptor, standard_streams
 from tinygpt.errors import StreamError
 from tinygpt.metrics import read
@@ -115,6 +115,16 @@ def test_a_closed_stream_is_one_clear_line(monkeypatch, capsys, closed, words, m
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("tinygpt: error: ") and message in line
     assert getattr(sys, closed) is None
+
+
+def test_a_talk_ends_when_nobody_can_hear_it(monkeypatch):
+    def write(*_):
+        raise StreamError("stdout is closed")
+
+    monkeypatch.setattr(generating, "_stream", write)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    with pytest.raises(StreamError):
+        generating._converse(None, echo=True, count=1)
 
 
 def test_a_closed_stderr_keeps_messages_out_of_the_results(monkeypatch, capsys):

@@ -200,9 +200,20 @@ def test_another_text_is_refused_and_a_tie_is_not(
 
 # The scripts ------------------------------------------------------------------------------------
 
+
+def imported(text: str) -> BPETokenizer:
+    """Numbered as others do, with special tokens before and behind, one of which merges lead to."""
+    trained = BPETokenizer.train(text, 500)
+    merges = [*(token for token in trained.ranks if len(token) > 1), b"[|"]
+    return BPETokenizer.from_merges(
+        merges, alphabet=bytes(range(255, -1, -1)), special={"<s>": 0, "[|]": 502}
+    )
+
+
 TOKENIZERS: dict[str, Callable[[str], Tokenizer]] = {
     "gpt2": lambda text: BPETokenizer("gpt2"),
     "bpe": lambda text: BPETokenizer.train(text, 1024),
+    "imported": imported,
     "byte": lambda text: ByteTokenizer(),
     "char": CharTokenizer,
 }
@@ -211,7 +222,7 @@ TOKENIZERS: dict[str, Callable[[str], Tokenizer]] = {
 @needs_node
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_page_s_tokenizers_are_ours(name: str) -> None:
-    text = mixed_text()
+    text = mixed_text() + "\n[|]\n<s>"
     assert len(text.encode()) >= 300_000
     tokenizer = TOKENIZERS[name](text)
     ids, back = node(
@@ -297,6 +308,17 @@ def test_a_foreign_tokenizer_is_refused() -> None:
 
     with pytest.raises(UsageError, match=r"cannot carry the tokenizer 'cl100k_base'.*Wanted: gpt2"):
         describe(Foreign())
+
+
+def test_compiling_needs_no_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("XDG_CACHE_HOME", "ZIG_GLOBAL_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for home in (None, tmp_path / "none"):
+        monkeypatch.delenv("HOME", raising=False)
+        if home:
+            monkeypatch.setenv("HOME", str(home))
+        assert wasm.compile_wasm("int f(void) { return 1; }").startswith(b"\0asm")
+    assert not (tmp_path / "none").exists()
 
 
 def test_no_compiler_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,12 +16,12 @@ from tinygpt import checkpoint, data, generate, lora
 from tinygpt import quantize as quantization
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.display import follow
-from tinygpt.errors import UsageError
+from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.files import user_path
 from tinygpt.interop import hf
 from tinygpt.model import Transformer
 from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
-from tinygpt.tokenizers import Tokenizer, check_readable, tokenizer_from_dict
+from tinygpt.tokenizers import Tokenizer, check_readable, ends_of, tokenizer_from_dict
 from tinygpt.untrusted import brief
 
 TokenSource = npt.NDArray[np.integer[Any]] | Sequence[int] | Tensor | str | Path
@@ -37,6 +38,19 @@ class GPT(Transformer):
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
         super().__init__(config, seed)
         self.decoder = generate.Decoder(self)
+        self.limit: int | None = None
+        """Ids from here on are never generated; None for as many as the vocabulary has rows."""
+        self.ends: tuple[int, ...] = ()
+        """Ids that end a text; generation stops there."""
+
+    def speaks(self, tokenizer: Tokenizer | None) -> Self:
+        """Generate what this tokenizer can decode, and stop where its texts end.
+
+        ``load``, ``load_pretrained`` and ``train`` do this with the tokenizer that they know.
+        """
+        self.limit = None if tokenizer is None else tokenizer.vocab_size
+        self.ends = ends_of(tokenizer)
+        return self
 
     @property
     def origin(self) -> dict[str, Any] | None:
@@ -57,6 +71,7 @@ class GPT(Transformer):
         found = hf.open_pretrained(source, revision=revision)
         model = cls(found.config, seed=None)
         hf.load_weights(model, found)
+        model.ends = found.ends
         return model.eval()
 
     def generate(
@@ -70,15 +85,21 @@ class GPT(Transformer):
         repetition_penalty: float | None = None,
         stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         seed: int | None = None,
+        ignore_eos: bool = False,
     ) -> Tensor:
         """Continue the prompts idx (B, T) by up to ``max_tokens``; -> int32 (B, T + new).
 
         Prompts and texts may be longer than block_size: the model then sees the last block_size
         tokens. ``stop`` is a token id, several, or sequences of ids; one ``seed`` gives one text.
+        Where the model's tokenizer is known (see ``speaks``), a text also stops behind the token
+        that ends it, unless ``ignore_eos``; shorter texts of a batch are filled up with it.
         Dropout is off. Raises UsageError if the prompt is empty or an id is out of range.
         """
         config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty)
-        return generate.generate(self.decoder, idx, max_tokens, config, seed=seed, stop=stop)
+        ends = () if ignore_eos else self.ends
+        return generate.generate(
+            self.decoder, idx, max_tokens, config, seed, stop, limit=self.limit, ends=ends
+        )
 
     def quantize(self) -> Self:
         """Round the weights to int8, in place: for generation only, see ``quantize.quantize``."""
@@ -113,7 +134,11 @@ class GPT(Transformer):
 
         Raises CheckpointError if the file is damaged, or of a model with another config.
         """
-        return checkpoint.load(path, self, optimizer).iter_num
+        meta = checkpoint.load(path, self, optimizer)
+        if meta.tokenizer is not None:
+            with suppress(TokenizerError):  # a vocabulary that would have to be fetched
+                self.speaks(tokenizer_from_dict(meta.tokenizer))
+        return meta.iter_num
 
 
 def train(
@@ -143,6 +168,8 @@ def train(
     >>> result.iter_num, result.best_val_loss
     """
     vocab = model.config.vocab_size
+    if isinstance(model, GPT) and tokenizer is not None:
+        model.speaks(tokenizer)
     tokens = data.load_tokens(train_data, vocab)
     held_out = None if val_data is None else data.load_tokens(val_data, vocab)
     run = TrainingRun(
@@ -164,23 +191,29 @@ def train(
     return run.result
 
 
-def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT, Tokenizer | None]:
+def load(
+    path: str | Path, quantize: Literal["int8", False] | None = None
+) -> tuple[GPT, Tokenizer | None]:
     """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
 
     Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
     are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
+    None and False leave them as they are; anything but "int8" is a UsageError.
     """
+    if not (quantize is None or quantize is False or quantize == "int8"):
+        raise UsageError(
+            f"quantize={quantize!r} is not known. Wanted: 'int8', or None for weights as they are."
+        )
     chosen = choose_checkpoint(user_path(path))
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
-    if quantize is None:
+    if quantize != "int8":
         checkpoint.load(chosen, model)
     else:
         with checkpoint.weights(chosen, model) as fetch:
             quantization.quantize(model, fetch)
     tokenizer = None if meta.tokenizer is None else tokenizer_from_dict(meta.tokenizer)
-    model.eval()
-    return model, tokenizer
+    return model.speaks(tokenizer).eval(), tokenizer
 
 
 def load_pretrained(
@@ -188,4 +221,5 @@ def load_pretrained(
 ) -> tuple[GPT, Tokenizer | None]:
     """``GPT.from_pretrained``, and the tokenizer that lies beside the weights, if any."""
     tokenizer = hf.open_pretrained(source, revision=revision).tokenizer
-    return GPT.from_pretrained(source, revision), tokenizer
+    model = GPT.from_pretrained(source, revision)
+    return (model if tokenizer is None else model.speaks(tokenizer)), tokenizer

@@ -43,9 +43,9 @@ from tinygpt.lock import FolderLock, check_free
 from tinygpt.metrics import Cut, History, short
 from tinygpt.model import Transformer
 from tinygpt.optim import make_optimizer
-from tinygpt.tokenizers import Tokenizer, check_readable
+from tinygpt.tokenizers import Tokenizer, check_readable, ends_of
 from tinygpt.train import Step, train_steps
-from tinygpt.untrusted import is_number
+from tinygpt.untrusted import clip, is_number
 
 Tokens = npt.NDArray[np.integer]
 
@@ -485,20 +485,27 @@ class TrainingRun:
             self.notice(str(error))
 
     def _sample(self, iter_num: int) -> str | None:
-        """A short text in the model's present manner, the prompt included."""
-        if self.tokenizer is None:
-            return None
+        """A short text in the model's present manner; a notice, and None, where that fails."""
         try:
-            prompt = self.tokenizer.encode(self.config.sample_prompt)
+            return None if self.tokenizer is None else self._text(self.tokenizer, iter_num)
+        except Exception as error:  # whatever it is, it is no reason to lose a run
+            self.notice(f"step {iter_num}: no sample could be written: {clip(error)}")
+            return None
+
+    def _text(self, tokenizer: Tokenizer, iter_num: int) -> str:
+        """A short text in the model's present manner, the prompt included."""
+        try:
+            prompt = tokenizer.encode(self.config.sample_prompt)
         except TokenizerError:
             prompt = []
         prompt = prompt or [int(self.train_tokens[0])]
         config = SampleConfig(temperature=0.8, top_k=min(200, self.model.config.vocab_size))
+        ends, limit = ends_of(tokenizer), tokenizer.vocab_size
         tokens = generate_tokens(
-            self.decoder, np.array([prompt], np.int32), SAMPLE_TOKENS, config, seed=iter_num
+            self.decoder, [prompt], SAMPLE_TOKENS, config, iter_num, limit=limit, ends=ends
         )
-        text = self.tokenizer.decode(prompt + [int(token[0]) for token in tokens])
-        return text[:SAMPLE_CHARS]
+        ids = prompt + [int(token[0]) for token in tokens]
+        return tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)[:SAMPLE_CHARS]
 
     # ---- going on ----
 

@@ -32,6 +32,7 @@ def generate(
     sample: Annotated[SampleFlags | None, Parameter(name="*")] = None,
     seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(negative=(), allow_leading_hyphen=True)] = None,
+    ignore_eos: Switch = False,
     count: Annotated[int, Parameter(name=["--count", "-n"])] = 1,
     interactive: Annotated[Switch, Parameter(name=["--interactive", "-i"])] = False,
     echo: bool = True,
@@ -54,6 +55,8 @@ def generate(
         The same seed gives the same text. [default: another one each time]
     stop
         End before this string; may be given several times.
+    ignore_eos
+        Go on behind the token that ends a text, which the tokenizer or --tokenizer knows.
     count
         How many texts.
     interactive
@@ -77,6 +80,7 @@ def generate(
     check_quantize(quantize, quantize_data)
     text = _prompt_text(prompt)
     writer = _Writer(run, tokenizer, config, max_tokens, seed, stop or [], quantize)
+    writer.ignore_eos = ignore_eos
     if quantize is not None:
         tell_quantized(run, writer.model, writer.tokenizer, quantize_data)
     if interactive:
@@ -115,6 +119,7 @@ class _Writer:
     ) -> None:
         self.model, self.tokenizer = load_model(run, tokenizer, quantize)
         self.config, self.max_tokens, self.seed, self.stop = config, max_tokens, seed, stop
+        self.ignore_eos = False
 
     def pieces(self, prompt: str, number: int) -> Iterator[str]:
         """The pieces of one continuation; with a seed the number-th has a seed of its own."""
@@ -128,6 +133,7 @@ class _Writer:
             self.config,
             None if self.seed is None else self.seed + number,
             self.stop,
+            ignore_eos=self.ignore_eos,
         )
 
     def collect(self, prompt: str, count: int) -> dict[str, Any]:

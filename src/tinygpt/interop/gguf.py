@@ -23,7 +23,7 @@ import numpy as np
 from tinygpt import __version__, checkpoint, extras
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.files import check_overwritable, replacing
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.interop import parity
 from tinygpt.interop.gguf_tokens import Tokens, tokens_of
 from tinygpt.interop.gguf_types import BLOCK, Kind, store
@@ -83,6 +83,7 @@ def export(
     CheckpointError, and MissingExtraError without the gguf package.
     """
     gguf = _gguf()
+    path = user_path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
     tokens = tokens_of(tokenizer, model.config.vocab_size)

@@ -10,10 +10,12 @@ from tinygpt.errors import TokenizerError, nearest
 from tinygpt.files import user_path
 from tinygpt.names import exists, is_name
 from tinygpt.tokenizers.base import (
+    END,
     BaseTokenizer,
     TextStream,
     Tokenizer,
     encoded,
+    ends_of,
     fingerprint,
     read_json,
 )
@@ -23,6 +25,7 @@ from tinygpt.tokenizers.simple import ByteTokenizer, CharTokenizer
 from tinygpt.untrusted import brief
 
 __all__ = [
+    "END",
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
@@ -30,6 +33,7 @@ __all__ = [
     "Tokenizer",
     "check_readable",
     "chunks",
+    "ends_of",
     "fingerprint",
     "load_tokenizer",
     "make_tokenizer",

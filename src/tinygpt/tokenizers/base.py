@@ -52,11 +52,17 @@ class Tokenizer(Protocol):
         """Write it as JSON and return the path."""
 
 
+END = "<|endoftext|>"
+"""What GPT-2, and most vocabularies made since, put between texts."""
+
+
 class BaseTokenizer:
     """The shared part; a kind adds the four methods that raise NotImplementedError here."""
 
     kind: str
     vocab_size: int
+    ends: tuple[int, ...] = ()
+    """The ids that end a text: generation stops there. Text never becomes one of them."""
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """Token ids of ``text`` as an array (n,): the quick way for long texts."""
@@ -117,6 +123,11 @@ class BaseTokenizer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+
+def ends_of(tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that end a text; none for a tokenizer of the user's own that does not say."""
+    return tuple(getattr(tokenizer, "ends", ()))
 
 
 def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:

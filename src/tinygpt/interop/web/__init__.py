@@ -2,8 +2,9 @@
 
 ``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
 makes the same for graphics cards. ``weights`` rounds and cuts the weights, ``vocabulary`` describes
-the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``, and
-``parity`` sees to it that what is in there computes the same as the model.
+the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``,
+``parity`` sees to it that what is in there computes the same as the model, and ``finished`` that
+the file starts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.files import check_overwritable, replacing
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.interop.web import page, vocabulary, weights
 from tinygpt.interop.web.capture import Source, capture
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
@@ -67,11 +68,14 @@ def export_web(
     ``kind`` in place, as the page has them.
 
     Raises UsageError if the page would be too large, or a weight or the tokenizer does not fit in;
-    InteropError if what was compiled does not compute what the model does. No file is left then.
+    InteropError if what was compiled does not compute what the model does, or if the finished file
+    does not start. No file is left then.
     """
+    from tinygpt.interop.web.finished import check_finished
     from tinygpt.interop.web.parity import check
     from tinygpt.transfer import read, write
 
+    path = user_path(path)
     check_target(path)
     title, description = utf8_name(title), utf8_name(description)
     described = vocabulary.describe(tokenizer)
@@ -104,6 +108,8 @@ def export_web(
                 title=title, description=description, about=about, module=module, chunks=chunks
             ):
                 file.write(piece)
+            file.flush()
+            check_finished(Path(file.name), module, len(chunks))
     except OSError as error:
         raise InteropError(
             f"{path} could not be written: {error.strerror}. Nothing was left there."

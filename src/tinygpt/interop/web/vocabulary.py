@@ -12,8 +12,8 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     """The kind, and the characters or the tokens in the order of their ids.
 
     A byte-pair token is given as its bytes, each as the character of that number (Latin-1); in the
-    place of a special one, which text never becomes, stands nothing. Raises UsageError for a
-    vocabulary that splits text otherwise than GPT-2's.
+    place of a special one, which text never becomes, stands nothing. ``ends`` are the ids that end
+    a text. Raises UsageError for a vocabulary that splits text otherwise than GPT-2's.
     """
     values = tokenizer.to_dict()
     kind = values.get("kind")
@@ -26,7 +26,8 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         special, tokens = dict(tokenizer.special), [""] * tokenizer.vocab_size
         for token, i in tokenizer.ranks.items():
             tokens[i] = token.decode("latin-1")
-        return {"kind": "bpe", "tokens": tokens, "special": special}
+        described = {"kind": "bpe", "tokens": tokens, "special": special}
+        return described | ({"ends": list(tokenizer.ends)} if tokenizer.ends else {})
     name = values.get("encoding") or kind
     raise UsageError(
         f"A page cannot carry the tokenizer {name!r}: it splits text in a way that is not built "

@@ -1,9 +1,12 @@
 // Text to token ids and back, as TinyGPT's tokenizers do it: characters, bytes, or byte pairs.
 
-// description: {kind: 'byte'} | {kind: 'char', chars} | {kind: 'bpe', tokens, special}
+// description: {kind: 'byte'} | {kind: 'char', chars} | {kind: 'bpe', tokens, special}, and the ids
+// that end a text, {ends}, if there are any.
 export function makeTokenizer(description) {
   const kinds = { byte: ByteTokenizer, char: CharTokenizer, bpe: BPETokenizer };
-  return new kinds[description.kind](description);
+  const tokenizer = new kinds[description.kind](description);
+  tokenizer.ends = new Set(description.ends ?? []);
+  return tokenizer;
 }
 
 // Every tokenizer has `size`, the number of ids; encode(text), an array of ids; and bytes(id), the

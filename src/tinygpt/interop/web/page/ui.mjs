@@ -5,9 +5,38 @@ import { LABELS, drawCurves, isCurve } from './curve.mjs';
 import { History, historyKey } from './history.mjs';
 
 const find = (id) => document.getElementById(id);
+
+// Starting -----------------------------------------------------------------------------------------
+
+// Whatever keeps the page from starting is said, the first reason of all, instead of "Loading".
+let state = 'loading'; // then 'ready' or 'failed'
+function failStart(reason) {
+  if (state !== 'loading') return;
+  state = 'failed';
+  find('loading').hidden = true;
+  fail(`The model could not be started: ${reason}`);
+}
+find('unstarted').remove(); // what the page says where no script runs
+find('loading').hidden = false;
+addEventListener('error', ({ message }) => failStart(message || 'a script of the page failed.'));
+addEventListener('unhandledrejection', ({ reason }) => failStart(reason?.message ?? String(reason)));
+document.addEventListener('securitypolicyviolation', ({ effectiveDirective: what }) =>
+  failStart(
+    `the server of this page, or the browser, forbids what it needs (${what}). Save the file and open it from your disk.`,
+  ),
+);
+if (!globalThis.WebAssembly || !globalThis.Worker) {
+  const lacking = globalThis.WebAssembly ? 'workers' : 'WebAssembly';
+  failStart(
+    `this browser has no ${lacking}, or has them switched off, as Safari's lockdown mode does. A current Firefox, Chrome, Edge or Safari has them.`,
+  );
+}
+
 const about = JSON.parse(find('about').textContent);
 const text = find('text');
 const SHARED = ['count', 'temperature', 'topK', 'topP', 'seed'];
+
+find('ends').hidden = !about.tokenizer.ends;
 
 // Loading ------------------------------------------------------------------------------------------
 
@@ -49,7 +78,9 @@ watching.observe(document.body, { childList: true });
 document.addEventListener('DOMContentLoaded', () => {
   watching.disconnect();
   takeWhole();
-  if (loaded !== about.chunks) fail('This file is not whole: weights are missing at its end.');
+  if (loaded !== about.chunks) {
+    failStart('this file is not whole: weights are missing at its end. Fetch it again.');
+  }
 });
 
 // Writing ------------------------------------------------------------------------------------------
@@ -79,6 +110,7 @@ function options() {
     }
     given[name] = value;
   }
+  given.ignoreEos = find('ignoreEos').checked;
   return given;
 }
 
@@ -156,6 +188,8 @@ function show() {
 
 const heard = {
   ready({ where }) {
+    if (state === 'failed') return;
+    state = 'ready';
     find('card').append(element('dt', 'Runs on'), element('dd', `your ${where}`));
     find('loading').hidden = true;
     ready = true;
@@ -179,7 +213,8 @@ const heard = {
     }
     unshown = unshown.slice(0, unshown.length - drop) + added;
   },
-  done({ count, seconds, error }) {
+  done({ count, ended, seconds, error }) {
+    if (state !== 'ready') return failStart(error);
     show();
     if (writing) written = { ...written, count, text: text.value };
     before = null;
@@ -187,7 +222,8 @@ const heard = {
     keepSoon();
     fail(error ?? '');
     const pace = count > 1 ? `, ${Math.round(count / seconds).toLocaleString('en')} per second` : '';
-    find('status').textContent = error ? '' : `${counted(count, 'token')}${pace}`;
+    const end = ended ? '; the text ends here' : '';
+    find('status').textContent = error ? '' : `${counted(count, 'token')}${pace}${end}`;
     document.documentElement.dataset.pace = count / seconds;
     if (find('look').open) askForTokens();
   },
@@ -195,7 +231,7 @@ const heard = {
   candidates: (message) => showCandidates(message),
 };
 worker.onmessage = ({ data }) => heard[data.type](data);
-worker.onerror = (event) => fail(`The model could not be started: ${event.message ?? 'no worker'}.`);
+worker.onerror = ({ message }) => failStart(message || 'the browser starts no worker for this page.');
 
 find('go').onclick = () => write();
 find('stop').onclick = () => worker.postMessage({ type: 'stop' });
@@ -218,6 +254,7 @@ text.addEventListener('beforeinput', (event) => {
 text.oninput = () => {
   steps.keepBeforeTyping(present());
   seen = text.value;
+  find('status').textContent = '';
   setButtons();
   keepSoon();
   if (find('look').open) askForTokens();
