@@ -66,7 +66,7 @@ def mark_run(folder: Path, run: str) -> None:
 def text_of(folder: Path) -> str | None:
     """The name of the text that a run learned from, without the place where it lies."""
     try:
-        tables = parse_toml(read_bounded(folder / CONFIG, MAX_FILE_BYTES).decode())
+        tables = parse_toml(read_bounded(folder / CONFIG, MAX_FILE_BYTES))
         source = tables["data"]["source"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

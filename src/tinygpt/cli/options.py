@@ -150,7 +150,7 @@ def file_tables(path: Path | None) -> Tables:
     if path is None:
         return {}
     try:
-        tables = parse_toml(read_bounded(path, MAX_FILE_BYTES).decode())
+        tables = parse_toml(read_bounded(path, MAX_FILE_BYTES))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8, or nested too deeply
