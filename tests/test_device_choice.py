@@ -106,9 +106,10 @@ def test_a_driver_for_the_processor_is_no_sign_of_an_accelerator(
 def test_a_module_is_changed_after_its_import_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "late_module.py").write_text("value = 1\n")
+    (tmp_path / "late_module.py").write_text("value = 1\nprint('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(hook, "PACKAGE", "late_module")
 
     def change(module: ModuleType) -> None:
         module.value += 1

@@ -81,7 +81,12 @@ def _device() -> Iterator[Check]:
     try:
         yield Check("device", True, device.require_device())
     except DeviceError as error:
-        found, cure = device.trouble(error.__cause__)
+        unknown = error.__cause__ is None and "DEV=" in str(error)
+        found, cure = (
+            (str(error), "unset DEV, or set DEV=CPU")
+            if unknown
+            else device.trouble(error.__cause__)
+        )
         yield Check("device", False, found, cure)
 
 

@@ -13,11 +13,15 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
+from tinygpt.runtime import environment
+
 log = logging.getLogger(__name__)
 
 
 def install(device: ModuleType) -> None:
     """Make ``tinygrad.device`` choose by our rule, unless it has chosen already."""
+    # Variables such as CUDA=1 once chose a device, and end tinygrad now.
+    environment.instead.update(dict.fromkeys(device.Device._devices, "0"))
     device.Device.get_available_devices = lambda: available(device)
 
 

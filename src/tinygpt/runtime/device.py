@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -18,13 +20,17 @@ from types import ModuleType
 
 from tinygpt import extras
 from tinygpt.errors import DeviceError
-from tinygpt.runtime import choice, hook, kernelcache
+from tinygpt.runtime import choice, environment, hook, kernelcache
 from tinygpt.runtime.folders import cache_dir, is_shared, private_temp, wanted_cache_dir
 from tinygpt.runtime.machine import may_have_accelerator, processor
 
 log = logging.getLogger(__name__)
 
 SHIM_PREFIX = "zig-clang-"
+OTHER_COMPILERS = re.compile(r"(^|-)(gcc|cc|g\+\+|c\+\+|tcc|icc|icx|nvcc|pgcc)(-[\d.]+)?$")
+"""Names of compilers that are no clang; on macOS ``cc`` is one."""
+COMPILER_SETTINGS = ("CCC_OVERRIDE_OPTIONS", "LLVMOPT")
+"""What changes the machine code that clang and tinygrad's LLVM make of the same source."""
 
 
 def prepare() -> None:
@@ -41,19 +47,21 @@ def prepare() -> None:
     ``doctor``, where there is someone to read it.
     """
     os.environ.setdefault("PARALLEL", "0")
+    if math.isinf(environment.number(os.environ["PARALLEL"], math.inf)):
+        environment.instead["PARALLEL"] = "0"
     if not os.environ.get("DEV"):
         if may_have_accelerator():
             hook.after_import("tinygrad.device", choice.install)
         else:
             os.environ["DEV"] = "CPU"
     try:
-        if not os.environ.get("CC") and not clang_on_path() and (zig := bundled_zig()):
-            os.environ["CC"] = str(shim(zig))
+        _choose_compiler()
         if not os.environ.get("CACHEDB"):
             os.environ["CACHEDB"] = str(kernel_database())
             hook.after_import("tinygrad.helpers", _say_where_the_cache_is)
     except OSError:  # no folder can be written: tinygrad's own defaults are as good
         pass
+    hook.after_import("tinygrad.helpers", environment.change_helpers)
     hook.after_import("tinygrad.helpers", _keep_kernels)
 
 
@@ -78,18 +86,53 @@ def compiler() -> str:
     """The C compiler that tinygrad calls: a name on PATH, or a path."""
     if helpers := sys.modules.get("tinygrad.helpers"):
         return str(helpers.getenv("CC", "clang"))  # tinygrad never looks twice
-    return os.environ.get("CC") or "clang"
+    return _wanted_compiler()
+
+
+def _wanted_compiler() -> str:
+    return environment.read("CC", "clang")  # type: ignore[no-any-return]
+
+
+def _choose_compiler() -> None:
+    """Find a clang where CC names none. Raises OSError where no script can be written."""
+    words = _words(environment.read("CC", ""))
+    if not words:
+        if not clang_on_path() and (zig := bundled_zig()):
+            os.environ["CC"] = str(shim(zig))
+    elif not _may_be_clang(words):
+        zig = bundled_zig()
+        if clang := clang_on_path() or (zig and str(shim(zig))):
+            environment.instead["CC"] = clang
+    elif len(words) > 1 and shutil.which(words[0]):
+        environment.instead["CC"] = str(script_for(words, "cc-"))
+
+
+def _words(cc: str) -> list[str]:
+    """CC as a shell would split it, but for a path with spaces in it."""
+    if shutil.which(cc):
+        return [cc]
+    try:
+        return shlex.split(cc)
+    except ValueError:  # a quotation without an end
+        return [cc]
+
+
+def _may_be_clang(words: list[str]) -> bool:
+    """False for a program that is missing, or plainly another, which others than us shall use."""
+    program = next((w for w in words if Path(w).name not in ("ccache", "sccache", "env")), "")
+    other = OTHER_COMPILERS.search(Path(program).name) and sys.platform == "linux"
+    return bool(shutil.which(words[0]) and shutil.which(program) and not other)
 
 
 def trouble(error: BaseException | None = None) -> tuple[str, str]:
     """What keeps the device from working, and what to do about it."""
     name, chosen, device = compiler(), os.environ.get("CC"), os.environ.get("DEV", "")
-    if device and not device.startswith("CPU"):
+    if device and (not device.upper().startswith("CPU") or "renderer" in str(error)):
         return (
             f"The device DEV={device} could not be opened: {error}.",
             "Unset DEV to let tinygrad choose one, or set DEV=CPU.",
         )
-    if chosen and name != chosen:
+    if chosen and name != _wanted_compiler():
         return (
             f"tinygrad was used before tinygpt was imported, and stays with the compiler {name!r}.",
             f"Import tinygpt first, or set CC={shlex.quote(chosen)} before Python starts.",
@@ -142,8 +185,13 @@ def bundled_zig() -> Path | None:
 
 def shim(zig: Path) -> Path:
     """Write, or find, a script that stands for ``zig clang``: CC can only name one executable."""
-    script = os.fsencode(f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n')
-    name = SHIM_PREFIX + hashlib.sha256(script).hexdigest()[:16]
+    return script_for([str(zig), "clang"], SHIM_PREFIX)
+
+
+def script_for(words: list[str], prefix: str) -> Path:
+    """A script that runs a command with more arguments, in a file of its own."""
+    script = os.fsencode(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    name = prefix + hashlib.sha256(script).hexdigest()[:16]
     for folder in (cache_dir, private_temp):
         path = folder() / name
         with suppress(OSError):  # such as a full disk, or a script of another user
@@ -199,8 +247,10 @@ def _keep_kernels(helpers: ModuleType) -> None:
 
 def _kernel_key() -> str:
     """Names the compiler and the processor, so that kernels are reused only where they fit."""
-    cc = os.environ.get("CC") or "clang"
+    cc = _wanted_compiler()
     zig = bundled_zig() if is_shim(cc) else None
-    program = zig or Path(shutil.which(cc) or cc).resolve()
-    size = program.stat().st_size if program.is_file() else 0
-    return hashlib.sha256(f"{program.name} {size} {processor()}".encode()).hexdigest()[:16]
+    programs = [zig] if zig else [Path(shutil.which(w) or w).resolve() for w in _words(cc)]
+    sizes = [p.stat().st_size if p.is_file() else 0 for p in programs]
+    named = " ".join(f"{p.name} {size}" for p, size in zip(programs, sizes, strict=True))
+    flags = " ".join(os.environ.get(name, "") for name in COMPILER_SETTINGS)
+    return hashlib.sha256(f"{named} {flags} {processor()}".encode()).hexdigest()[:16]
