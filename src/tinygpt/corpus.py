@@ -15,7 +15,7 @@ from typing import Any
 from tinygpt import runtime
 from tinygpt.errors import DataError, nearest
 from tinygpt.files import download, sha256_of, user_path
-from tinygpt.foreign import HEAD, no_text, wide_encoding
+from tinygpt.foreign import HEAD, encoding_of, no_text
 from tinygpt.names import is_name
 from tinygpt.text_files import UTF16_OR_32, find_texts
 from tinygpt.untrusted import brief, clip
@@ -150,15 +150,17 @@ def read_text(path: Path) -> Iterator[str]:
             block, offset = block[skipped:], skipped
         zero = block.find(b"\0")
         if zero >= 0:
-            raise DataError(_no_text(path, first or block, offset + zero))
+            raise DataError(_no_text(path, first, offset + zero))
         waiting = len(decoder.getstate()[0])  # bytes of a character that the last block began
         try:
             piece = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             at = offset - waiting + error.start
             what = f"has the byte 0x{error.object[error.start]:02x} at offset {at}"
-            known = no_text(path, first or block)
-            raise DataError(known or _wrong_encoding(path, what, "WINDOWS-1252")) from error
+            head = first if at < len(first) else block[max(0, error.start - HEAD // 2) :][:HEAD]
+            likely = encoding_of(head) or "WINDOWS-1252"
+            known = no_text(path, first)
+            raise DataError(known or _wrong_encoding(path, what, likely)) from error
         offset += len(block)
         if piece:
             yield piece
@@ -190,7 +192,8 @@ def _no_text(path: Path, head: bytes, zero: int) -> str:
     """What to say of a file with a zero byte, which no text has."""
     if known := no_text(path, head):
         return known
-    if encoding := wide_encoding(head):
+    encoding = encoding_of(head)
+    if encoding is not None and encoding.startswith("UTF-"):
         return _wrong_encoding(path, "is UTF-16 or UTF-32, without a byte order mark", encoding)
     return (
         f"{path} is not a text file: it has a zero byte at offset {zero}. "

@@ -7,6 +7,7 @@ way from there; that it "has a zero byte at offset 5" or "is damaged" is true an
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,14 @@ BEGINNINGS = {
     b"SQLite format 3": Kind("a database of SQLite"),
     b"\x7fELF": Kind("a program"),
 }
+ICONV = {
+    "euc_jis_2004": "EUC-JP",
+    "utf_16_be": "UTF-16BE",
+    "utf_16_le": "UTF-16LE",
+    "utf_32_be": "UTF-32BE",
+    "utf_32_le": "UTF-32LE",
+}
+"""What iconv calls encodings that Python has another name for."""
 INSIDE_ZIP = {
     b"data.pkl": PICKLE,
     b"[Content_Types].xml": DOCUMENT,
@@ -123,8 +132,13 @@ def no_text(path: Path, head: bytes) -> str | None:
 
 
 def no_model(path: Path, head: bytes) -> str | None:
-    """What to say of a file given for a checkpoint or weights, or None likewise."""
+    """What to say of a file given for a checkpoint or weights, or None likewise.
+
+    None too for a safetensors file: who reads those has more to say of one that is damaged.
+    """
     kind = recognize(head)
+    if kind is SAFETENSORS:
+        return None
     return f"{path} is {kind.name}. {_fill(kind.as_model, path)}" if kind else None
 
 
@@ -132,20 +146,16 @@ def _fill(advice: str, path: Path) -> str:
     return advice.replace("{}", shlex.quote(str(path)))
 
 
-def wide_encoding(block: bytes) -> str | None:
-    """``UTF-16LE``, ``UTF-16BE``, ``UTF-32LE`` or ``UTF-32BE`` if bytes with zeros look like it.
-
-    Text without a byte order mark, mostly of Latin letters: their upper bytes are zero.
-    """
-    for name, size, filled in (
-        ("UTF-32LE", 4, 0),
-        ("UTF-32BE", 4, 3),
-        ("UTF-16LE", 2, 0),
-        ("UTF-16BE", 2, 1),
-    ):
-        whole = block[: len(block) // size * size][: 256 * size]
-        units = [whole[i : i + size] for i in range(0, len(whole), size)]
-        plain = [u for u in units if u[filled] and not any(u[:filled] + u[filled + 1 :])]
-        if units and len(plain) > 0.7 * len(units):
-            return name
-    return None
+def encoding_of(head: bytes) -> str | None:
+    """The likely encoding of a text that is not UTF-8, by the name that iconv has for it."""
+    try:
+        from charset_normalizer import from_bytes  # it comes with requests
+    except ImportError:
+        return None
+    best = from_bytes(head[:HEAD]).best()
+    if best is None:
+        return None
+    with suppress(UnicodeDecodeError):  # of its many relatives this is the one that is met
+        if head.decode("cp1252") == head.decode(best.encoding):
+            return "WINDOWS-1252"
+    return ICONV.get(best.encoding, best.encoding.upper().replace("_", "-"))

@@ -22,7 +22,13 @@ def program_name() -> str:
 
 def command(*words: object) -> str:
     """A command line of this program that can be pasted into a shell."""
-    return shlex.join([program_name(), *map(str, words)])
+    return shlex.join([program_name(), *map(_argument, words)])
+
+
+def _argument(word: object) -> str:
+    """A path that begins with a hyphen must not be taken for a flag."""
+    text = str(word)
+    return f"./{text}" if isinstance(word, Path) and text.startswith("-") else text
 
 
 def say(message: str) -> None:

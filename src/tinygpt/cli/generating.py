@@ -47,7 +47,7 @@ def generate(
     run
         Run folder, of which the best checkpoint is taken, or a checkpoint.
     prompt
-        Text to continue; - reads it from stdin. [default: a line break]
+        Text to continue; - reads it from stdin. [default: a line break, if the vocabulary has one]
     max_tokens
         Most tokens to add.
     seed
@@ -81,18 +81,21 @@ def generate(
         tell_quantized(run, writer.model, writer.tokenizer, quantize_data)
     if interactive:
         _converse(writer, echo, count)
-    elif json:
+        return
+    if text is None:
+        text = writer.default_prompt()
+    if json:
         show_json(writer.collect(text, count))
     else:
         _stream(writer, text, echo, count)
 
 
-def _prompt_text(prompt: str | None) -> str:
+def _prompt_text(prompt: str | None) -> str | None:
     if prompt is None:
-        return "\n"
+        return None
     if prompt == "-":
         try:
-            prompt = sys.stdin.buffer.read().decode()
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"The prompt on stdin is not UTF-8: {error}.") from error
     if not prompt:
@@ -118,6 +121,11 @@ class _Writer:
     ) -> None:
         self.model, self.tokenizer = load_model(run, tokenizer, quantize)
         self.config, self.max_tokens, self.seed, self.stop = config, max_tokens, seed, stop
+
+    def default_prompt(self) -> str:
+        from tinygpt.generate import first_prompt
+
+        return first_prompt(self.tokenizer)
 
     def pieces(self, prompt: str, number: int) -> Iterator[str]:
         """The pieces of one continuation; with a seed the number-th has a seed of its own."""

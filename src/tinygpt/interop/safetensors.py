@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tinygpt.errors import InteropError
 from tinygpt.files import replacing, write_all
-from tinygpt.foreign import HEAD, PICKLE, no_model, recognize
+from tinygpt.foreign import HEAD, PICKLE, ZIP, no_model, recognize
 from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, clip, is_sparse, open_regular, parse_json
 
@@ -168,7 +168,7 @@ def _no_safetensors(path: Path, start: bytes, size: int) -> str:
     """What a file is that has no header, as far as its first bytes tell."""
     if size == 0:
         return f"{path} is empty (0 bytes): it never arrived. Fetch it again."
-    if recognize(start) is PICKLE:
+    if recognize(start) in (PICKLE, ZIP):  # what torch.save writes is a zip archive
         return refuse_pickle(path)
     return no_model(path, start) or (
         f"{path} is damaged or not a safetensors file: its {size:,} bytes cannot hold the header "
