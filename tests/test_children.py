@@ -77,6 +77,17 @@ def test_a_current_folder_that_is_gone_is_no_trouble(tmp_path, monkeypatch):
     assert str(ROOT) in json.loads(python_module("tinygpt")["args"][4])
 
 
+def test_the_processes_of_tinygrads_own_pool_do_neither(monkeypatch):
+    from tinygpt import programs
+
+    monkeypatch.setattr(programs, "PARALLEL", 2)
+    monkeypatch.setattr(programs, "_own_workers", lambda: os.environ.get("PYTHONSAFEPATH"))
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.delenv("PYTHONSAFEPATH")
+    assert programs._workers() == "1"
+    del os.environ["PYTHONSAFEPATH"]
+
+
 def test_nothing_else_in_the_package_starts_a_python():
     """checks.py starts compilers, and says which Python is running."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in ROOT.rglob("tinygpt/**/*.py")}

@@ -210,7 +210,6 @@ def test_no_exception_becomes_a_traceback(run_cli, monkeypatch, error, code, mes
         raise error
 
     monkeypatch.setattr("tinygpt.runtime.doctor", fail)
-    monkeypatch.setattr("tinygpt.cli._silence_stdout", lambda: None)
     found, out, err = run_cli("doctor")
     assert (found, out) == (code, "")
     assert message in err

@@ -129,7 +129,7 @@ def test_a_new_folder_is_synced_into_the_one_above(tmp_path, trace):
 
 def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
     model = make_run(None).model
-    (tmp_path / ".ckpt_3.safetensors.0123456789ab.tmp").write_bytes(b"half")
+    (tmp_path / ".ckpt_3.safetensors.tinygpt-0123456789ab.tmp").write_bytes(b"half")
     (tmp_path / ".mine.tmp").write_bytes(b"not ours")
     model.save_checkpoint(4, None, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {".mine.tmp", "ckpt_4.safetensors"}

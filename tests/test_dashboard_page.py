@@ -173,9 +173,10 @@ def test_a_run_chosen_while_the_server_is_gone_comes_when_it_is_back(tmp_path, o
 
 def test_a_page_whose_first_question_stays_unanswered_asks_again(runs, open_page):
     page = open_page(f"{runs[1]}/page/icon.svg")
-    page.route("**/dashboard/runs", lambda route: route.abort(), times=1)
+    page.route("**/dashboard/runs", lambda route: route.abort())
     page.goto(runs[1])
     expect(page.locator("#error")).to_contain_text("cannot be reached")
+    page.unroute("**/dashboard/runs")
     ready(page)
     expect(page.locator("#error")).to_be_hidden()
     expect(page.locator("#link")).to_have_text("live")
@@ -261,6 +262,67 @@ def test_dragging_looks_closer_with_finer_points_and_a_double_click_goes_back(tm
         until(lambda: picture(page, "loss") and int(slider(page, "loss", "valuemax")) > 4900)
 
 
+def test_what_the_page_says_is_so(tmp_path, open_page):
+    """Each text at a moment at which it was wrong once."""
+    make_run(tmp_path / "run", 400)
+    make_run(tmp_path / "empty", 0, planned=100)
+    make_run(tmp_path / "long", 5000, every=500)
+    (tmp_path / "empty" / "config.toml").write_text("[")
+    with serving(tmp_path) as address:
+        page = ready(open_page(address))
+        card(page, "run").locator("button").click()
+        for name in ("long", "empty"):
+            card(page, name).locator("input").uncheck()
+        canvas, tip = page.locator("#loss > canvas"), page.locator("#loss .tip")
+        page.locator("#smooth").uncheck()
+        canvas.press("Home")
+        for _ in range(86):  # a hundredth of 399 steps at a time, from the first on
+            canvas.press("ArrowRight")
+        expect(tip.locator("b")).to_have_text("step 344")
+        expect(tip).to_contain_text("validation (step 350)")  # not of the step above it
+        told = slider(page, "loss", "valuetext")
+        assert re.fullmatch(r"step 344, training [\d.]+, validation \(step 350\) [\d.]+", told)
+        page.locator("#smooth").check()
+        expect(page.locator("#keys")).to_have_text(
+            "Thick: training, smoothed. Faint: as it was. Thin: validation."
+        )
+        canvas.press("Home")
+        expect(tip).to_contain_text("training, smoothed")
+        page.locator("#smooth").uncheck()
+        expect(page.locator("#keys")).to_have_text("Thick: training. Thin: validation.")
+        card(page, "run").locator("input").uncheck()
+        card(page, "long").locator("button").click()
+        canvas.press("Home")
+        expect(tip.locator("b")).to_contain_text("around step")  # a mean of several
+        expect(page.locator("#keys")).to_contain_text("from the lowest to the highest step")
+        page.locator("#layers > canvas").press("End")
+        expect(page.locator("#layers .tip b")).to_contain_text("around step")
+        card(page, "empty").locator("button").click()
+        expect(page.locator("#layers-hint")).to_have_text("They come with the first step.")
+        expect(page.locator("#sample")).to_have_text("No sample was written.")
+        expect(card(page, "empty")).to_contain_text("nobody trains it now")
+        expect(page.locator("#same-label")).to_be_visible()
+        page.locator("#same").check()
+        expect(page.locator("#settings-title")).to_have_text("Settings")
+
+
+def test_an_odd_run_says_what_is_odd_and_others_do_not(tmp_path, open_page):
+    make_run(tmp_path / "good", 60)
+    odd = make_run(tmp_path / os.fsdecode(b"caf\xe9"), 60, planned=100)
+    (odd / "config.toml").write_text("[")
+    with serving(tmp_path) as address:
+        page = ready(open_page(address, viewport={"width": 360, "height": 800}))
+        card(page, r"caf\xe9").locator("button").click()
+        expect(page.locator("#name")).to_have_text(r"caf\xe9")
+        expect(page.locator("#odd")).to_contain_text("config.toml: Its settings cannot be read")
+        expect(page.locator("#odd li")).to_have_count(2)
+        expect(card(page, r"caf\xe9").locator(".odd")).to_have_text("odd")
+        assert axe_violations(page) == [] and overflow(page) == 0
+        card(page, "good").locator("button").click()
+        expect(page.locator("#odd")).to_be_hidden()
+        expect(card(page, "good").locator(".odd")).to_be_hidden()
+
+
 def test_everything_can_be_done_by_keyboard(runs, open_page):
     page = ready(open_page(runs[1]))
     page.keyboard.press("Tab")
@@ -291,7 +353,7 @@ def test_everything_can_be_done_by_keyboard(runs, open_page):
     for _ in range(3):
         canvas.press("ArrowRight")
     picture(page, "loss")
-    assert re.match(r"step 13, .*training \d", slider(page, "loss", "valuetext"))
+    assert re.match(r"step 13, .*training, smoothed \d", slider(page, "loss", "valuetext"))
     expect(page.locator("#loss .tip")).to_be_visible()
     canvas.press("+")
     expect(page.locator("#whole")).to_be_visible()

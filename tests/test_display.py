@@ -1,6 +1,7 @@
 import io
 import math
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tinygpt.config import TrainConfig
-from tinygpt.display import make_display, watch
+from tinygpt.display import follow, make_display
 from tinygpt.display.live import LiveDisplay
 from tinygpt.display.plain import PlainDisplay
+from tinygpt.display.stream import Forgiving, hung_up
 from tinygpt.display.text import Curve, duration, printable, sparkline
 from tinygpt.train import Step
 
@@ -140,22 +142,98 @@ def test_a_notice_is_shown():
     assert "stopping" in view(display)
 
 
-def test_a_plain_notice_goes_straight_to_the_file(tmp_path):
+def test_a_plain_notice_is_there_at_once_whatever_the_stream(tmp_path):
     with (tmp_path / "log").open("w") as stream:
         PlainDisplay(CONFIG, stream=stream).notice("stopping")
         assert (tmp_path / "log").read_text() == "stopping\n"
-    PlainDisplay(CONFIG, stream=io.StringIO()).notice("nowhere to go, and no error")
+    stream = io.StringIO()  # which has no file behind it, as that of a notebook
+    PlainDisplay(CONFIG, stream=stream).update(step(1, notices=("NOT SAVED: no room",)))
+    assert stream.getvalue().startswith("NOT SAVED: no room\nstep 1/40")
 
 
-def test_watching_changes_nothing_about_the_steps(capsys):
-    class Run(list):
-        config, iter_num = CONFIG, 0
+class Run(list):
+    """Steps in the place of a run."""
 
-    steps = Run([step(1), step(2)])
-    assert list(watch(steps)) == steps
-    assert "step 1/40" in capsys.readouterr().err
-    assert list(watch(steps, show=False)) == steps
+    config, iter_num, folder, taken = CONFIG, 0, None, False
+    stop = save_soon = None
+
+    def __iter__(self):
+        for step in super().__iter__():
+            self.taken = step
+            yield step
+
+    def take_notices(self):
+        return ("saving works again\x1b",)
+
+
+def test_following_takes_every_step_and_tells_what_comes_after_the_last(capsys):
+    run = Run([step(1), step(2)])
+    follow(run)
+    err = capsys.readouterr().err
+    assert run.taken.iter == 2
+    assert err.startswith("step 1/40") and err.endswith("saving works again␛\n")
+    follow(run, show=False)
     assert capsys.readouterr().err == ""
+
+
+# Streams that fail ------------------------------------------------------------------------------
+
+
+class Failing(io.StringIO):
+    """A stream on which one operation always fails."""
+
+    def __init__(self, operation, error):
+        super().__init__()
+        self.error = error
+        setattr(self, operation, self.fail)
+
+    def fail(self, *_):
+        raise self.error
+
+
+ERRORS = [
+    OSError(28, "full"),
+    BrokenPipeError(),
+    ValueError("closed"),
+    KeyError("a bug of its own"),
+]
+
+
+@pytest.mark.parametrize("operation", ["write", "flush", "isatty", "fileno"])
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_no_run_ends_because_of_its_messages(operation, error):
+    stream = Forgiving(Failing(operation, error))
+    with make_display(CONFIG, stream=stream) as display:
+        for number in range(1, 5):
+            display.update(step(number, notices=("careful",), sample="a"))
+        display.notice("stopping")
+    gone = isinstance(error, BrokenPipeError) and operation != "fileno"
+    assert hung_up(stream) is gone
+    assert ("step 4/40" in stream.stream.getvalue()) is (operation != "write" and not gone)
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_a_program_without_stderr_can_train(monkeypatch, capsys, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    follow(run := Run([step(1), step(2)]))
+    assert run.taken.iter == 2
+    assert capsys.readouterr().out == ""  # where print(file=None) would go
+    assert stream is None or "saving works again" in stream.getvalue()
+
+
+def test_what_an_encoding_does_not_hold_is_escaped():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    PlainDisplay(CONFIG, stream=stream).notice("naïve")
+    assert stream.buffer.getvalue() == b"na\\xefve\n"
+
+
+def test_a_notice_in_the_middle_of_a_write_goes_past_the_stream(tmp_path):
+    """As a signal handler's does: the buffer of a file refuses to be entered twice."""
+    with (tmp_path / "log").open("w") as file:
+        stream = Failing("write", RuntimeError("reentrant call"))
+        stream.fileno = file.fileno
+        PlainDisplay(CONFIG, stream=stream).notice("stopping")
+    assert (tmp_path / "log").read_text() == "stopping\n"
 
 
 def test_a_sparkline_follows_its_values():

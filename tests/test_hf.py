@@ -601,10 +601,10 @@ def test_wrong_places_are_told_what_was_wanted(tmp_path, exported, capsys):
 
 
 def test_a_vocabulary_of_another_size_is_refused(exported, capsys):
-    edit_config(exported, vocab_size=300)
-    grown = np.zeros((300, 16), np.float32)
+    edit_config(exported, vocab_size=1281)
+    grown = np.zeros((1281, 16), np.float32)
     rewrite(exported, lambda f: f.update({WTE: grown}))
-    wanted = ("a vocabulary of 300", "one of 256", "--tokenizer none")
+    wanted = ("a vocabulary of 1,281", "one of 256", "--tokenizer none")
     refused(exported, capsys, "--tokenizer", "byte", wanted=wanted)
     out = str(exported.parent / "run")
     assert main(["import", "hf", str(exported), "--out", out, "--tokenizer", "none"]) == 0
@@ -688,10 +688,10 @@ def test_what_transformers_cannot_read_is_not_handed_out(tmp_path, transformers,
 
 
 def test_what_a_killed_import_left_goes_with_the_next_one(tmp_path, exported):
-    stale = tmp_path / f".run.{'0' * 12}.tmp"
+    stale = tmp_path / f".run.tinygpt-{'0' * 12}.tmp"
     stale.mkdir()
     (stale / "ckpt_0.safetensors").write_text("half")
-    other = tmp_path / f".another.{'0' * 12}.tmp"
+    other = tmp_path / f".another.tinygpt-{'0' * 12}.tmp"
     other.mkdir()
     hf.import_run(hf.open_pretrained(exported), tmp_path / "run", None)
     assert not stale.exists() and other.exists()

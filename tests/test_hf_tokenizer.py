@@ -214,7 +214,7 @@ def test_a_tokenizer_that_others_trained_is_read(tmp_path: Path) -> None:
     hf = pytest.importorskip("tokenizers", reason="needs the extra 'oracle'")
     theirs = hf.ByteLevelBPETokenizer()
     theirs.train_from_iterator([TEXT], 800, special_tokens=["<s>", "<pad>", END])
-    theirs.add_tokens(["<added>"])
+    theirs.add_special_tokens(["<added>"])
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = read_tokenizer(tmp_path)
     assert isinstance(ours, BPETokenizer) and ours.vocab_size == theirs.get_vocab_size() == 801
@@ -228,6 +228,9 @@ def test_a_tokenizer_that_others_trained_is_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     theirs.save_model(str(tmp_path))
     (tmp_path / "added_tokens.json").write_text('{"<added>": 800}')
+    with pytest.raises(TokenizerError, match="'<added>' is taken out of each text"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<added>"}')
     assert read_tokenizer(tmp_path) == ours
 
 

@@ -184,7 +184,7 @@ def test_the_command_line_says_what_is_wrong(
 
 OURS = (
     "metrics.jsonl", "samples.jsonl", "run.lock", "config.toml", "tokenizer.json", "best.json",
-    "run.json", ".best.json.0123456789ab.tmp",
+    "run.json", ".best.json.tinygpt-0123456789ab.tmp",
 )  # fmt: skip
 """What a resumed run writes to, or clears away."""
 

@@ -130,10 +130,10 @@ def test_a_stream_that_is_closed_early_frees_its_place(client, service):
     ("kind", "fields"),
     [
         (openai.NotFoundError, {"model": "gpt-5"}),
-        (openai.BadRequestError, {"presence_penalty": 1.0}),
+        (openai.BadRequestError, {"presence_penalty": 3.0}),
         (openai.BadRequestError, {"temperature": 3}),
-        (openai.BadRequestError, {"max_tokens": 10**9}),
-        (openai.BadRequestError, {"extra_body": {"typical_p": 1}}),
+        (openai.BadRequestError, {"suffix": "the end"}),
+        (openai.BadRequestError, {"extra_body": {"typical_p": 0.5}}),
     ],
 )
 def test_errors_are_the_clients_own(client, kind, fields):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from tinygpt.cli import main, running
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
 from tinygpt.files import user_path
-from tinygpt.interop import hf
+from tinygpt.interop import hf, hf_export
 
 MODEL = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8)
 
@@ -44,7 +45,8 @@ def test_a_home_folder_is_found_or_missed_in_words(home, monkeypatch):
         user_path("~/x")
 
 
-def test_every_path_of_the_python_api_knows_home(home):
+def test_every_path_of_the_python_api_knows_home(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # which takes seconds to import
     model = tinygpt.GPT(MODEL)
     assert model.save_checkpoint(1, None, "~/made") == home / "made" / "ckpt_1.safetensors"
     assert model.load_checkpoint("~/made/ckpt_1.safetensors") == 1
@@ -68,6 +70,10 @@ def test_every_path_of_the_python_api_knows_home(home):
     assert run.folder == home / "run" and (home / "run" / "config.toml").is_file()
     with pytest.raises(UsageError, match="own"):  # it was found
         hf.open_pretrained("~/made")
+    hf_export.export(model, None, Path("~/hf"), checkpoint.Meta(1, MODEL))
+    assert (home / "hf" / "model.safetensors").is_file()
+    path = hf.import_run(hf.open_pretrained("~/hf"), Path("~/imported"), None)
+    assert path == home / "imported" / "ckpt_0.safetensors"
 
 
 def test_every_path_of_the_command_line_knows_home(home, capsys):

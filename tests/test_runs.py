@@ -92,7 +92,7 @@ def test_a_folder_with_a_run_is_not_overwritten(whole):
 
 
 def test_a_finished_run_has_nothing_to_resume_but_stale_files_go(whole):
-    (whole / ".ckpt_9.safetensors.0123.tmp").write_bytes(b"half")
+    (whole / ".ckpt_9.safetensors.tinygpt-0123456789ab.tmp").write_bytes(b"half")
     run = make_run(whole, resume=True)
     assert not list(whole.glob(".*"))
     assert list(run) == []

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from tinygpt.config import SampleConfig
 from tinygpt.errors import ConfigError, TinyGPTError, UsageError
 from tinygpt.sample import (
+    Penalties,
+    choose,
     draw,
+    first_choice,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -217,3 +220,32 @@ def test_a_wrong_seed_is_an_error(seed):
 def test_settings_that_cannot_work_are_errors_that_name_them(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SampleConfig(**wrong)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_penalties_are_those_of_a_naive_oracle(seed):
+    rng = np.random.default_rng(seed)
+    logits, seen = rng.normal(size=20), rng.integers(0, 20, 30)
+    bias = {int(i): float(rng.uniform(-100, 100)) for i in rng.integers(0, 25, 4)}
+    penalties, prompt = Penalties(0.7, -0.3, bias), 12
+    wanted = [float(x) for x in logits]
+    for token in range(20):
+        count = sum(1 for each in seen[prompt:] if each == token)
+        wanted[token] -= count * -0.3 + (0.7 if count else 0.0)
+        wanted[token] += bias.get(token, 0.0)
+    np.testing.assert_allclose(penalties.apply(logits, seen[prompt:]), wanted)
+    greedy = first_choice(SampleConfig(temperature=0), 0, penalties, prompt)
+    assert greedy.pick(logits, seen) == int(np.argmax(wanted))
+    config = SampleConfig(temperature=0.8, top_k=7, top_p=0.9)
+    drawn = choose([logits], [seen], [first_choice(config, seed, penalties, prompt)])
+    plain = choose([wanted], [seen], [first_choice(config, seed)])
+    assert drawn.tolist() == plain.tolist()
+
+
+def test_a_bias_decides_and_a_penalty_is_for_what_was_written_not_for_the_prompt():
+    logits = np.array([3.0, 2.0, 1.0])
+    pick = first_choice(SampleConfig(temperature=0), 0, Penalties(bias={2: 100.0})).pick
+    assert pick(logits, np.array([0])) == 2
+    once = first_choice(SampleConfig(temperature=0), 0, Penalties(presence=1.5), prompt=2)
+    assert once.pick(logits, np.array([0, 0])) == 0
+    assert once.pick(logits, np.array([0, 0, 0])) == 1

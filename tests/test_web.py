@@ -298,6 +298,17 @@ def test_a_foreign_tokenizer_is_refused() -> None:
         describe(Foreign())
 
 
+def test_compiling_needs_no_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("XDG_CACHE_HOME", "ZIG_GLOBAL_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for home in (None, tmp_path / "none"):
+        monkeypatch.delenv("HOME", raising=False)
+        if home:
+            monkeypatch.setenv("HOME", str(home))
+        assert wasm.compile_wasm("int f(void) { return 1; }").startswith(b"\0asm")
+    assert not (tmp_path / "none").exists()
+
+
 def test_no_compiler_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wasm, "bundled_zig", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)

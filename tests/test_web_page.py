@@ -144,7 +144,8 @@ def test_writing_stops_and_goes_on(made: Made, open_page: OpenPage) -> None:
     assert page.input_value("#text") == stopped
     page.click("#undo")
     assert page.input_value("#text") == "Once"
-    assert page.is_disabled("#undo")
+    page.click("#undo")
+    assert page.input_value("#text") == "" and page.is_disabled("#undo")
 
 
 @pytest.mark.parametrize("looking", [0, 300])
@@ -239,6 +240,109 @@ def test_a_link_gives_the_same_text_again(made: Made, open_page: OpenPage) -> No
     other = open_page(page.evaluate("location.href").replace("seed=77", "seed=78"), offline=True)
     other.wait_for_selector("html[data-pace]", state="attached")
     assert other.input_value("#text") != page.input_value("#text")
+
+
+def test_a_link_is_of_the_text_that_is_there(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    set_up(page, temperature=0, count=5)
+    page.fill("#text", "abc")
+    for _ in range(2):
+        page.click("#go")
+        page.wait_for_selector("#go:enabled")
+    page.click("#undo")
+    once = page.input_value("#text")
+
+    def link_text() -> str:
+        page.click("#share")
+        page.wait_for_selector("#status:has-text('link')")
+        again = open_page(page.evaluate("location.href"), offline=True)
+        again.wait_for_selector("html[data-pace]", state="attached")
+        return again.input_value("#text")
+
+    page.fill("#temperature", "5")  # for the next text, not for the one that is there
+    assert link_text() == once == made.text("abc", 5)
+    page.fill("#temperature", "0")
+    page.fill("#text", "abcd")  # nobody wrote that: it is what is gone on from
+    assert link_text() == made.text("abcd", 5)
+
+
+def test_the_text_outlives_a_reload_and_a_link_does_not_take_it_back(
+    made: Made, open_page: OpenPage
+) -> None:
+    address = link(made.path, "Once", temperature=0, count=5)
+    page = open_page(address, offline=True)
+    page.wait_for_selector("html[data-pace]", state="attached")
+    page.fill("#text", "Another text")
+    for place in (None, "about:blank"):
+        page.reload() if place is None else (page.goto(place), page.go_back())
+        ready(page)
+        assert page.input_value("#text") == "Another text"
+        assert page.get_attribute("html", "data-pace") is None  # nothing was written
+    page.fill("#text", "")
+    page.click("#go")
+    page.wait_for_selector("#error:has-text('Write something')")
+    page.evaluate(
+        "(hash) => { location.hash = hash; }", link(made.path, "More", count=3).split("#")[1]
+    )
+    page.wait_for_selector("html[data-pace]", state="attached")
+    page.wait_for_selector("#go:enabled")
+    assert page.input_value("#text").startswith("More")
+
+
+def test_what_was_undone_can_be_done_again_by_key_and_button(
+    made: Made, open_page: OpenPage
+) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    set_up(page, temperature=0, count=5)
+    page.fill("#text", "Once")
+    page.click("#go")
+    page.wait_for_selector("#go:enabled")
+    written = page.input_value("#text")
+    page.press("#text", "End")
+    page.locator("#text").press_sequentially(" more")
+    assert page.is_disabled("#redo")
+    for again in ("Control+Shift+Z", "Control+y"):
+        for expected in (written, "Once", ""):
+            page.press("#text", "Control+z")
+            assert page.input_value("#text") == expected
+        assert page.is_disabled("#undo")
+        for expected in ("Once", written, written + " more"):
+            page.press("#text", again)
+            assert page.input_value("#text") == expected
+    page.click("#undo")
+    assert page.input_value("#text") == written
+    page.click("#redo")
+    assert page.input_value("#text") == written + " more"
+
+
+def test_without_storage_the_page_works(made: Made, open_page: OpenPage) -> None:
+    page = open_page(made.path.as_uri(), offline=True)
+    page.add_init_script(
+        "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('no'); } });"
+    )
+    page.reload()
+    set_up(ready(page), temperature=0, count=3)
+    page.fill("#text", "ab")
+    page.click("#go")
+    page.wait_for_selector("#go:enabled")
+    assert page.input_value("#text") == made.text("ab", 3)
+
+
+def test_tokens_are_not_shown_of_another_text(made: Made, open_page: OpenPage) -> None:
+    page = ready(open_page(made.path.as_uri(), offline=True))
+    page.click("#look summary")
+    page.fill("#text", "ab " * 300)
+    page.wait_for_selector("#hint:has-text('The last 500 tokens of the text')")
+    set_up(page, temperature=0, count=100000)
+    page.click("#go")
+    page.wait_for_selector("#hint:has-text('is writing')")
+    assert page.locator("#tokens button").count() == 0
+    page.click("#stop")
+    page.wait_for_selector("#tokens button")
+    page.fill("#text", "a")
+    page.wait_for_selector("#hint:has-text('The text as the tokenizer cuts it')")
+    first = page.locator("#tokens button").first
+    assert first.is_disabled() and "before the first" in (first.get_attribute("title") or "")
 
 
 @pytest.mark.parametrize("made", ["char"], indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,13 +15,14 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt import checkpoint, data, generate, lora
 from tinygpt import quantize as quantization
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
-from tinygpt.display import watch
-from tinygpt.errors import UsageError
+from tinygpt.display import follow
+from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.files import user_path
 from tinygpt.interop import hf
 from tinygpt.model import Transformer
 from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
-from tinygpt.tokenizers import Tokenizer, tokenizer_from_dict
+from tinygpt.tokenizers import Tokenizer, check_readable, ends_of, tokenizer_from_dict
+from tinygpt.untrusted import brief
 
 TokenSource = npt.NDArray[np.integer[Any]] | Sequence[int] | Tensor | str | Path
 
@@ -35,9 +37,28 @@ class GPT(Transformer):
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
         super().__init__(config, seed)
-        self.origin: dict[str, Any] | None = None
-        """The checkpoint that the weights are from, as ``checkpoint.Meta.init`` has it."""
         self.decoder = generate.Decoder(self)
+        self.limit: int | None = None
+        """Ids from here on are never generated; None for as many as the vocabulary has rows."""
+        self.ends: tuple[int, ...] = ()
+        """Ids that end a text; generation stops there."""
+
+    def speaks(self, tokenizer: Tokenizer | None) -> Self:
+        """Generate what this tokenizer can decode, and stop where its texts end.
+
+        ``load``, ``load_pretrained`` and ``train`` do this with the tokenizer that they know.
+        """
+        self.limit = None if tokenizer is None else tokenizer.vocab_size
+        self.ends = ends_of(tokenizer)
+        return self
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """The checkpoint that the weights are from, as ``checkpoint.Meta.init`` has it.
+
+        None if they are from none, or were changed since. Asking reads all weights.
+        """
+        return checkpoint.origin_of(self)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
@@ -50,6 +71,7 @@ class GPT(Transformer):
         found = hf.open_pretrained(source, revision=revision)
         model = cls(found.config, seed=None)
         hf.load_weights(model, found)
+        model.ends = found.ends
         return model.eval()
 
     def generate(
@@ -63,15 +85,21 @@ class GPT(Transformer):
         repetition_penalty: float | None = None,
         stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         seed: int | None = None,
+        ignore_eos: bool = False,
     ) -> Tensor:
         """Continue the prompts idx (B, T) by up to ``max_tokens``; -> int32 (B, T + new).
 
         Prompts and texts may be longer than block_size: the model then sees the last block_size
         tokens. ``stop`` is a token id, several, or sequences of ids; one ``seed`` gives one text.
+        Where the model's tokenizer is known (see ``speaks``), a text also stops behind the token
+        that ends it, unless ``ignore_eos``; shorter texts of a batch are filled up with it.
         Dropout is off. Raises UsageError if the prompt is empty or an id is out of range.
         """
         config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty)
-        return generate.generate(self.decoder, idx, max_tokens, config, seed=seed, stop=stop)
+        ends = () if ignore_eos else self.ends
+        return generate.generate(
+            self.decoder, idx, max_tokens, config, seed, stop, limit=self.limit, ends=ends
+        )
 
     def quantize(self) -> Self:
         """Round the weights to int8, in place: for generation only, see ``quantize.quantize``."""
@@ -90,10 +118,12 @@ class GPT(Transformer):
 
         It holds the weights, the optimizer's state if one is given, and all that ``load`` needs.
         """
-        if not isinstance(iter_num, int) or iter_num < 0:
-            raise UsageError(f"iter_num={iter_num!r} is not a step number, 0 or above.")
+        if type(iter_num) is not int or not 0 <= iter_num < 2**63:
+            raise UsageError(f"iter_num={brief(iter_num)} is not a step number, 0 or above.")
         if any(name.endswith(ADAPTERS) for name in self.parameters()):
             raise UsageError("This model has adapters: lora.merge(model) makes it a plain one.")
+        if tokenizer is not None:
+            check_readable(tokenizer)
         described = None if tokenizer is None else tokenizer.to_dict()
         meta = checkpoint.Meta(iter_num, self.config, tokenizer=described)
         path = checkpoint.checkpoint_path(folder, iter_num)
@@ -104,7 +134,11 @@ class GPT(Transformer):
 
         Raises CheckpointError if the file is damaged, or of a model with another config.
         """
-        return checkpoint.load(path, self, optimizer).iter_num
+        meta = checkpoint.load(path, self, optimizer)
+        if meta.tokenizer is not None:
+            with suppress(TokenizerError):  # a vocabulary that would have to be fetched
+                self.speaks(tokenizer_from_dict(meta.tokenizer))
+        return meta.iter_num
 
 
 def train(
@@ -127,10 +161,15 @@ def train(
     those named in ``allow_change``, such as ``("max_iters",)``. ``show`` prints progress on stderr.
     What adapters learn, with ``lora_rank``, is in the model's own weights when this returns.
 
+    Ctrl-C ends it after the step in progress, with a checkpoint, and is a KeyboardInterrupt then;
+    a second one is at once. SIGTERM and SIGHUP wait as long: see ``interrupts.held_back``.
+
     >>> result = train(model, TrainConfig(max_iters=1000), tokens)
     >>> result.iter_num, result.best_val_loss
     """
     vocab = model.config.vocab_size
+    if isinstance(model, GPT) and tokenizer is not None:
+        model.speaks(tokenizer)
     tokens = data.load_tokens(train_data, vocab)
     held_out = None if val_data is None else data.load_tokens(val_data, vocab)
     run = TrainingRun(
@@ -143,36 +182,38 @@ def train(
         folder=out_dir,
         resume=resume,
         allow_change=allow_change,
-        init=model.origin if isinstance(model, GPT) else None,
+        init=checkpoint.origin_of(model),
     )
     try:
-        for _ in watch(run, show=show):
-            pass
+        follow(run, show=show)
     finally:
         lora.merge(model)
-        if isinstance(model, GPT):
-            model.origin = None  # they are no longer those
     return run.result
 
 
-def load(path: str | Path, quantize: Literal["int8"] | None = None) -> tuple[GPT, Tokenizer | None]:
+def load(
+    path: str | Path, quantize: Literal["int8", False] | None = None
+) -> tuple[GPT, Tokenizer | None]:
     """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
 
     Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
     are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
+    None and False leave them as they are; anything but "int8" is a UsageError.
     """
+    if not (quantize is None or quantize is False or quantize == "int8"):
+        raise UsageError(
+            f"quantize={quantize!r} is not known. Wanted: 'int8', or None for weights as they are."
+        )
     chosen = choose_checkpoint(user_path(path))
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
-    if quantize is None:
+    if quantize != "int8":
         checkpoint.load(chosen, model)
     else:
         with checkpoint.weights(chosen, model) as fetch:
             quantization.quantize(model, fetch)
-    model.origin = checkpoint.origin(chosen)
     tokenizer = None if meta.tokenizer is None else tokenizer_from_dict(meta.tokenizer)
-    model.eval()
-    return model, tokenizer
+    return model.speaks(tokenizer).eval(), tokenizer
 
 
 def load_pretrained(
@@ -180,4 +221,5 @@ def load_pretrained(
 ) -> tuple[GPT, Tokenizer | None]:
     """``GPT.from_pretrained``, and the tokenizer that lies beside the weights, if any."""
     tokenizer = hf.open_pretrained(source, revision=revision).tokenizer
-    return GPT.from_pretrained(source, revision), tokenizer
+    model = GPT.from_pretrained(source, revision)
+    return (model if tokenizer is None else model.speaks(tokenizer)), tokenizer

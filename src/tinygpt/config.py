@@ -11,11 +11,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from tinygpt.errors import ConfigError, nearest
 from tinygpt.strict_json import to_json
-from tinygpt.untrusted import LARGEST, brief
+from tinygpt.untrusted import LARGEST, brief, clip, parse_toml, read_bounded
 
 AttentionMethod = Literal["auto", "flash", "plain"]
 """How attention is computed, see ``GPTConfig.attention``."""
@@ -28,6 +29,8 @@ MAX_PARAMETERS = 20_000_000_000
 """Beyond this a configuration is taken for a slip and refused before anything is allocated."""
 MAX_LAYERS = 1024
 """Blocks cost time to build, however few parameters they have."""
+MAX_CONFIG_BYTES = 1 << 16
+"""A larger file is no config: it is not read, and settings that need it are not written."""
 
 
 class Config:
@@ -446,7 +449,10 @@ def fine_tuning(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = False) -> str:
-    """Configs and plain settings as TOML tables; None, which TOML lacks, is left as a comment."""
+    """Configs and plain settings as TOML tables; None, which TOML lacks, is left as a comment.
+
+    Raises ConfigError for settings that would not be read back as they are.
+    """
 
     blocks = []
     for title, table in tables.items():
@@ -458,8 +464,42 @@ def to_toml(tables: Mapping[str, Config | Mapping[str, Any]], comments: bool = F
             # JSON's literals are TOML's too, but for a raw DEL and surrogate pairs
             literal = to_json(value, unicode=True).replace("\x7f", "\\u007f")
             lines.append(f"# {name} is not set" if value is None else f"{name} = {literal}")
+        _check_encodable(values)
         blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
+    text = "\n\n".join(blocks) + "\n"
+    check_toml(text)
+    return text
+
+
+def _check_encodable(values: Mapping[str, Any]) -> None:
+    """A file holds UTF-8, and a name of a file or an argument of the command line need not be."""
+    for name, value in values.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{name}={brief(value)} cannot be written to config.toml, since it is not UTF-8. "
+                f"Rename that file, or give another text."
+            ) from error
+
+
+def check_toml(text: str) -> None:
+    """ConfigError if the readers of config.toml would refuse it."""
+    size = len(text.encode())
+    _require(
+        size <= MAX_CONFIG_BYTES,
+        f"These settings take {size:,} bytes as config.toml, and {MAX_CONFIG_BYTES:,} are the most "
+        f"that are read. Shorten the longest of them, such as sample_prompt.",
+    )
+    try:
+        parse_toml(text.encode())
+    except ValueError as error:
+        raise ConfigError(f"These settings cannot be read back: {clip(error)}.") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a config.toml; OSError or ValueError if it is none."""
+    return parse_toml(read_bounded(path, MAX_CONFIG_BYTES))
 
 
 def field_docs(config: type[Config]) -> Mapping[str, str]:

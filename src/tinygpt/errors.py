@@ -57,6 +57,10 @@ class KernelError(TinyGPTError, RuntimeError):
     """A fast kernel that cannot run what it was given, where its plain twin is not wanted."""
 
 
+class StreamError(TinyGPTError, OSError):
+    """Standard input or output that is closed, full or broken."""
+
+
 class MissingExtraError(TinyGPTError, ImportError):
     """An optional dependency that is not installed; the message names the extra."""
 

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -20,8 +21,12 @@ from typing import BinaryIO
 from tinygpt import extras
 from tinygpt.errors import DataError, UsageError
 
-STALE = ".tmp"
-"""How the names of unfinished files end; they begin with a dot."""
+NAME_KEPT = 40
+"""Characters of a file's name that the name of its temporary repeats, for people."""
+TEMPORARY = re.compile(r"\..*\.tinygpt-[0-9a-f]{12}\.tmp", re.DOTALL)
+"""Names of files and folders that are being written: nothing else is ever swept away."""
+ABANDONED = 24 * 3600
+"""Seconds after which a temporary counts as stale on a file system that has no locks."""
 CHUNK = 2**26
 """Bytes that are handed to the system at once."""
 WATCH = 0.1
@@ -42,19 +47,33 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     _check_replaceable(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{STALE}")
+    temporary, file = _new_temporary(path)
     try:
-        with open(temporary, "xb", opener=_create) as file:
-            _lock(file.fileno())
+        with file:
             yield file
             file.flush()
             sync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # before it is closed: the lock keeps sweepers away
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _temporary_name(path: Path) -> Path:
+    name = f".{path.name[:NAME_KEPT]}.tinygpt-{secrets.token_hex(6)}.tmp"
+    return path.with_name(name)
+
+
+def _new_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside ``path``, open and locked; one that a sweeper took first is left to it."""
+    while True:
+        temporary = _temporary_name(path)
+        file = open(temporary, "xb", opener=_create)  # noqa: SIM115
+        if _lock(file.fileno()) is not False and _is_at(file.fileno(), temporary):
+            return temporary, file
+        file.close()
 
 
 def user_path(path: str | Path) -> Path:
@@ -94,12 +113,9 @@ def building(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  # without any ..
     make_folder(folder.parent)
     check_free(folder)
-    _remove_stale_folders(folder)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}{STALE}")
-    temporary.mkdir()
-    handle = os.open(temporary, os.O_RDONLY)
+    _sweep(folder.parent, folders_of=folder.name)
+    temporary, handle = _new_temporary_folder(folder)
     try:
-        _lock(handle)
         yield temporary
         sync_folder(temporary)
         temporary.replace(folder)
@@ -111,6 +127,17 @@ def building(folder: Path) -> Iterator[Path]:
     sync_folder(folder.parent)
 
 
+def _new_temporary_folder(folder: Path) -> tuple[Path, int]:
+    while True:
+        temporary = _temporary_name(folder)
+        temporary.mkdir()
+        with suppress(FileNotFoundError):  # a sweeper took it first
+            handle = os.open(temporary, os.O_RDONLY)
+            if _lock(handle) is not False and _is_at(handle, temporary):
+                return temporary, handle
+            os.close(handle)
+
+
 def check_free(folder: Path) -> None:
     """FileExistsError if something is at ``folder`` already, but for a folder without content."""
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
@@ -118,14 +145,26 @@ def check_free(folder: Path) -> None:
         raise FileExistsError(errno.EEXIST, "it is there already", str(folder))
 
 
-def _remove_stale_folders(folder: Path) -> None:
-    with suppress(OSError):
-        for path in folder.parent.iterdir():
-            name = rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}{re.escape(STALE)}"
-            if re.fullmatch(name, path.name) and path.is_dir() and not path.is_symlink():
-                with suppress(OSError):
-                    if not _is_locked(path):
-                        shutil.rmtree(path)
+def check_overwritable(path: Path, mark: bytes, kind: str) -> None:
+    """UsageError if a file is at ``path`` that does not look like one of ours.
+
+    Ours have ``mark`` in their first 64 KB; an empty file may be overwritten too. ``kind`` says
+    what ours are, such as "a plot". Whatever is no ordinary file is left to ``replacing``.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the name of a file to write in it.")
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+    except OSError as error:
+        raise UsageError(f"{path} is there already, and cannot be read: {error}.") from error
+    if head and mark not in head:
+        raise UsageError(
+            f"{path} is there already and is not {kind} that TinyGPT wrote: it is not overwritten. "
+            f"Choose another name, or delete it first."
+        )
 
 
 def write_all(handle: int, data: bytes | memoryview) -> None:
@@ -180,32 +219,62 @@ def free_space(folder: Path) -> int | None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Delete what killed processes left half written in a folder, and nothing that is in use."""
+    """Delete the files that killed processes left half written in a folder, and nothing else.
+
+    Only names that ``replacing`` gives are looked at, and of these only ordinary files that no
+    process holds.
+    """
+    _sweep(folder)
+
+
+def _sweep(folder: Path, folders_of: str | None = None) -> None:
+    """Remove stale temporaries: files, or the folders that were to become ``folders_of``."""
+    beginning = "." if folders_of is None else f".{folders_of[:NAME_KEPT]}.tinygpt-"
     with suppress(OSError):
-        for path in folder.glob(f".*{STALE}"):
-            if re.fullmatch(rf"\..+\.[0-9a-f]+{re.escape(STALE)}", path.name):
+        for path in folder.iterdir():
+            if path.name.startswith(beginning) and TEMPORARY.fullmatch(path.name):
                 with suppress(OSError):
-                    if not _is_locked(path):
-                        path.unlink()
+                    _remove_unless_held(path, is_folder=folders_of is not None)
 
 
-def _lock(handle: int) -> None:
-    """Hold a file as long as it is open: the sign that its process lives."""
-    with suppress(OSError):  # not every disk has locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _remove_unless_held(path: Path, is_folder: bool) -> None:
+    """The lock is held while it is removed, so that no writer can begin with it meanwhile."""
+    status = path.lstat()
+    if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(status.st_mode):
+        return
+    handle = os.open(path, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW)
+    try:
+        locked = _lock(handle)
+        old = time.time() - status.st_mtime > ABANDONED
+        if _is_at(handle, path) and (locked or (locked is None and old)):
+            if is_folder:
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    finally:
+        os.close(handle)
 
 
-def _is_locked(path: Path) -> bool:
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep us waiting
+def _lock(handle: int) -> bool | None:
+    """Hold a file as long as it is open: the sign that its process lives.
+
+    -> False if another process holds it, None where the file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except OSError:
         return False
-    finally:
-        os.close(handle)
-    return False
 
 
 def sha256_of(path: Path) -> str:
@@ -337,27 +406,21 @@ def _claimed(part: Path, stop: threading.Event) -> Iterator[Path | None]:
                     return
                 continue
             except OSError:
-                own = part.with_name(f".{part.name}.{secrets.token_hex(6)}{STALE}")
+                own = _temporary_name(part)
             else:
                 own = part
-            if not _is_at(file, part):  # it was finished, or thrown away, before it was locked
+            if not _is_at(
+                file.fileno(), part
+            ):  # it was finished, or thrown away, before it was locked
                 continue
             try:
                 yield own
             finally:
                 if own != part:
                     own.unlink(missing_ok=True)
-                if _is_at(file, part) and not _size(part):
+                if _is_at(file.fileno(), part) and not _size(part):
                     part.unlink()
             return
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _complete(url: str, part: Path, sha256: str, stop: threading.Event, size: int | None) -> None:

@@ -106,6 +106,41 @@ class FolderLock:
             self._release()
 
 
+def check_free(folder: Path) -> None:
+    """UsageError that names the holder if somebody trains in a folder; nothing there changes."""
+    path = folder / LOCK
+    name = os.path.realpath(path)
+    with _guard:
+        if name in _ours:
+            raise UsageError(_explain(folder, _ours[name]))
+    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, os.O_RDWR | no_link)
+    except OSError:  # none is there; what else is wrong with it, ``acquire`` says
+        return
+    try:
+        _check_taken(path, _lock(handle), _read(handle))
+    except OSError:  # a pipe of that name
+        return
+    finally:
+        os.close(handle)
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file of the name ``run.lock`` is one of ours: it names a holder, or is empty."""
+    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, os.O_RDONLY | no_link)
+    except OSError:
+        return False
+    try:
+        return not os.fstat(handle).st_size or _read(handle) is not None
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
 def holder(folder: Path) -> Holder | None:
     """Who trains in a folder, by the word of its lock file; takes no lock, and nobody notices."""
     no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -143,16 +178,21 @@ def _take(path: Path) -> tuple[int, Holder | None]:
         try:
             locked = _lock(handle)
             before = _read(handle)
-            if locked is None and before is not None and before.may_be_alive():
-                raise UsageError(_explain(path.parent, before) + _doubt(path))
-            if locked is False:
-                raise UsageError(_explain(path.parent, before))
+            _check_taken(path, locked, before)
             if _is_at(handle, path):
                 return handle, before
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)  # its last holder has just removed it: once more
+
+
+def _check_taken(path: Path, locked: bool | None, before: Holder | None) -> None:
+    """UsageError if the answer of the kernel, or else the word of the file, says so."""
+    if locked is None and before is not None and before.may_be_alive():
+        raise UsageError(_explain(path.parent, before) + _doubt(path))
+    if locked is False:
+        raise UsageError(_explain(path.parent, before))
 
 
 def _let_go(handle: int, path: Path, name: str, pid: int) -> None:

@@ -120,7 +120,8 @@ class History:
         """Add a row and hand it to the operating system at once.
 
         Numbers that are not finite, which JSON cannot hold, are written as null and named in a
-        ``nonfinite`` entry; reading puts them back. Where the file cannot be written an OSError is
+        ``nonfinite`` entry; reading puts them back. DataError for a row that is too long to be
+        read. Where the file cannot be written an OSError is
         raised and the row waits: the next ``append`` tries again, in order.
         """
         if self.path is None:
@@ -259,7 +260,10 @@ def _encode(row: Mapping[str, Any]) -> bytes:
     odd = {k: str(v) for k, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
     if odd:
         plain |= dict.fromkeys(odd) | {"nonfinite": odd}
-    return to_json(plain, other=str).encode() + b"\n"
+    line = to_json(plain, other=str).encode() + b"\n"
+    if len(line) > MAX_LINE:
+        raise DataError(f"A row of {len(line):,} bytes is too long: {MAX_LINE:,} are read at most.")
+    return line
 
 
 def _decode(line: bytes) -> Row | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -164,6 +164,8 @@ class Transformer:
         self.config = config
         self.training = True
         self.quantized = False
+        self.read_from: tuple[dict[str, Any], dict[str, str]] | None = None
+        """Origin and hashes of the weights that were read last; ask ``checkpoint.origin_of``."""
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = [Block(config) for _ in range(config.n_layer)]

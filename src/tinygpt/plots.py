@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt import extras
 from tinygpt.errors import DataError, MissingExtraError, UsageError
-from tinygpt.files import replacing, user_path
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.foreign import HEAD, no_text
 from tinygpt.metrics import Row, read, smooth
 from tinygpt.untrusted import is_number
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 FORMATS = ("png", "svg")
+PROGRAM = {"png": {"Software": "TinyGPT"}, "svg": {"Creator": "TinyGPT"}}
+MARKS = {"png": b"Software\0TinyGPT", "svg": b"<dc:title>TinyGPT</dc:title>"}
+"""What is written into a plot to know it again, and how that looks in the file."""
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 TERMINAL_COLORS = ("blue+", "orange+", "green+", "magenta+", "cyan+", "red+")
 INK, FAINT = "#1f2937", "#d1d5db"
@@ -103,16 +106,18 @@ def _thin(points: Points) -> Points:
 def save_plot(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Draw the runs over each other into ``out``, a PNG or SVG by its name; returns its path.
 
-    Raises MissingExtraError without matplotlib, UsageError for another format.
+    Raises MissingExtraError without matplotlib, UsageError for another format and if ``out`` is a
+    file that is no such plot.
     """
     out = user_path(out)
     suffix = out.suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise UsageError(f"{out} does not end in .png or .svg; these are the formats there are.")
+    check_overwritable(out, MARKS[suffix], "a plot")
     curves = [read_curves(run) for run in runs]
     figure = draw(curves)
     with replacing(out) as file:
-        figure.savefig(file, format=suffix, dpi=150)
+        figure.savefig(file, format=suffix, dpi=150, metadata=PROGRAM[suffix])
     return out
 
 

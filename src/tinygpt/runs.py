@@ -7,12 +7,14 @@ samples.jsonl        the sample texts, with the step they were taken at
 ckpt_N.safetensors   the newest checkpoints and the best one
 best.json            which of them that is
 run.lock             who is training it now
-run.json             which run they belong to
+run.json             which run they belong to: the mark of a folder that takes runs
+left-after-N         what came after step N, before the run went back to it
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,10 +26,11 @@ import numpy.typing as npt
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt import changes, checkpoint, data, lora, runtime
-from tinygpt.config import Config, SampleConfig, TrainConfig, to_toml
+from tinygpt.config import Config, SampleConfig, TrainConfig, check_toml, to_toml
 from tinygpt.diagnose import bad_parameter
 from tinygpt.errors import (
     CheckpointError,
+    DataError,
     TinyGPTError,
     TokenizerError,
     TrainingError,
@@ -36,17 +39,20 @@ from tinygpt.errors import (
 from tinygpt.files import remove_stale, replacing, user_path
 from tinygpt.generate import Decoder, generate_tokens
 from tinygpt.guard import Guard
-from tinygpt.lock import FolderLock
+from tinygpt.lock import FolderLock, check_free
 from tinygpt.metrics import Cut, History, short
 from tinygpt.model import Transformer
 from tinygpt.optim import make_optimizer
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.tokenizers import Tokenizer, check_readable, ends_of
 from tinygpt.train import Step, train_steps
+from tinygpt.untrusted import clip, is_number
 
 Tokens = npt.NDArray[np.integer]
 
 SAMPLE_TOKENS = 120
 """Length of the sample texts."""
+SAMPLE_CHARS = 20_000
+"""A longer one, of very long tokens, is cut: rows of more than a megabyte are not read."""
 LAYER_ROWS = 2000
 """About so many rows of a run, and those of skipped steps, have the gradient norm by layer."""
 
@@ -85,6 +91,8 @@ class TrainResult:
     """Stopped before max_iters, by stop() or early stopping."""
     skipped: int = 0
     """Steps that were skipped because of their loss or gradient."""
+    notices: tuple[str, ...] = ()
+    """The last 1,000 things there were to tell, whether they were shown or not."""
 
 
 class TrainingRun:
@@ -99,8 +107,10 @@ class TrainingRun:
 
     From here to the end of the iteration, or ``close()``, nobody else can train in the folder.
 
-    Raises UsageError if the folder holds a run already and is not to be resumed, or is being
-    trained; CheckpointError if the data or the settings are not those of the run to resume.
+    A folder takes a run if it is missing, empty, or a run's; if the run goes on from an older
+    checkpoint, later ones are set aside in a folder below. Raises UsageError for another folder, if
+    it holds a run already and is not to be resumed, or is being trained; CheckpointError if the
+    data or the settings are not those of the run to resume. What is refused changes nothing there.
     """
 
     def __init__(
@@ -140,13 +150,18 @@ class TrainingRun:
         self._lock = None if self.folder is None else FolderLock(self.folder)
         self._stop = self._save_soon = False
         self._notices: list[str] = []
+        self._found: list[Path] = []
+        """The checkpoints that were there before the folder was taken."""
+        self._told: deque[str] = deque(maxlen=1000)
         self.fingerprints = {"train": data.data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data.data_fingerprint(val_tokens)
         try:
+            self._check_folder(resume)
             self._resume(resume)
+            self._rehearse()
             self._saver = self._make_saver()
-            self._prepare_folder()
+            self._prepare_folder(anew=resume is not True)
         except BaseException:
             self._let_go()
             raise
@@ -180,6 +195,7 @@ class TrainingRun:
     def notice(self, message: str) -> None:
         """Tell whoever watches, along with the step in progress."""
         self._notices.append(message)
+        self._told.append(message)
 
     def take_notices(self) -> tuple[str, ...]:
         """What there is to tell since the last step; it will not come with the next one."""
@@ -197,6 +213,7 @@ class TrainingRun:
             self.newest,
             stopped,
             self.guard.skipped,
+            tuple(self._told),
         )
 
     def __iter__(self) -> Iterator[Step]:
@@ -306,27 +323,74 @@ class TrainingRun:
 
     # ---- the folder ----
 
-    def _prepare_folder(self) -> None:
+    def _check_folder(self, resume: bool | str | Path | None) -> None:
+        """UsageError if the folder must not be written to; nothing is changed to find out."""
         if self.folder is None:
-            self.history, self.samples = History(), History()
             return
-        self._take_folder()
-        if self.iter_num == 0 and checkpoint.list_checkpoints(self.folder):
+        check_free(self.folder)
+        self._found = checkpoint.list_checkpoints(self.folder)
+        if self._found and not resume:
             raise UsageError(
                 f"{self.folder} holds a run already. Resume it, or choose another folder: nothing "
                 f"there is overwritten."
             )
-        self._write_settings()
+        checkpoint.check_claim(self.folder)
+
+    def _rehearse(self) -> None:
+        """UsageError if what the run is going to write would be refused when it is read."""
+        if self.folder is None:
+            return
+        self._settings()
+        if self.tokenizer is not None:
+            check_readable(self.tokenizer)
+        layout = checkpoint.layout_of(checkpoint.named_tensors(self.model, self.optimizer))
+        checkpoint.rehearse(self._meta(self.elapsed, None), layout)
+
+    def _prepare_folder(self, anew: bool) -> None:
+        """Take the folder and put it in order; all that can be refused has been.
+
+        ``anew``: the run does not go on from what the folder holds, unless that has checkpoints.
+        """
+        if self.folder is None:
+            self.history, self.samples = History(), History()
+            return
+        self._take_folder()
+        checkpoint.check_claim(self.folder)
+        if checkpoint.list_checkpoints(self.folder) != self._found:
+            raise UsageError(f"{self.folder} was being trained until just now: try again.")
         remove_stale(self.folder)
         self.history = History(self.folder / "metrics.jsonl")
         self.samples = History(self.folder / "samples.jsonl")
+        self._set_aside(anew and not self._found)
+        self._write_settings()
         own = self.newest is not None and self.newest.parent == self.folder
         for written, every_step in ((self.history, own), (self.samples, False)):
             self._cut(written, every_step)
 
+    def _set_aside(self, anew: bool) -> None:
+        """What the folder holds of steps after the one to go on from is another branch."""
+        assert self.folder is not None
+        lost = anew and self._had_a_checkpoint()
+        found = self.progress
+        best = None if found.best_val_loss is None else (found.best_iter, found.best_val_loss)
+        aside = checkpoint.set_aside(self.folder, self.iter_num, best, rows_too=lost)
+        if aside is not None:
+            self.notice(
+                f"{self.folder} has come further than step {self.iter_num}: what came after it is "
+                f"set aside in {aside}, whole, and the run goes on from step {self.iter_num}."
+            )
+
+    def _had_a_checkpoint(self) -> bool:
+        """Whether rows go so far that a checkpoint must have been there, which somebody deleted."""
+        interval = self.config.checkpoint_interval or self.config.eval_interval
+        try:
+            return any(is_number(row.get("iter"), interval, math.inf) for row in self.history)
+        except DataError:  # damaged lines: told when they are dropped
+            return True
+
     def _cut(self, history: History, every_step: bool) -> None:
         try:
-            cut = history.truncate_after(self.iter_num, every_step)
+            cut = history.truncate_after(self.iter_num if self._found else 0, every_step)
         except OSError as error:
             self.notice(f"{history.path} could not be put in order: {error.strerror}.")
         else:
@@ -343,14 +407,22 @@ class TrainingRun:
         if self._lock is not None:
             self._lock.release()
 
-    def _write_settings(self) -> None:
-        assert self.folder is not None
+    def _settings(self) -> str:
+        """The text of config.toml. Raises ConfigError if it could not be read again."""
         tables: dict[str, Config | Mapping[str, Any]] = {
             "model": self.model.config,
             "train": self.config,
             "data": self.source,
         }
         text = to_toml(tables, comments=True) + changes.as_comments(self.changes)
+        check_toml(text)
+        return text
+
+    def _write_settings(self) -> None:
+        """First the mark that makes the folder a run's, so that it can be taken again."""
+        assert self.folder is not None
+        text = self._settings()
+        checkpoint.ensure_run(self.folder)
         with checkpoint.writing(self.folder), replacing(self.folder / "config.toml") as file:
             file.write(text.encode())
         if self.tokenizer is not None:
@@ -373,22 +445,26 @@ class TrainingRun:
         assert self.folder is not None and self._saver is not None
         if not self.folder.is_dir():
             self._make_folder_again()
-        progress = {**vars(self.progress), "elapsed": step.elapsed, "train_loss": step.train_loss}
+        meta = self._meta(step.elapsed, step.train_loss)
+        best_loss = step.val_loss if step.best else None
+        return self._saver.save(self.model, self.optimizer, meta, best_loss, first=self._sync)
+
+    def _meta(self, elapsed: float, train_loss: float | None) -> checkpoint.Meta:
+        """What a checkpoint of this moment says of itself."""
+        progress = {**vars(self.progress), "elapsed": elapsed, "train_loss": train_loss}
         progress["skips"] = self.guard.state()
         if self.changes:
             progress["changes"] = self.changes
-        meta = checkpoint.Meta(
-            iter_num=step.iter,
+        return checkpoint.Meta(
+            iter_num=self.iter_num,
             model=self.model.config,
             train=self.config,
             tokenizer=None if self.tokenizer is None else self.tokenizer.to_dict(),
             data=self.fingerprints,
             progress=progress,
-            random_state={"seed": self.config.seed, "step": step.iter},
+            random_state={"seed": self.config.seed, "step": self.iter_num},
             init=self.init,
         )
-        best_loss = step.val_loss if step.best else None
-        return self._saver.save(self.model, self.optimizer, meta, best_loss, first=self._sync)
 
     def _hear_of_saves(self) -> None:
         if self._saver is not None:
@@ -409,19 +485,27 @@ class TrainingRun:
             self.notice(str(error))
 
     def _sample(self, iter_num: int) -> str | None:
-        """A short text in the model's present manner, the prompt included."""
-        if self.tokenizer is None:
-            return None
+        """A short text in the model's present manner; a notice, and None, where that fails."""
         try:
-            prompt = self.tokenizer.encode(self.config.sample_prompt)
+            return None if self.tokenizer is None else self._text(self.tokenizer, iter_num)
+        except Exception as error:  # whatever it is, it is no reason to lose a run
+            self.notice(f"step {iter_num}: no sample could be written: {clip(error)}")
+            return None
+
+    def _text(self, tokenizer: Tokenizer, iter_num: int) -> str:
+        """A short text in the model's present manner, the prompt included."""
+        try:
+            prompt = tokenizer.encode(self.config.sample_prompt)
         except TokenizerError:
             prompt = []
         prompt = prompt or [int(self.train_tokens[0])]
         config = SampleConfig(temperature=0.8, top_k=min(200, self.model.config.vocab_size))
+        ends, limit = ends_of(tokenizer), tokenizer.vocab_size
         tokens = generate_tokens(
-            self.decoder, np.array([prompt], np.int32), SAMPLE_TOKENS, config, seed=iter_num
+            self.decoder, [prompt], SAMPLE_TOKENS, config, iter_num, limit=limit, ends=ends
         )
-        return self.tokenizer.decode(prompt + [int(token[0]) for token in tokens])
+        ids = prompt + [int(token[0]) for token in tokens]
+        return tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)[:SAMPLE_CHARS]
 
     # ---- going on ----
 
@@ -432,21 +516,32 @@ class TrainingRun:
             return
         if resume is True and self.folder is None:
             raise UsageError("To resume, say which run: give its folder or a checkpoint.")
-        if resume is True and self.folder is not None and (self.folder / "config.toml").is_file():
-            self._take_folder()
-            if not checkpoint.list_checkpoints(self.folder):
-                self.notice(f"{self.folder} has no checkpoint yet: it starts from its first step.")
-                return
+        begun = self.folder is not None and (self.folder / "config.toml").is_file()
+        if resume is True and begun and not self._found:
+            self.notice(f"{self.folder} has no checkpoint yet: it starts from its first step.")
+            return
         path = self._good_checkpoint(self.folder if resume is True else user_path(resume))  # type: ignore[arg-type]
         meta = checkpoint.read_meta(path)
         self._check_same_run(path, meta)
         changes.check_random_state(path, meta)
+        self._check_same_folder(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
         self.iter_num, self.newest, self.init = meta.iter_num, path, meta.init
         known = {k: v for k, v in meta.progress.items() if k in vars(self.progress)}
         self.progress = Progress(**known)
         self.elapsed = float(meta.progress.get("elapsed", 0.0))
         self.guard.load(meta.progress.get("skips"))
+
+    def _check_same_folder(self, path: Path, meta: checkpoint.Meta) -> None:
+        """UsageError if the run would go on in the folder of another one."""
+        if self.folder is None or path.resolve().parent == self.folder.resolve():
+            return
+        same = meta.run in (None, checkpoint.run_of(self.folder)) and meta.train is not None
+        if self._found and not same:  # None: one that could only be saved to another place
+            raise UsageError(
+                f"{self.folder} holds another run than {path}, and nothing there is overwritten. "
+                f"Choose a folder that is missing or empty."
+            )
 
     def _good_checkpoint(self, given: Path) -> Path:
         """The newest one in a folder that is whole, telling what the ones after it lack."""
@@ -483,9 +578,11 @@ def _lost(path: Path | None, cut: Cut) -> Iterator[str]:
 
 
 def latest_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run folder; a checkpoint file is itself."""
-    if path.is_file():
-        return path
+    """The newest checkpoint of a run folder; a file is itself, also without its suffix."""
+    short = path.parent / f"{path.name}.safetensors"
+    for file in (path, short):
+        if file.is_file():
+            return file
     found = checkpoint.list_checkpoints(path)
     if not found:
         raise CheckpointError(f"There is no checkpoint in {path}. {_runs_nearby(path)}")

@@ -8,7 +8,8 @@ the same text on every device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,32 @@ def penalise_repetition(logits: Logits, seen: Ids, penalty: float) -> Logits:
     picked = out[ids]
     out[ids] = np.where(picked > 0, picked / penalty, picked * penalty)
     return out
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What is subtracted from logits, or added, before anything else, as OpenAI's API has it."""
+
+    presence: float = 0.0
+    """Off each token that was written before."""
+    frequency: float = 0.0
+    """Off each token for every time that it was written."""
+    bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to tokens, by their ids; those that the vocabulary lacks have none."""
+
+    def apply(self, logits: npt.ArrayLike, written: Ids) -> Logits:
+        """Logits (V,), given the ids that were written so far, without the prompt.
+
+        >>> Penalties(1.0, 0.5, {2: 9.0}).apply([0.0, 0.0, 0.0], np.array([1, 1])).tolist()
+        [0.0, -2.0, 9.0]
+        """
+        out: Logits = np.array(logits, np.float64)
+        ids, counts = np.unique(written, return_counts=True)
+        out[ids] -= self.frequency * counts + self.presence
+        for token, value in self.bias.items():
+            if token < out.size:
+                out[token] += value
+        return out
 
 
 def scale_by_temperature(logits: Logits, temperature: npt.ArrayLike) -> Logits:
@@ -136,17 +163,26 @@ def draw_each(logits: Logits, uniforms: Sequence[float]) -> list[int]:
 class Choice:
     """How the tokens of one text are chosen: the settings, and random numbers of its own."""
 
-    __slots__ = ("config", "plain", "stream")
+    __slots__ = ("config", "penalties", "plain", "prompt", "stream")
 
-    def __init__(self, config: SampleConfig, seed: np.random.SeedSequence) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: SampleConfig,
+        seed: np.random.SeedSequence,
+        penalties: Penalties | None = None,
+        prompt: int = 0,
+    ) -> None:
+        """``prompt`` is how many of the ids so far were not written: no penalty is for them."""
+        self.config, self.penalties, self.prompt = config, penalties, prompt
         self.stream = np.random.Generator(np.random.Philox(seed))
         filters = config.top_k, config.top_p, config.min_p, config.repetition_penalty
-        self.plain = filters == (None,) * 4
+        self.plain = filters == (None,) * 4 and penalties is None
         """Whether temperature is all there is."""
 
     def pick(self, logits: npt.ArrayLike, seen: Ids) -> int:
         """The next token, given its logits (V,) and the ids so far."""
+        if self.penalties is not None:
+            logits = self.penalties.apply(logits, seen[self.prompt :])
         out = next_logits(logits, seen, self.config)
         return int(out.argmax()) if self.config.temperature == 0 else draw(out, self.uniform())
 
@@ -155,9 +191,15 @@ class Choice:
         return self.stream.random()
 
 
-def first_choice(config: SampleConfig, seed: int | None = None) -> Choice:
+def first_choice(
+    config: SampleConfig,
+    seed: int | None = None,
+    penalties: Penalties | None = None,
+    prompt: int = 0,
+) -> Choice:
     """That of the first row of a sampler with this seed."""
-    return Choice(config, np.random.SeedSequence(_checked_seed(seed)).spawn(1)[0])
+    first = np.random.SeedSequence(_checked_seed(seed)).spawn(1)[0]
+    return Choice(config, first, penalties, prompt)
 
 
 def choose(

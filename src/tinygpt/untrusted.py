@@ -28,8 +28,17 @@ EXTENTS = 1 << 14
 DEPTH = 64
 """Lists and objects within each other that a JSON text may hold: far from Python's own limit."""
 MAX_DOTS, MAX_BRACKETS = 256, 1000
-"""Dots in a name of a TOML text, and brackets in all: a config has one and three, and perhaps a
-prompt of code."""
+"""Dots in a name of a TOML text, and brackets in all, outside of its strings and comments."""
+TOML_STRINGS = re.compile(
+    r'"{3}(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5}|\Z)'
+    r"|'{3}(?:[^']|'(?!''))*+(?:'{3,5}|\Z)"
+    r'|"(?:[^"\\\n]|\\.)*+"?'
+    r"|'[^'\n]*+'?"
+    r"|#[^\n]*+",
+    re.DOTALL,
+)
+"""A string or a comment of TOML's grammar, each found in one pass. One without an end goes to where
+the parser gives up."""
 
 
 def brief(value: object, length: int = 40) -> str:
@@ -159,14 +168,19 @@ def parse_toml(content: bytes) -> dict[str, Any]:
     """What a TOML text in UTF-8 says. Whatever is wrong with it is a ValueError.
 
     Refused as well is a text that the parser would take for ever to read: its time grows with the
-    cube of the dots in a name, and it calls itself for each bracket.
+    cube of the dots in a name, and it calls itself for each bracket. What stands in strings and
+    comments costs nothing.
     """
     text = content.decode("utf-8-sig")
-    if text.count("[") + text.count("{") > MAX_BRACKETS:
+    bare = TOML_STRINGS.sub('""', text)
+    if bare.count("[") + bare.count("{") > MAX_BRACKETS:
         raise ValueError(f"there are more than {MAX_BRACKETS} brackets")
-    if any(part.count(".") > MAX_DOTS for part in re.split("[\n={,]", text)):
+    if any(part.count(".") > MAX_DOTS for part in re.split("[\n={,]", bare)):
         raise ValueError(f"there are more than {MAX_DOTS} dots in a name")
-    return tomllib.loads(text)
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _check_depth(value: Any) -> None:

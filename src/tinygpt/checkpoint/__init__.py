@@ -2,24 +2,31 @@
 
 ``format`` is what stands in the file, ``reader`` checks every byte of it, ``writer`` makes it
 from memory, ``folder`` knows the names beside each other, and ``keeping`` which of them are good.
-``state`` is the way from and to a model, and ``background`` saves while a run goes on.
+``claim`` says which folders may take a run, and ``branch`` sets aside what a run leaves when it
+goes back. ``state`` is the way from and to a model, and ``background`` saves while a run goes on.
 """
 
-from tinygpt.checkpoint.background import Saver
+from tinygpt.checkpoint.background import Saver, ensure_run
+from tinygpt.checkpoint.branch import set_aside
+from tinygpt.checkpoint.claim import check_claim
 from tinygpt.checkpoint.folder import (
     best_checkpoint,
     checkpoint_path,
     list_checkpoints,
     mark_best,
+    mark_run,
+    run_of,
     text_of,
 )
 from tinygpt.checkpoint.format import FORMAT_VERSION, Meta, arrange
 from tinygpt.checkpoint.keeping import newest_good, remove_old
-from tinygpt.checkpoint.reader import describe, origin, read, read_meta, verify
+from tinygpt.checkpoint.reader import describe, origin, read, read_meta, rehearse, verify
 from tinygpt.checkpoint.state import (
     Copier,
+    layout_of,
     load,
     named_tensors,
+    origin_of,
     save,
     start_from,
     state_size,
@@ -35,19 +42,27 @@ __all__ = [
     "Snapshot",
     "arrange",
     "best_checkpoint",
+    "check_claim",
     "checkpoint_path",
     "describe",
+    "ensure_run",
     "foresee_space",
+    "layout_of",
     "list_checkpoints",
     "load",
     "mark_best",
+    "mark_run",
     "named_tensors",
     "newest_good",
     "origin",
+    "origin_of",
     "read",
     "read_meta",
+    "rehearse",
     "remove_old",
+    "run_of",
     "save",
+    "set_aside",
     "start_from",
     "state_size",
     "stream",

@@ -156,7 +156,7 @@ class Saver:
         path = checkpoint_path(self.folder, job.meta.iter_num)
         try:
             self._news += job.first() if job.first else []
-            run = self._run()
+            run = ensure_run(self.folder)
             write(path, job.snapshot, replace(job.meta, run=run))
             self._verified.add(path)
         except Exception as error:  # whatever it is, it must not be lost with the thread
@@ -178,18 +178,11 @@ class Saver:
         if self._unmarked is not None:
             mark_best(*self._unmarked)
             self._unmarked = None
-        for problem in map(str, remove_old(self.folder, self.keep_last, self._verified)):
+        problems = remove_old(self.folder, self.keep_last, self._verified, self.newest)
+        for problem in map(str, problems):
             if problem not in self._problems:
                 self._problems.add(problem)
                 self._news.append(f"{problem} It is left there, and an older one is kept for it.")
-
-    def _run(self) -> str:
-        """The number of the folder's run, which is drawn with its first checkpoint."""
-        run = run_of(self.folder)
-        if run is None:
-            run = _run_of_newest(self.folder) or secrets.token_hex(8)
-            mark_run(self.folder, run)
-        return run
 
     def _rescue(self, job: _Job) -> str:
         """Write the checkpoint to another place; -> what to tell about it"""
@@ -211,6 +204,15 @@ class Saver:
             f"{job.error}\nNor could the state of step {step} be written to {', '.join(others)} or "
             f"{last}: it is lost. {kept}"
         )
+
+
+def ensure_run(folder: Path) -> str:
+    """The number of a folder's run; drawn and written down if it has none yet."""
+    run = run_of(folder)
+    if run is None:
+        run = _run_of_newest(folder) or secrets.token_hex(8)
+        mark_run(folder, run)
+    return run
 
 
 def _write_below(place: Callable[[], str | Path], step: int, job: _Job) -> Path | None:

@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoint.writer import writing
+from tinygpt.config import read_config
 from tinygpt.files import user_path
 from tinygpt.strict_json import write_json
-from tinygpt.untrusted import parse_json, parse_toml, read_bounded
+from tinygpt.untrusted import parse_json, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
+SUFFIX = ".safetensors"
+"""How the names of checkpoints end."""
+BESIDE = {BEST, RUN, CONFIG, "tokenizer.json", "metrics.jsonl", "samples.jsonl"}
+"""The files of a run besides its checkpoints."""
 MAX_FILE_BYTES = 1 << 16
-"""A larger file is none of them and is not read."""
+"""A larger file is none of the small ones and is not read."""
+PROGRAM = {"program": "tinygpt"}
+"""What tells our run.json from those of other programs."""
 
 
 def checkpoint_path(folder: str | Path, iter_num: int) -> Path:
@@ -48,36 +55,39 @@ def mark_best(path: Path, val_loss: float) -> None:
 
 def best_checkpoint(folder: Path) -> Path | None:
     """The one marked as best, if it is still there."""
-    name = _read(folder / BEST, "checkpoint")
+    name = _read_object(folder / BEST).get("checkpoint")
     return next((path for path in list_checkpoints(folder) if path.name == name), None)
 
 
 def run_of(folder: Path) -> str | None:
-    """The number of the run that a folder is of."""
-    run = _read(folder / RUN, "run")
-    return run if isinstance(run, str) else None
+    """The number of the run that a folder is of; None if it is not marked as a run's."""
+    found = _read_object(folder / RUN)
+    run = found.pop("run", None)
+    ours = found in ({}, PROGRAM) and isinstance(run, str) and re.fullmatch("[0-9a-f]{16}", run)
+    return run if ours else None
 
 
 def mark_run(folder: Path, run: str) -> None:
-    """Write down which run a folder is of. Raises CheckpointError."""
-    _write(folder / RUN, {"run": run})
+    """Mark a folder as that of a run, which makes it take runs. Raises CheckpointError."""
+    _write(folder / RUN, {"run": run, **PROGRAM})
 
 
 def text_of(folder: Path) -> str | None:
     """The name of the text that a run learned from, without the place where it lies."""
     try:
-        tables = parse_toml(read_bounded(folder / CONFIG, MAX_FILE_BYTES))
-        source = tables["data"]["source"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        source = read_config(folder / CONFIG)["data"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return Path(source).name or None if isinstance(source, str) else None
 
 
-def _read(path: Path, key: str) -> Any:
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file; an empty one if there is none."""
     try:
-        return parse_json(read_bounded(path, MAX_FILE_BYTES))[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = parse_json(read_bounded(path, MAX_FILE_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from tinygpt.checkpoint.folder import best_checkpoint, list_checkpoints
+from tinygpt.checkpoint.folder import best_checkpoint, list_checkpoints, named_step
 from tinygpt.checkpoint.reader import verify
 from tinygpt.errors import CheckpointError
 
@@ -51,10 +51,12 @@ def newest_good(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
 
 
 def remove_old(
-    folder: Path, keep_last: int, verified: Verified | None = None
+    folder: Path, keep_last: int, verified: Verified | None = None, written: Path | None = None
 ) -> list[CheckpointError]:
     """Delete all but the newest ``keep_last`` good checkpoints and the best one; 0 deletes none.
 
+    ``written`` is the checkpoint that was just saved: those of later steps are not this run's, so
+    they neither count nor go.
     Damaged ones do not count, so that there is always a good one, and are not deleted: somebody may
     want to know what became of them. -> what is wrong with them. A file that cannot be deleted is
     left: that is no reason to stop a run.
@@ -65,7 +67,10 @@ def remove_old(
     best = best_checkpoint(folder)
     problems: list[CheckpointError] = []
     good = 0
+    last = None if written is None else named_step(written)
     for path in reversed(list_checkpoints(folder)):
+        if last is not None and (named_step(path) or 0) > last:
+            continue
         try:
             verified.check(path)
         except CheckpointError as error:

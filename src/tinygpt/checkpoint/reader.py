@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -13,9 +14,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinygpt.checkpoint.folder import checkpoint_path, list_checkpoints, named_step, run_of
-from tinygpt.checkpoint.format import BROKEN, Array, Header, Layout, Meta, Place, decode
+from tinygpt.checkpoint.format import (
+    BROKEN,
+    ZEROS,
+    Array,
+    Header,
+    Layout,
+    Meta,
+    Place,
+    decode,
+    encode,
+)
 from tinygpt.config import ADAPTERS, GPTConfig
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files import user_path
 from tinygpt.strict_json import to_json
 from tinygpt.untrusted import clip, is_sparse, open_regular
@@ -109,13 +120,37 @@ def origin(path: str | Path) -> dict[str, Any]:
 
     The hash is of all weights' hashes: the same for the same weights, wherever they are.
     """
+    return origin_and_hashes(path)[0]
+
+
+def origin_and_hashes(
+    path: str | Path, without: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """-> ``origin(path)``, and the hash of each weight but those ``without``, by its name"""
     path = user_path(path)
     with _opened(path) as (_, header):
         meta = _meta(path, header)
         hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
     digest = hashlib.sha256(to_json(hashes).encode()).hexdigest()
     where = str(path.resolve())
-    return {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
+    found = {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
+    return found, {name: value for name, value in hashes if name not in without}
+
+
+def rehearse(meta: Meta, layout: Layout) -> None:
+    """UsageError if a checkpoint that says this of itself would be refused when it is read.
+
+    To be called before the first step, since what is learned until then would be lost.
+    """
+    place = Path("A checkpoint of this run")
+    try:
+        header = encode(meta, layout, dict.fromkeys(layout, ZEROS.decode()))
+        size = len(header) + max((place.end for place in layout.values()), default=0)
+        _described(place, decode(io.BytesIO(header), place, size))
+    except CheckpointError as error:
+        raise UsageError(f"{error} It could not be read again, so nothing is written.") from error
+    except BROKEN as error:  # values that JSON cannot hold
+        raise UsageError(f"{place} could not be written: {clip(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -134,7 +169,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _meta(path: Path, header: Header) -> Meta:
+def _described(path: Path, header: Header) -> Meta:
     try:
         meta = Meta.from_dict(header.described)
     except BROKEN as error:
@@ -142,6 +177,11 @@ def _meta(path: Path, header: Header) -> Meta:
             f"{path} describes itself in a way that cannot be: {clip(error, 300)}."
         ) from error
     _check_fits(path, meta.model, header.layout)
+    return meta
+
+
+def _meta(path: Path, header: Header) -> Meta:
+    meta = _described(path, header)
     step, run = named_step(path), run_of(path.parent)
     if step is not None and step != meta.iter_num:
         own = checkpoint_path(path.parent, meta.iter_num)

@@ -5,6 +5,7 @@ tinygrad is imported where it is used: who only looks at files does not wait for
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,14 +19,15 @@ from tinygpt.checkpoint.reader import (
     WEIGHTS,
     describe,
     one_by_one,
-    origin,
+    origin_and_hashes,
     read,
     read_meta,
+    rehearse,
 )
 from tinygpt.checkpoint.writer import Snapshot, write
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
-from tinygpt.files import remove_stale, user_path
+from tinygpt.files import check_overwritable, remove_stale, user_path
 
 if TYPE_CHECKING:
     from tinygrad import Tensor
@@ -47,6 +49,8 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
             "This model was quantised, and a checkpoint holds the weights before: they are in the "
             "one that it was loaded from."
         )
+    check_overwritable(path, b"tinygpt", "a checkpoint")
+    rehearse(meta, layout_of(named_tensors(model, optimizer)))
     remove_stale(path.parent)
     return write(path, Copier(model, optimizer).copy(), meta)
 
@@ -61,8 +65,10 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     path = user_path(path)
     wanted = named_tensors(model, optimizer)
     _check_same_model(path, read_meta(path).model, model.config)
-    meta, arrays = _read_merged(path, wanted)
+    meta, arrays, changed = _read_merged(path, wanted)
+    found, hashes = origin_and_hashes(path, changed)
     _assign(path, wanted, arrays)
+    _note_origin(model, found, hashes, arrays)
     return meta
 
 
@@ -81,24 +87,69 @@ def start_from(path: str | Path, model: Transformer) -> dict[str, Any]:
         )
     _check_same_model(path, replace(found, block_size=block_size), model.config)
     wanted = named_tensors(model, None)
-    _, arrays = _read_merged(path, wanted)
+    _, arrays, changed = _read_merged(path, wanted)
     positions = f"{WEIGHTS}wpe.weight"
     if positions in arrays:
         arrays[positions] = arrays[positions][:block_size]
+        changed.add(positions)
+    origin, hashes = origin_and_hashes(path, changed)
     _assign(path, wanted, arrays)
-    return origin(path)
+    _note_origin(model, origin, hashes, arrays)
+    return origin
 
 
-def _read_merged(path: Path, wanted: Mapping[str, Tensor]) -> tuple[Meta, dict[str, Array]]:
-    """``read``; adapters that are not wanted themselves are added to the weights they belong to."""
+def origin_of(model: Transformer) -> dict[str, Any] | None:
+    """Where a model's weights are from, as ``Meta.init`` has it; None if that is not known.
+
+    What ``load`` and ``start_from`` note is believed only as long as every weight has the hash that
+    it had then: weights can be changed in many ways. Reads as many bytes as the weights have.
+    """
+    if model.read_from is None:
+        return None
+    found, hashes = model.read_from
+    parameters = model.parameters()
+    own = {name for name in parameters if name in hashes or not name.endswith(ADAPTERS)}
+    idle = (p for n, p in parameters.items() if n not in own and n.endswith(ADAPTERS[1]))
+    same = own == hashes.keys() and all(
+        _sha256(parameters[n].numpy()) == h for n, h in hashes.items()
+    )
+    return dict(found) if same and not any(p.numpy().any() for p in idle) else None
+
+
+def _note_origin(
+    model: Transformer,
+    found: dict[str, Any],
+    hashes: Mapping[str, str],
+    arrays: Mapping[str, Array],
+) -> None:
+    """``hashes`` are the file's, of the weights that went into the model as they are there."""
+    model.read_from = (
+        found,
+        {n: hashes.get(WEIGHTS + n) or _sha256(arrays[WEIGHTS + n]) for n in model.parameters()},
+    )
+
+
+def _sha256(array: Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _read_merged(
+    path: Path, wanted: Mapping[str, Tensor]
+) -> tuple[Meta, dict[str, Array], set[str]]:
+    """``read``; adapters that are not wanted themselves are added to the weights they belong to.
+
+    -> also the names of the weights that are no longer as they are in the file
+    """
     layers = [name.removesuffix(".weight") for name in wanted if name.endswith(".weight")]
     adapters = {layer + end for layer in layers for end in ADAPTERS} - wanted.keys()
     meta, arrays = read(path, {*wanted, *adapters})
+    changed = set()
     for layer in layers:
         if any(layer + end in adapters and layer + end in arrays for end in ADAPTERS):
             parts = [arrays.pop(layer + end, None) for end in (".weight", *ADAPTERS)]
             arrays[f"{layer}.weight"] = _merged(path, layer, meta.train, *parts)
-    return meta, arrays
+            changed.add(f"{layer}.weight")
+    return meta, arrays, changed
 
 
 @contextmanager

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import __version__
-from tinygpt.cli.console import PROGRAMS, program_name
+from tinygpt.cli.console import (
+    BROKEN_PIPE,
+    FAILURE,
+    INTERRUPTED,
+    PROGRAMS,
+    WRONG_USE,
+    program_name,
+)
+from tinygpt.cli.streams import standard_streams
 from tinygpt.display.text import printable
 from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.files import user_path
@@ -59,8 +67,6 @@ EPILOGUE = (
     "come with their traceback)."
 )
 
-FAILURE, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on ``arguments``, by default those it was started with; -> the exit code.
@@ -68,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 1 failure, 2 wrong use, 129 a closed terminal, 130 Ctrl-C, 141 a closed pipe,
     143 SIGTERM. With --debug an exception is raised instead of told.
     """
+    with standard_streams():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given, debug = _take_debug(list(sys.argv[1:] if arguments is None else arguments))
     given, strict = _take(given, "--strict")
     program = program_name()
@@ -79,7 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a pipe that broke is found here, not when the interpreter ends
         return code
     except BrokenPipeError:
-        _silence_stdout()
         return BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
@@ -192,10 +202,3 @@ def _take_threads(arguments: list[str]) -> list[str]:
             os.environ["TINYGPT_THREADS"] = value
             return arguments[:i] + rest
     return arguments
-
-
-def _silence_stdout() -> None:
-    """Nobody reads any more: what is still buffered must not raise again at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)

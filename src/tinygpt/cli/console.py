@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.display.text import printable
+from tinygpt.errors import DataError
 from tinygpt.strict_json import to_json
 
 PROGRAMS = ("tinygpt", "minimiggy")
+FAILURE, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
 def program_name() -> str:
@@ -34,6 +36,14 @@ def _argument(word: object) -> str:
 def say(message: str) -> None:
     """A line for whoever watches, on stderr."""
     print(printable(message), file=sys.stderr, flush=True)
+
+
+def read_stdin() -> str:
+    """All of stdin as text. Raises DataError if it is not UTF-8, StreamError if it is closed."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"The text on stdin is not UTF-8: {error}.") from error
 
 
 def show_json(value: Any) -> None:

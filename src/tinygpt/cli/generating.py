@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from tinygpt.cli.console import program_name, say, show_json
+from tinygpt.cli.console import program_name, read_stdin, say, show_json
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch, flags
 from tinygpt.config import SampleConfig
 from tinygpt.display.text import printable
-from tinygpt.errors import DataError, TinyGPTError, UsageError
+from tinygpt.errors import StreamError, TinyGPTError, UsageError
 
 if TYPE_CHECKING:
     SampleFlags = dict[str, Any]
@@ -32,6 +32,7 @@ def generate(
     sample: Annotated[SampleFlags | None, Parameter(name="*")] = None,
     seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(negative=(), allow_leading_hyphen=True)] = None,
+    ignore_eos: Switch = False,
     count: Annotated[int, Parameter(name=["--count", "-n"])] = 1,
     interactive: Annotated[Switch, Parameter(name=["--interactive", "-i"])] = False,
     echo: bool = True,
@@ -54,6 +55,8 @@ def generate(
         The same seed gives the same text. [default: another one each time]
     stop
         End before this string; may be given several times.
+    ignore_eos
+        Go on behind the token that ends a text, which the tokenizer or --tokenizer knows.
     count
         How many texts.
     interactive
@@ -77,6 +80,7 @@ def generate(
     check_quantize(quantize, quantize_data)
     text = _prompt_text(prompt)
     writer = _Writer(run, tokenizer, config, max_tokens, seed, stop or [], quantize)
+    writer.ignore_eos = ignore_eos
     if quantize is not None:
         tell_quantized(run, writer.model, writer.tokenizer, quantize_data)
     if interactive:
@@ -94,10 +98,7 @@ def _prompt_text(prompt: str | None) -> str | None:
     if prompt is None:
         return None
     if prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"The prompt on stdin is not UTF-8: {error}.") from error
+        prompt = read_stdin()
     if not prompt:
         raise UsageError(
             "The prompt is empty, and a model needs something to continue. Leave --prompt out to "
@@ -121,6 +122,7 @@ class _Writer:
     ) -> None:
         self.model, self.tokenizer = load_model(run, tokenizer, quantize)
         self.config, self.max_tokens, self.seed, self.stop = config, max_tokens, seed, stop
+        self.ignore_eos = False
 
     def default_prompt(self) -> str:
         from tinygpt.generate import first_prompt
@@ -139,6 +141,7 @@ class _Writer:
             self.config,
             None if self.seed is None else self.seed + number,
             self.stop,
+            ignore_eos=self.ignore_eos,
         )
 
     def collect(self, prompt: str, count: int) -> dict[str, Any]:
@@ -181,5 +184,7 @@ def _converse(writer: _Writer, echo: bool, count: int) -> None:
                 _stream(writer, prompt, echo, count)
             except KeyboardInterrupt:
                 _emit("\n")
+            except StreamError:  # nobody hears the next text either
+                raise
             except TinyGPTError as error:
                 say(f"{program_name()}: error: {error}")

@@ -175,7 +175,8 @@ def _write(
     """The continuations of the prompt, without it."""
     import numpy as np
 
-    from tinygpt.generate import generate_tokens
+    from tinygpt.generate import FINISHED, generate_tokens
+    from tinygpt.tokenizers import ends_of
 
     try:
         ids = tokenizer.encode(prompt)
@@ -183,11 +184,13 @@ def _write(
         raise UsageError(f"{error} Give another --prompt.") from error
     if not ids:
         raise UsageError("The prompt is empty, and a model needs something to continue.")
+    limit, ends = tokenizer.vocab_size, ends_of(tokenizer)
     steps = generate_tokens(
-        model.decoder, [ids] * samples, max_tokens, config, seed, limit=tokenizer.vocab_size
+        model.decoder, [ids] * samples, max_tokens, config, seed, limit=limit, ends=ends
     )
     rows = np.stack(list(steps), axis=1)  # (samples, tokens)
-    return [tokenizer.decode(row.tolist()) for row in rows]
+    kept = [[i for i in row.tolist() if i != FINISHED and i not in ends] for row in rows]
+    return [tokenizer.decode(row) for row in kept]
 
 
 def _spread(text: str, count: int, length: int) -> list[str]:

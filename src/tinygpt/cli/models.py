@@ -52,6 +52,7 @@ def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None
     """Say what rounding has saved, and what it costs on ``data`` or the run's validation text."""
     from tinygpt import checkpoint, quantize
     from tinygpt.preflight import size
+    from tinygpt.runs import choose_checkpoint
 
     before, after = quantize.sizes(model)
     say(f"int8: the weights take {size(after)} instead of {size(before)}")
@@ -66,8 +67,7 @@ def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None
             raise
         say(f"loss: not compared. {error}")
         return
-    assert model.origin is not None, "it was loaded"
-    with checkpoint.weights(model.origin["path"], model) as fetch:
+    with checkpoint.weights(choose_checkpoint(run), model) as fetch:
         found = quantize.compare(model, fetch, tokens)
     say(
         f"loss on {found.tokens:,} tokens of {name}: {found.after:.4f} instead of "

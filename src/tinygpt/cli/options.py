@@ -16,10 +16,11 @@ from tinygpt.config import (
     TrainConfig,
     check_together,
     field_docs,
+    read_config,
     to_toml,
 )
 from tinygpt.errors import ConfigError, nearest
-from tinygpt.untrusted import clip, parse_toml, read_bounded
+from tinygpt.untrusted import clip
 
 Values = Mapping[str, Any]
 Tables = dict[str, dict[str, Any]]
@@ -27,9 +28,6 @@ Tables = dict[str, dict[str, Any]]
 
 Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
 """A flag that is given or not."""
-
-MAX_FILE_BYTES = 1 << 16
-"""A larger file is no config and is not read."""
 
 SHORT_NAMES = {"lora_rank": "--lora-rank"}
 """Flags that need not be preceded by the name of their table."""
@@ -150,10 +148,10 @@ def file_tables(path: Path | None) -> Tables:
     if path is None:
         return {}
     try:
-        tables = parse_toml(read_bounded(path, MAX_FILE_BYTES))
+        tables = read_config(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8, or nested too deeply
+    except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"{path} is not a TOML file: {clip(error)}.") from error
     for name, values in tables.items():
         _check_table(path, name, values)

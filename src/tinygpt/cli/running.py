@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, Settings
@@ -76,17 +76,19 @@ def make_run(
     settings: Settings,
     material: Material,
     folder: Path,
-    resume: bool = False,
+    resume: bool | Path = False,
     allow_change: Sequence[str] = (),
 ) -> TrainingRun:
-    """A run, ready to be iterated over."""
+    """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
     from tinygpt.api import GPT
     from tinygpt.checkpoint import list_checkpoints
     from tinygpt.runs import TrainingRun
 
     source, model = _lasting(settings.data, material.name), GPT(material.shape, settings.train.seed)
-    if source.init is not None and not (resume and list_checkpoints(folder)):
-        source = _begin(model, source)
+    goes_on = isinstance(resume, Path) or (resume and list_checkpoints(folder))
+    origin = None
+    if source.init is not None and not goes_on:
+        source, origin = _begin(model, source)
     return TrainingRun(
         model,
         settings.train,
@@ -97,24 +99,27 @@ def make_run(
         resume=resume,
         source=source.to_dict(),
         allow_change=allow_change,
-        init=model.origin,
+        init=origin,
     )
 
 
-def _begin(model: GPT, source: DataConfig) -> DataConfig:
-    """Give a model the weights that its run begins with; -> the same, their hash written down."""
+def _begin(model: GPT, source: DataConfig) -> tuple[DataConfig, dict[str, Any]]:
+    """Give a model the weights that its run begins with; -> the same, their hash written down.
+
+    -> also where they are from
+    """
     from tinygpt import checkpoint
 
     path, expected = str(source.init), source.init_sha256
-    model.origin = checkpoint.start_from(path, model)
-    found = model.origin["sha256"]
+    origin = checkpoint.start_from(path, model)
+    found = origin["sha256"]
     if expected not in (None, found):
         raise CheckpointError(
             f"{path} no longer holds the weights that this run begins with: their hash was "
             f"{expected}, and is {found}."
         )
     say(f"weights: {path}")
-    return replace(source, init_sha256=found)
+    return replace(source, init_sha256=found), origin
 
 
 def introduce(run: TrainingRun) -> None:

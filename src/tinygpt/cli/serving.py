@@ -11,18 +11,19 @@ import tempfile
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from tinygpt import extras
 from tinygpt.cli.console import command, say
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
-from tinygpt.cli.options import Switch
+from tinygpt.cli.options import Switch, flags
 from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
 from tinygpt.display.text import printable
 from tinygpt.errors import UsageError
+from tinygpt.server.limits import Limits
 from tinygpt.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from tinygpt.runs import TrainingRun
     from tinygpt.server.dashboard import Board
     from tinygpt.server.service import Service
+
+    LimitFlags = dict[str, Any]
+else:
+    LimitFlags = flags(Limits, "Limits")
 
 Names = Annotated[list[str], Parameter(negative=())]
 
@@ -53,7 +58,11 @@ def serve(
     allow_host: Names | None = None,
     cors_origin: Names | None = None,
     no_token: Switch = False,
+    model_name: str | None = None,
+    strict_api: Switch = False,
+    access_log: Switch = False,
     places: int = 16,
+    limits: Annotated[LimitFlags | None, Parameter(name="*")] = None,
     tokenizer: str | None = None,
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
@@ -77,8 +86,16 @@ def serve(
         Origin of pages that may use the server, such as http://localhost:3000; may be repeated.
     no_token
         Show how the model was trained, with samples, to everybody on this machine.
+    model_name
+        What clients call the model. [default: the name of the folder]
+    strict_api
+        Refuse fields of requests that are not known, instead of naming them in a header.
+    access_log
+        Print a line for each answer.
     places
         Texts that are written at once; others wait.
+    limits
+        Bounds on requests and connections, checked before anything is spent on them.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
     quantize
@@ -97,14 +114,19 @@ def serve(
     if not 1 <= places <= MOST_PLACES:
         raise UsageError(f"--places {places} is out of range: it must be from 1 to {MOST_PLACES}.")
     check_quantize(quantize, quantize_data)
+    bounds = Limits.from_dict(dict(limits or {}))
+    if model_name is not None and not (model_name.strip() and printable(model_name) == model_name):
+        raise UsageError("--model-name is what clients call the model: give it at least a letter.")
     with listen(host, port) as listener:
-        service = _service(run, tokenizer, quantize, quantize_data, places)
+        service = _service(run, tokenizer, quantize, quantize_data, places, bounds)
+        service.name, service.strict = model_name or service.name, strict_api
         from tinygpt.server.app import make_app
 
         board = _board(run, key, no_token)
         app = make_app(
             service,
             board=board,
+            log=say if access_log else None,
             api_key=key,
             hosts=allow_host or [],
             bound=host,
@@ -151,7 +173,6 @@ def dashboard(
     """
     require_extra()
     from tinygpt.server.dashboard import Board, make_app
-    from tinygpt.server.limits import Limits
     from tinygpt.server.listening import Server, url
     from tinygpt.server.thread import listen_nearby
     from tinygpt.server.watch import Watch
@@ -277,7 +298,12 @@ def _check_open(no_token: bool, host: str) -> None:
 
 
 def _service(
-    run: Path, tokenizer: str | None, quantize: Quantize | None, text: str | None, places: int
+    run: Path,
+    tokenizer: str | None,
+    quantize: Quantize | None,
+    text: str | None,
+    places: int,
+    limits: Limits,
 ) -> Service:
     from tinygpt.runs import choose_checkpoint
     from tinygpt.server.engine import Engine
@@ -288,7 +314,8 @@ def _service(
         tell_quantized(run, model, own, text)
     chosen = choose_checkpoint(run)
     created = int(chosen.stat().st_mtime)
-    return Service(Engine(model, own, places), model, own, _name(run), run, created)
+    engine = Engine(model, own, places, limits.queue)
+    return Service(engine, model, own, _name(run), run, created, limits)
 
 
 def _board(run: Path, key: str | None, is_open: bool) -> Board | None:

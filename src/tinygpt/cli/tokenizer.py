@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from tinygpt.cli.console import aligned, say, show_json
+from tinygpt.cli.console import aligned, read_stdin, say, show_json
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.display.text import printable
-from tinygpt.errors import DataError, UsageError
+from tinygpt.errors import UsageError
 
 if TYPE_CHECKING:
     from tinygpt.tokenizers import Tokenizer
@@ -47,9 +47,18 @@ def train(
     glob
         Files of a folder that are read.
     """
+    from tinygpt.checkpoint import run_of
     from tinygpt.corpus import open_corpus
+    from tinygpt.files import check_overwritable
     from tinygpt.tokenizers import BPETokenizer
+    from tinygpt.tokenizers.base import MARK
 
+    check_overwritable(out, MARK, "a tokenizer")
+    if run_of(out.parent) is not None:
+        raise UsageError(
+            f"{out.parent} is the folder of a run, whose tokenizer belongs to its weights. Write "
+            f"to another place."
+        )
     corpus = open_corpus(source, field=field, glob=glob)
     say(f"text: {corpus.description}")
     tokenizer = BPETokenizer.train(corpus.pieces(), vocab_size)
@@ -75,7 +84,7 @@ def encode(
     json
         Print a JSON list instead of numbers between spaces.
     """
-    ids = _ready(tokenizer).encode(_stdin() if text is None else text)
+    ids = _ready(tokenizer).encode(read_stdin() if text is None else text)
     if json:
         show_json(ids)
     else:
@@ -93,7 +102,7 @@ def decode(tokenizer: str, /, *ids: int) -> None:
     ids
         The ids. [default: stdin, between spaces]
     """
-    wanted = list(ids) or _numbers(_stdin())
+    wanted = list(ids) or _numbers(read_stdin())
     text = _ready(tokenizer).decode(wanted)
     print(printable(text) if sys.stdout.isatty() else text)
 
@@ -138,13 +147,6 @@ def _nothing_to_learn_from(spec: str) -> list[str]:
         f"{spec!r} has to be trained first. Give gpt2, byte, a run folder, or a file written by "
         f"tokenizer train."
     )
-
-
-def _stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"The text on stdin is not UTF-8: {error}.") from error
 
 
 def _numbers(text: str) -> list[int]:

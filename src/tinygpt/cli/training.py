@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import runtime
-from tinygpt.cli.console import command, say, show_json
+from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
     Settings,
@@ -25,6 +26,8 @@ from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
+from tinygpt.files import user_path
+from tinygpt.lock import check_free
 from tinygpt.metrics import perplexity
 
 if TYPE_CHECKING:
@@ -68,13 +71,16 @@ def train(
     Parameters
     ----------
     source
-        Text file, folder, JSONL file or token file; or shakespeare, pydocs, auto.
+        Text file, folder, JSONL file or token file; or shakespeare, pydocs, auto. With --resume,
+        the run or the checkpoint to go on from, such as runs/mine/ckpt_100.
     out
-        Folder of the run. [default: runs/ and a name made from the text and the time]
+        Folder of the run, which must be missing or empty. [default: runs/ and a name made from the
+        text and the time]
     init
         Run or checkpoint to begin with: its weights, its shape and its tokenizer.
     resume
-        Go on with the run in --out from its newest checkpoint, with its own settings.
+        Go on with the run in --out from its newest checkpoint, or from the one that is named, with
+        its own settings. Later checkpoints are set aside in a folder below.
     allow_change
         Fields that may differ from the run that goes on: max_iters, data, … by comma, or repeated.
     allow_memory
@@ -100,6 +106,9 @@ def train(
     json
         Print a summary of the run as JSON at the end.
     """
+    start: Path | None = None
+    if resume:
+        start, out, source = _where_to_go_on(source, out)
     given = {
         "source": source,
         "tokenizer": tokenizer,
@@ -122,7 +131,7 @@ def train(
         from tinygpt.changes import parse
 
         parse(allow)  # before the text is read
-    kept = _settings_of(_folder_to_resume(out)) if resume else {}
+    kept = _settings_of(_folder_to_resume(out), start) if resume else {}
     layers = [kept, preset_tables(preset), file_tables(config), tables]
     beginning = None if resume else _beginning(layers, out)
     settings = resolve(*(layers if beginning is None else beginning.layers(*layers[1:])))
@@ -138,20 +147,26 @@ def train(
             f"{out} holds a run already, and nothing there is overwritten. Give another folder, or "
             f"go on with it: {go_on}"
         )
+    if out is not None:
+        from tinygpt.checkpoint import check_claim
+
+        check_free(out)
+        check_claim(out)
     # Before the text is read, and before there is a folder: it may not be possible.
     with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
         runtime.require_device()
         if beginning is not None:
             own = beginning.tokenizer(settings.data)
         else:
-            own = _saved_tokenizer(out) if resume and out and tokenizer is None else None
+            own = _saved_tokenizer(out, start) if resume and out and tokenizer is None else None
         material = gather(settings, own)
         foresee(material.shape, settings, allow_memory)
         folder = out or new_folder(material.name)
         try:
-            run = make_run(settings, material, folder, resume, allow)
+            run = make_run(settings, material, folder, start or resume, allow)
         except ChangedRunError as error:
-            same = _same_command(tables, {"--out": out, "--preset": preset, "--config": config})
+            others = {"--out": out, "--preset": preset, "--config": config}
+            same = _same_command(tables, others, start)
             knowingly = command(*same, "--allow-change", ",".join(sorted({*allow, *error.fields})))
             raise CheckpointError(f"{error.reason}; or, knowingly:\n  {knowingly}") from error
         except BaseException:
@@ -188,9 +203,14 @@ def _check_init(settings: Settings, kept: Tables, resume: bool) -> None:
                 )
 
 
-def _saved_tokenizer(folder: Path) -> Tokenizer | None:
-    from tinygpt.tokenizers import load_tokenizer
+def _saved_tokenizer(folder: Path, start: Path | None) -> Tokenizer | None:
+    """The tokenizer of a run that goes on, from its folder or the checkpoint to ``start`` from."""
+    from tinygpt.checkpoint import read_meta
+    from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict
 
+    if start is not None:
+        described = read_meta(start).tokenizer
+        return None if described is None else tokenizer_from_dict(described)
     saved = folder / "tokenizer.json"
     return load_tokenizer(saved) if saved.is_file() else None
 
@@ -201,10 +221,12 @@ def _fields(allow: Sequence[str]) -> list[str]:
     return [name.removeprefix("train.").removeprefix("model.") for name in names if name]
 
 
-def _same_command(tables: Tables, others: dict[str, Any]) -> list[object]:
+def _same_command(
+    tables: Tables, others: dict[str, Any], start: Path | None = None
+) -> list[object]:
     """The words that resume a run with the settings that were given."""
     data = dict(tables["data"])
-    source = data.pop("source", None)
+    source = data.pop("source", start)
     words: list[object] = ["train", *([source] if source else []), "--resume"]
     given = {**others, **{f"--{name}": value for name, value in data.items()}}
     for table in ("model", "train"):
@@ -218,6 +240,30 @@ def _same_command(tables: Tables, others: dict[str, Any]) -> list[object]:
     return words
 
 
+def _where_to_go_on(
+    source: str | None, out: Path | None
+) -> tuple[Path | None, Path | None, str | None]:
+    """What ``train --resume SOURCE --out OUT`` means; -> checkpoint, folder of the run, text
+
+    SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
+    """
+    from tinygpt.checkpoint import read_meta, run_of
+    from tinygpt.checkpoint.folder import SUFFIX
+
+    path = user_path(source or "")
+    if path.suffix == SUFFIX or re.fullmatch("ckpt_[0-9]+", path.name):
+        path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+        read_meta(path)  # CheckpointError if it is none
+        return path, out or path.parent, None
+    if source and run_of(path) is not None:
+        if out is None or out.resolve() == path.resolve():
+            return None, path, None
+        from tinygpt.runs import latest_checkpoint
+
+        return latest_checkpoint(path), out, None
+    return None, out, source
+
+
 def _folder_to_resume(out: Path | None) -> Path:
     if out is not None:
         return out
@@ -228,13 +274,22 @@ def _folder_to_resume(out: Path | None) -> Path:
     raise UsageError(f"--resume needs --out with the folder of the run.{last}")
 
 
-def _settings_of(folder: Path) -> dict[str, dict[str, Any]]:
-    if not (folder / "config.toml").is_file():
+def _settings_of(folder: Path, start: Path | None = None) -> Tables:
+    """The settings of the run in a folder, or of the checkpoint to ``start`` from and its run."""
+    from tinygpt.checkpoint import read_meta
+
+    config = (folder if start is None else start.parent) / "config.toml"
+    if start is not None:
+        tables = file_tables(config) if config.is_file() else {}
+        meta = read_meta(start)
+        tables["model"] = meta.model.to_dict()
+        return tables if meta.train is None else {**tables, "train": meta.train.to_dict()}
+    if not config.is_file():
         raise CheckpointError(
             f"There is no run in {folder} to resume: it has no config.toml. Leave --resume out to "
             f"start one there."
         )
-    return file_tables(folder / "config.toml")
+    return file_tables(config)
 
 
 # Watching it ------------------------------------------------------------------------------------
@@ -242,13 +297,15 @@ def _settings_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = None) -> int:
     """Train to the end, or until a signal; -> the exit code. Others can stop it too."""
-    from tinygpt.display import make_display
+    from tinygpt.display import hung_up, make_display
 
     display = make_display(run.config, start=run.iter_num, title=str(run.folder))
-    last = None
+    messages, last = sys.stderr, None  # the live view puts another stream in its place
     with run_signals(run.stop, run.save_soon, display.notice) as received, display:
         for last in run:
             display.update(last)
+            if hung_up(messages):
+                run.stop()
     for message in run.take_notices():
         say(message)
     result = run.result
@@ -271,7 +328,9 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
         )
     asked = bool(received) or (stopped is not None and stopped())
     _tell_end(run, interrupted=asked and result.stopped)
-    return 128 + received[0] if received and result.stopped else 0
+    if not result.stopped:
+        return 0
+    return 128 + received[0] if received else BROKEN_PIPE if hung_up(messages) else 0
 
 
 def _tell_end(run: TrainingRun, interrupted: bool) -> None:

@@ -1,15 +1,20 @@
 """Training as it happens: a live view in a terminal, plain lines anywhere else.
 
-Both consume the steps of a run and change nothing about it. Whatever a model writes is shown as
+Both consume the steps of a run and change nothing about it, not even when their stream fails: see
+``Forgiving``. Whatever a model writes is shown as
 plain text: it cannot move the cursor, colour the screen or hide behind direction marks.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
+
+from tinygpt.display.stream import Forgiving
+from tinygpt.display.stream import hung_up as hung_up
+from tinygpt.display.text import printable
+from tinygpt.interrupts import held_back
 
 if TYPE_CHECKING:
     from tinygpt.config import TrainConfig
@@ -36,15 +41,49 @@ class Display(Protocol):
         """Say something at once. Safe in a signal handler."""
 
 
-def watch(run: TrainingRun, *, show: bool = True) -> Iterator[Step]:
-    """The steps of ``run``, shown on stderr as they pass; with ``show=False`` just the steps."""
-    if not show:
-        yield from run
-        return
-    with make_display(run.config, start=run.iter_num) as display:
-        for step in run:
-            display.update(step)
-            yield step
+def follow(run: TrainingRun, *, show: bool = True) -> None:
+    """Train to the end, shown on stderr, or until Ctrl-C, which is a KeyboardInterrupt after that.
+
+    Signals do after the step in progress, and its checkpoint, what they do otherwise.
+    """
+    display = make_display(run.config, start=run.iter_num) if show else Hidden()
+    with held_back(run.stop, run.save_soon, display.notice) as received:
+        try:
+            with display:
+                for step in run:
+                    display.update(step)
+        finally:
+            stopped = [_stopped(run)] if received and run.result.stopped else []
+            for message in (*run.take_notices(), *stopped) if show else ():
+                print(printable(message), file=Forgiving.of(sys.stderr), flush=True)
+
+
+def _stopped(run: TrainingRun) -> str:
+    kept = "no folder was given to keep it in"
+    if run.folder is not None:
+        kept = f"all of it kept in {run.folder}. To go on: train(..., resume=True)"
+    return f"stopped at step {run.iter_num:,}, {kept}"
+
+
+class Hidden:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def update(self, step: Step) -> None:
+        pass
+
+    def notice(self, message: str) -> None:
+        pass
 
 
 def make_display(
@@ -52,11 +91,12 @@ def make_display(
 ) -> Display:
     """The display that suits ``stream``, by default stderr: live in a terminal, else lines.
 
-    ``start`` is the number of steps done before, in a run that is resumed.
+    ``start`` is the number of steps done before, in a run that is resumed. Where a program has no
+    stderr nothing is shown.
     """
     from rich.console import Console
 
-    stream = stream or sys.stderr
+    stream = Forgiving.of(sys.stderr if stream is None else stream)
     console = Console(file=stream, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
         from tinygpt.display.live import LiveDisplay

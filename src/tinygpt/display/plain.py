@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
 from tinygpt.config import TrainConfig
+from tinygpt.display.stream import Forgiving
 from tinygpt.display.text import printable
 from tinygpt.metrics import perplexity
 
@@ -22,7 +21,7 @@ class PlainDisplay:
     """One line for the first step, each evaluation, and some steps between; no control codes."""
 
     def __init__(self, config: TrainConfig, *, stream: IO[str]) -> None:
-        self.config, self.stream = config, stream
+        self.config, self.stream = config, Forgiving.of(stream)
         self._every = max(1, config.max_iters // PLAIN_LINES)
         self._first, self._skipped = True, 0
 
@@ -53,9 +52,9 @@ class PlainDisplay:
             self.stream.flush()
 
     def notice(self, message: str) -> None:
-        """Write past the buffer: a signal may arrive while the stream itself is writing."""
-        with contextlib.suppress(OSError, ValueError):  # a stream without a file behind it
-            os.write(self.stream.fileno(), f"{message}\n".encode())
+        """Print it at once, whatever kind of stream it is: a notebook's has no file behind it."""
+        self.stream.write(f"{message}\n")
+        self.stream.flush()
 
 
 def plain_line(step: Step, max_iters: int, skipped: int = 0) -> str:

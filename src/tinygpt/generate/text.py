@@ -10,7 +10,7 @@ from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.tokens import generate_tokens
 from tinygpt.model import Transformer
-from tinygpt.tokenizers import TextStream, Tokenizer
+from tinygpt.tokenizers import TextStream, Tokenizer, ends_of
 
 
 def generate_text(
@@ -21,11 +21,14 @@ def generate_text(
     config: SampleConfig | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    *,
+    ignore_eos: bool = False,
 ) -> Iterator[str]:
     """Continue a text, yielding pieces as soon as they are whole characters, without the prompt.
 
     Generation ends before the first of the ``stop`` strings, of which nothing is yielded even where
-    it falls into several tokens. Special tokens written in the prompt are plain text.
+    it falls into several tokens; and at a token that ends a text, which is not yielded either,
+    unless ``ignore_eos``. Special tokens written in the prompt are plain text.
     """
     stopper = StopStrings(stop)
     ids = tokenizer.encode(prompt)
@@ -34,11 +37,14 @@ def generate_text(
             f"The prompt {prompt!r} is empty. Give at least one character, such as '\\n'."
         )
     limit = tokenizer.vocab_size  # a model may have more ids, which decode to nothing
-    tokens = generate_tokens(model, [ids], max_tokens, config, seed, limit=limit)
+    ends = () if ignore_eos else ends_of(tokenizer)
+    tokens = generate_tokens(model, [ids], max_tokens, config, seed, limit=limit, ends=ends)
 
     def pieces() -> Iterator[str]:
         stream = TextStream(tokenizer)
         for (token,) in tokens:
+            if token in ends:
+                break
             if piece := stopper.push(stream.push(int(token))):
                 yield piece
             if stopper.stopped:

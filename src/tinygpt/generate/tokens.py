@@ -32,6 +32,7 @@ def generate_tokens(
     stop: Stop | None = None,
     *,
     limit: int | None = None,
+    ends: Sequence[int] = (),
 ) -> Iterator[Ids]:
     """Continue each row of idx (B, T), yielding the next ids (B,) up to ``max_tokens`` times.
 
@@ -39,7 +40,8 @@ def generate_tokens(
     stops, or a list of sequences of ids. The stop itself is yielded; after it the row yields
     ``FINISHED`` (-1), and when all rows are finished the generator ends. The same seed gives the
     same ids, whatever else is in the batch. Wrong arguments raise UsageError at once, not at the
-    first token. ``limit`` excludes ids from there on, such as those that only pad a vocabulary.
+    first token. ``limit`` excludes ids from there on, such as those that only pad a vocabulary;
+    ``ends`` are the ids that end a text, which finish a row as a stop does.
 
     >>> for ids in generate_tokens(model, [[1, 2, 3]], max_tokens=5):
     ...     print(ids)
@@ -48,7 +50,7 @@ def generate_tokens(
     vocab_size = min(decoder.model.config.vocab_size, limit or sys.maxsize)
     context = check_prompt(idx, vocab_size)
     check_max_tokens(max_tokens)
-    stops = check_stop(stop, vocab_size)
+    stops = check_stop(stop, vocab_size) + [[i] for i in ends]
     pick = make_sampler(config or SampleConfig(), seed)
 
     def steps(context: Ids) -> Iterator[Ids]:
@@ -72,13 +74,16 @@ def generate(
     config: SampleConfig | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
+    *,
+    limit: int | None = None,
+    ends: Sequence[int] = (),
 ) -> Tensor:
     """The prompt and its continuation, int32 (B, T + n) with n at most ``max_tokens``.
 
     Arguments as for ``generate_tokens``. Rows that finish before others are filled up with the last
     token of their stop.
     """
-    steps = generate_tokens(model, idx, max_tokens, config, seed, stop)
+    steps = generate_tokens(model, idx, max_tokens, config, seed, stop, limit=limit, ends=ends)
     columns = list(as_array(idx).astype(np.int32).T)
     for ids in steps:
         columns.append(np.where(ids == FINISHED, columns[-1], ids))

@@ -82,7 +82,23 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary | None:
         raise TokenizerError(
             f"The special token {brief(doubtful)} is spelled like an ordinary one."
         )
+    ordinary = next((s for s in tokenizer.special if not is_bracketed(s)), None)
+    if ordinary is not None:
+        raise TokenizerError(
+            f"The special token {brief(ordinary)} may stand in any text, and other tools would "
+            f"make the token of it. Call it {brief(f'<{ordinary}>')}, for example."
+        )
     return Vocabulary(ranks, list(merges_of(ranks)), tokenizer.special)
+
+
+def is_bracketed(text: str) -> bool:
+    """Whether a special token is spelled so that no ordinary text holds it: other tools make the
+    token of a text with its name in it.
+
+    >>> [is_bracketed(text) for text in ("<s>", "[PAD]", "<|endoftext|>", "###", " the")]
+    [True, True, True, False, False]
+    """
+    return len(text) > 2 and text[0] in "<[{" and text[-1] in ">]}"
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> Iterator[Merge]:

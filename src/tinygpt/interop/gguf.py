@@ -23,7 +23,7 @@ import numpy as np
 from tinygpt import __version__, checkpoint, extras
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.files import replacing
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.interop import parity
 from tinygpt.interop.gguf_tokens import Tokens, tokens_of
 from tinygpt.interop.gguf_types import BLOCK, Kind, store
@@ -35,7 +35,7 @@ from tinygpt.transfer import read, write
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 """What most weights are stored as, as llama.cpp counts it."""
-PARITY = "tinygpt.parity"
+PARITY, VERSION_KEY = "tinygpt.parity", "tinygpt.version"
 """How the keys begin under which a file says how it was proved."""
 
 
@@ -82,8 +82,8 @@ def export(
     CheckpointError, and MissingExtraError without the gguf package.
     """
     gguf = _gguf()
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
+    path = user_path(path)
+    check_target(path)
     tokens = tokens_of(tokenizer, model.config.vocab_size)
     weights = list(_weights(gguf, model, tokens, kind))
     checkpoint.foresee_space(path.parent, sum(weight.size for weight in weights), 1)
@@ -95,6 +95,13 @@ def export(
         size = Path(file.name).stat().st_size
     unrounded = [weight.ours for weight in weights if kind != weight.kind == "f16"]
     return Exported(path, size, difference, rounding, unrounded, tokens.added)
+
+
+def check_target(path: Path) -> None:
+    """UsageError if something else than a GGUF file of ours is there."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
+    check_overwritable(path, VERSION_KEY.encode(), "a GGUF file")
 
 
 def _gguf() -> types.ModuleType:
@@ -135,6 +142,7 @@ def _kind(ours: str, shape: tuple[int, ...], kind: Kind) -> Kind:
 
 def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: str) -> None:
     """Everything but the weights."""
+    writer.add_string(VERSION_KEY, __version__)  # first, where ``check_target`` looks for it
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[kind])
     if kind == "q8_0":
@@ -154,7 +162,7 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_eos_token_id(tokens.end)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    writer.add_string("tinygpt.version", __version__)
+    writer.add_add_space_prefix(False)
     for key in ("max_difference", "tolerance", "rounding"):  # written over when they are known
         writer.add_float64(f"{PARITY}.{key}", math.nan)
     writer.add_uint32(f"{PARITY}.tokens", parity.fixed_prompt(config).size)

@@ -2,7 +2,7 @@
 
 llama.cpp wants a token that ends a text, and takes number 11 where none is named, so one always is:
 
-* GPT-2's vocabulary has ``<|endoftext|>``.
+* Where the tokenizer knows one, as GPT-2's does, it is that one: the first, if there are several.
 * Of bytes, with or without merges, it is the byte 0xFF, which no text in UTF-8 has.
 * Characters all occur in texts. They get one token more, whose row in the embedding is the mean of
   all others: its logit is then the mean of all logits, so that it is never the likeliest.
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from tinygpt.errors import InteropError
 from tinygpt.interop.byte_level import spell, vocabulary
-from tinygpt.tokenizers import CharTokenizer, Tokenizer
+from tinygpt.tokenizers import END, CharTokenizer, Tokenizer, ends_of
 
-END = "<|endoftext|>"
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 """Types of tokens, as llama.cpp counts them."""
 NEVER = b"\xff"
@@ -53,7 +52,7 @@ def tokens_of(tokenizer: Tokenizer, rows: int) -> Tokens:
     assert found is not None, "only characters have none"
     texts = list(found.spelled)
     types = [CONTROL if text in found.special else NORMAL for text in texts]
-    end = found.special.get(END, found.tokens[NEVER])
+    end = next(iter(ends_of(tokenizer)), found.tokens[NEVER])
     # llama.cpp wants a merge: this one is of two bytes that no text has
     merges = found.spelled_merges or [f"{spell(NEVER)} {spell(NEVER)}"]
     return _filled(texts, types, merges, end, rows)

@@ -23,12 +23,12 @@ from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
 from tinygpt.files import replacing, user_path
 from tinygpt.interop import hub, parity
 from tinygpt.interop.folders import new_folder
-from tinygpt.interop.hf_config import read_config
+from tinygpt.interop.hf_config import read_config, read_end_name, read_ends
 from tinygpt.interop.hf_tokenizer import read_tokenizer
 from tinygpt.interop.safetensors import WEIGHTS, Entry, Floats, read_file, refuse_pickle
 from tinygpt.interop.shards import INDEX, read_shards
 from tinygpt.names import exists, is_name
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.tokenizers import BPETokenizer, Tokenizer
 from tinygpt.untrusted import brief, clip
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ OTHER_TOKENIZER = (
 )
 OF_ANOTHER = "Is the config.json of another model? Fetch both from the same place."
 """What to do where the weights are not those that config.json describes."""
+MOST_PADDING = 1024
+"""Rows of an embedding beyond the tokens: vocabularies are padded to a multiple of 64, as nanoGPT's
+50,304 rows for GPT-2's 50,257 tokens, or of up to so many. More tell that the tokenizer is not the
+model's."""
 LISTED = 5
 """Names that an error lists at most."""
 
@@ -71,7 +75,8 @@ class Pretrained:
     def tokenizer(self) -> Tokenizer | None:
         """The one beside the weights, if there is one.
 
-        InteropError if it is of another size, or cannot be read.
+        It ends texts as the model does. InteropError if it has more tokens than the model has rows,
+        or cannot be read.
         """
         try:
             found = read_tokenizer(self.folder)
@@ -79,11 +84,21 @@ class Pretrained:
             raise InteropError(f"{error} {OTHER_TOKENIZER}") from error
         if found is not None:
             self.check_vocabulary(found)
+        if isinstance(found, BPETokenizer):
+            ends = [i for i in self.ends if i < found.vocab_size] or read_end_name(
+                self.folder, found
+            )
+            return found.with_ends(ends) if ends else found
         return found
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text, as the files of the folder say; those without a row are none."""
+        return tuple(i for i in read_ends(self.folder) if i < self.config.vocab_size)
+
     def check_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """InteropError unless the model has a row for each token and no more."""
-        if tokenizer.vocab_size != self.config.vocab_size:
+        """InteropError unless the model has a row for each token, and few more that only pad."""
+        if not 0 <= self.config.vocab_size - tokenizer.vocab_size <= MOST_PADDING:
             raise InteropError(
                 f"{self.source}: the model has a vocabulary of {self.config.vocab_size:,}, and the "
                 f"tokenizer one of {tokenizer.vocab_size:,}. {OTHER_TOKENIZER}"
@@ -333,6 +348,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
 
     The folder appears whole or not at all. Weights go from file to file a piece at a time.
     """
+    folder = user_path(folder)
     layout = checkpoint.arrange(
         (f"model.{name}", np.dtype(np.float32), shape)
         for name, shape in shapes(pretrained.config).items()
@@ -343,8 +359,10 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
         tokenizer=None if tokenizer is None else tokenizer.to_dict(),
         progress={"imported": {**_origin(pretrained), "types": pretrained.dtypes}},
     )
+    checkpoint.rehearse(meta, layout)
     with new_folder(folder) as staging:
-        path = checkpoint.checkpoint_path(staging, 0)
+        run = checkpoint.ensure_run(staging)
+        meta, path = replace(meta, run=run), checkpoint.checkpoint_path(staging, 0)
         checkpoint.stream(path, layout, lambda name: pretrained.pieces(name[len("model.") :]), meta)
         with replacing(staging / "config.toml") as file:
             file.write(to_toml({"model": pretrained.config}, comments=True).encode())

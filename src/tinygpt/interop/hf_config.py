@@ -8,8 +8,7 @@ from typing import Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import ConfigError, InteropError
-from tinygpt.interop.hf_tokenizer import END
-from tinygpt.tokenizers import BPETokenizer, Tokenizer
+from tinygpt.tokenizers import END, BPETokenizer, Tokenizer, ends_of
 from tinygpt.untrusted import brief, is_number, parse_json, read_bounded
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -116,7 +115,32 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
     }
 
 
-def end_of_text(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """The id that a text begins and ends with; vocabularies that were trained here have none."""
-    found = tokenizer.special.get(END) if isinstance(tokenizer, BPETokenizer) else None
-    return dict.fromkeys(("bos_token_id", "eos_token_id"), found)
+def end_of_text(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | None]:
+    """The ids that a text begins and ends with; vocabularies that were trained here have none."""
+    ends = ends_of(tokenizer)
+    return {
+        "bos_token_id": tokenizer.special.get(END) if isinstance(tokenizer, BPETokenizer) else None,
+        "eos_token_id": list(ends) if len(ends) > 1 else ends[0] if ends else None,
+    }
+
+
+def read_end_name(folder: Path, tokenizer: BPETokenizer) -> list[int]:
+    """The id of the special token that tokenizer_config.json says ends a text, if it does."""
+    path = folder / "tokenizer_config.json"
+    token = read_object(path).get("eos_token") if path.exists() else None
+    text = token.get("content") if isinstance(token, dict) else token
+    return [tokenizer.special[text]] if isinstance(text, str) and text in tokenizer.special else []
+
+
+def read_ends(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text by the first file of transformers' that names any.
+
+    Settings for generation come first, as there. Raises InteropError for a damaged file.
+    """
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            found = read_object(folder / name).get("eos_token_id")
+            ids = found if isinstance(found, list) else [found]
+            if ids and all(type(i) is int and i >= 0 for i in ids):
+                return tuple(ids)
+    return ()

@@ -19,7 +19,7 @@ import numpy as np
 from tinygpt import __version__, checkpoint
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError
-from tinygpt.files import replacing
+from tinygpt.files import replacing, user_path
 from tinygpt.interop import parity
 from tinygpt.interop.card import Parity, model_card
 from tinygpt.interop.folders import new_folder
@@ -50,7 +50,7 @@ def export(
     folder, if they differ.
     """
     config = model.config
-    with new_folder(folder) as staging:
+    with new_folder(user_path(folder)) as staging:
         write_json(staging / "config.json", config_to_hf(config, tokenizer), indent=2)
         write_json(staging / "generation_config.json", _generation(tokenizer), indent=2)
         write_weights(model, staging / WEIGHTS_FILE)

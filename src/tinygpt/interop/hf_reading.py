@@ -6,13 +6,22 @@ BPE. What would tokenize otherwise here than there is refused, and the message s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import TokenizerError
 from tinygpt.interop.byte_level import GPT2_SHA256, Merge, Vocabulary, merges_of, unspell
+from tinygpt.interop.hf_pipeline import (
+    SETTINGS,
+    SPECIAL,
+    TAKEN,
+    check_added,
+    check_pipeline,
+    check_settings,
+    special_roles,
+)
 from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from tinygpt.tokenizers.base import MAX_FILE_BYTES, read_json, utf8
 from tinygpt.tokenizers.bpe import BYTES, MAX_SPECIAL, MAX_VOCAB
@@ -42,13 +51,17 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """
     fast, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     if fast.exists():
+        roles = _settings(folder)
         with _about(fast):
-            return _from_fast(read_json(fast))
+            return _from_fast(read_json(fast), roles)
     if vocab.exists() and merges.exists():
+        roles = _settings(folder)
         with _about(folder):
-            added = folder / "added_tokens.json"
-            special = _ids(read_json(added)) if added.exists() else {}
-            return _of_bytes(_ids(read_json(vocab)), _read_merges(merges), special)
+            path = folder / "added_tokens.json"
+            added = _ids(read_json(path)) if path.exists() else {}
+            found = _of_bytes(_ids(read_json(vocab)), _read_merges(merges), added)
+            check_added([{"content": text} for text in added], roles)
+            return found
     for here, lost in ((vocab, merges), (merges, vocab)):
         if here.exists():
             raise TokenizerError(
@@ -71,14 +84,24 @@ def _about(path: Path) -> Iterator[None]:
         raise TokenizerError(message if str(path) in message else f"{path}: {message}") from error
 
 
+def _settings(folder: Path) -> set[str]:
+    """The special tokens that a folder names beside its vocabulary, once its settings are known."""
+    roles: set[str] = set()
+    for name in (SETTINGS, SPECIAL):
+        if (folder / name).exists():
+            with _about(folder / name):
+                roles |= special_roles(read_json(folder / name))
+    if (folder / SETTINGS).exists():
+        with _about(folder / SETTINGS):
+            check_settings(read_json(folder / SETTINGS), roles)
+    return roles
+
+
 def _refused(kind: str) -> str:
-    return (
-        f"This is {kind}. TinyGPT takes over byte-level BPEs that split text as GPT-2's does, and "
-        f"what it wrote itself."
-    )
+    return f"This is {kind}. {TAKEN}"
 
 
-def _from_fast(values: Mapping[str, Any]) -> Tokenizer:
+def _from_fast(values: Mapping[str, Any], roles: Set[str]) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes."""
     model = values.get("model")
     if not isinstance(model, dict):
@@ -90,13 +113,18 @@ def _from_fast(values: Mapping[str, Any]) -> Tokenizer:
         raise TokenizerError(_refused(f"a tokenizer of type {brief(kind)} behind {_kind(before)}"))
     if normalizer is not None:
         raise TokenizerError(_refused(f"one that changes the text first, by {_kind(normalizer)}"))
-    special = _special(_objects(values, "added_tokens"))
+    added = _objects(values, "added_tokens")
+    special = _special(added)
+    check_pipeline(values)
     vocab = _ids(model.get("vocab"))
     if of_characters:
-        return _of_characters(vocab | special)
-    merges = [_merge(merge) for merge in _objects(model, "merges", str | list)]
-    _check_flags(model, before or {}, splits=bool(merges))
-    return _of_bytes(vocab, merges, special)
+        found: Tokenizer = _of_characters(vocab | special)
+    else:
+        merges = [_merge(merge) for merge in _objects(model, "merges", str | list)]
+        _check_flags(model, before or {}, splits=bool(merges))
+        found = _of_bytes(vocab, merges, special)
+    check_added(added, roles, around=of_characters)
+    return found
 
 
 def _kind(part: Any) -> str:

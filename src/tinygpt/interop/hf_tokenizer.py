@@ -13,14 +13,12 @@ from tinygpt.files import replacing
 from tinygpt.interop.byte_level import GPT2_SHA256, Vocabulary, vocabulary
 from tinygpt.interop.hf_reading import SPLIT, read_tokenizer
 from tinygpt.strict_json import to_json, write_json
-from tinygpt.tokenizers import CharTokenizer, Tokenizer
+from tinygpt.tokenizers import END, CharTokenizer, Tokenizer, ends_of
 
 __all__ = ["read_tokenizer", "write_tokenizer"]
 
 STYLE: dict[str, Any] = {"indent": 2, "unicode": True}
 """How transformers writes its JSON files."""
-END = "<|endoftext|>"
-"""What GPT-2 puts between texts."""
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
@@ -38,8 +36,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None
         write_json(folder / "tokenizer.json", _of_bytes(found), **STYLE)
         _write(folder / "vocab.json", to_json(found.spelled))
         _write(folder / "merges.txt", "\n".join(["#version: 0.2", *found.spelled_merges, ""]))
-        roles = ("bos_token", "eos_token", "unk_token")
-        special = dict.fromkeys(roles, END) if END in found.special else {}
+        names = {i: text for text, i in found.spelled.items()}
+        special = {role: END for role in ("bos_token", "unk_token") if END in found.special}
+        if ends := ends_of(tokenizer):
+            special["eos_token"] = names[ends[0]]
     is_gpt2 = found is not None and found.digest == GPT2_SHA256
     config = {
         # with another class transformers adds an end-of-text token to a vocabulary without one

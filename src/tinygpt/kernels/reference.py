@@ -61,8 +61,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Rows of weight (V, C) at tokens (B, T), plus the first T rows of positions -> (B, T, C)."""
-    rows = weight[tokens]
+    """Rows of weight (V, C) at tokens (B, T), plus the first T rows of positions -> (B, T, C).
+
+    An id outside of 0..V-1 gives a row of NaN, and no gradient.
+    """
+    known = _known(tokens, weight)
+    rows = known.unsqueeze(-1).where(weight[known.where(tokens, 0)], math.nan)
     return rows if positions is None else rows + positions[: tokens.shape[1]]
 
 
@@ -70,8 +74,17 @@ def quantized_embedding(
     tokens: Tensor, weight: Tensor, scale: Tensor, positions: Tensor | None = None
 ) -> Tensor:
     """`embedding` of an int8 weight (V, C) with a scale (V,) for each row."""
-    rows = weight[tokens].cast(scale.dtype) * scale[tokens].unsqueeze(-1)
+    known = _known(tokens, weight)
+    row = known.where(tokens, 0)
+    rows = known.unsqueeze(-1).where(
+        weight[row].cast(scale.dtype) * scale[row].unsqueeze(-1), math.nan
+    )
     return rows if positions is None else rows + positions[: tokens.shape[1]]
+
+
+def _known(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Which of the ids have a row."""
+    return (tokens >= 0) & (tokens < int(weight.shape[0]))
 
 
 def causal_mask(queries: int, keys: int) -> Tensor:
@@ -187,11 +200,11 @@ def merge_heads(x: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats; logits (N, V), targets (N,).
 
-    Targets below 0 are left out.
+    Targets below 0 are left out; one from V on makes it NaN.
     """
-    counted = targets >= 0
+    counted, exists = targets >= 0, targets < int(logits.shape[-1])
     picked = (Tensor.arange(logits.shape[-1]) == targets.unsqueeze(-1)).where(logits, 0).sum(-1)
-    losses = counted.where(logits.logsumexp(-1) - picked, 0)
+    losses = counted.where(exists.where(logits.logsumexp(-1) - picked, math.nan), 0)
     return losses.sum() / counted.cast(dtypes.int32).sum().maximum(1)
 
 

@@ -11,7 +11,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tinygpt.server.body import read_json, unless_gone
+from tinygpt.server import tokenizing
+from tinygpt.server.body import check_model, no_model, read_json, unless_gone
 from tinygpt.server.document import openapi
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
 from tinygpt.server.json_answer import JSONResponse
@@ -19,7 +20,7 @@ from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
 from tinygpt.server.refusal import DOCUMENT, Refusal
 from tinygpt.server.requests import chat_schema, completion_schema
 from tinygpt.server.running import Running
-from tinygpt.server.schema import Schema, check
+from tinygpt.server.schema import Schema, check, unknown
 from tinygpt.server.service import Service
 
 MakeJob = Callable[[Service, Body], Awaitable[Job]]
@@ -27,8 +28,9 @@ MakeJob = Callable[[Service, Body], Awaitable[Job]]
 
 def routes(service: Service) -> list[Route]:
     """All of them. Each handler gets the service by hand."""
-    completions = completion_schema(service.name, service.vocab_size, service.limits)
-    chats = chat_schema(service.name, service.limits)
+    limits, strict = service.limits, service.strict
+    completions = completion_schema(service.name, service.vocab_size, limits, strict)
+    chats = chat_schema(service.name, limits, strict)
     document = openapi(service, completions, chats)
 
     def get(path: str, handler: Callable[..., Awaitable[Response]], *given: object) -> Route:
@@ -40,6 +42,7 @@ def routes(service: Service) -> list[Route]:
     return [
         post("/v1/completions", completions, completion_job),
         post("/v1/chat/completions", chats, chat_job),
+        *tokenizing.routes(service),
         get("/v1/models", _models, service),
         get("/v1/models/{id:path}", _one_model, service),
         get("/healthz", _health, service),
@@ -54,9 +57,11 @@ async def generate(
     """Check, encode, and let the engine write; a client that goes frees its places."""
     deadline = asyncio.get_running_loop().time() + service.limits.request_seconds
     body = await read_json(request, service.limits)
-    _check_model(service, body)
+    check_model(service.name, body)
     check(body, schema)
-    return await unless_gone(request, _answer(service, make_job, body, deadline))
+    response = await unless_gone(request, _answer(service, make_job, body, deadline))
+    response.headers.update(service.ignored.header(unknown(body, schema)))
+    return response
 
 
 async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: float) -> Response:
@@ -73,18 +78,6 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
         return JSONResponse(await running.whole())
     finally:
         running.close()
-
-
-def _check_model(service: Service, body: object) -> None:
-    """Another model than ours is OpenAI's 404, whatever else may be wrong."""
-    model = body.get("model", service.name) if isinstance(body, dict) else service.name
-    if isinstance(model, str) and model != service.name:
-        raise _no_model(service)
-
-
-def _no_model(service: Service) -> Refusal:
-    message = f"There is no such model here. The one that is served: {service.name}"
-    return Refusal(404, message, param="model", code="model_not_found")
 
 
 class _EventStream(StreamingResponse):
@@ -109,7 +102,7 @@ async def _models(service: Service, request: Request) -> Response:
 
 async def _one_model(service: Service, request: Request) -> Response:
     if request.path_params["id"] != service.name:
-        raise _no_model(service)
+        raise no_model(service.name)
     return JSONResponse(_described(service))
 
 
@@ -119,6 +112,7 @@ def _described(service: Service) -> dict[str, object]:
         "object": "model",
         "created": service.created,
         "owned_by": "tinygpt",
+        "max_model_len": service.model.config.block_size,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Unpack
 
 from starlette.applications import Starlette
@@ -16,12 +17,16 @@ from tinygpt.server.service import Service
 
 
 def make_app(
-    service: Service, *, board: dashboard.Board | None = None, **gate: Unpack[GateOptions]
+    service: Service,
+    *,
+    board: dashboard.Board | None = None,
+    log: Callable[[str], None] | None = None,
+    **gate: Unpack[GateOptions],
 ) -> Starlette:
     """The API and the playground of one model, and the dashboard of its run, if it has a board.
 
     With an ``api_key`` everything but the pages themselves and /healthz needs it; the dashboard
-    needs its board's. For the other options see `Gate`.
+    needs its board's. ``log`` gets a line for each answer. For the other options see `Gate`.
     """
     routes = [*api.routes(service), *playground.routes(service)]
     if board is not None:
@@ -30,5 +35,5 @@ def make_app(
     app = assemble(routes, **gate)
     app.add_exception_handler(EngineClosed, answer_closing)
     app.add_exception_handler(QueueFull, answer_full)
-    app.add_middleware(Counting, counts=service.counts)
+    app.add_middleware(Counting, counts=service.counts, log=log)
     return app

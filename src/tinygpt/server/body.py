@@ -64,6 +64,19 @@ async def _fill(content: bytearray, request: Request, limit: int) -> bool:
     return total > limit
 
 
+def check_model(name: str, body: object) -> None:
+    """Another model than ours is OpenAI's 404, whatever else may be wrong."""
+    model = body.get("model", name) if isinstance(body, dict) else name
+    if isinstance(model, str) and model != name:
+        raise no_model(name)
+
+
+def no_model(name: str) -> Refusal:
+    """For whoever asks for another than the one that is served."""
+    message = f"There is no such model here. The one that is served: {name}"
+    return Refusal(404, message, param="model", code="model_not_found")
+
+
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, which is cancelled when the client goes: ClientDisconnect."""
     task = asyncio.create_task(work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt import __version__
+from tinygpt.server.requests import detokenize_schema, tokenize_schema
 from tinygpt.server.schema import Schema
 from tinygpt.server.service import Service
 
@@ -50,6 +51,9 @@ def openapi(service: Service, completions: Schema, chats: Schema) -> Json:
             "/v1/chat/completions": {
                 "post": _post("Answer in a chat.", chats, _chat(), _chat_chunk())
             },
+            "/tokenize": {"post": _post_tokenize(service)},
+            "/detokenize": {"post": _post_detokenize(service)},
+            "/tokenizer_info": {"get": _get("What the tokenizer is.", {"type": "object"})},
             "/healthz": {"get": _get_health()},
             "/metrics": {"get": _get("Figures for Prometheus.", STRING, "text/plain")},
             "/openapi.json": {"get": _get("This document.", {"type": "object"})},
@@ -81,11 +85,32 @@ def _get_model(service: Service) -> Json:
 
 
 def _post(summary: str, body: Schema, answer: Json, chunk: Json) -> Json:
+    """An operation that writes texts, whole or as a stream."""
     part = {**STRING, "contentMediaType": "application/json", "contentSchema": chunk}
     data = {"anyOf": [{"enum": ["[DONE]"]}, part]}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     content = {"application/json": {"schema": answer}, "text/event-stream": {"schema": event}}
     description = "The texts; with stream, chunks of them, and at the end data: [DONE]."
+    return _operation(summary, body, description, content)
+
+
+def _post_tokenize(service: Service) -> Json:
+    piece = _object(id=INTEGER, piece={"anyOf": [STRING, _array(INTEGER)]})
+    told: Json = {"tokens": _array({"anyOf": [INTEGER, piece]}), "count": INTEGER}
+    whole = _object(**told, max_model_len=INTEGER, token_strs=_array(STRING))
+    answer = {**whole, "required": ["tokens", "count", "max_model_len"]}
+    body = tokenize_schema(service.name, service.limits)
+    content = {"application/json": {"schema": answer}}
+    return _operation("Cut a text into tokens.", body, "The tokens.", content)
+
+
+def _post_detokenize(service: Service) -> Json:
+    body = detokenize_schema(service.name, service.vocab_size, service.limits)
+    content = {"application/json": {"schema": _object(prompt=STRING, content=STRING)}}
+    return _operation("Join tokens to a text.", body, "The text, under two names.", content)
+
+
+def _operation(summary: str, body: Schema, description: str, content: Json) -> Json:
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
@@ -124,7 +149,8 @@ def _list_of(item: Json) -> Json:
 
 
 def _model() -> Json:
-    return _object(id=STRING, object={"enum": ["model"]}, created=INTEGER, owned_by=STRING)
+    head: Json = {"id": STRING, "object": {"enum": ["model"]}, "created": INTEGER}
+    return _object(**head, owned_by=STRING, max_model_len=INTEGER)
 
 
 def _error() -> Json:

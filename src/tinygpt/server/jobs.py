@@ -11,6 +11,7 @@ from typing import Any
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TinyGPTError
 from tinygpt.generate.decoder import Logits
+from tinygpt.sample import Penalties
 from tinygpt.server.choices import Delta, Told
 from tinygpt.server.engine import EngineClosed, QueueFull
 from tinygpt.server.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
@@ -23,6 +24,9 @@ from tinygpt.server.stream import Request
 from tinygpt.tokenizers import TextStream
 
 Body = Mapping[str, Any]
+
+LEAST = 5e-324
+"""The smallest number above 0: as top_p it leaves the likeliest token alone."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ async def completion_job(service: Service, body: Body) -> Job:
         echoes, firsts = await _echoes(service, given, prompts, logprobs)
     return Job(
         CompletionShape(service.name, service.tokenizer, logprobs),
-        _requests(body, prompts, n, int(_value(body, "max_tokens", MAX_TOKENS)), logprobs, firsts),
+        _requests(body, prompts, n, _tokens(service, body, MAX_TOKENS), logprobs, firsts),
         tuple(echo for echo in echoes for _ in range(n)),
         sum(map(len, prompts)),
         *_streaming(body),
@@ -71,7 +75,9 @@ async def chat_job(service: Service, body: Body) -> Job:
     ids = await encode(service, text, "messages")
     return Job(
         ChatShape(service.name, service.tokenizer, logprobs),
-        _requests(body, [ids], n, _chat_tokens(body), logprobs, [None], (CHAT_STOP,)),
+        _requests(
+            body, [ids], n, _tokens(service, body, MAX_CHAT_TOKENS), logprobs, [None], (CHAT_STOP,)
+        ),
         tuple(Delta() for _ in range(n)),
         len(ids),
         *_streaming(body),
@@ -103,21 +109,17 @@ def _count(service: Service, body: Body, prompts: int) -> int:
     return n
 
 
-def _chat_tokens(body: Body) -> int:
-    names = ("max_completion_tokens", "max_tokens")
-    given = {int(body[name]) for name in names if body.get(name) is not None}
-    if len(given) > 1:
-        message = "max_tokens and max_completion_tokens are one thing: give one of them."
-        raise _conflict(message, "max_tokens")
-    return given.pop() if given else MAX_CHAT_TOKENS
+def _tokens(service: Service, body: Body, default: int) -> int:
+    """Tokens of each text: no more than any field says, nor than the limit."""
+    given = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    asked = min((int(n) for n in given if n is not None), default=default)
+    return min(asked, service.limits.max_tokens)
 
 
 def _streaming(body: Body) -> tuple[bool, bool]:
     """Whether to stream, and whether to count tokens at the end of the stream."""
-    stream, options = bool(body.get("stream")), body.get("stream_options")
-    if options is not None and not stream:
-        raise _conflict("stream_options are for a stream: set stream to true.", "stream_options")
-    return stream, bool((options or {}).get("include_usage"))
+    options = body.get("stream_options") or {}
+    return bool(body.get("stream")), bool(options.get("include_usage"))
 
 
 def _requests(
@@ -131,25 +133,42 @@ def _requests(
 ) -> tuple[Request, ...]:
     """Every text has a seed of its own: the seed, the seed + 1, and so on. ``firsts`` are logits
     of the first token, where they are known."""
-    config, seed = sampling_of(body), _number(body, "seed")
+    config, penalties, seed = sampling_of(body), _penalties(body), seed_of(body)
     own = _value(body, "stop", ())
     stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
     texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
+    seeds = [None if seed is None else seed + i for i in range(len(texts))]
+    on = bool(body.get("ignore_eos"))
     return tuple(
-        Request(ids, max_tokens, config, None if seed is None else seed + i, stops, logprobs, first)
-        for i, (ids, first) in enumerate(texts)
+        Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, on)
+        for (ids, first), seed in zip(texts, seeds, strict=True)
     )
 
 
 def sampling_of(body: Body) -> SampleConfig:
-    penalty, min_p = body.get("repetition_penalty"), body.get("min_p")
+    """The settings, of which some have values that stand for nothing in other servers."""
+    penalty, top_k, top_p = (body.get(k) for k in ("repetition_penalty", "top_k", "top_p"))
     return SampleConfig(
         temperature=float(_value(body, "temperature", 1)),
-        top_k=_number(body, "top_k"),
-        top_p=body.get("top_p"),
-        min_p=min_p or None,  # 0 is none
+        top_k=None if top_k in (None, 0, -1) else int(top_k),
+        top_p=None if top_p is None else top_p or LEAST,
+        min_p=body.get("min_p") or None,  # 0 is none
         repetition_penalty=None if penalty == 1 else penalty,
     )
+
+
+def seed_of(body: Body) -> int | None:
+    """The seed; -1 stands for a random one, as in other servers."""
+    seed = _number(body, "seed")
+    return None if seed == -1 else seed
+
+
+def _penalties(body: Body) -> Penalties | None:
+    bias = {int(token): float(value) for token, value in (body.get("logit_bias") or {}).items()}
+    presence, frequency = (
+        float(_value(body, f"{name}_penalty", 0)) for name in ("presence", "frequency")
+    )
+    return Penalties(presence, frequency, bias) if presence or frequency or bias else None
 
 
 async def _echoes(

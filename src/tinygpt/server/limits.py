@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from tinygpt.config import Config
+from tinygpt.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Config):
     """Bounds on every request and connection; the defaults suit one machine and a few people."""
 
     body_bytes: int = 1 << 20
@@ -14,10 +17,12 @@ class Limits:
     prompt_tokens: int = 8192
     """Tokens of one prompt."""
     max_tokens: int = 4096
-    """Tokens that one request may ask for, for each of its texts."""
+    """Tokens of each text; who asks for more gets so many."""
     choices: int = 16
     """Texts of one request: its prompts times n."""
-    stops: int = 4
+    queue: int = 128
+    """Texts that may wait for a place, and texts that may wait for their scores."""
+    stops: int = 64
     """Stop strings of one request."""
     stop_length: int = 128
     """Characters of a stop string."""
@@ -39,3 +44,13 @@ class Limits:
     """Connections at once."""
     shutdown_seconds: int = 30
     """Time for running answers to end when the server is stopped."""
+
+    def check(self) -> None:
+        """Anything above nothing is a limit; ConfigError otherwise."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = (
+                0 if field.name in ("queue", "shutdown_seconds", "logprobs", "top_logprobs") else 1
+            )
+            if value < least and not (isinstance(value, float) and value > 0):
+                raise ConfigError(f"{field.name}={value!r} is no limit: give a number above 0.")

@@ -6,8 +6,9 @@ import bisect
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,9 +19,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Upper bounds, in seconds, that answers are counted under."""
 ROUTES = frozenset(
-    {"/", "/v1/models", "/v1/completions", "/v1/chat/completions", "/metrics", "/healthz"}
+    {"/", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
+    | {"/metrics", "/healthz"}
 )
 """Paths with a count of their own; clients may ask for others without end, and those share one."""
+
+LONGEST_PATH = 200
+"""Characters of a path that the access log tells."""
 
 Labels = dict[str, str]
 Sample = tuple[str, Labels, float]
@@ -62,10 +67,15 @@ class Counts:
 
 
 class Counting:
-    """ASGI middleware around everything: each answer is counted with its status and its time."""
+    """ASGI middleware around everything: each answer is counted with its status and its time.
 
-    def __init__(self, app: ASGIApp, counts: Counts) -> None:
-        self.app, self.counts = app, counts
+    ``log`` gets a line for each of them.
+    """
+
+    def __init__(
+        self, app: ASGIApp, counts: Counts, log: Callable[[str], None] | None = None
+    ) -> None:
+        self.app, self.counts, self.log = app, counts, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,6 +96,16 @@ class Counting:
         finally:
             end = time.monotonic()
             self.counts.add(scope["path"], status, (first or end) - start, end - start)
+            if self.log is not None:
+                self.log(access_line(scope, status, end - start))
+
+
+def access_line(scope: Scope, status: int, seconds: float) -> str:
+    """A line on one answer. Of the address only the path, in which nothing acts on a terminal."""
+    client = (scope.get("client") or ("-",))[0]
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    path = scope["path"][:LONGEST_PATH].encode("unicode_escape").decode("ascii").replace(" ", "%20")
+    return f"{now} {client} {scope['method']} {path} {status} {seconds:.3f} s"
 
 
 def metrics_text(counts: Counts, stats: EngineStats, model: str) -> str:

@@ -27,7 +27,7 @@ from tinygpt.server.card import model_card
 from tinygpt.server.choices import Choice, Delta, finite
 from tinygpt.server.engine import EngineClosed
 from tinygpt.server.inspect import AttentionLook
-from tinygpt.server.jobs import Body, Job, sampling_of
+from tinygpt.server.jobs import Body, Job, sampling_of, seed_of
 from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.prompts import Ids, encode
 from tinygpt.server.refusal import Refusal
@@ -240,11 +240,9 @@ def _begins(tokenizer: Tokenizer, token: int) -> bool:
 async def _generation(service: Service, body: Body) -> Job:
     """The engine's work for a body of /api/generate."""
     ids, text = await _ids_and_text(service, body)
-    seed, asked = body.get("seed"), body.get("max_tokens")
-    max_tokens = MAX_TOKENS if asked is None else int(asked)
-    request = TextRequest(
-        ids, max_tokens, sampling_of(body), None if seed is None else int(seed), logprobs=0
-    )
+    asked = body.get("max_tokens")
+    max_tokens = MAX_TOKENS if asked is None else min(int(asked), service.limits.max_tokens)
+    request = TextRequest(ids, max_tokens, sampling_of(body), seed_of(body), logprobs=0)
     shape = _TokenShape(service, text)
     return Job(shape, (request,), (Delta(),), len(ids), stream=True, include_usage=False)
 

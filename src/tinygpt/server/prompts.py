@@ -41,12 +41,27 @@ def chat_text(messages: Sequence[Mapping[str, Any]]) -> str:
     >>> chat_text([{"role": "user", "content": "Hello"}])
     'User: Hello\\n\\nAssistant:'
     """
-    turns = [SPEAKERS.get(m["role"], "") + _content(m["content"]) for m in messages]
-    return TURN.join([*turns, ANSWER])
+    return TURN.join([*(_turn(i, message) for i, message in enumerate(messages)), ANSWER])
+
+
+def _turn(index: int, message: Mapping[str, Any]) -> str:
+    """A message in the template. What the model wrote comes back with the space that it put behind
+    ``Assistant:``, and maybe with the line break before ``User:``; there is one of each already.
+    """
+    role = message["role"]
+    if role != "assistant" and "content" not in message:
+        where = f"messages[{index}].content"
+        raise Refusal(400, f"{where} is missing.", param=where, code="conflicting_fields")
+    content = _content(message.get("content") or message.get("refusal") or "")
+    if role == "assistant":
+        return f"{SPEAKERS[role]}{content.strip()}".rstrip()
+    return SPEAKERS.get(role, "") + content
 
 
 def _content(content: str | Sequence[Mapping[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or part.get("refusal") or "" for part in content)
 
 
 def prompts_of(value: Any) -> list[str | list[int]]:
@@ -74,7 +89,7 @@ def _encode(service: Service, prompt: str | Sequence[int], param: str, most: int
         try:
             ids = tuple(service.tokenizer.encode(prompt))
         except TokenizerError as error:
-            raise Refusal(400, _strange(service, param), param=param, code="bad_text") from error
+            raise Refusal(400, strange(service, param), param=param, code="bad_text") from error
     else:
         ids = tuple(map(int, prompt))
     if len(ids) > most:
@@ -83,7 +98,8 @@ def _encode(service: Service, prompt: str | Sequence[int], param: str, most: int
     return ids
 
 
-def _strange(service: Service, param: str) -> str:
+def strange(service: Service, param: str) -> str:
+    """Why a text cannot be encoded."""
     if service.tokenizer.kind != "char":
         return f"{param} holds half a character (a lone surrogate), which is no text."
     template = " The chat template itself needs the letters of 'User' and 'Assistant' and a colon."

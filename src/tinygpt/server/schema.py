@@ -6,6 +6,7 @@ What /openapi.json says of a request body is what is checked here, so the two ca
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,8 @@ def problems(value: Any, schema: Schema, path: str = "") -> Iterator[tuple[str, 
 def _problems_of_object(
     value: dict[str, Any], schema: Schema, path: str
 ) -> Iterator[tuple[str, str, str]]:
-    known = schema["properties"]
+    known, others = schema["properties"], schema.get("additionalProperties", True)
+    names = schema.get("propertyNames", {}).get("pattern", "")
     inside = f"{path}." if path else ""
     for name in schema.get("required", ()):
         if name not in value:
@@ -56,10 +58,38 @@ def _problems_of_object(
     for name, inner in value.items():
         if name in known:
             yield from problems(inner, known[name], inside + name)
-        elif schema.get("additionalProperties") is False:
+        elif names and not re.search(names, name):
+            yield path, f"{path or 'The body'} has a name that is not allowed.", "invalid_value"
+        elif isinstance(others, Mapping):
+            for _, _, code in problems(inner, others, path):
+                yield path, f"Each value of {path} must be {wanted(others)}.", code
+        elif others is False:
             hint = nearest(name[:64], list(known))
             message = f"{path or 'The body'} has a field that is not known here.{hint}"
             yield path, message, "unknown_parameter"
+
+
+def unknown(value: Any, schema: Schema, path: str = "") -> Iterator[str]:
+    """Paths of fields, within a value that fits the schema, which it says nothing of.
+
+    >>> list(unknown({"a": [{"b": 1}]}, {"properties": {"a": {"items": {"properties": {}}}}}))
+    ['a[].b']
+    """
+    for option in schema.get("anyOf", ()):
+        if next(problems(value, option), None) is None:
+            yield from unknown(value, option, path)
+            return
+    if isinstance(value, list) and "items" in schema:
+        for item in value:
+            yield from unknown(item, schema["items"], f"{path}[]")
+    elif isinstance(value, dict) and "properties" in schema:
+        known = schema["properties"]
+        inside = f"{path}." if path else ""
+        for name, inner in value.items():
+            if name in known:
+                yield from unknown(inner, known[name], inside + name)
+            elif inner is not None and "propertyNames" not in schema:
+                yield inside + name
 
 
 def _fits(value: Any, schema: Schema) -> bool:
@@ -126,7 +156,7 @@ def wanted(schema: Schema) -> str:
 def _literal(value: Any) -> str:
     if isinstance(value, str):
         return f"'{value}'"
-    return "null" if value is None else str(value).lower()
+    return "null" if value is None else str(value).lower().replace("'", '"')
 
 
 def _extent(schema: Schema) -> str:

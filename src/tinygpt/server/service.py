@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinygpt.model import Transformer
 from tinygpt.server.engine import Engine
+from tinygpt.server.ignored import Ignored
 from tinygpt.server.limits import Limits
 from tinygpt.server.metrics_page import Counts
 from tinygpt.tokenizers import Tokenizer
@@ -28,6 +29,9 @@ class Service:
     """Unix time in seconds of the checkpoint, or of the start."""
     limits: Limits = field(default_factory=Limits)
     counts: Counts = field(default_factory=Counts)
+    strict: bool = False
+    """Whether fields that nobody knows are refused."""
+    ignored: Ignored = field(default_factory=Ignored)
 
     @property
     def vocab_size(self) -> int:

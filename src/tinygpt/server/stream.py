@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.config import SampleConfig
+from tinygpt.sample import Penalties
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""A stop string, or ``max_tokens``; the other two speak for themselves."""
+"""A stop string or the end of the text, or ``max_tokens``; the other two speak for themselves."""
 
 Waiter: TypeAlias = "threading.Lock | asyncio.Future[None]"
 """What a consumer waits for: a lock that the engine releases, or a future of its event loop."""
@@ -40,6 +41,10 @@ class Request:
     """How many of the likeliest tokens to report with each; 0: the chosen one's only."""
     first: npt.NDArray[np.float32] | None = field(default=None, compare=False)
     """Logits (V,) of the first token, where they are known already: of a prompt that was scored."""
+    penalties: Penalties | None = None
+    """What is taken off, or added to, the logits of tokens."""
+    ignore_eos: bool = False
+    """Whether to go on behind a token that ends a text."""
 
 
 @dataclass(frozen=True, slots=True)

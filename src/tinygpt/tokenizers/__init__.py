@@ -9,19 +9,31 @@ from typing import Any
 from tinygpt.errors import TokenizerError, nearest
 from tinygpt.files import user_path
 from tinygpt.names import exists, is_name
-from tinygpt.tokenizers.base import BaseTokenizer, TextStream, Tokenizer, fingerprint, read_json
+from tinygpt.tokenizers.base import (
+    END,
+    BaseTokenizer,
+    TextStream,
+    Tokenizer,
+    encoded,
+    ends_of,
+    fingerprint,
+    read_json,
+)
 from tinygpt.tokenizers.bpe import BPETokenizer
 from tinygpt.tokenizers.chunks import chunks
 from tinygpt.tokenizers.simple import ByteTokenizer, CharTokenizer
 from tinygpt.untrusted import brief
 
 __all__ = [
+    "END",
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "TextStream",
     "Tokenizer",
+    "check_readable",
     "chunks",
+    "ends_of",
     "fingerprint",
     "load_tokenizer",
     "make_tokenizer",
@@ -46,6 +58,19 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
             f"Files of other tools and of newer versions cannot be read."
         )
     return _KINDS[kind].from_dict(values)
+
+
+def check_readable(tokenizer: Tokenizer) -> None:
+    """TokenizerError if the tokenizer could not be made again from what a run keeps of it."""
+    encoded(tokenizer)
+    if type(tokenizer) not in _KINDS.values():
+        try:
+            tokenizer_from_dict(tokenizer.to_dict())
+        except TokenizerError as error:
+            raise TokenizerError(
+                f"A run cannot keep {type(tokenizer).__name__}: load() could not make it again. "
+                f"{error} Train without out_dir, or without the tokenizer."
+            ) from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
-from tinygpt.files import user_path
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.foreign import HEAD, no_text
-from tinygpt.strict_json import to_json, write_json
+from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, parse_json, read_bounded
 
 MAX_FILE_BYTES = 64 << 20
@@ -53,11 +53,17 @@ class Tokenizer(Protocol):
         """Write it as JSON and return the path."""
 
 
+END = "<|endoftext|>"
+"""What GPT-2, and most vocabularies made since, put between texts."""
+
+
 class BaseTokenizer:
     """The shared part; a kind adds the four methods that raise NotImplementedError here."""
 
     kind: str
     vocab_size: int
+    ends: tuple[int, ...] = ()
+    """The ids that end a text: generation stops there. Text never becomes one of them."""
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """Token ids of ``text`` as an array (n,): the quick way for long texts."""
@@ -86,10 +92,15 @@ class BaseTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, whole or not at all, and return the path."""
-        path = user_path(path)
+        """Write it as JSON, whole or not at all, and return the path.
+
+        Raises UsageError if a file is there that is no saved tokenizer.
+        """
+        path, text = user_path(path), encoded(self)
+        check_overwritable(path, MARK, "a tokenizer")
         try:
-            write_json(path, self.to_dict(), indent=1, unicode=True)
+            with replacing(path) as file:
+                file.write(text)
         except OSError as error:
             raise TokenizerError(f"{path} could not be written: {error.strerror}.") from error
         return path
@@ -115,10 +126,34 @@ class BaseTokenizer:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
 
 
+def ends_of(tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that end a text; none for a tokenizer of the user's own that does not say."""
+    return tuple(getattr(tokenizer, "ends", ()))
+
+
 def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:
     """SHA-256 of the content: the same for tokenizers that tokenize alike."""
     text = to_json(tokenizer.to_dict(), sort=True, compact=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+MARK = b'{\n "kind": "'
+"""What the file of a saved tokenizer begins with."""
+
+
+def encoded(tokenizer: Tokenizer | BaseTokenizer) -> bytes:
+    """The file of a saved tokenizer. Raises TokenizerError for one that could not be read again."""
+    try:
+        text = to_json(tokenizer.to_dict(), indent=1, unicode=True).encode() + b"\n"
+    except TypeError as error:
+        raise TokenizerError(f"{tokenizer!r} cannot be written as JSON: {error}.") from error
+    if len(text) > MAX_FILE_BYTES:
+        raise TokenizerError(
+            f"{tokenizer!r} would take {len(text):,} bytes in a file, and {MAX_FILE_BYTES:,} are "
+            f"the most that are read: its tokens are too long. Choose a smaller vocabulary, or "
+            f"break up very long words of the text."
+        )
+    return text
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
 from tinygpt.files import user_path
-from tinygpt.tokenizers.base import BaseTokenizer, checked_ids, utf8
+from tinygpt.tokenizers.base import END, BaseTokenizer, checked_ids, utf8
 from tinygpt.tokenizers.chunks import chunks, split_space
 from tinygpt.tokenizers.vocabulary import load_encoding
 from tinygpt.untrusted import brief
@@ -60,6 +60,19 @@ class BPETokenizer(BaseTokenizer):
     def _set(self, encoding: tiktoken.Encoding, content: dict[str, Any]) -> None:
         self._encoding, self._content = encoding, content
         self.vocab_size = encoding.max_token_value + 1
+        self.ends = _checked_ends(content.get("ends", self._usual_ends), self.vocab_size)
+
+    @property
+    def _usual_ends(self) -> list[int]:
+        """``<|endoftext|>``, where the vocabulary has it."""
+        return [self.special[END]] if END in self.special else []
+
+    def with_ends(self, ends: list[int]) -> Self:
+        """The same vocabulary with other tokens that end a text; TokenizerError for no ids."""
+        content = {k: v for k, v in self._content.items() if k != "ends"}
+        made = type(self).__new__(type(self))
+        made._set(self._encoding, content | ({} if ends == self._usual_ends else {"ends": ends}))
+        return made
 
     @property
     def ranks(self) -> Mapping[bytes, int]:
@@ -116,10 +129,15 @@ class BPETokenizer(BaseTokenizer):
         """The tokenizer of these tokens, in the order in which they are merged.
 
         ``special`` names ids that no text becomes. The others go, in order, to the 256 bytes as
-        ``alphabet`` has them, and to ``merges``.
+        ``alphabet`` has them, and to ``merges``. TokenizerError if there are none.
         """
         import tiktoken
 
+        if not merges:
+            raise TokenizerError(
+                "There is nothing to merge: no word of the text has two bytes. Use the tokenizer "
+                "that has no merges, byte, or give a longer text."
+            )
         special = dict(special or {})
         taken = set(special.values())
         free = (i for i in range(256 + len(merges) + len(special)) if i not in taken)
@@ -164,7 +182,7 @@ class BPETokenizer(BaseTokenizer):
                     f"The saved vocabulary is damaged: its encoding is {brief(encoding)}, wanted a "
                     f"name such as 'gpt2'."
                 )
-            return cls(encoding)
+            return cls(encoding)._ending_as(values)
         pattern = values.get("pattern")
         if not isinstance(pattern, str) or pattern not in PATTERNS:  # a name, never a pattern
             known = list(PATTERNS)
@@ -175,7 +193,11 @@ class BPETokenizer(BaseTokenizer):
         merges = _checked_merges(values.get("merges"))
         special = _checked_special(values.get("special", {}), 256 + len(merges))
         alphabet = _checked_alphabet(values["alphabet"]) if "alphabet" in values else BYTES
-        return cls.from_merges(merges, pattern, alphabet=alphabet, special=special)
+        made = cls.from_merges(merges, pattern, alphabet=alphabet, special=special)
+        return made._ending_as(values)
+
+    def _ending_as(self, values: Mapping[str, Any]) -> Self:
+        return self.with_ends(values["ends"]) if "ends" in values else self
 
 
 def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:
@@ -219,6 +241,19 @@ def _checked_alphabet(text: object) -> bytes:
             f"in base64."
         )
     return alphabet
+
+
+def _checked_ends(ends: object, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text, from a file one cannot trust."""
+    if not isinstance(ends, list) or len(ends) > MAX_SPECIAL:
+        raise TokenizerError(f"The vocabulary is damaged: 'ends' is {brief(ends)}, wanted ids.")
+    for i in ends:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise TokenizerError(
+                f"The vocabulary is damaged: a text ends with {brief(i)}, wanted an id from 0 to "
+                f"{vocab_size - 1}."
+            )
+    return tuple(ends)
 
 
 def _checked_special(special: object, others: int) -> dict[str, int]:

@@ -36,11 +36,13 @@ def export_gguf(
     json
         Print a summary as JSON.
     """
+    from tinygpt.interop.gguf import check_target, export
+
+    check_target(out)
     model, own = load_model(run, tokenizer)
 
     from dataclasses import asdict
 
-    from tinygpt.interop.gguf import export
     from tinygpt.runs import choose_checkpoint
 
     chosen = choose_checkpoint(run)

@@ -8,7 +8,6 @@ from typing import Literal
 
 from tinygpt.cli.console import say
 from tinygpt.cli.models import load_model
-from tinygpt.errors import UsageError
 
 
 def export_web(
@@ -40,11 +39,12 @@ def export_web(
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
     """
-    _check_target(out)
+    from tinygpt.interop import web
+
+    web.check_target(out)
     began = time.perf_counter()
     model, own = load_model(run, tokenizer)
 
-    from tinygpt.interop import web
     from tinygpt.interop.web.card import card
     from tinygpt.runs import choose_checkpoint
 
@@ -71,12 +71,6 @@ def export_web(
         f"wrote {made.path}, {_size(made.size)} ({_size(made.weights)} of weights, "
         f"{_size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
     )
-
-
-def _check_target(out: Path) -> None:
-    """UsageError for a target that cannot be, before the work begins."""
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder. Give the file to write: {out / 'page.html'}")
 
 
 def _size(count: int) -> str:

@@ -2,8 +2,9 @@
 
 ``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
 makes the same for graphics cards. ``weights`` rounds and cuts the weights, ``vocabulary`` describes
-the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``, and
-``parity`` sees to it that what is in there computes the same as the model.
+the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``,
+``parity`` sees to it that what is in there computes the same as the model, and ``finished`` that
+the file starts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.files import replacing
+from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.interop.web import page, vocabulary, weights
 from tinygpt.interop.web.capture import Source, capture
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
@@ -26,8 +27,10 @@ from tinygpt.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from tinygpt.model import Transformer
 
-__all__ = ["KINDS", "Exported", "Kind", "export_web"]
+__all__ = ["KINDS", "Exported", "Kind", "check_target", "export_web"]
 
+MARK = b'<meta name="generator" content="TinyGPT">'
+"""What stands in the head of every page."""
 LARGEST = 1 << 29
 """Bytes of a page: what browsers still open. GPT-2 124M takes 333 MB as float16."""
 
@@ -64,11 +67,15 @@ def export_web(
     ``kind`` in place, as the page has them.
 
     Raises UsageError if the page would be too large, or a weight or the tokenizer does not fit in;
-    InteropError if what was compiled does not compute what the model does. No file is left then.
+    InteropError if what was compiled does not compute what the model does, or if the finished file
+    does not start. No file is left then.
     """
+    from tinygpt.interop.web.finished import check_finished
     from tinygpt.interop.web.parity import check
     from tinygpt.transfer import read, write
 
+    path = user_path(path)
+    check_target(path)
     described = vocabulary.describe(tokenizer)
     _check_size(model, kind)
     parameters = model.parameters()
@@ -99,12 +106,21 @@ def export_web(
                 title=title, description=description, about=about, module=module, chunks=chunks
             ):
                 file.write(piece)
+            file.flush()
+            check_finished(Path(file.name), module, len(chunks))
     except OSError as error:
         raise InteropError(
             f"{path} could not be written: {error.strerror}. Nothing was left there."
         ) from error
     carried = sum(len(chunk.data) for chunk in chunks)
     return Exported(path, path.stat().st_size, carried, len(module), difference)
+
+
+def check_target(path: Path) -> None:
+    """UsageError if something else than such a page is there."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'page.html'}")
+    check_overwritable(path, MARK, "a page")
 
 
 def _shaders(config: GPTConfig, source: Source) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tinygpt.interop.web.weights import Chunk
 from tinygpt.strict_json import to_json
 
 WORKER = ("model.mjs", "webgpu.mjs", "sampling.mjs", "tokenizer.mjs", "worker.mjs")
-UI = ("curve.mjs", "ui.mjs")
+UI = ("curve.mjs", "history.mjs", "ui.mjs")
 """The scripts of each side, in the order in which they need one another."""
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt.errors import UsageError
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.tokenizers import BPETokenizer, Tokenizer
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     """The kind, and the characters or the tokens in the order of their ids.
 
-    A byte-pair token is given as its bytes, each as the character of that number (Latin-1). Raises
-    UsageError for a vocabulary that splits text otherwise than GPT-2's.
+    A byte-pair token is given as its bytes, each as the character of that number (Latin-1); in the
+    place of a special one, which text never becomes, stands nothing. ``ends`` are the ids that end
+    a text. Raises UsageError for a vocabulary that splits text otherwise than GPT-2's.
     """
     values = tokenizer.to_dict()
     kind = values.get("kind")
@@ -21,10 +22,12 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     if kind == "char":
         return {"kind": "char", "chars": values["chars"]}
     if kind == "bpe" and "gpt2" in (values.get("encoding"), values.get("pattern")):
-        special = {"<|endoftext|>": 50256} if values.get("encoding") == "gpt2" else {}
-        count = tokenizer.vocab_size - len(special)
-        tokens = [tokenizer.decode_bytes([i]).decode("latin-1") for i in range(count)]
-        return {"kind": "bpe", "tokens": tokens, "special": special}
+        assert isinstance(tokenizer, BPETokenizer)
+        special, tokens = dict(tokenizer.special), [""] * tokenizer.vocab_size
+        for token, i in tokenizer.ranks.items():
+            tokens[i] = token.decode("latin-1")
+        described = {"kind": "bpe", "tokens": tokens, "special": special}
+        return described | ({"ends": list(tokenizer.ends)} if tokenizer.ends else {})
     name = values.get("encoding") or kind
     raise UsageError(
         f"A page cannot carry the tokenizer {name!r}: it splits text in a way that is not built "

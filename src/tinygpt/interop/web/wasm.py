@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ def compile_wasm(text: str) -> bytes:
         done = subprocess.run(
             [*_compiler(), *FLAGS, source.name, "-o", module.name],
             cwd=folder,
+            env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": folder},  # else it needs a home folder
             capture_output=True,
             check=False,
         )

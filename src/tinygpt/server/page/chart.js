@@ -10,7 +10,8 @@ const LEAST_DRAG = 6; // pixels that make a drag of a click
 
 /**
  * ``title`` names the chart, ``write`` writes its values. Lines are
- * { name, color, dash, x, y, width, low, high, dots, faint, quiet }, lists of the same length.
+ * { name, color, dash, x, y, width, low, high, dots, faint, quiet, stride }, lists of the same length;
+ * a value is the mean of ``stride`` steps, of one unless that is said.
  * ``onZoom([from, to] or null)`` and ``onPoint(step or null)`` tell what a person does.
  */
 export class Chart {
@@ -223,25 +224,31 @@ export class Chart {
     return this.step === null ? [] : this.marks.filter(([step]) => pixels(step) < 5).slice(0, 3);
   }
 
+  /** What is pointed at in words: the place of the first, and ``apart`` where another's differs. */
+  #told() {
+    const pointed = this.#pointed().map((each) => ({ ...each, place: placeOf(each) }));
+    return pointed.map((each) => ({ ...each, apart: each.place === pointed[0].place ? "" : ` (${each.place})` }));
+  }
+
   #tell() {
     const shown = this.step ?? this.x.high;
-    const values = this.#pointed().map(({ line, i }) => `${line.name} ${this.write(line.y[i])}`);
+    const values = this.#told().map(({ line, i, apart }) => `${line.name}${apart} ${this.write(line.y[i])}`);
     const set = (name, value) => this.canvas.setAttribute(`aria-${name}`, value);
     set("valuemin", Math.round(this.x.low));
     set("valuemax", Math.round(this.x.high));
     set("valuenow", Math.round(Math.min(Math.max(shown, this.x.low), this.x.high)));
-    set("valuetext", [`step ${format.steps(shown)}`, ...values].join(", "));
+    set("valuetext", [this.#told()[0]?.place ?? `step ${format.steps(shown)}`, ...values].join(", "));
     this.#showTip();
   }
 
   #showTip() {
-    const pointed = this.#pointed();
+    const pointed = this.#told();
     this.tip.hidden = !this.active || Boolean(this.drag) || !pointed.length;
     if (this.tip.hidden) return;
     this.tip.replaceChildren(
-      h("b", {}, `step ${format.steps(this.step)}`),
-      h("dl", {}, ...pointed.slice(0, 12).flatMap(({ line, i }) => [
-        h("dt", {}, swatch(line), line.name),
+      h("b", {}, pointed[0].place),
+      h("dl", {}, ...pointed.slice(0, 12).flatMap(({ line, i, apart }) => [
+        h("dt", {}, swatch(line), `${line.name}${apart}`),
         h("dd", {}, this.write(line.y[i])),
       ])),
       ...this.#skippedHere().map(([step, why]) =>
@@ -341,6 +348,13 @@ export class Chart {
     actions[event.key]();
   }
 }
+
+/** The step that a value belongs to, or the middle of those that it is the mean of. */
+export function stepOf(x, stride = 1) {
+  return `${stride > 1 ? "around step" : "step"} ${format.steps(x)}`;
+}
+
+const placeOf = ({ line, i }) => stepOf(line.x[i], line.stride);
 
 /** A short piece of a run's line, for legends. */
 export function swatch({ color, dash = [] }) {

@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { showSettings } from "./differences.js";
-import { byId, debounced } from "./dom.js";
+import { byId, debounced, h } from "./dom.js";
 import { Feed } from "./feed.js";
 import { Film } from "./film.js";
 import * as format from "./format.js";
@@ -14,6 +14,7 @@ import { Strip } from "./strip.js";
 const SHOWN_AT_FIRST = 10;
 const MANY = 3; // runs beyond which only the one in focus shows its spread
 const CHOICES = "tinygpt-dashboard";
+const SMOOTHED = ", smoothed";
 
 const runs = new Map(); // by id, in the order in which they came
 let order = [];
@@ -78,11 +79,11 @@ async function loadSamples(run) {
   const fresh = run.frames === null;
   const answer = await get(`dashboard/runs/${run.id}/samples`).catch(() => null);
   if (!answer) {
-    if (fresh && run.id === focused) film.load([], run.max_iters, true); // not those of another run
+    if (fresh && run.id === focused) film.load([], run, true); // not those of another run
     return;
   }
   run.frames = answer.samples;
-  if (run.id === focused) film.load(run.frames, run.max_iters, fresh);
+  if (run.id === focused) film.load(run.frames, run, fresh);
 }
 
 /** One event: cards that have changed, rows that are new, and the order of all. */
@@ -134,12 +135,19 @@ function showAll() {
   byId("buttons").hidden = run.state !== "training";
   byId("save").disabled = byId("stop").disabled = away;
   byId("away").hidden = !away;
+  showOdd(run);
   for (const of of document.querySelectorAll("[data-of-run]")) of.textContent = run.name;
   showCurves();
   showLayers(run);
   showSettings(shown().length ? shown() : [run], choices.same);
   byId("whole").hidden = range === null;
   document.documentElement.dataset.ready = "true";
+}
+
+/** What is wrong with the run's files, if anything is. */
+function showOdd({ odd }) {
+  byId("odd").hidden = !odd.length;
+  byId("odd-list").replaceChildren(...odd.map((reason) => h("li", {}, reason)));
 }
 
 function showCurves() {
@@ -151,8 +159,19 @@ function showCurves() {
     const lines = seen.flatMap((run) => curveLines(run, key, run.name, choices.smooth && !["lr", "memory"].includes(key)));
     charts[key].show({ lines, range, log: key === "grad_norm" });
   }
-  const skipped = marks.length ? " ▲ a step that was skipped." : "";
-  byId("keys").textContent = `Thick: training; the shade behind it is its spread. Thin with dots: validation.${skipped}`;
+  byId("keys").textContent = keysOf(charts.loss.lines, marks);
+}
+
+/** What the lines of the losses mean that are drawn. */
+function keysOf(lines, marks) {
+  const smoothed = lines.some((line) => line.name?.endsWith(SMOOTHED));
+  return [
+    `Thick: training${smoothed ? SMOOTHED : ""}.`,
+    lines.some((line) => line.low) && "The shade behind it: from the lowest to the highest step.",
+    lines.some((line) => line.faint) && "Faint: as it was.",
+    lines.some((line) => line.dots && line.x.length) && "Thin: validation.",
+    marks.length > 0 && "▲ a step that was skipped.",
+  ].filter(Boolean).join(" ");
 }
 
 function lossLines(run, several) {
@@ -171,14 +190,14 @@ function curveLines(run, key, name, smoothly) {
   const series = detail(run) ?? run.series;
   const { mean: found, low, high } = series.curves[key];
   const mean = key === "memory" ? found.map((n) => n && n / 2 ** 20) : found;
-  const line = { ...run.look, x: series.x.mean, name };
+  const line = { ...run.look, x: series.x.mean, name, stride: series.stride };
   const many = shown().length > MANY;
   const inFront = run.id === focused;
   const spread = series.stride > 1 && (inFront || !many) ? { low, high } : {};
   if (!smoothly || mean.length < 8) return [{ ...line, ...spread, y: mean }];
   const rough = { ...line, ...spread, y: mean, name: null, faint: true, width: 1, dash: [] };
   const even = key === "grad_norm" ? smoothLog(mean) : smooth(mean);
-  return [...(inFront || !many ? [rough] : []), { ...line, y: even, width: inFront && many ? 2.8 : 2 }];
+  return [...(inFront || !many ? [rough] : []), { ...line, y: even, name: `${name}${SMOOTHED}`, width: inFront && many ? 2.8 : 2 }];
 }
 
 /** On a logarithmic axis a single spike must not lift its neighbours. */
@@ -195,8 +214,8 @@ function showLayers(run) {
   byId("layers").hidden = byId("scale").hidden = !there;
   byId("layers-hint").textContent = there
     ? "Embeddings first, then the layers from the text upwards; colours as on the scale, before clipping."
-    : "This run has no gradient norms by layer: it was trained by an older version.";
-  if (there) strip.show(source.layerX.mean, layers, range);
+    : run.iter === null ? "They come with the first step." : "The rows of this run hold no gradient norms by layer.";
+  if (there) strip.show(source.layerX.mean, layers, range, source.layerX.stride);
 }
 
 // ---- what a person does ----
@@ -216,7 +235,7 @@ async function focus(id) {
   byId("told").textContent = "";
   const run = runs.get(id);
   if (!run) return show();
-  if (run.frames) film.load(run.frames, run.max_iters, true);
+  if (run.frames) film.load(run.frames, run, true);
   else loadSamples(run);
   if (!run.shown || !run.series) {
     run.shown = true;
@@ -280,8 +299,8 @@ function stop() {
 
 // ---- the rest ----
 
-function tellLink(state, seconds) {
-  const words = { live: "live", waiting: `connection lost, next try in ${seconds} s`, refused: "needs the key" };
+function tellLink(state) {
+  const words = { live: "live", waiting: "connection lost, it is tried again", refused: "needs the key" };
   byId("link").textContent = words[state];
   byId("link").dataset.state = state;
   if (away === (state === "waiting")) return;

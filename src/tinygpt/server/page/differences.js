@@ -10,9 +10,9 @@ export function showSettings(runs, same) {
   const alone = runs.length < 2;
   const rows = names.filter((name) => alone || same || differs(name));
   byId("same-label").hidden = alone;
-  byId("settings-title").textContent = alone ? "Settings" : "Settings that differ";
+  byId("settings-title").textContent = alone || same ? "Settings" : "Settings that differ";
   if (!rows.length) {
-    const text = names.length ? "These runs have the same settings." : "There is no config.toml to read.";
+    const text = names.length ? "These runs have the same settings." : "No settings can be read here.";
     byId("settings").replaceChildren(h("p", { class: "hint" }, text));
     return;
   }

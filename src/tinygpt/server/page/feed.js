@@ -8,7 +8,7 @@ const LONGEST_WAIT = 15_000;
 
 /**
  * ``cursor()`` says what the page has, ``onEvent`` is given every event, one after the other, and
- * ``onState("live" | "waiting" | "refused", seconds)`` what becomes of the connection. An event
+ * ``onState("live" | "waiting" | "refused")`` what becomes of the connection. An event
  * that could not be taken in for want of an answer is a connection that was lost: it comes again.
  */
 export class Feed {
@@ -45,7 +45,7 @@ export class Feed {
 
   #later() {
     const wait = this.wait * (0.8 + 0.4 * Math.random()); // not all pages at once
-    this.onState("waiting", Math.ceil(wait / 1000));
+    this.onState("waiting");
     this.timer = setTimeout(() => this.#connect(), wait);
     this.wait = Math.min(this.wait * 2, LONGEST_WAIT);
   }

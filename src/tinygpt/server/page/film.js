@@ -11,7 +11,7 @@ export class Film {
     this.onStep = onStep;
     this.samples = [];
     this.at = -1;
-    this.max = null;
+    this.none = "";
     byId("slider").addEventListener("input", (event) => {
       this.pause();
       this.#show(Number(event.target.value));
@@ -20,10 +20,11 @@ export class Film {
   }
 
   /** Other samples, or more; who was at the end stays at the end. */
-  load(samples, max, fresh) {
+  load(samples, run, fresh) {
     const follow = fresh || this.at === this.samples.length - 1;
     const step = this.samples[this.at]?.iter;
-    Object.assign(this, { samples, max });
+    this.samples = samples;
+    this.none = none(run);
     if (fresh) this.pause();
     const found = samples.findIndex((sample) => sample.iter >= step);
     const slider = byId("slider");
@@ -57,11 +58,17 @@ export class Film {
     this.at = i;
     const sample = this.samples[i];
     byId("slider").value = i;
-    byId("sample").textContent = sample ? sample.text : "No sample yet: the first comes with the first evaluation.";
+    byId("sample").textContent = sample ? sample.text : this.none;
     byId("sample").classList.toggle("none", !sample);
     const text = sample ? `step ${format.steps(sample.iter)}` : "";
     byId("slider").setAttribute("aria-valuetext", text || "none");
     byId("frame").textContent = sample ? `${text} · sample ${i + 1} of ${this.samples.length}` : "";
     if (!quietly) this.onStep(sample?.iter ?? null);
   }
+}
+
+/** Why there is nothing to see. */
+function none(run) {
+  if (run.samples) return "No sample here: the server has not sent them.";
+  return run.state === "training" ? "No sample yet: the first comes with the first evaluation." : "No sample was written.";
 }

@@ -4,7 +4,7 @@ import { whole } from "./dom.js";
 
 const NOTHING = "–";
 
-const given = (write) => (n) => (n === null || n === undefined || Number.isNaN(n) ? NOTHING : write(n));
+const given = (write) => (n) => (n == null || !Number.isFinite(n) ? NOTHING : write(n));
 
 /** 2.1034 */
 export const loss = given((n) => (Math.abs(n) < 1e4 ? n.toFixed(4) : n.toExponential(2)));

@@ -8,6 +8,8 @@ const COLORS = 6;
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
 const STATES = { training: "training", finished: "finished", stopped: "stopped", empty: "no steps yet" };
 
+const NO_STEPS = { training: "waiting for the first step", empty: "nobody trains it now" };
+
 /** How the curves of run number ``i`` look: no two are alike among 24. */
 export const look = (i) => ({
   color: `--run-${i % COLORS}`,
@@ -42,10 +44,11 @@ export class RunList {
       onchange: (event) => this.onShow(run.id, event.target.checked) });
     const name = h("button", { type: "button", class: "name", onclick: () => this.onFocus(run.id) });
     const [state, line, bar] = [h("span", { class: "state" }), h("p", { class: "hint figure" }), h("i")];
+    const odd = h("span", { class: "odd" });
     const item = h("li", { class: "run" },
-      h("div", { class: "head" }, h("label", { class: "shown" }, check, swatch(run.look)), name, state),
+      h("div", { class: "head" }, h("label", { class: "shown" }, check, swatch(run.look)), name, odd, state),
       h("div", { class: "progress", "aria-hidden": "true" }, bar), line);
-    const card = { item, check, name, state, line, bar };
+    const card = { item, check, name, state, line, bar, odd };
     this.cards.set(run.id, card);
     return card;
   }
@@ -58,7 +61,7 @@ export function repaint(list, runs) {
   }
 }
 
-function fill({ item, check, name, state, line, bar }, run, focused) {
+function fill({ item, check, name, state, line, bar, odd }, run, focused) {
   item.classList.toggle("focused", focused);
   name.setAttribute("aria-current", focused);
   check.checked = run.shown;
@@ -69,7 +72,9 @@ function fill({ item, check, name, state, line, bar }, run, focused) {
   bar.style.inlineSize = `${100 * Math.min((run.iter ?? 0) / (run.max_iters ?? Infinity), 1)}%`;
   const steps = run.max_iters ? `${format.steps(run.iter ?? 0)} / ${format.steps(run.max_iters)}` : format.steps(run.iter);
   const best = run.best_val_loss === null ? `loss ${format.loss(run.train_loss)}` : `best ${format.loss(run.best_val_loss)}`;
-  set(line, run.state === "empty" ? "waiting for the first step" : `${steps} · ${best}`);
+  set(line, run.iter === null ? NO_STEPS[run.state] ?? "–" : `${steps} · ${best}`);
+  set(odd, run.odd.length ? "odd" : "");
+  odd.title = run.odd.join("\n");
 }
 
 const set = (element, text) => element.textContent !== text && (element.textContent = text);

@@ -1,6 +1,7 @@
 // A row for each layer, a column for each stretch of steps: how large the gradients were there.
 
 import { linear } from "./axes.js";
+import { stepOf } from "./chart.js";
 import { byId, h } from "./dom.js";
 import * as format from "./format.js";
 import { nearest } from "./series.js";
@@ -26,9 +27,9 @@ export class Strip {
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  /** ``layers`` are pairs of a name and means, one for each of ``x``. */
-  show(x, layers, range) {
-    Object.assign(this, { x, layers, range });
+  /** ``layers`` are pairs of a name and means of ``stride`` steps, one for each of ``x``. */
+  show(x, layers, range, stride) {
+    Object.assign(this, { x, layers, range, stride });
     this.holder.style.blockSize = `${layers.length * ROW + 26}px`;
     this.redraw();
   }
@@ -110,7 +111,7 @@ export class Strip {
     const [column, row] = this.place ?? [last, 0];
     const set = (name, value) => this.canvas.setAttribute(`aria-${name}`, value);
     const norms = this.layers.map(([name, values]) => `${name} ${format.short(values[column])}`);
-    const step = `step ${format.steps(this.x[column])}`;
+    const step = stepOf(this.x[column], this.stride);
     set("valuemin", Math.round(this.x[0] ?? 0));
     set("valuemax", Math.round(this.x[last] ?? 0));
     set("valuenow", Math.round(this.x[column] ?? 0));

@@ -1,9 +1,12 @@
 // Text to token ids and back, as TinyGPT's tokenizers do it: characters, bytes, or byte pairs.
 
-// description: {kind: 'byte'} | {kind: 'char', chars} | {kind: 'bpe', tokens, special}
+// description: {kind: 'byte'} | {kind: 'char', chars} | {kind: 'bpe', tokens, special}, and the ids
+// that end a text, {ends}, if there are any.
 export function makeTokenizer(description) {
   const kinds = { byte: ByteTokenizer, char: CharTokenizer, bpe: BPETokenizer };
-  return new kinds[description.kind](description);
+  const tokenizer = new kinds[description.kind](description);
+  tokenizer.ends = new Set(description.ends ?? []);
+  return tokenizer;
 }
 
 // Every tokenizer has `size`, the number of ids; encode(text), an array of ids; and bytes(id), the
@@ -59,11 +62,12 @@ const WORDS = new RegExp(
 const REMEMBERED = 50_000; // words
 
 class BPETokenizer {
-  // tokens: the bytes of each, as characters of these numbers, in the order of their ranks.
+  // tokens: the bytes of each, as characters of these numbers, in the order of their ranks; nothing
+  // in the place of a special one, which text never becomes.
   constructor({ tokens, special }) {
     this.tokens = tokens;
     this.special = new Map(Object.entries(special).map(([text, id]) => [id, utf8.encode(text)]));
-    this.size = tokens.length + this.special.size;
+    this.size = tokens.length;
     this.ranks = new Map(tokens.map((token, rank) => [token, rank]));
     this.words = new Map();
   }

@@ -3,7 +3,7 @@
 // In:  start {module, config, tokenizer, shaders}, weights {chunk, bytes}, loaded,
 //      generate {text, options}, branch {index, id, options}, stop, tokens {text},
 //      candidates {index}
-// Out: ready {where}, branched {text}, written {drop, text}, done {count, seconds, error},
+// Out: ready {where}, branched {text}, written {drop, text}, done {count, ended, seconds, error},
 //      tokens {tokens}, candidates {index, chosen, list}
 
 import { Model, Wasm } from './model.mjs';
@@ -40,8 +40,11 @@ class Writer {
     };
     const began = performance.now();
     let count = 0;
+    let ended = false;
     for (let last = began; count < options.count && !this.stopped; count++) {
       const id = sample(await this.logits(this.ids), options, random);
+      ended = this.tokenizer.ends.has(id) && !options.ignoreEos;
+      if (ended) break;
       this.ids.push(id);
       added += stream.push(id);
       if (count && performance.now() - last < PAUSE) continue;
@@ -51,7 +54,7 @@ class Writer {
     }
     added += stream.flush();
     tell();
-    this.post({ type: 'done', count, seconds: (performance.now() - began) / 1000 });
+    this.post({ type: 'done', count, ended, seconds: (performance.now() - began) / 1000 });
   }
 
   // Go on from another token at a place that `candidates` was asked for.

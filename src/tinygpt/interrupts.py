@@ -1,0 +1,161 @@
+"""Signals while something is under way that may be ended only between two steps of it.
+
+The main thread blocks them, and a thread of their own hears of them. So they interrupt no step and
+no save, a compiler that is running inherits the block and ends its work although a terminal's
+Ctrl-C goes to every process in front of it, and the second signal is obeyed at once even while a
+kernel keeps the main thread busy.
+
+The system may deliver a signal to any thread that does not block it, such as one that a library
+has started, and Python runs its handler in the main thread when that is free again. But the number
+of the signal is written to a pipe as it arrives (``signal.set_wakeup_fd``), which the thread reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""Ctrl-C; kill, Slurm and containers; a terminal that was closed; Ctrl-Break on Windows."""
+SAVING = ("SIGUSR1",)
+"""What Slurm sends ahead of time if asked to: ``#SBATCH --signal=USR1@120``."""
+ECHO = 0.2
+"""Seconds after the answer to a signal in which it is taken for the same: wrappers pass it on."""
+END = b"\0"
+"""What ends the thread for signals; no signal has the number 0."""
+
+
+class Stopper:
+    """What the signals of a run do: the first stops it, the next ends it at once, some save.
+
+    ``stop`` and ``again`` get the signal's number, ``tell`` a line for whoever sent it. ``save`` is
+    None where there is nothing to save. Called in a thread of its own, or in a signal handler.
+    """
+
+    def __init__(
+        self,
+        stop: Callable[[int], None],
+        again: Callable[[int], None],
+        save: Callable[[], None] | None,
+        tell: Callable[[str], None],
+        stopping: str,
+    ) -> None:
+        self.stop, self.again, self.save, self.tell = stop, again, save, tell
+        self.stopping = stopping
+        self.received: list[signal.Signals] = []
+        """The stopping signals that arrived first and were obeyed."""
+        self._first = 0.0
+        self._saving = known(*SAVING)
+
+    def receive(self, number: int) -> None:
+        if self.save is not None and number in self._saving:
+            self.save()
+            self._tell(f"{signal.Signals(number).name}: a checkpoint after this step")
+        elif not self.received:
+            self.received.append(signal.Signals(number))
+            self.stop(number)
+            self._tell(f"{self.stopping}; once more stops at once")
+            self._first = time.monotonic()  # after the message: only then can it be obeyed
+        elif time.monotonic() - self._first > ECHO:
+            self.again(number)
+
+    def _tell(self, message: str) -> None:
+        with contextlib.suppress(Exception):  # nothing may end the thread that listens
+            self.tell(message)
+
+
+@contextlib.contextmanager
+def receiving(numbers: Iterable[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
+    """Hand these signals to ``receive`` instead of what they do otherwise, which is put back."""
+    wanted = list(numbers)
+    threaded = bool(wanted) and sys.platform != "win32"
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not threaded:  # else the thread for signals has read it from the pipe
+            receive(number)
+
+    before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        with _own_thread(wanted, receive) if threaded else contextlib.nullcontext():
+            yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+@contextlib.contextmanager
+def _own_thread(numbers: list[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
+    """Let a thread hear of the signals, which this one and its children do not get meanwhile."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # one thread at least gets them
+        while (number := os.read(reading, 1)) != END:
+            if number[0] in numbers:
+                receive(number[0])
+            elif earlier >= 0:
+                os.write(earlier, number)
+
+    thread = threading.Thread(target=listen, daemon=True, name="tinygpt-signals")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.write(writing, END)
+        thread.join()
+        signal.set_wakeup_fd(earlier)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(reading)
+        os.close(writing)
+
+
+@contextlib.contextmanager
+def held_back(
+    stop: Callable[[], None], save: Callable[[], None], tell: Callable[[str], None]
+) -> Iterator[list[signal.Signals]]:
+    """Let Ctrl-C and its like call ``stop``, and do what they do otherwise when the block is over.
+
+    For a Python program: KeyboardInterrupt comes at the end of the block, or from where an
+    ``asyncio.Runner`` has it come, and SIGTERM and SIGHUP end the process then. A second signal is
+    a KeyboardInterrupt at once. A signal that the program handles itself stays its own, but for
+    Ctrl-C. Outside the main thread, which alone gets signals, nothing is changed. Yields a list for
+    the signal that arrived, which is not passed on if the block ends with an error.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
+    stopper = Stopper(lambda _: stop(), _interrupt, save, tell, "stopping after this step")
+    with receiving(filter(_is_free, known(*STOPPING, *SAVING)), stopper.receive):
+        yield stopper.received
+    for number in stopper.received:
+        signal.raise_signal(number)
+
+
+def _is_free(number: signal.Signals) -> bool:
+    """Whether a program leaves a signal to its default, or it is Ctrl-C and not ignored."""
+    handler = signal.getsignal(number)
+    return handler is signal.SIG_DFL or (number is signal.SIGINT and callable(handler))
+
+
+def _interrupt(number: int) -> None:
+    """A KeyboardInterrupt in the main thread, when it is back in Python."""
+    main = threading.main_thread()
+    if threading.current_thread() is main:
+        raise KeyboardInterrupt
+    raising = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    raising(ctypes.c_ulong(main.ident or 0), ctypes.py_object(KeyboardInterrupt))
+
+
+def known(*names: str) -> list[signal.Signals]:
+    """Those that this system has."""
+    return [signal.Signals[name] for name in names if hasattr(signal, name)]
