@@ -91,14 +91,15 @@ def peak(threads: int, steps: int = 2_000_003) -> tuple[Work, float]:
     @TinyJit
     def work(x: Tensor) -> Tensor:
         options = {"cores": threads, "rows": rows, "steps": steps}
-        return run(multiply_adds, [out], [x], lanes=lanes, threads=threads, **options)[0].realize()
+        ops = 2 * threads * rows * lanes * steps  # many enough for a piece to each thread
+        return run(multiply_adds, [out], [x], lanes=lanes, ops=ops, **options)[0].realize()
 
     for _ in range(3):
         work(x)
     return lambda: work(x), 2.0 * threads * rows * lanes * steps
 
 
-def cases(m: int, i: int, o: int, threads: int) -> list[Case]:
+def cases(m: int, i: int, o: int) -> list[Case]:
     """The products of a layer; only the forward one for the few rows of generation."""
     rng = np.random.default_rng(0)
     x, w, b, dy = (rng.standard_normal(s, np.float32) for s in ((m, i), (o, i), o, (m, o)))
@@ -251,7 +252,7 @@ def main() -> None:
     multicore.install(options.threads)
     if torch is not None:
         torch.set_num_threads(options.threads)
-    works = [case for shape in SETS[options.set] for case in cases(*shape, options.threads)]
+    works = [case for shape in SETS[options.set] for case in cases(*shape)]
     clock = time.thread_time if options.cpu_time else time.perf_counter
     measure(works, options.threads, max(options.repeats, 2), clock)
     rows = [row(case) for case in works]

@@ -1,24 +1,33 @@
 """tinygrad's CPU kernels on every core, against tinygrad's own way, in one interleaved run.
 
     python benchmarks/multicore.py [--threads N] [--seconds S] [--hogs N] [--json FILE]
+    python benchmarks/multicore.py --simulate baby|seeds|gpt2 [--json FILE]
 
 Three ways take turns, call by call, so that a noisy machine is noisy for all of them: ``tinygrad``
 (its own launches), ``list`` (one call for all the kernels of a jit, one thread) and ``pool`` (the
 same on N threads). Before the clock starts all three must return the same bits. ``--hogs`` starts
 that many processes that only burn time, to see what a busy machine does.
+
+``--simulate`` says how busy a training step would keep 2 to 128 cores. Each piece of each of its
+kernels is timed on one thread of this machine, in processor time; then the pieces are dealt out as
+the pool does, a kernel after the other, to so many cores. Memory that cores share is not simulated,
+nor how long it takes to wake them, but for DEAL for each piece.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import heapq
 import json
+import math
 import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +37,9 @@ from tinygpt.runtime import cores
 # isort: split
 from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
+
+from tinygpt.multicore.pool import command, command_list
+from tinygpt.multicore.runner import UNSPLIT
 
 Work = Callable[[], Tensor]
 
@@ -130,13 +142,88 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high, "calls": len(times)}
 
 
+CORES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+DEAL = 0.2e-6
+"""Seconds that it takes to take a piece: two words that all cores change."""
+
+
+def pieces_of_a_step(name: str) -> list[tuple[str, list[float]]]:
+    """Each kernel of a captured training step, and the seconds that its pieces take."""
+    import train_step
+
+    from tinygpt.multicore import runner
+
+    graphs: list[runner.PoolGraph] = []
+
+    class Seen(runner.PoolGraph):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            graphs.append(self)
+
+    runner.PoolGraph = Seen
+    multicore.install(1)
+    train_step.Ours(name).losses(4)
+    return [kernel for graph in graphs for kernel in timed_pieces(graph)]
+
+
+def timed_pieces(graph: Any) -> Iterator[tuple[str, list[float]]]:
+    words, at = list(graph.commands), 0
+    for call in graph.linear.src:
+        kernel, shape = words[at : at + 2]
+        pieces, slot, count = shape & 0xFFFF, shape >> 16 & 0xFFFF, shape >> 32
+        arguments = words[at + 2 : at + 2 + count]
+        at += 2 + count
+        best = [math.inf] * pieces
+        for _ in range(3):
+            for piece in range(pieces):
+                given = [piece if i == slot else word for i, word in enumerate(arguments)]
+                commands = command_list(command(kernel, 1, UNSPLIT, given))
+                start = time.thread_time()
+                graph.pool.run(commands, 1)
+                best[piece] = min(best[piece], time.thread_time() - start)
+        yield call.src[0].arg.function_name, best
+
+
+def makespan(pieces: list[float], cores: int) -> float:
+    """Seconds until all pieces are done that are dealt out, in their order, to so many cores."""
+    free = [0.0] * min(cores, len(pieces))
+    for seconds in pieces:
+        heapq.heapreplace(free, free[0] + seconds + DEAL)
+    return max(free)
+
+
+def simulate(name: str) -> dict[str, float]:
+    """The share of so many cores that a training step keeps busy."""
+    kernels = pieces_of_a_step(name)
+    one = sum(sum(pieces) for _, pieces in kernels)
+    found = {}
+    print(f"{name}: {len(kernels)} kernels, {1e3 * one:.1f} ms on one core of this machine")
+    for count in CORES:
+        step = sum(makespan(pieces, count) for _, pieces in kernels)
+        found[str(count)] = one / (count * step)
+        print(f"{count:4} cores: {found[str(count)]:4.0%} busy, {one / step:5.1f} times one core")
+    idle: dict[str, float] = {}
+    for kernel, pieces in kernels:
+        lost = makespan(pieces, 64) - sum(pieces) / 64
+        idle[kernel] = idle.get(kernel, 0.0) + lost
+    worst = sorted(idle, key=lambda kernel: -idle[kernel])[:6]
+    print("most idle on 64:", ", ".join(f"{k} {1e6 * idle[k]:.0f} us" for k in worst))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of the works")
     parser.add_argument("--hogs", type=int, default=0, help="other busy processes")
+    parser.add_argument("--simulate", choices=("baby", "seeds", "gpt2"))
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
+    if options.simulate:
+        shares = simulate(options.simulate)
+        if options.json:
+            Path(options.json).write_text(json.dumps(shares, indent=1) + "\n")
+        return
     result: dict[str, object] = {
         "machine": platform.platform(),
         "cores": cores(),

@@ -8,7 +8,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import numpy as np
@@ -21,6 +21,8 @@ from tests.browser import browser, open_page
 
 __all__ = ["browser", "open_page"]
 
+CUTS = (1, 2, 5)
+"""For ``cut``: numbers of pieces that must not matter."""
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 hypothesis.settings.register_profile("tinygpt", deadline=None, derandomize=True)
@@ -50,6 +52,20 @@ def no_event_loop_is_left() -> Iterator[None]:
     yield
     with pytest.raises(RuntimeError):
         asyncio.get_running_loop()
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """``cut(n)``: kernels come in up to n pieces from now on, however little they have to do."""
+    from tinygpt.kernels import phases
+
+    def into(pieces: int) -> None:
+        phases.build.cache_clear()
+        for name, value in (("MOST_PIECES", pieces), ("PIECE_OPS", 1), ("PIECE_BYTES", 1)):
+            monkeypatch.setattr(phases, name, value)
+
+    yield into
+    phases.build.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

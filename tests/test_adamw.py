@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tinygrad import Device, Tensor, TinyJit
 
+from tests.conftest import CUTS
 from tinygpt.kernels import adamw, reference
 from tinygpt.kernels.adamw import adamw_update, split
 
@@ -93,10 +94,10 @@ def test_steps_equal_float64_with_clipping_off_and_summed_gradients() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_pieces_gives_the_same_bits(cut: Callable[[int], None]) -> None:
     found = []
-    for threads in (1, 2, 3):
-        monkeypatch.setenv("TINYGPT_THREADS", str(threads))
+    for pieces in CUTS:
+        cut(pieces)
         ours = State()
         ours.step(Tensor([0.01]).realize(), *tensors(draw(SHAPES, 1)))
         found.append(ours.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from tinygrad.renderer.cstyle import (
 from tinygrad.renderer.wgsl import WGSLRenderer
 
 import tinygpt.kernels.attention as attention
+from tests.conftest import CUTS
 from tinygpt import GPT, kernels, load
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ConfigError, KernelError, UsageError
@@ -191,13 +193,14 @@ def test_packed_attention_is_the_same_without_transposes(dtype: DType, T: int) -
     assert_near([found, *parts], [out, *gradients], error)
 
 
-def test_results_are_bitwise_the_same_for_any_number_of_threads(
-    monkeypatch: pytest.MonkeyPatch,
+def test_results_are_bitwise_the_same_for_any_number_of_pieces(
+    cut: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, grad = tensor(numbers(1, 37, 96)), tensor(numbers(1, 37, 32))
     results = []
-    for threads in (1, 2, 3):  # with more threads than heads, other backward kernels
-        monkeypatch.setattr(attention, "default_threads", lambda threads=threads: threads)
+    for pieces, heads in itertools.product(CUTS, (1, 3)):  # below, other backward kernels
+        cut(pieces)
+        monkeypatch.setattr(attention, "HEADS", heads)
         y = packed_attention(x, 2)
         dx = y.gradient(x, gradient=grad)[0]  # before y is realized: a value has no gradient
         results.append((y.numpy(), dx.numpy()))
@@ -328,7 +331,7 @@ def render(
     sizes = enumerate(zip(lengths, types, strict=True))
     buffers = tuple(UOp.placeholder((n,), dtype, i) for i, (n, dtype) in sizes)
     fixed = tuple(sorted(constants.items()))
-    sink = build(kernel, buffers, outputs, (32, 1, True), None, 0, fixed)
+    sink = build(kernel, buffers, outputs, 32, False, True, None, 0, fixed)
     uops = linearize(full_rewrite_to_sink(sink, renderer, optimize=False))
     return renderer.render(line_rewrite(uops, pm_linearize_cleanups))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tinygrad import Tensor, TinyJit, dtypes
 
+from tests.conftest import CUTS
 from tinygpt.kernels import reference
 from tinygpt.kernels.cross_entropy import cross_entropy
 
@@ -120,11 +121,11 @@ def test_no_target_at_all_is_a_loss_of_zero() -> None:
     assert loss == 0 and not dx.any()
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_pieces_gives_the_same_bits(cut: Callable[[int], None]) -> None:
     x, t = tensor(numbers(20, 50)), tensor(draw_targets(20, 50))
     found = []
-    for threads in (1, 2, 3):
-        monkeypatch.setenv("TINYGPT_THREADS", str(threads))
+    for pieces in CUTS:
+        cut(pieces)
         found.append(results(cross_entropy(x, t), x))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

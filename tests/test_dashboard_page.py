@@ -437,6 +437,17 @@ def test_the_buttons_need_the_key_and_do_as_they_say(tmp_path, open_page):
     held.release()
 
 
+def test_a_new_link_in_the_same_tab_brings_its_key(runs, open_page):
+    """As after a restart of the dashboard, whose key is then another one."""
+    _, address = runs
+    page = open_page(address.replace(KEY, "that-of-yesterday"))
+    expect(page.locator("dialog:has(#key)")).to_contain_text("not the right one")
+    page.goto(address)  # only what stands behind the # is another
+    ready(page)
+    expect(page.locator("dialog")).to_have_count(page.locator("dialog:not([open])").count())
+    assert KEY not in page.url
+
+
 def test_a_page_opened_before_any_run_fills_by_itself(tmp_path, open_page, monkeypatch):
     with serving(tmp_path) as address:
         page = open_page(address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tinygpt.cache import KVCache
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
 from tinygpt.gradcheck import gradcheck
-from tinygpt.kernels import phases, reference
+from tinygpt.kernels import reference
 from tinygpt.kernels.attention import backward, flash_attention, packed_attention
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
@@ -286,15 +287,15 @@ def test_the_mean_over_many_keys_is_attention_without_dropout() -> None:
 # Wherever it runs, the same
 
 
-def test_results_are_bitwise_the_same_for_any_number_of_threads(
-    monkeypatch: pytest.MonkeyPatch,
+def test_results_are_bitwise_the_same_for_any_number_of_pieces(
+    cut: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     x, grad = (tensor(rng.normal(size=(1, 37, n)).astype(np.float32)) for n in (96, 32))
     results = []
-    for threads in (1, 2, 3):  # with more threads than heads, other backward kernels
-        monkeypatch.setattr(attention, "default_threads", lambda threads=threads: threads)
-        monkeypatch.setattr(phases, "default_threads", lambda threads=threads: threads)
+    for pieces, heads in ((1, 1), (3, 1), (2, 3)):  # below 3 heads, other backward kernels
+        cut(pieces)
+        monkeypatch.setattr(attention, "HEADS", heads)
         y = packed_attention(x, 2, P, key_of(*KEY))
         z = dropout(y, P, key_of(*KEY))
         results.append([t.numpy() for t in (*z.gradient(x, gradient=grad), y, z)])

@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tinygrad import Tensor, TinyJit, dtypes
 
+from tests.conftest import CUTS
 from tinygpt.kernels import reference
 from tinygpt.kernels.embedding import embedding
 
@@ -100,12 +101,12 @@ def test_a_half_precision_gradient_is_summed_in_float32() -> None:
     assert dw.dtype == dtypes.float16 and dw.tolist() == [[3000.0], [0.0]]
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_pieces_gives_the_same_bits(cut: Callable[[int], None]) -> None:
     ids, g = tensor(draw_ids(3, 4, 30)), tensor(numbers(4, 30, 48))
     tables = [tensor(numbers(3, 48, seed=1)), tensor(numbers(30, 48, seed=2))]
     found = []
-    for threads in (1, 2, 3):
-        monkeypatch.setenv("TINYGPT_THREADS", str(threads))
+    for pieces in CUTS:
+        cut(pieces)
         found.append(results(ids, g, *tables))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

@@ -176,6 +176,7 @@ def test_the_file_says_what_it_is_and_how_it_was_proved(tmp_path):
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
         "tinygpt.parity.max_difference": done.difference,
         "tinygpt.parity.rounding": done.rounding,
         "tinygpt.parity.tolerance": 1e-4,

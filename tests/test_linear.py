@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,8 +53,8 @@ def by_numpy(args: list[Tensor], ending: str | None, dy: Tensor | None = None) -
     return [y, du @ w, du.T @ x, du.sum(0), *([du] if r else [])]
 
 
-def layer(args: list[Tensor], ending: str | None, threads: int = 1) -> Tensor:
-    return linear(*args, activation="gelu" if "gelu" in (ending or "") else None, threads=threads)
+def layer(args: list[Tensor], ending: str | None) -> Tensor:
+    return linear(*args, activation="gelu" if "gelu" in (ending or "") else None)
 
 
 def gradients(y: Tensor, dy: Tensor, of: list[Tensor]) -> list[np.ndarray]:
@@ -68,13 +70,11 @@ def assert_close(got: list[np.ndarray], wanted: list[np.ndarray], tolerance: flo
         assert np.abs(g - w).max() <= tolerance * max(1.0, float(np.abs(w).max()))
 
 
-@given(m=SIZES, i=SIZES, o=SIZES, ending=ENDINGS, threads=st.sampled_from([1, 2, 3]))
+@given(m=SIZES, i=SIZES, o=SIZES, ending=ENDINGS)
 @settings(max_examples=10, deadline=None, derandomize=True)
-def test_forward_equals_numpy_in_float64(
-    m: int, i: int, o: int, ending: str | None, threads: int
-) -> None:
+def test_forward_equals_numpy_in_float64(m: int, i: int, o: int, ending: str | None) -> None:
     *args, _ = tensors(m, i, o, ending)
-    y = layer(args, ending, threads)
+    y = layer(args, ending)
     assert_close([y.numpy()], by_numpy(args, ending), 2e-6 * np.sqrt(i))
 
 
@@ -110,18 +110,24 @@ def test_a_layer_without_a_bias() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 700, 9), (700, 12, 70)])
-def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, int, int]) -> None:
+def test_any_number_of_units_and_pieces_gives_the_same_bits(
+    shape: tuple[int, int, int], cut: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     *args, dy = tensors(*shape, "gelu")
-    runs = [gradients(layer(args, "gelu", threads), dy, args) for threads in (1, 2, 5)]
+    runs = []
+    for pieces, cores in ((1, ((1, 1),)), (2, ((5, 1),)), (5, ((1000, 1),))):
+        cut(pieces)
+        monkeypatch.setattr(product_module, "CORES", cores)
+        runs.append(gradients(layer(args, "gelu"), dy, args))
     for other in runs[1:]:
         for first, second in zip(runs[0], other, strict=True):
             np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pieces", [1, 7])
 @pytest.mark.parametrize("kind", ["nt", "nn", "tn"])
 def test_every_element_of_a_poisoned_output_is_written(
-    kind: str, threads: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, pieces: int, cut: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     m, n, depth = 61, 67, 1030
     a, b = numbers(m, depth, seed=1), numbers(depth, n, seed=2)
@@ -139,9 +145,8 @@ def test_every_element_of_a_poisoned_output_is_written(
     a_strides = (1, m) if kind == "tn" else (depth, 1)
     b_strides = (1, depth) if kind == "nt" else (n, 1)
     monkeypatch.setattr(product_module.Tensor, "empty", staticmethod(poisoned))
-    outputs = matmul(
-        *operands, (m, n, depth), a_strides, b_strides, sums=kind == "tn", threads=threads
-    )
+    cut(pieces)
+    outputs = matmul(*operands, (m, n, depth), a_strides, b_strides, sums=kind == "tn")
     monkeypatch.undo()
     assert len(made) == len(outputs)
     np.testing.assert_allclose(outputs[0].numpy(), a @ b, rtol=1e-10, atol=1e-10)

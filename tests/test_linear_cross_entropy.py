@@ -10,6 +10,7 @@ import pytest
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.helpers import GlobalCounters
 
+from tests.conftest import CUTS
 from tinygpt.kernels import reference
 from tinygpt.kernels.cross_entropy import cross_entropy
 from tinygpt.kernels.linear_cross_entropy import linear_cross_entropy
@@ -172,12 +173,12 @@ def test_no_target_at_all_is_a_loss_of_zero() -> None:
     assert found == 0 and not dx.any() and not dw.any()
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_pieces_gives_the_same_bits(cut: Callable[[int], None]) -> None:
     x, w = tensor(numbers(70, 16)), tensor(numbers(100, 16, seed=1))
     t = tensor(draw_targets(70, 100))
     found = []
-    for threads in (1, 2, 3):
-        monkeypatch.setenv("TINYGPT_THREADS", str(threads))
+    for pieces in CUTS:
+        cut(pieces)
         found.append(results(fused(True)(x, w, t), x, w))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

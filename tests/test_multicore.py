@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import Device, Tensor, TinyJit, UOp
+from tinygrad import Device, Tensor, TinyJit, UOp, codegen
 from tinygrad.engine.realize import graph_cache, runtime_cache
 from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.runtime.ops_cpu import CPUProgram
@@ -23,6 +25,10 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 from tinygpt import multicore
 from tinygpt.errors import UsageError
+from tinygpt.kernels import matmul
+from tinygpt.kernels.linear import linear
+from tinygpt.kernels.matmul import Plan, register_tile
+from tinygpt.multicore import runner
 from tinygpt.multicore.pool import Commands, command, command_list
 from tinygpt.runtime import cores
 
@@ -210,6 +216,131 @@ def test_ten_thousand_tiny_launches_are_all_done(threads: int) -> None:
     assert counter.tolist() == [1 + 10_000] * PIECES
 
 
+class Busy:
+    """A process that burns time on one CPU while the block lasts."""
+
+    def __enter__(self) -> None:
+        burn = "import os; hasattr(os, 'sched_setaffinity') and os.sched_setaffinity(0, {%d})\n"
+        cpu = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        self.process = subprocess.Popen([sys.executable, "-c", burn % cpu + "while True: pass"])
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_one_kernel_gives_the_same_bits_on_any_number_of_threads_and_on_a_slow_core(
+    cut: Callable[[int], None],
+) -> None:
+    """Forward and backward through a layer, in many pieces, as one compiled kernel for all."""
+    cut(32)
+    x, w, b = random(70, 40), random(90, 40), random(90)
+    dy = random(70, 90)
+
+    def step() -> list[np.ndarray]:
+        y = linear(x, w, b, activation="gelu")
+        found = [y, *y.gradient(x, w, b, gradient=dy)]
+        Tensor.realize(*found)
+        return [t.numpy() for t in found]
+
+    multicore.install(1)
+    wanted = step()
+    kernels = len(codegen.to_program_cache)
+    for threads in (1, 2, 3, 6):
+        multicore.install(threads)
+        for _ in range(3):
+            for a, b_ in zip(step(), wanted, strict=True):
+                assert np.array_equal(a, b_)
+    with Busy():
+        for _ in range(10):
+            for a, b_ in zip(step(), wanted, strict=True):
+                assert np.array_equal(a, b_)
+    assert len(codegen.to_program_cache) == kernels  # of any other number of threads, too
+
+
+def test_a_slow_core_takes_fewer_pieces() -> None:
+    """A worker that is stuck in its piece leaves all the others to the caller."""
+    multicore.install(2)
+    pool = multicore._engine().pool
+    first, done = threading.Event(), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
+    def kernel(out: int, piece: int) -> None:
+        caller = threading.current_thread() is threading.main_thread()
+        if not caller:
+            first.set()
+            time.sleep(0.2)  # lets go of the interpreter
+        elif not first.is_set():
+            first.wait(1)
+        done.append((piece, caller))
+
+    address = ctypes.cast(kernel, ctypes.c_void_p).value
+    pool.run(command_list(command(address, 20, 1, [0, 0])), 1)
+    assert sorted(piece for piece, _ in done) == list(range(20))
+    assert sum(caller for _, caller in done) >= 18
+
+
+# ---- the share of busy cores ----
+
+BABY = [(768, 128, 384), (768, 128, 128), (768, 128, 512), (768, 512, 128)]
+GPT2 = [(1024, 768, 2304), (1024, 768, 768), (1024, 768, 3072), (1024, 3072, 768)]
+"""Rows, inputs and outputs of the layers."""
+
+
+def busy(layers: list[tuple[int, int, int]], cores: int) -> float:
+    """The share of the cores that the products of a training step keep busy, waste left out."""
+    work = time = 0.0
+    for m, n_in, n_out in layers:
+        for shape, strides in (
+            ((m, n_out, n_in), ((n_in, 1), (1, n_in))),
+            ((m, n_in, n_out), ((n_out, 1), (n_in, 1))),
+            ((n_out, n_in, m), ((1, n_out), (n_in, 1))),
+        ):
+            lanes, rows = register_tile(shape[1])
+            panels = -(-shape[1] // lanes)
+            plan = Plan(*shape, *strides, rows)
+            chunks, groups = plan.split(panels, lanes)
+            tiles = -(-shape[0] // rows)
+            unit = -(-tiles // chunks) * rows * (panels // groups) * lanes * shape[2]
+            work += math.prod(shape)
+            time += -(-chunks * groups // cores) * unit
+    return work / (time * cores)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shares"),
+    [
+        (BABY, {1: 0.97, 2: 0.97, 3: 0.9, 6: 0.85, 12: 0.8, 24: 0.7, 64: 0.38, 128: 0.19}),
+        (GPT2, {1: 0.97, 2: 0.97, 6: 0.95, 12: 0.95, 24: 0.9, 64: 0.7, 128: 0.6}),
+    ],
+)
+@pytest.mark.parametrize("tiles", [{32: 8, 16: 8}, {32: 5, 16: 8}, {32: 3, 24: 3, 16: 4}])
+def test_products_keep_many_cores_busy(
+    layers: list[tuple[int, int, int]],
+    shares: dict[int, float],
+    tiles: dict[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matmul, "register_tiles", lambda: tiles)
+    found = {cores: busy(layers, cores) for cores in shares}
+    assert all(found[cores] >= least for cores, least in shares.items()), found
+
+
+def test_more_than_256_cores_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TINYGPT_THREADS", raising=False)
+    for number in (300, 1024):
+        monkeypatch.setattr(multicore, "cores", lambda number=number: number)
+        assert multicore._checked(None) == number
+    monkeypatch.setattr(multicore, "cores", lambda: 5000)
+    assert multicore._checked(None) == multicore.MAX_THREADS
+    multicore.install(300)
+    x = random(PIECES, 1000)
+    assert np.array_equal(rows(x).numpy(), rows(x).numpy())
+    commands, counter = counting(10)
+    multicore._engine().pool.run(commands, 10)
+    assert (multicore.threads(), counter.tolist()) == (300, [11.0] * PIECES)
+
+
 # ---- switching on and off ----
 
 
@@ -217,7 +348,7 @@ def test_uninstall_gives_tinygrad_its_own_way_back() -> None:
     device, pieces = Device["CPU"], NUM_CPU_THREADS.value
     before = threading.active_count()
     multicore.install(3)
-    assert (device.graph is not None, NUM_CPU_THREADS.value) == (True, 3)
+    assert (device.graph is not None, NUM_CPU_THREADS.value) == (True, runner.PIECES)
     assert threading.active_count() == before + 2
     multicore.uninstall()
     assert (device.graph, device.runtime_t) == (None, CPUProgram)
@@ -250,11 +381,11 @@ def test_the_number_of_threads_comes_from_the_environment(monkeypatch: pytest.Mo
     assert Device["CPU"].graph is None
 
 
-@pytest.mark.parametrize("given", [-1, 257, "two"])
+@pytest.mark.parametrize("given", [-1, 1025, "two"])
 def test_a_number_of_threads_that_makes_no_sense_is_refused(
     given: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match=r"threads=.* from 1 to 256.* may use \d+"):
+    with pytest.raises(UsageError, match=r"threads=.* from 1 to 1024.* may use \d+"):
         multicore.install(given)  # type: ignore[arg-type]
     monkeypatch.setenv("TINYGPT_THREADS", str(given))
     with pytest.raises(UsageError, match="TINYGPT_THREADS="):

@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tinygrad import Tensor, TinyJit, dtypes
 
+from tests.conftest import CUTS
 from tinygpt.kernels import reference
 from tinygpt.kernels.norm import layer_norm
 
@@ -100,11 +101,11 @@ def test_extreme_rows_stay_finite(size: float) -> None:
     agree(got, exact(x, w, b, g))
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_pieces_gives_the_same_bits(cut: Callable[[int], None]) -> None:
     given = [tensor(numbers(*s, seed=i)) for i, s in enumerate([(44, 33), (33,), (33,), (44, 33)])]
     found = []
-    for threads in (1, 2, 3):
-        monkeypatch.setenv("TINYGPT_THREADS", str(threads))
+    for pieces in CUTS:
+        cut(pieces)
         found.append(results(layer_norm, *given))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,9 +14,8 @@ from tinygrad.helpers import Target
 from tinygrad.renderer.cstyle import OpenCLRenderer
 
 import tinygpt.kernels.phases as phases
+from tests.conftest import CUTS
 from tinygpt.kernels.phases import Array, Kernel, build, exp2, minimum, run
-
-THREADS = [1, 2, 3, 5]
 
 
 def poisoned(*shape: int) -> Tensor:
@@ -117,12 +117,11 @@ def test_vector_add_writes_every_element_and_none_beyond(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
-def test_row_sums_are_the_same_for_any_number_of_threads(n: int) -> None:
-    x = numbers(n, 32)
-    sums = [
-        run(row_sums, [poisoned(n)], [tensor(x)], lanes=8, threads=t, n=n, m=32)[0].numpy()
-        for t in THREADS
-    ]
+def test_row_sums_are_the_same_for_any_number_of_pieces(n: int, cut: Callable[[int], None]) -> None:
+    x, sums = numbers(n, 32), []
+    for pieces in CUTS:
+        cut(pieces)
+        sums.append(run(row_sums, [poisoned(n)], [tensor(x)], lanes=8, n=n, m=32)[0].numpy())
     np.testing.assert_allclose(sums[0], x.astype(np.float64).sum(1), rtol=1e-5, atol=1e-6)
     for other in sums[1:]:
         np.testing.assert_array_equal(sums[0], other)
@@ -189,7 +188,7 @@ def test_backward_gives_the_gradient() -> None:
         else tensor(numbers(8))
     )
 
-    def backward(gradient: Tensor) -> list[Tensor]:
+    def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         return run(times_twice, [Tensor.empty(8)], [gradient.contiguous(), x], lanes=8)
 
     y = run(square, [Tensor.empty(8)], [x], lanes=8, backward=backward)[0]
@@ -235,7 +234,7 @@ def test_an_input_cannot_be_written() -> None:
 
 def test_on_a_gpu_lanes_are_threads_and_shared_tiles_have_barriers() -> None:
     buffers = tuple(UOp.placeholder((n,), dtypes.float32, i) for i, n in enumerate((7, 7 * 16)))
-    sink = build(row_sums, buffers, 1, (8, 1, True), None, 0, (("m", 16), ("n", 7)))
+    sink = build(row_sums, buffers, 1, 8, False, True, None, 0, (("m", 16), ("n", 7)))
     renderer = OpenCLRenderer(Target(device="CL"))
     uops = line_rewrite(
         linearize(full_rewrite_to_sink(sink, renderer, optimize=False)), pm_linearize_cleanups
@@ -246,9 +245,10 @@ def test_on_a_gpu_lanes_are_threads_and_shared_tiles_have_barriers() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("DEV", "CPU") != "CPU", reason="asks for the CPU's text")
-def test_the_lanes_are_the_innermost_loop_on_a_cpu() -> None:
+def test_the_lanes_are_the_innermost_loop_on_a_cpu(cut: Callable[[int], None]) -> None:
+    cut(3)
     buffers = tuple(UOp.placeholder((n,), dtypes.float32, i) for i, n in enumerate((7, 7 * 16)))
-    sink = build(row_sums, buffers, 1, (8, 3, False), None, 0, (("m", 16), ("n", 7)))
+    sink = build(row_sums, buffers, 1, 8, False, False, None, 0, (("m", 16), ("n", 7)))
     renderer = Device["CPU"].renderer
     uops = line_rewrite(
         linearize(full_rewrite_to_sink(sink, renderer, optimize=False)), pm_linearize_cleanups

@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
+from tests.conftest import CUTS
 from tinygpt import checkpoint, kernels
 from tinygpt.api import GPT, load, train
 from tinygpt.cli import main
@@ -65,13 +67,11 @@ def by_numpy(given: list[Tensor], gelu: bool) -> np.ndarray:
     return 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))) if gelu else u
 
 
-@given(m=ROWS, o=SIZES, i=SIZES, gelu=st.booleans(), threads=st.sampled_from([1, 2, 3]))
+@given(m=ROWS, o=SIZES, i=SIZES, gelu=st.booleans())
 @settings(max_examples=14, deadline=None, derandomize=True)
-def test_the_kernels_equal_numpy_in_float64(
-    m: int, o: int, i: int, gelu: bool, threads: int
-) -> None:
+def test_the_kernels_equal_numpy_in_float64(m: int, o: int, i: int, gelu: bool) -> None:
     given = operands(m, o, i)
-    y = quantized.linear(*given, "gelu" if gelu else None, threads).numpy()
+    y = quantized.linear(*given, "gelu" if gelu else None).numpy()
     np.testing.assert_allclose(y, by_numpy(given, gelu), rtol=1e-5, atol=1e-5)
 
 
@@ -85,11 +85,15 @@ def test_the_kernels_equal_their_twin(m: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 301, 70), (40, 301, 70)])
-def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, int, int]) -> None:
-    given = operands(*shape)
-    first, *others = (quantized.linear(*given, threads=n).numpy() for n in (1, 2, 5))
-    for other in others:
-        np.testing.assert_array_equal(first, other)
+def test_any_number_of_pieces_gives_the_same_bits(
+    shape: tuple[int, int, int], cut: Callable[[int], None]
+) -> None:
+    given, found = operands(*shape), []
+    for pieces in CUTS:
+        cut(pieces)
+        found.append(quantized.linear(*given).numpy())
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
 
 
 @pytest.mark.parametrize("m", [2, 3, 16])

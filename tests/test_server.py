@@ -397,7 +397,7 @@ WRONG = [
     ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("min_p", -1), ("repetition_penalty", 0),
     ("repetition_penalty", 11), ("n", 0), ("n", 17), ("best_of", 2), ("logprobs", 6),
     ("logprobs", True), ("echo", "yes"), ("stream", 1), ("stop", ""), ("stop", ["a"] * 65),
-    ("stop", [""]), ("stop", "x" * 129), ("stop", [1]), ("seed", -2), ("seed", 1 << 63),
+    ("stop", [""]), ("stop", "x" * 129), ("stop", [1]), ("seed", -(1 << 63) - 1), ("seed", 1 << 63),
     ("presence_penalty", 2.1), ("frequency_penalty", -3), ("presence_penalty", False),
     ("suffix", MARK), ("user", 5), ("user", "x" * 257), ("stream_options", 1), ("model", 5),
     ("logit_bias", {"5": 101}), ("logit_bias", {"-1": 0}), ("logit_bias", {"a": 0}),
@@ -421,6 +421,7 @@ def test_a_wrong_value_is_a_400_that_names_its_field(name, value):
     ("fields", "param"),
     [
         ({"logit_bias": {MARK: 5}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"n": 8, "prompt": ["a", "b", "c"]}, "n"),
     ],
@@ -498,6 +499,17 @@ def test_fields_that_ask_for_nothing_change_nothing():
         request = service.engine.streams[-1].request
         assert request.config == SampleConfig(top_p=1.0)
         assert (request.seed, request.penalties) == (None, None)
+
+
+def test_tools_that_are_not_to_be_used_are_none_and_negative_seeds_are_seeds():
+    service = fake_service()
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    http = client(service)
+    assert http.post(CHATS, json=chat(tools=tools, tool_choice="none", seed=-2)).status_code == 200
+    seed = service.engine.streams[-1].request.seed
+    assert http.post(CHATS, json=chat(seed=-2)).status_code == 200
+    assert service.engine.streams[-1].request.seed == seed > (1 << 63)
+    assert error_of(http.post(CHATS, json=chat(tools=tools)), 400)["param"] == "tools"
 
 
 def test_more_than_the_limit_is_as_much_as_the_limit():
@@ -1175,8 +1187,11 @@ def test_seeds_are_those_of_generate_one_after_the_other(real, expected):
 def test_no_setting_that_is_let_through_breaks_the_engine(real):
     """One request that fails in a step would take its neighbours along."""
     extremes = {
-        "temperature": [0, 5e-324, 2], "top_p": [5e-324, 1], "top_k": [1, (1 << 31) - 1],
-        "min_p": [0, 5e-324, 1], "repetition_penalty": [0.1, 10], "seed": [0, (1 << 63) - 1],
+        "temperature": [0, 5e-324, 2], "top_p": [0, 5e-324, 1],
+        "top_k": [-1, 0, 1, (1 << 31) - 1], "min_p": [0, 5e-324, 1],
+        "repetition_penalty": [0.1, 10], "seed": [-(1 << 63), -1, 0, (1 << 63) - 1],
+        "presence_penalty": [-2, 2], "frequency_penalty": [-2, 2],
+        "logit_bias": [{}, {"0": -100, "255": 100, "9999999999": 100}],
     }  # fmt: skip
     for name, values in extremes.items():
         for value in values:
@@ -1184,6 +1199,13 @@ def test_no_setting_that_is_let_through_breaks_the_engine(real):
             assert len(texts_of(real.post(COMPLETIONS, json=both))) == 2, (name, value)
     everything = {name: values[0] for name, values in extremes.items()}
     assert len(texts_of(real.post(COMPLETIONS, json=complete(max_tokens=3, **everything)))) == 1
+
+
+def test_bias_and_penalties_steer_what_the_engine_writes(real):
+    one = complete("Hello", max_tokens=6, temperature=0, logit_bias={"120": 100})
+    assert texts_of(real.post(COMPLETIONS, json=one)) == ["xxxxxx"]
+    other = one | {"frequency_penalty": 2, "logit_bias": {"120": 50, "121": 49}}
+    assert texts_of(real.post(COMPLETIONS, json=other)) == ["xyxyxy"]
 
 
 def test_a_stop_string_ends_the_text_before_it(real, expected):
@@ -1301,12 +1323,35 @@ def test_the_second_signal_ends_it_at_once(served):
         (["--port", "-1"], "--port -1"),
         (["--allow-host", "no host"], "not the name of a host"),
         (["--cors-origin", "localhost:3000"], "is not an origin"),
+        (["--model-name", " "], "--model-name"),
+        (["--max-tokens", "0"], "max_tokens=0"),
     ],
 )
 def test_unsafe_or_impossible_options_are_wrong_use(run, arguments, message, capsys, monkeypatch):
     monkeypatch.delenv("TINYGPT_API_KEY", raising=False)
     assert main(["serve", str(run), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_and_limits_come_from_flags(run, capsys, monkeypatch):
+    found = []
+
+    def look(server, listeners):
+        http = TestClient(server.config.app, base_url="http://box.example")
+        names = [model["id"] for model in http.get("/v1/models").json()["data"]]
+        answer = http.post(COMPLETIONS, json=complete(max_tokens=99, model="mine/1"))
+        known = http.post(COMPLETIONS, json=complete(newest=1)).status_code
+        service_limits = http.get("/metrics").text
+        found.extend([names, answer.json()["usage"]["completion_tokens"], known, service_limits])
+
+    monkeypatch.setattr(Server, "run", look)
+    flags = ["--model-name", "mine/1", "--max-tokens", "5", "--queue", "7", "--strict-api"]
+    flags += ["--access-log", "--allow-host", "box.example", "--port", "0"]
+    assert main(["serve", str(run), *flags]) == 0
+    names, written, known, figures = found
+    assert (names, written, known) == (["mine/1"], 5, 400)
+    assert "tinygpt_queue 7\n" in figures
+    assert " POST /v1/completions 400 " in capsys.readouterr().err
 
 
 def test_serving_int8_weights_says_what_they_cost(run, tmp_path, capsys, monkeypatch):

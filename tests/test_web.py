@@ -199,9 +199,20 @@ def test_another_text_is_refused_and_a_tie_is_not(
 
 # The scripts ------------------------------------------------------------------------------------
 
+
+def imported(text: str) -> BPETokenizer:
+    """Numbered as others do, with special tokens before and behind, one of which merges lead to."""
+    trained = BPETokenizer.train(text, 500)
+    merges = [*(token for token in trained.ranks if len(token) > 1), b"[|"]
+    return BPETokenizer.from_merges(
+        merges, alphabet=bytes(range(255, -1, -1)), special={"<s>": 0, "[|]": 502}
+    )
+
+
 TOKENIZERS: dict[str, Callable[[str], Tokenizer]] = {
     "gpt2": lambda text: BPETokenizer("gpt2"),
     "bpe": lambda text: BPETokenizer.train(text, 1024),
+    "imported": imported,
     "byte": lambda text: ByteTokenizer(),
     "char": CharTokenizer,
 }
@@ -210,7 +221,7 @@ TOKENIZERS: dict[str, Callable[[str], Tokenizer]] = {
 @needs_node
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_page_s_tokenizers_are_ours(name: str) -> None:
-    text = mixed_text()
+    text = mixed_text() + "\n[|]\n<s>"
     assert len(text.encode()) >= 300_000
     tokenizer = TOKENIZERS[name](text)
     ids, back = node(

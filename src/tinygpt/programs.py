@@ -19,6 +19,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,7 @@ from tinygrad.helpers import (
     PARALLEL,
     TRACEMETA,
     VIZ,
+    ContextVar,
     diskcache_get,
     diskcache_put,
 )
@@ -115,7 +117,28 @@ def _save(key: object, program: UOp) -> None:
 
 
 def _name(key: object) -> str:
-    return hashlib.sha256(f"{_installation()} {key!r}".encode()).hexdigest()
+    return hashlib.sha256(f"{_installation()} {_settings()} {key!r}".encode()).hexdigest()
+
+
+def _settings() -> str:
+    """tinygrad's settings that lowering depends on and that ``key`` lacks."""
+    return repr([_environment(), *(v.value for v in ContextVar._cache.values() if v.key in VALUES)])
+
+
+@cache
+def _environment() -> list[str | None]:
+    return [os.environ.get(name) for name in READ]  # once, as tinygrad reads them
+
+
+VALUES = ("BEAM", "FLOAT16", "TUPLE_ORDER")
+"""Settings that tinygrad's code generator looks at, besides those in its own key."""
+READ = (
+    *("ALIGNED", "ALLOW_HALF8", "DMC", "EXPAND_SSA", "MV", "MV_BLOCKSIZE", "MV_ROWS_PER_THREAD"),
+    *("MV_THREADS_PER_ROW", "OCCUPANCY_FLOOR", "THREADS", "TC", "TC_OPT", "NOLOCALS"),
+    *("BEAM_DEV_TIMEOUT", "BEAM_ESTIMATE", "BEAM_LOCAL_MAX", "BEAM_MIN_PROGRESS", "BEAM_PADTO"),
+    *("BEAM_STRICT_MODE", "BEAM_TIMEOUT_SEC", "BEAM_UOPS_MAX", "BEAM_UPCAST_MAX"),
+)
+"""Variables that it reads from the environment where it needs them."""
 
 
 @cache
@@ -180,10 +203,15 @@ class Child:
         return made
 
     def end(self) -> None:
-        """Stop it if it is still at work."""
+        """Stop it if it is still at work.
+
+        A host program that ignores SIGCHLD, or waits for every child, may have reaped it already.
+        """
         self.results.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError, ProcessLookupError):
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):  # else its number may be another's
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
 
 
 def _fork(make: Callable[[Task], Made], tasks: list[Task]) -> Child:

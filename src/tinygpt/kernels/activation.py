@@ -35,7 +35,7 @@ def gelu_gradient(k: Kernel, du: Array, dy: Array, u: Array, *, n: int, units: i
         du[at] = dy[at] * gelu_slope(u[at])
 
 
-def gelu_backward(dy: Tensor, u: Tensor, threads: int | None = None) -> Tensor:
+def gelu_backward(dy: Tensor, u: Tensor) -> Tensor:
     """The gradient before GELU, from the one after it and from GELU's argument u."""
     n = int(dy.numel())
     out = Tensor.empty(*u.shape, dtype=u.dtype, device=u.device)
@@ -44,7 +44,6 @@ def gelu_backward(dy: Tensor, u: Tensor, threads: int | None = None) -> Tensor:
         [out],
         [dy, u],
         lanes=min(n, 32),
-        threads=threads,
         ops=30 * n,
         n=n,
         units=min(64, -(-n // 32)),

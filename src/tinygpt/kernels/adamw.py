@@ -27,7 +27,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.fallback import falls_back, first_device, obstacle
-from tinygpt.kernels.norm import empty, fill, share, sum_dtype
+from tinygpt.kernels.norm import empty, fill, own_share, share, sum_dtype
 from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, run
 
 LANES = 32
@@ -244,11 +244,11 @@ def _update(
     n = len(sizes)
     params, ms, vs, grads = (arrays[i : i + n] for i in range(0, 4 * n, n))
     factor, lr, correct_m, correct_v, taken = (arrays[-1][i] for i in range(5))
-    units = GPU_UNITS if k.gpu else k.threads
+    units = GPU_UNITS if k.gpu else k.pieces
     unit = k.units(units)
     with k.loop(taken.cast(dtypes.int32)):  # once, or not at all
         for p, m, v, g, size, d in zip(params, ms, vs, grads, sizes, decay, strict=True):
-            for at, _, inside in share(k, size, unit, units):
+            for at, inside in own_share(k, size, unit, units):
                 gradient = g[at].cast(m.dtype) * factor
                 first = m[at] * beta1 + gradient * (1 - beta1)
                 second = v[at] * beta2 + gradient * gradient * (1 - beta2)

@@ -19,6 +19,8 @@ from tinygpt.kernels.norm import empty, largest_divisor, sum_dtype
 from tinygpt.kernels.phases import Array, Kernel, as_index, contiguous, run
 
 LANES = 16
+UNITS = 16
+"""About so many share out the columns: the narrower they are, the worse they are cleared."""
 
 
 def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -72,9 +74,8 @@ def _backward(k: Kernel, *arrays: Array, rows: tuple[int, ...], B: int, T: int, 
     """Outputs: the gradient of each table, so many ``rows``. Inputs: (B, T, C) gradient, tokens."""
     *sums, g, tokens = arrays
     blocks = C // k.lanes
-    units = blocks if k.gpu else largest_divisor(blocks, k.threads)
-    count = blocks // units
-    first = k.units(units) * count
+    count = 1 if k.gpu else largest_divisor(blocks, max(1, blocks // UNITS))
+    first = k.units(blocks // count) * count
     for total, n in zip(sums, rows, strict=True):
         with k.loop(n) as row, k.loop(count) as j, k.phase() as lane:
             total[row * C + (first + j) * k.lanes + lane] = 0.0

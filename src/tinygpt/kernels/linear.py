@@ -53,13 +53,11 @@ def linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: Literal["gelu"] | None = None,
-    threads: int | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b, and then + residual, and then GELU, for x (..., I), weight (O, I) -> (..., O).
 
     bias is (O,), residual is (..., O) like y.
-    ``threads`` is the number of cores (None: what `multicore` runs on); the result does not depend
-    on it. Sums are float32, or float64 for float64. Where `supported` says no, the plain formula of
+    Sums are float32, or float64 for float64. Where `supported` says no, the plain formula of
     ``reference`` is used.
     """
     given = [t for t in (x, weight, bias, residual) if t is not None]
@@ -71,11 +69,9 @@ def linear(
 
     def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         dy = contiguous(gradient)
-        du = gelu_backward(dy, outputs[1], threads) if activate else dy
-        dx = matmul(du, w, (m, n_in, n_out), (n_out, 1), (n_in, 1), threads=threads)[0]
-        dw, *db = matmul(
-            du, x2, (n_out, n_in, m), (1, n_out), (n_in, 1), sums=bias is not None, threads=threads
-        )
+        du = gelu_backward(dy, outputs[1]) if activate else dy
+        dx = matmul(du, w, (m, n_in, n_out), (n_out, 1), (n_in, 1))[0]
+        dw, *db = matmul(du, x2, (n_out, n_in, m), (1, n_out), (n_in, 1), sums=bias is not None)
         grads = [dx, dw, *db] + [du] * (residual is not None)
         return [g.cast(t.dtype) for g, t in zip(grads, given, strict=True)]
 
@@ -83,7 +79,7 @@ def linear(
     r = None if residual is None else contiguous(residual.reshape(m, n_out))
     activate = activation == "gelu"
     if m <= FEW:
-        y = matvec(x2, w, b, r, activate, threads, backward)[0]
+        y = matvec(x2, w, b, r, activate, backward)[0]
     else:
         y = matmul(
             x2,
@@ -94,7 +90,6 @@ def linear(
             bias=b,
             residual=r,
             gelu=activate,
-            threads=threads,
             backward=backward,
         )[0]
     return y.cast(least_upper_dtype(x.dtype, weight.dtype)).reshape(*lead, n_out)
@@ -195,7 +190,6 @@ def matvec(
     b: Tensor | None,
     r: Tensor | None,
     act: bool,
-    threads: int | None,
     backward: Backward,
 ) -> list[Tensor]:
     """[GELU of y,] y for few rows of x."""
@@ -207,7 +201,6 @@ def matvec(
         [Tensor.empty(m, n_out, dtype=real, device=x.device) for _ in range(1 + act)],
         [t for t in (x, w, b, r) if t is not None],
         lanes=16,
-        threads=threads,
         name=f"matvec_{m}x{n_out}x{n_in}" + "_gelu" * act,
         ops=2 * m * n_in * n_out,
         backward=backward,

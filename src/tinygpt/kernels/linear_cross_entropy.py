@@ -32,7 +32,7 @@ from tinygpt.kernels.fallback import falls_back, obstacle
 from tinygpt.kernels.linear import supported
 from tinygpt.kernels.loss_kernels import BLOCK, Plan
 from tinygpt.kernels.matmul import register_tile
-from tinygpt.kernels.norm import empty, sum_dtype
+from tinygpt.kernels.norm import empty, largest_divisor, sum_dtype
 from tinygpt.kernels.phases import contiguous, run
 
 CHUNK = 512
@@ -57,7 +57,9 @@ def linear_cross_entropy(
     (N, C), V = map(int, x.shape), int(weight.shape[0])
     x, weight = contiguous(x), contiguous(weight)
     chunk = max(CHUNK, -(-N // MOST_CHUNKS))
-    work = Work(x, weight, targets, Plan(N, C, V, *register_tile(chunk), chunk, frozen))
+    lanes, rows = register_tile(chunk)
+    plan = Plan(N, C, V, lanes, largest_divisor(BLOCK // 2, rows), chunk, frozen)
+    work = Work(x, weight, targets, plan)
     statistics = work.run(gradient)
     ready = gradient
 
@@ -105,7 +107,7 @@ class Work:
     def run(self, gradient: bool) -> list[Tensor]:
         """Work off all rows; -> each chunk's statistics. With ``gradient`` sets dx and dweight."""
         plan, new, launch = self.plan, self.new, self.launch
-        powers = new(plan.blocks * BLOCK, plan.rows)
+        powers = new(plan.blocks * plan.block, plan.rows)
         self.dx: list[Tensor] = []
         self.dweight = [] if plan.frozen else [new(plan.V, plan.C)]
         found: list[Tensor] = []

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from tinygrad import UOp
 
 from tinygpt.kernels.cross_entropy import LOG2E, row_loss, within
-from tinygpt.kernels.norm import fill, share
+from tinygpt.kernels.norm import fill, own_share
 from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, as_uop, exp2, minimum
 
 BLOCK = 48
-"""Rows of the weight that are worked off at a time: a multiple of every tile's rows."""
-PARTS = 16
+"""Rows of the weight that are worked off at a time, or half so many; a multiple of a tile's."""
+PARTS = 32
 LOWEST = -3e38
 """Below every score but those beyond V, which are -inf: a block of these has exp(S - m) = 0."""
 DEPTH = 256
@@ -55,13 +55,18 @@ class Plan:
         return -(-self.C // self.lanes) * self.lanes
 
     @property
+    def block(self) -> int:
+        """Rows of the weight of a block; fewer where they would not make a block for each part."""
+        return BLOCK if self.V > BLOCK * PARTS else BLOCK // 2
+
+    @property
     def parts(self) -> int:
-        return min(PARTS, -(-self.V // BLOCK))
+        return min(PARTS, -(-self.V // self.block))
 
     @property
     def blocks(self) -> int:
         """Blocks of the vocabulary, the same number for each part; the last may lie beyond V."""
-        return -(-self.V // (BLOCK * self.parts)) * self.parts
+        return -(-self.V // (self.block * self.parts)) * self.parts
 
     @property
     def depth(self) -> int:
@@ -121,8 +126,8 @@ def scores(
     acc, m, z = k.tile(plan.tile, kind), k.tile(1, kind), k.tile(1, kind)
     with k.loop(rows // L) as j:
         panel = (as_index(chunk[0]) * (rows // L) + j) * C * L
-        with k.loop(C // plan.depth) as part, k.loop(BLOCK // plan.tile) as t:
-            first, start = block * BLOCK + t * plan.tile, part * plan.depth
+        with k.loop(C // plan.depth) as part, k.loop(plan.block // plan.tile) as t:
+            first, start = block * plan.block + t * plan.tile, part * plan.depth
             places = [(first + u) * rows + j * L for u in range(plan.tile)]
             with k.phase() as lane:
                 for u, place in enumerate(places):
@@ -136,11 +141,11 @@ def scores(
                 for u, place in enumerate(places):
                     scores[place + lane] = (first + u < V).where(acc[u, lane], -math.inf)
         fill(k, LOWEST, 1, m)
-        with k.loop(BLOCK) as v, k.phase() as lane:
-            m[0, lane] = m[0, lane].maximum(scores[(block * BLOCK + v) * rows + j * L + lane])
+        with k.loop(plan.block) as v, k.phase() as lane:
+            m[0, lane] = m[0, lane].maximum(scores[(block * plan.block + v) * rows + j * L + lane])
         fill(k, 0.0, 1, z)
-        with k.loop(BLOCK) as v, k.phase() as lane:
-            at = (block * BLOCK + v) * rows + j * L + lane
+        with k.loop(plan.block) as v, k.phase() as lane:
+            at = (block * plan.block + v) * rows + j * L + lane
             power = exp2((scores[at] - m[0, lane]) * LOG2E)
             scores[at] = power
             z[0, lane] = z[0, lane] + power
@@ -204,18 +209,18 @@ def products(k: Kernel, dx_parts: Array, *arrays: Array, plan: Plan) -> None:
     number = as_index(chunk[0])
     # columns of these tiles are read one behind the other: a width that is no power of two
     # keeps them from falling on the same few lines of the cache
-    p, w = k.tile(BLOCK, kind, width=rows + L), k.tile(C, kind, width=BLOCK)
+    p, w = k.tile(plan.block, kind, width=rows + L), k.tile(C, kind, width=plan.block)
     factor = k.tile(1, kind, width=rows)
     with k.loop(rows * C // L) as j, k.phase() as lane:
         dx_parts[(part * rows * C + j * L) + lane] = 0.0
     with k.loop(plan.blocks // plan.parts) as i:
         block = part * (plan.blocks // plan.parts) + i
-        first = block * BLOCK
+        first = block * plan.block
         with k.loop(rows // L) as j, k.phase() as lane:
             at = j * L + lane
             shrink = exp2((largest[block * rows + at] - statistics[rows + at]) * LOG2E)
             factor[0, at] = shrink * statistics[2 * rows + at]
-        with k.loop(BLOCK) as v:
+        with k.loop(plan.block) as v:
             with k.loop(rows // L) as j, k.phase() as lane:
                 at = j * L + lane
                 hit = as_index(targets[number * rows + at]).eq(first + v)
@@ -228,11 +233,11 @@ def products(k: Kernel, dx_parts: Array, *arrays: Array, plan: Plan) -> None:
             tiles, rest = divmod(C, plan.tile)
             if tiles:
                 with k.loop(tiles) as t:
-                    _add_dx(k, dx_parts, out, t * plan.tile, plan.tile, p, w, j * L)
+                    _add_dx(k, dx_parts, out, t * plan.tile, plan.tile, plan.block, p, w, j * L)
             if rest:
-                _add_dx(k, dx_parts, out, C - rest, rest, p, w, j * L)
+                _add_dx(k, dx_parts, out, C - rest, rest, plan.block, p, w, j * L)
         if dweight is not None and by_column is not None:
-            with k.loop(plan.columns // L) as j, k.loop(BLOCK // plan.tile) as t:
+            with k.loop(plan.columns // L) as j, k.loop(plan.block // plan.tile) as t:
                 _add_dweight(k, dweight, first, t, j, number, p, by_column, plan)
 
 
@@ -242,6 +247,7 @@ def _add_dx(
     out: Index,
     c: Index,
     tile: int,
+    block: int,
     p: Tile,
     w: Tile,
     row: Index,
@@ -251,7 +257,7 @@ def _add_dx(
     with k.phase() as lane:
         for u in range(tile):
             acc[u, lane] = dx[(out + c + u) * k.lanes + lane]
-    with k.loop(BLOCK) as v, k.phase() as lane:
+    with k.loop(block) as v, k.phase() as lane:
         vector = p[v, row + lane]
         for u in range(tile):
             acc[u, lane] = acc[u, lane] + vector * w[c + u, v]
@@ -274,7 +280,7 @@ def _add_dweight(
     """One tile of dweight += Pᵀ X over the rows of the chunk."""
     C, V, L, rows, tile = plan.C, plan.V, k.lanes, plan.rows, plan.tile
     acc = k.tile(tile, dweight.dtype)
-    ragged = plan.columns != C or plan.blocks * BLOCK != V
+    ragged = plan.columns != C or plan.blocks * plan.block != V
     panel = (j * plan.chunks + number) * rows
 
     def place(u: int, lane: UOp) -> tuple[UOp, UOp | None]:
@@ -309,19 +315,19 @@ def add_parts(k: Kernel, dx: Array, parts: Array, *unused: Array, plan: Plan) ->
 
 def collect(k: Kernel, dx: Array, g: Array, *chunks: Array, plan: Plan) -> None:
     """dx of all rows, times the gradient of the loss."""
-    unit = k.units(k.threads)
+    unit = k.units(k.pieces)
     for i, rows in enumerate(chunks):
         start = i * plan.rows * plan.C
         size = min(plan.rows, plan.N - i * plan.rows) * plan.C
-        for at, _, inside in share(k, size, unit, k.threads):
+        for at, inside in own_share(k, size, unit, k.pieces):
             dx.put(start + at, rows[at] * g[0].cast(dx.dtype), where=inside)
 
 
 def scale(k: Kernel, dweight: Array, g: Array, *unused: Array, plan: Plan) -> None:
     """Multiply by the gradient of the loss; nothing to do if that is 1, as it mostly is."""
-    unit = k.units(k.threads)
+    unit = k.units(k.pieces)
     with k.loop(g[0].ne(1.0).where(1, 0)):
-        for at, _, inside in share(k, plan.V * plan.C, unit, k.threads):
+        for at, inside in own_share(k, plan.V * plan.C, unit, k.pieces):
             dweight.put(at, dweight[at] * g[0].cast(dweight.dtype), where=inside)
 
 

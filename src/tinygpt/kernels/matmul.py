@@ -14,8 +14,8 @@ The tile stays in the vector registers (`register_tiles`). Around it, what each 
   copying adds them up over the depth: the gradient of the bias, almost for nothing.
 - From one block of depth to the next, ``out`` itself holds the sum so far.
 
-A unit is a chunk of rows by one panel, or by a group of panels if ``a`` is copied. The order of
-every sum follows from the shapes alone: the result is bitwise the same for any number of threads.
+A unit is a chunk of rows by one panel, or by a group of panels if ``a`` is copied (`Plan.split`).
+How every sum is formed follows from the shapes alone, and so is the same for any number of cores.
 
 Where the shape is no multiple of the tile, rows and columns beyond the end repeat the last ones:
 the same number is then computed twice and written twice, which is cheaper than not to write it.
@@ -25,6 +25,7 @@ Only where that would add to ``out`` twice, the writes are gated.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import platform
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from pathlib import Path
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.activation import gelu
+from tinygpt.kernels.norm import divisors
 from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, minimum, run
 
 BLOCK = 512
@@ -41,27 +43,50 @@ COPIED_BLOCK = 128
 """The same where ``a`` is copied: a panel and a tile's rows of the copy fit level 1, 32 KB."""
 COPIED_ROWS = 576
 """Most rows of ``a`` in a copied chunk: with its block of depth, 288 KB of level 2."""
+COPY, COPY_ACROSS = 6, 15
+"""What it takes to copy a number of an operand, and one that lies across, in multiply-adds."""
+UNIT = 20_000
+"""What a unit takes besides, being dealt out for instance; in multiply-adds too."""
+CORES = tuple((n, math.cbrt(n)) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128))
+"""Numbers of cores that products are cut up for, and what the time on so many weighs. It falls with
+their number n, so a relative loss counts 1 / n^(2/3): few cores are the more common."""
 LINE = 16
 """Numbers in a cache line of 64 bytes."""
 
 
 @functools.cache
 def register_tiles() -> dict[int, int]:
-    """Lanes -> rows of the register tiles for this machine's vectors, the best first.
+    """Lanes -> rows of the register tiles for this machine's vectors, the best first."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux: a Mac, whose Intel processors have AVX2
+        processor = "avx2"
+    return tiles_of(platform.machine(), processor)
+
+
+def tiles_of(machine: str, processor: str) -> dict[int, int]:
+    """The same for a machine as Python names it, and what Linux says of its processor.
 
     A step needs rows x vectors accumulators, a register for each row's number (the compiler loads
     them all first) and one for the vector of ``b``. One too many and the tile is spilled, at less
-    than half the speed: AVX2's 16 registers of 8 floats hold 3 rows x 4 vectors + 3 + 1. AVX-512
-    has 32 registers of 16 floats, NEON 32 of 4. Under 8 accumulators, the multiply-adds would wait
-    for one another.
+    than half the speed. Under 8 accumulators, the multiply-adds would wait for one another.
+
+    ============ ============ ============ ===========================================
+    vectors      registers    lanes x rows
+    ============ ============ ============ ===========================================
+    AVX-512      32 of 8      32 x 5       4 vectors: compilers avoid the wide ones,
+    on AMD       32 of 16     32 x 8       2 vectors, but not there
+    AVX2         16 of 8      32 x 3       4 vectors
+    SSE          16 of 4      16 x 2       4 vectors; a product needs a register as well
+    NEON         32 of 4      16 x 4       4 vectors
+    ============ ============ ============ ===========================================
     """
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return {16: 4, 8: 8}
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux
-        flags = ""
-    return {32: 8, 16: 8} if "avx512f" in flags else {32: 3, 24: 3, 16: 4, 8: 4}
+    if machine.lower() in ("arm64", "aarch64"):
+        return {16: 4, 8: 6}
+    flags = processor.split()
+    if "avx512f" in flags:
+        return {32: 8, 16: 8} if "AuthenticAMD" in flags else {32: 5, 16: 8}
+    return {32: 3, 24: 3, 16: 4, 8: 4} if "avx2" in flags else {16: 2, 8: 4}
 
 
 def register_tile(n: int) -> tuple[int, int]:
@@ -107,16 +132,26 @@ class Plan:
         whole, rest = divmod(self.depth, most)
         return [(0, whole, most), (whole * most, 1, rest)]
 
-    def split(self, panels: int, threads: int) -> tuple[int, int]:
-        """(chunks of rows, groups of panels): work for every thread, within what a cache holds."""
+    def split(self, panels: int, lanes: int) -> tuple[int, int]:
+        """(chunks of rows, groups of panels): the units that suit one core, some, and many.
+
+        More units copy more, and waste rows where the last chunk is not full; fewer leave cores
+        with nothing to do. What each choice takes on each of CORES is estimated, in multiply-adds.
+        """
         tiles = -(-self.m // self.rows)
-        if not self.copies_a:
-            uneven = panels % threads and panels < 8 * threads
-            return (threads if uneven and tiles % threads == 0 else 1), panels
-        fewest = -(-tiles * self.rows // COPIED_ROWS)
-        # a number that divides the tiles, so that none is gated, unless the chunks become too small
-        chunks = next((c for c in range(fewest, 4 * fewest) if tiles % c == 0), fewest)
-        return chunks, 1 if chunks % threads == 0 else math.gcd(panels, threads)
+        fewest = -(-tiles * self.rows // COPIED_ROWS) if self.copies_a else 1
+
+        def cost(choice: tuple[int, int]) -> float:
+            chunks, groups = choice
+            height, width = -(-tiles // chunks) * self.rows, panels // groups * lanes
+            copied = (COPY_ACROSS if self.b_strides[0] == 1 else COPY) * width
+            copied += COPY * height if self.copies_a else 0
+            unit = UNIT + (height * width + copied) * self.depth
+            return sum(weight * -(-chunks * groups // cores) * unit for cores, weight in CORES)
+
+        chunks = sorted({-(-tiles // height) for height in range(1, tiles + 1)})
+        groups = [panels] if not self.copies_a else divisors(panels)
+        return min(itertools.product([c for c in chunks if c >= fewest], groups), key=cost)
 
 
 class Product:
@@ -140,7 +175,7 @@ class Product:
         self.blocks = plan.blocks()
         self.once = len(self.blocks) == 1 and self.blocks[0][1] == 1
         panels = -(-plan.n // k.lanes)
-        chunks, groups = plan.split(panels, k.threads)
+        chunks, groups = plan.split(panels, k.lanes)
         self.tiles = -(-plan.m // (chunks * plan.rows))  # of a chunk
         self.panels = panels // groups  # of a group
         height = self.tiles * plan.rows
@@ -280,7 +315,6 @@ def matmul(
     residual: Tensor | None = None,
     gelu: bool = False,
     sums: bool = False,
-    threads: int | None = None,
     backward: Backward | None = None,
 ) -> list[Tensor]:
     """[GELU of out,] out (m, n) = a (m, depth) @ b (depth, n) + bias + residual [, sums].
@@ -313,7 +347,6 @@ def matmul(
         outputs,
         [a, b, *extra],
         lanes=lanes,
-        threads=threads,
         name=plan.name,
         ops=2 * m * n * depth,
         backward=backward,

@@ -222,6 +222,25 @@ def share(
                 yield minimum(at, n - 1), lane, at < n
 
 
+def own_share(k: Kernel, n: int, part: UOp, parts: int) -> Iterator[tuple[UOp, UOp]]:
+    """Phases over one part's share of the elements below n: yields (element, is it one?).
+
+    The shares differ by a block of lanes at most; the last part has what is left over as well. For
+    kernels of one unit, ``part``, per piece, and state that is updated in place: no element is in
+    two shares.
+    """
+    blocks, rest = divmod(n, k.lanes)
+    if blocks:
+        first = part * blocks // parts
+        count = blocks if parts == 1 else (part + 1) * blocks // parts - first
+        with k.loop(count) as j, k.phase() as lane:
+            yield (first + j) * k.lanes + lane, as_uop(True)
+    if rest:
+        with k.phase(None if k.gpu else rest) as lane:
+            at, last = blocks * k.lanes + lane, part.eq(parts - 1)
+            yield minimum(at, n - 1), last & (at < n) if k.gpu else last
+
+
 def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
     """Set rows of the tiles to a number."""
     with k.phase() as lane:
@@ -233,6 +252,10 @@ def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
 def sum_dtype(x: Tensor) -> DType:
     """The type to add up elements of x in: at least float32."""
     return dtypes.float64 if x.dtype == dtypes.float64 else dtypes.float32
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def largest_divisor(n: int, limit: int) -> int:

@@ -1,10 +1,11 @@
 """The little language that kernels are written in: units, loops, phases, lanes, tiles.
 
-A kernel does some number of independent *units* of work, shared out over the cores of a CPU or the
-workgroups of a GPU. Inside a unit there are loops and *phases*. A phase is a group of assignments
-done for every *lane* at once: on a CPU the lanes are an innermost loop of constant length that the
-C compiler turns into vector instructions, on a GPU each lane is a thread. *Tiles* are small arrays
-of rows x lanes that live while a unit is worked on: registers, or a little stack.
+A kernel does some number of independent *units* of work, which go in *pieces* to the cores of a CPU
+or one by one to the workgroups of a GPU. Inside a unit there are loops and *phases*. A phase is a
+group of assignments done for every *lane* at once: on a CPU the lanes are an innermost loop of
+constant length that the C compiler turns into vector instructions, on a GPU each lane is a thread.
+*Tiles* are small arrays of rows x lanes that live while a unit is worked on: registers, or a little
+stack.
 
 The rules:
 
@@ -15,6 +16,7 @@ The rules:
 - Python's own ``for`` unrolls; ``with k.loop(n) as i`` is a loop of the kernel. ``n`` may be a
   number, or read from memory, but must not depend on the index of a unit or of another loop.
 - Units must not depend on one another, so that the result is the same for any number of cores.
+- Units and pieces follow from the work alone: one kernel serves any number of cores.
 
 An example, the sums of the rows of ``x`` (n, m), a row per unit:
 
@@ -42,14 +44,21 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.dtype import AddrSpace, DType
+from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
-from tinygpt import multicore
+PIECE_OPS = 200_000
+"""Operations of a piece at least: some 3 µs of a core. Dealing it out costs 0.1 µs to 0.3 µs."""
+PIECE_BYTES = 32 << 10
+"""Bytes of a piece at least, for kernels that move more than they compute: as long."""
+MOST_PIECES = 256
+"""For cores that share a kernel evenly there should be some pieces for each."""
 
 Index = UOp | int
 Value = UOp | float
@@ -142,12 +151,12 @@ class Tile:
 class Kernel:
     """What a kernel function writes to; `run` and `build` make one and call the function with it.
 
-    ``lanes``, ``threads`` and ``gpu`` are what the kernel is made for; a kernel function may read
-    them, and must work for every value that its callers use.
+    ``lanes``, ``pieces``, the most that its units make, and ``gpu`` are what the kernel is made
+    for; a kernel function may read them, and must work for every value that its callers use.
     """
 
-    def __init__(self, lanes: int, threads: int = 1, gpu: bool = False) -> None:
-        self.lanes, self.threads, self.gpu = lanes, threads, gpu
+    def __init__(self, lanes: int, pieces: int = 1, gpu: bool = False) -> None:
+        self.lanes, self.pieces, self.gpu = lanes, pieces, gpu
         self._ranges = self._tiles = 0
         self._order: tuple[UOp, ...] = ()  # what the next phase comes after
         self._depth = 0  # loops entered and not yet left
@@ -155,20 +164,24 @@ class Kernel:
         self._stores: list[UOp] | None = None  # the open phase
 
     def units(self, n: int) -> UOp:
-        """The index of the unit, below ``n``. Each core takes a contiguous share of them."""
+        """The index of the unit, below ``n``. A piece is some units in a row."""
         assert not self._order, "k.units comes first, and once"
         if self.gpu:
             unit: UOp = UOp.special(n, "gidx0")
             self._order = (unit, UOp.special(self.lanes, "lidx0"))
             return unit
-        if (cores := min(self.threads, n)) == 1:
+        size = -(-n // self.pieces)  # of a piece, but for the last
+        if (pieces := -(-n // size)) == 1:
             unit = self._range(n)
             self._order = self._outer = (unit,)
             return unit
-        core = self._range(cores, AxisType.THREAD)
-        first = core * n // cores
-        i = self._range(n // cores if n % cores == 0 else (core + 1) * n // cores - first)
-        self._order = self._outer = (i, core)
+        piece = self._range(pieces, AxisType.THREAD)
+        if size == 1:
+            self._order = self._outer = (piece,)
+            return piece
+        first = piece * size
+        i = self._range(minimum(n - first, size) if n % size else size)
+        self._order = self._outer = (i, piece)
         return first + i
 
     def tile(
@@ -285,11 +298,6 @@ def on_gpu(x: Tensor) -> bool:
     return bool(Device[device].renderer.has_local)
 
 
-def default_threads() -> int:
-    """The number of cores that kernels are split over: what `multicore` runs on, or 1."""
-    return max(1, multicore.threads())
-
-
 def contiguous(x: Tensor) -> Tensor:
     """``x`` in memory, row by row. Unlike ``Tensor.contiguous`` it copies no kernel's output."""
     return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
@@ -300,7 +308,9 @@ def build(
     fn: Callable[..., None],
     buffers: tuple[UOp, ...],
     n_outputs: int,
-    kernel: tuple[int, int, bool],
+    lanes: int,
+    whole: bool,
+    gpu: bool,
     name: str | None,
     ops: int,
     constants: tuple[tuple[str, Any], ...],
@@ -309,12 +319,14 @@ def build(
 
     Without this every launch would be built again: half a second in a training step.
     """
-    k = Kernel(*kernel)
+    mem = sum(b.max_numel() * b.dtype.itemsize for b in buffers)
+    pieces = max(1, min(MOST_PIECES, max(ops // PIECE_OPS, mem // PIECE_BYTES)))
+    k = Kernel(lanes, 1 if whole else pieces, gpu)
     arrays = [Array(k, b, written=i < n_outputs) for i, b in enumerate(buffers)]
     fn(k, *arrays, **dict(constants))
     if name is None:
         name = "_".join([fn.__name__, *(str(int(v)) for _, v in constants if isinstance(v, int))])
-    return k.finish(name, ops, sum(b.max_numel() * b.dtype.itemsize for b in buffers))
+    return k.finish(name, ops, mem)
 
 
 def run(
@@ -323,7 +335,6 @@ def run(
     inputs: Sequence[Tensor],
     *,
     lanes: int,
-    threads: int | None = None,
     name: str | None = None,
     ops: int = 0,
     backward: Backward | None = None,
@@ -334,7 +345,9 @@ def run(
     ``outputs`` may be read too (state that is updated in place). ``fn`` is a function of a module,
     no closure, and ``constants`` are hashable: kernels are built once and remembered by them. An
     input that the kernel does not use must stand last. ``name`` (None: the function's, and its
-    constants) and ``ops``, the number of floating-point operations, are for profiles.
+    constants) is for profiles; ``ops``, the number of floating-point operations, also says, with
+    the size of the arrays, in how many pieces the work goes to the cores of a CPU. Under tinygrad's
+    NUM_CPU_THREADS=1 it stays whole.
 
     ``backward(gradient, outputs)`` is given the gradient of the first output, and the outputs; it
     returns one gradient, or None, for each input. The other outputs are for ``backward``'s own use:
@@ -343,12 +356,11 @@ def run(
     and an output holds the call, so that neither would ever be freed.
     """
     assert fn.__closure__ is None, "a kernel function takes its constants as arguments"
-    gpu = on_gpu(outputs[0])
-    shape = (lanes, 1 if gpu else threads or default_threads(), gpu)
+    gpu, whole = on_gpu(outputs[0]), NUM_CPU_THREADS.value == 1
     fixed = tuple(sorted(constants.items()))
 
     def body(*buffers: UOp) -> UOp:
-        return build(fn, buffers, len(outputs), shape, name, ops, fixed)
+        return build(fn, buffers, len(outputs), lanes, whole, gpu, name, ops, fixed)
 
     gradient = Gradient(backward, len(outputs)) if backward else None
     filled = Tensor.custom_kernel(*outputs, *inputs, fxn=body, grad_fxn=gradient)
@@ -361,8 +373,8 @@ class Gradient:
     def __init__(self, backward: Backward, outputs: int) -> None:
         self.backward: Backward | None = backward
         self.outputs = outputs
-        if _open_gradients:
-            _open_gradients[-1].append(self)
+        if (opened := _open_gradients.get()) is not None:
+            opened.append(self)
 
     def __call__(self, grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         assert self.backward is not None, "a gradient through a function that was captured without"
@@ -371,7 +383,8 @@ class Gradient:
         return (None,) * self.outputs + tuple(None if g is None else g.uop for g in found)
 
 
-_open_gradients: list[list[Gradient]] = []
+_open_gradients: ContextVar[list[Gradient] | None] = ContextVar("open_gradients", default=None)
+"""Those of the innermost block of ``all_gradients_taken`` in this thread."""
 
 
 @contextmanager
@@ -382,9 +395,11 @@ def all_gradients_taken() -> Iterator[None]:
     keep their backward passes, and memory that a Tensor has is not used for anything else: an
     evaluation took as much of it as a training step.
     """
-    _open_gradients.append([])
+    before, gradients = _open_gradients.get(), list[Gradient]()
+    _open_gradients.set(gradients)
     try:
         yield
     finally:
-        for gradient in _open_gradients.pop():
+        _open_gradients.set(before)
+        for gradient in gradients:
             gradient.backward = None

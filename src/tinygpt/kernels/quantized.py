@@ -42,7 +42,6 @@ def linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: Literal["gelu"] | None = None,
-    threads: int | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b, then + residual, then GELU, where W = weight scale, for x (..., I) -> (..., O).
 
@@ -60,7 +59,7 @@ def linear(
     r = None if residual is None else contiguous(residual.reshape(m, n_out))
     activate = activation == "gelu"
     if m <= FEW:
-        y = matvec(x2, q, s, b, r, activate, threads)
+        y = matvec(x2, q, s, b, r, activate)
     else:
         y = matmul(
             x2,
@@ -72,7 +71,6 @@ def linear(
             bias=b,
             residual=r,
             gelu=activate,
-            threads=threads,
         )[0]
     return y.cast(x.dtype).reshape(*lead, n_out)
 
@@ -84,7 +82,6 @@ def matvec(
     b: Tensor | None,
     r: Tensor | None,
     act: bool,
-    threads: int | None,
 ) -> Tensor:
     """y for few rows of x."""
     (m, n_in), n_out = map(int, x.shape), int(q.shape[0])
@@ -94,7 +91,6 @@ def matvec(
         [Tensor.empty(m, n_out, dtype=real, device=x.device)],
         [t for t in (x, q, s, b, r) if t is not None],
         lanes=min(LANES, n_in),
-        threads=threads,
         name=f"matvec_int8_{m}x{n_out}x{n_in}" + "_gelu" * act,
         ops=2 * m * n_in * n_out,
         m=m,

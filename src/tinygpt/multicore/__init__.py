@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 TINYGRAD = "0.14."
 """The versions of tinygrad that this was written for and is tested with."""
 
-MAX_THREADS = 256
+MAX_THREADS = 1024
 """A larger number is taken for a typing error."""
 
 
@@ -38,7 +38,6 @@ def install(threads: int | None = None) -> int:
     there are no workers, but a captured ``TinyJit`` still runs as one call instead of one for each
     kernel. 0 leaves everything to tinygrad, as ``uninstall`` does.
 
-    Call it before kernels are made: they are split for the number of threads of their time.
     Where the default device is not the CPU, nothing happens. Where tinygrad is not as this module
     knows it, a line of the log says so, and tinygrad goes on in its own way. Both return 1.
 
@@ -99,7 +98,7 @@ def _checked(threads: int | None) -> int:
     if threads is None:
         source, value = "TINYGPT_THREADS", os.environ.get("TINYGPT_THREADS", "").strip()
         if not value:
-            return cores()
+            return min(cores(), MAX_THREADS)
     try:
         number = int(str(value))
     except ValueError:

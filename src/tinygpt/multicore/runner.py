@@ -19,6 +19,9 @@ from tinygpt.runtime import cores
 
 COMPILERS = ("", "CLANG", "LLVM")
 """Those of tinygrad's renderers for the CPU whose kernels follow C's calling convention."""
+PIECES = 32
+"""The most that tinygrad makes of a kernel of its own, for any number of threads: one kernel cache
+serves them all."""
 UNSPLIT = 0xFFFF  # the slot of a kernel that takes no number of a piece
 
 
@@ -35,12 +38,12 @@ class Engine:
         self.stock = device.graph, device.runtime_t, NUM_CPU_THREADS.value
 
     def plug_in(self, threads: int) -> None:
-        """Split new kernels for ``threads`` threads, and run them there."""
+        """Run kernels on ``threads`` threads; those that are made from now on come in PIECES."""
         if threads != self.pool.threads:
             self.pool.start(threads, cores())
         self.device.graph = partial(PoolGraph, self.pool)
         self.device.runtime_t = partial(PoolProgram, self.pool)  # type: ignore[assignment]
-        NUM_CPU_THREADS.value = threads
+        NUM_CPU_THREADS.value = PIECES
 
     def unplug(self) -> None:
         """Put everything back as it was."""

@@ -67,6 +67,10 @@ async def completion_job(service: Service, body: Body) -> Job:
 async def chat_job(service: Service, body: Body) -> Job:
     """The work for a body of /v1/chat/completions that its schema has let through."""
     n = _count(service, body, 1)
+    for offered, chosen in (("tools", "tool_choice"), ("functions", "function_call")):
+        if body.get(offered) and body.get(chosen) != "none":
+            message = f"This model calls nothing: leave {offered} out, or set {chosen} to 'none'."
+            raise _conflict(message, offered)
     logprobs = _number(body, "top_logprobs")
     if logprobs and not body.get("logprobs"):
         raise _conflict("top_logprobs needs logprobs to be true.", "top_logprobs")
@@ -158,9 +162,11 @@ def sampling_of(body: Body) -> SampleConfig:
 
 
 def seed_of(body: Body) -> int | None:
-    """The seed; -1 stands for a random one, as in other servers."""
+    """The seed; -1 stands for a random one, as in other servers. Ours begin with 0."""
     seed = _number(body, "seed")
-    return None if seed == -1 else seed
+    if seed is None or seed >= 0:
+        return seed
+    return None if seed == -1 else seed + (1 << 64)
 
 
 def _penalties(body: Body) -> Penalties | None:

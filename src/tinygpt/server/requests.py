@@ -74,15 +74,8 @@ def chat_schema(name: str, limits: Limits, strict: bool = False) -> Schema:
             minimum=0,
             maximum=limits.top_logprobs,
         ),
-        "response_format": {
-            "type": ["object", "null"],
-            "properties": {"type": {"enum": ["text"]}},
-            "required": ["type"],
-            "additionalProperties": not strict,
-            "description": "Only text.",
-        },
-        "tools": {**_optional("array", "None: the model calls nothing."), "maxItems": 0},
-        "functions": {**_optional("array", "None: the model calls nothing."), "maxItems": 0},
+        "tools": _optional("array", f"None, unless tool_choice is none: {CALLS}."),
+        "functions": _optional("array", f"None, unless function_call is none: {CALLS}."),
         "tool_choice": _neutral("none", "auto", None),
         "function_call": _neutral("none", "auto", None),
         "parallel_tool_calls": _optional("boolean", NOTHING),
@@ -216,7 +209,10 @@ def _sampling(limits: Limits) -> Fields:
         },
         "ignore_eos": _optional("boolean", "Go on behind the token that ends a text."),
         "seed": _optional(
-            "integer", "One seed, one text; -1: a random one.", minimum=-1, maximum=LARGEST_SEED
+            "integer",
+            "One seed, one text; -1: a random one.",
+            minimum=-LARGEST_SEED - 1,
+            maximum=LARGEST_SEED,
         ),
         "stream": _optional("boolean", "Send the text as it is written, as server-sent events."),
         "stream_options": {
@@ -228,6 +224,13 @@ def _sampling(limits: Limits) -> Fields:
             "additionalProperties": True,
             "description": "How to stream, if it is one.",
         },
+        "response_format": {
+            "type": ["object", "null"],
+            "properties": {"type": {"enum": ["text"]}},
+            "required": ["type"],
+            "additionalProperties": True,
+            "description": "Only text.",
+        },
         "user": _optional("string", NOTHING, maxLength=256),
         "metadata": _optional("object", NOTHING),
         "store": _optional("boolean", NOTHING),
@@ -237,6 +240,7 @@ def _sampling(limits: Limits) -> Fields:
 
 
 NOTHING = "Changes nothing."
+CALLS = "the model calls nothing"
 REMARKS = ("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """OpenAI's words to its own machinery."""
 OTHERS: dict[str, tuple[Any, ...]] = {

@@ -4,7 +4,7 @@ Dao et al., "FlashAttention" (2022), and Milakov and Gimelshein, "Online normali
 softmax" (2018). Memory is linear in T: the forward pass keeps its result and one number per query,
 from which the backward pass makes the weights again, tile by tile. docs/attention.md derives it.
 
-Results are the same, bit for bit, for any number of threads. float32, half and bfloat16 are
+Results are the same, bit for bit, for any number of cores. float32, half and bfloat16 are
 computed in float32, float64 in float64. Tensors that are cut along the batch, or along the heads,
 are computed where they lie; cut otherwise, or with dropout, they go to the plain twins.
 
@@ -26,7 +26,10 @@ from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, sum_dtype, tile_shape
 from tinygpt.kernels.fallback import falls_back, first_device, obstacle
 from tinygpt.kernels.norm import empty
-from tinygpt.kernels.phases import Backward, contiguous, default_threads, run
+from tinygpt.kernels.phases import Backward, contiguous, run
+
+HEADS = 12
+"""From so many on, of all sequences, a head is a unit of the backward pass."""
 
 __all__ = ["decode_attention", "flash_attention", "packed_attention"]
 
@@ -139,7 +142,7 @@ def _gradients(
     out, lse = saved
     sums = [empty(x, *map(int, x.shape), dtype=lse.dtype) for x in inputs]
     delta = empty(lse, *map(int, lse.shape))
-    fuse = not _gpu(grad) and default_threads() <= p.B * p.H
+    fuse = not _gpu(grad) and p.B * p.H >= HEADS
     if fuse:
         found = _run(backward.fused, p, 5, [*sums, delta], [grad, out, lse, *inputs, *keys])[:-1]
     else:
@@ -165,7 +168,6 @@ def _run(
         outputs,
         inputs,
         lanes=tile_shape(_gpu(inputs[0]))[0],
-        threads=default_threads(),
         name=p.name(kernel.__name__),
         ops=p.ops(products),
         backward=gradients,
