@@ -23,6 +23,7 @@ from tinygpt.interop.web.shaders import WORTH_IT, shaders
 from tinygpt.interop.web.wasm import compile_wasm
 from tinygpt.interop.web.weights import KINDS, Kind
 from tinygpt.tokenizers import Tokenizer
+from tinygpt.untrusted import utf8_name
 
 if TYPE_CHECKING:
     from tinygpt.model import Transformer
@@ -76,6 +77,7 @@ def export_web(
 
     path = user_path(path)
     check_target(path)
+    title, description = utf8_name(title), utf8_name(description)
     described = vocabulary.describe(tokenizer)
     _check_size(model, kind)
     parameters = model.parameters()
