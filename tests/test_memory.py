@@ -187,12 +187,8 @@ def test_the_pace_is_that_of_a_product():
 
 def test_free_memory_is_the_systems_within_the_containers_limit(monkeypatch):
     assert 0 < runtime.available_memory() <= runtime.total_memory()
-    from tinygpt.runtime import machine
-
-    group = {"memory.max": ["1000000"], "memory.current": ["700000"],
-             "memory.stat": ["anon", "400000", "inactive_file", "250000"]}  # fmt: skip
-    monkeypatch.setattr(machine, "_control_group", lambda name: group.get(name, []))
-    assert machine.available_memory() == 550_000
+    monkeypatch.setattr("tinygpt.runtime.groups.memory_left", lambda: 550_000)
+    assert runtime.available_memory() == 550_000
 
 
 # Flat ----------------------------------------------------------------------------------------

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from tinygrad import codegen
 
+from tinygpt import programs
 from tinygpt.programs import WORTH_A_FORK, Forks
 
 SCRIPT = """
@@ -56,6 +62,26 @@ def test_other_settings_make_other_programs(kept):
     database, count, values = kept
     found, same = run(database, TRANSCENDENTAL="2")
     assert found == count and same[:8] == values[:8]
+
+
+def test_variables_that_the_code_generator_reads_are_in_the_key(kept):
+    database, count, values = kept
+    found, same = run(database, EXPAND_SSA="1")
+    assert found == count and same[:8] == values[:8]
+
+
+def test_every_variable_of_the_code_generator_is_known():
+    """What a newer tinygrad reads besides is found here."""
+    folder = Path(codegen.__file__).parents[1]
+    read = set()
+    for part in ("codegen", "renderer"):
+        for path in sorted((folder / part).rglob("*.py")):
+            read |= set(re.findall(r"getenv\([\"'](\w+)", path.read_text()))
+    harmless = {
+        *("DEBUG_LINEARIZE", "BEAM_DEBUG", "BEAM_LOG_SURPASS_MAX"),  # what is printed
+        *("NOSKIP", "SQTT_EVENT"),  # of a tool that shows traces
+    }
+    assert read - harmless == set(programs.READ)
 
 
 def test_without_a_cache_everything_is_lowered_anew(kept):
@@ -123,6 +149,23 @@ def test_what_a_child_fails_to_make_is_made_here():
 
     made = dict(Forks(2).imap_unordered(make, tasks(2 * WORTH_A_FORK)))
     assert len(made) == 2 * WORTH_A_FORK and set(made.values()) == {here}
+
+
+@pytest.mark.parametrize("handler", ["ignored", "reaped"])
+def test_a_program_that_does_not_wait_for_its_children_is_no_obstacle(handler):
+    """With SIGCHLD ignored, or where each child is reaped at once, there is nothing to wait for."""
+
+    def reap(*_):
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN if handler == "ignored" else reap)
+    try:
+        made = dict(Forks(3).imap_unordered(whoami, tasks(3 * WORTH_A_FORK)))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert len(set(made.values())) == 3
 
 
 def test_an_error_of_the_work_itself_is_raised_and_children_are_stopped(tmp_path):

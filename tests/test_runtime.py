@@ -13,7 +13,7 @@ import pytest
 from tiktoken_ext.openai_public import gpt2
 
 from tinygpt import extras, runtime
-from tinygpt.runtime import checks, device, folders, machine
+from tinygpt.runtime import checks, device, folders
 
 needs_zig = pytest.mark.skipif(
     device.bundled_zig() is None, reason="the wheel ziglang (extra offline) is not installed"
@@ -238,18 +238,6 @@ def test_the_memory_of_the_parent_does_not_count() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, now = map(int, done.stdout.split())
     assert now <= peak < held.nbytes
-
-
-@pytest.mark.parametrize(
-    ("quota", "usable"),
-    [(["200000", "100000"], 2), (["50000", "100000"], 1), (["max", "100000"], 8), ([], 8)],
-)
-def test_cores_respect_the_quota_of_a_container(
-    quota: list[str], usable: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(machine, "_control_group", lambda name: quota)
-    assert runtime.cores() == usable
 
 
 def by_name(found: list[checks.Check]) -> dict[str, checks.Check]:

@@ -7,7 +7,9 @@ B is the batch, T the number of positions, C = n_embd, H = n_head, D = C / H, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, Self, cast
 
@@ -162,7 +164,7 @@ class Transformer:
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
         """Without a seed the weights are left undefined: for whoever puts others there."""
         self.config = config
-        self.training = True
+        self._training = True
         self.quantized = False
         self.read_from: tuple[dict[str, Any], dict[str, str]] | None = None
         """Origin and hashes of the weights that were read last; ask ``checkpoint.origin_of``."""
@@ -232,15 +234,25 @@ class Transformer:
         named = self.parameters().items()
         return sum(math.prod(_numbers(p.shape)) for name, p in named if not name.endswith(".scale"))
 
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on: what ``train`` set, or ``mode`` within its block."""
+        return (_modes.get() or {}).get(id(self), self._training)
+
     def train(self, mode: bool = True) -> Self:
         """Training mode: dropout is on. Raises UsageError for a model of int8 weights."""
-        if mode and self.quantized:
+        if mode:
+            self.check_can_learn()
+        self._training = mode
+        return self
+
+    def check_can_learn(self) -> None:
+        """Raise UsageError for a model of int8 weights."""
+        if self.quantized:
             raise UsageError(
                 "This model was quantised: its weights are int8, for generation only, and cannot "
                 "learn. Train the model it was made of, and quantise that one afterwards."
             )
-        self.training = mode
-        return self
 
     def eval(self) -> Self:
         """Inference mode: dropout is off."""
@@ -301,3 +313,20 @@ def _parameter(*shape: int) -> Tensor:
 def _named(prefix: str, layer: Linear | LayerNorm) -> dict[str, Tensor]:
     """The Tensors of a layer, whatever its kind."""
     return {f"{prefix}.{name}": t for name, t in vars(layer).items() if isinstance(t, Tensor)}
+
+
+_modes: ContextVar[Mapping[int, bool] | None] = ContextVar("modes", default=None)
+"""By their ids, the models that are within a block of ``mode`` in this thread."""
+
+
+@contextmanager
+def mode(model: Transformer, training: bool) -> Iterator[None]:
+    """Within this block the model is in a mode, for this thread; other threads keep theirs."""
+    if training:
+        model.check_can_learn()
+    before = _modes.get()
+    _modes.set({**(before or {}), id(model): training})
+    try:
+        yield
+    finally:
+        _modes.set(before)

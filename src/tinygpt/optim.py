@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -134,7 +135,7 @@ def stock_update(
     factor = clip_factor(norm, clip) * scale if clip else scale
     for p, g in zip(params, gradients, strict=True):
         p.grad = g * factor
-    with Context(TRAINING=1), assigning_only_if(report[2] > 0):  # they insist on TRAINING
+    with assigning_only_if(report[2] > 0), Context(TRAINING=1):  # they insist on TRAINING
         changed = optimizer.schedule_step()
     for p in params:
         p.grad = None  # freed as soon as it is used
@@ -145,18 +146,26 @@ def stock_update(
 def assigning_only_if(taken: Tensor) -> Iterator[None]:
     """In this block every ``Tensor.assign`` keeps the old value unless ``taken`` () is true.
 
-    tinygrad's optimizers know no condition, and all their changes are assignments.
+    tinygrad's optimizers know no condition, and all their changes are assignments. One thread at a
+    time is in such a block, which changes settings of the process; other threads assign as ever.
     """
-    assign = Tensor.assign
+    me = threading.get_ident()
 
     def conditional(tensor: Tensor, value: Any) -> Tensor:
-        return assign(tensor, taken.where(value, tensor.detach()))
+        if threading.get_ident() == me:
+            value = taken.where(value, tensor.detach())
+        return assign(tensor, value)
 
-    setattr(Tensor, "assign", conditional)  # noqa: B010 - for the type checker, a constant
-    try:
-        yield
-    finally:
-        setattr(Tensor, "assign", assign)  # noqa: B010
+    with _one_at_a_time:
+        assign = Tensor.assign
+        setattr(Tensor, "assign", conditional)  # noqa: B010 - for the type checker, a constant
+        try:
+            yield
+        finally:
+            setattr(Tensor, "assign", assign)  # noqa: B010
+
+
+_one_at_a_time = threading.RLock()
 
 
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> AdamW:

@@ -19,14 +19,25 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tinygrad import codegen
 from tinygrad.engine import realize
-from tinygrad.helpers import CACHELEVEL, DEBUG, PARALLEL, VIZ, diskcache_get, diskcache_put
+from tinygrad.helpers import (
+    CACHELEVEL,
+    DEBUG,
+    PARALLEL,
+    TRACEMETA,
+    VIZ,
+    ContextVar,
+    diskcache_get,
+    diskcache_put,
+)
 from tinygrad.runtime import ops_cpu
+from tinygrad.runtime.support.memory import TLSFAllocator
 from tinygrad.uop.ops import Ops, UOp
 
 from tinygpt import multicore
@@ -66,6 +77,7 @@ def install() -> None:
 
     tinygrad's own ``CACHELEVEL=0`` switches it off, along with everything else it keeps.
     """
+    _keep_nothing()
     own = codegen.to_program_cache
     if isinstance(own, Programs) or DEBUG >= 2 or VIZ:  # whoever looks on wants to see it happen
         return
@@ -79,6 +91,21 @@ def install() -> None:
     ops_cpu.do_to_program = codegen.to_program  # four little programs that the device opens with
 
 
+def _keep_nothing() -> None:
+    """Close two leaks of tinygrad 0.14.
+
+    The plans of memory, one for each schedule, are never freed: two of their methods, which shift a
+    number, are cached with the plan as a part of the key. And each gradient adds the names of its
+    operations, which only DEBUG and VIZ show, to those of constants that live for ever.
+    """
+    if not DEBUG and not VIZ:
+        TRACEMETA.value = 0
+    for name in ("lv1", "lv2"):
+        method = getattr(TLSFAllocator, name, None)
+        if plain := getattr(method, "__wrapped__", None):
+            setattr(TLSFAllocator, name, plain)
+
+
 def _load(key: object) -> UOp | None:
     found = diskcache_get(TABLE, _name(key))
     whole = isinstance(found, UOp) and found.op is Ops.PROGRAM and found.src[-1].op is Ops.BINARY
@@ -90,7 +117,28 @@ def _save(key: object, program: UOp) -> None:
 
 
 def _name(key: object) -> str:
-    return hashlib.sha256(f"{_installation()} {key!r}".encode()).hexdigest()
+    return hashlib.sha256(f"{_installation()} {_settings()} {key!r}".encode()).hexdigest()
+
+
+def _settings() -> str:
+    """tinygrad's settings that lowering depends on and that ``key`` lacks."""
+    return repr([_environment(), *(v.value for v in ContextVar._cache.values() if v.key in VALUES)])
+
+
+@cache
+def _environment() -> list[str | None]:
+    return [os.environ.get(name) for name in READ]  # once, as tinygrad reads them
+
+
+VALUES = ("BEAM", "FLOAT16", "TUPLE_ORDER")
+"""Settings that tinygrad's code generator looks at, besides those in its own key."""
+READ = (
+    *("ALIGNED", "ALLOW_HALF8", "DMC", "EXPAND_SSA", "MV", "MV_BLOCKSIZE", "MV_ROWS_PER_THREAD"),
+    *("MV_THREADS_PER_ROW", "OCCUPANCY_FLOOR", "THREADS", "TC", "TC_OPT", "NOLOCALS"),
+    *("BEAM_DEV_TIMEOUT", "BEAM_ESTIMATE", "BEAM_LOCAL_MAX", "BEAM_MIN_PROGRESS", "BEAM_PADTO"),
+    *("BEAM_STRICT_MODE", "BEAM_TIMEOUT_SEC", "BEAM_UOPS_MAX", "BEAM_UPCAST_MAX"),
+)
+"""Variables that it reads from the environment where it needs them."""
 
 
 @cache
@@ -155,10 +203,15 @@ class Child:
         return made
 
     def end(self) -> None:
-        """Stop it if it is still at work."""
+        """Stop it if it is still at work.
+
+        A host program that ignores SIGCHLD, or waits for every child, may have reaped it already.
+        """
         self.results.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError, ProcessLookupError):
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):  # else its number may be another's
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
 
 
 def _fork(make: Callable[[Task], Made], tasks: list[Task]) -> Child:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +24,7 @@ from tinygpt.errors import TrainingError
 from tinygpt.guard import NO_LIMITS, Guard, Limits, why_skipped
 from tinygpt.jit import jit
 from tinygpt.model import Noise, Transformer
+from tinygpt.model import mode as mode
 from tinygpt.optim import AdamW, by_layer, learning_rate, realize_state, stock_update
 from tinygpt.transfer import read, write, zeros, zeros_like
 
@@ -226,17 +226,6 @@ def evaluate(
 
 EVAL_SEED = 0x5EED
 """Evaluations draw from a stream of their own, so that they compare from one step to the next."""
-
-
-@contextmanager
-def mode(model: Transformer, training: bool) -> Iterator[None]:
-    """Put the model into a mode, and back into the one it was in."""
-    found = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(found)
 
 
 def train_steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 1 failure, 2 wrong use, 129 a closed terminal, 130 Ctrl-C, 141 a closed pipe,
     143 SIGTERM. With --debug an exception is raised instead of told.
     """
+    if arguments is None:
+        _wait_for_children()
     with standard_streams():
         return _main(arguments)
 
@@ -202,3 +205,9 @@ def _take_threads(arguments: list[str]) -> list[str]:
             os.environ["TINYGPT_THREADS"] = value
             return arguments[:i] + rest
     return arguments
+
+
+def _wait_for_children() -> None:
+    """Undo an ignored SIGCHLD, which some launchers leave: no exit code would arrive."""
+    if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -53,11 +53,10 @@ def our_logits(model: Transformer, ids: Ids) -> Floats:
     """Logits (T, V) of our model for ids (1, T), without dropout."""
     from tinygrad import Tensor
 
-    training = model.training
-    try:
-        logits: Floats = model.eval()(Tensor(ids, dtype="int32")).numpy()[0]
-    finally:
-        model.train(training)
+    from tinygpt.model import mode
+
+    with mode(model, training=False):
+        logits: Floats = model(Tensor(ids, dtype="int32")).numpy()[0]
     return logits
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 from tinygrad import Tensor
@@ -39,18 +40,18 @@ from tinygpt.kernels.quantized import linear as fast_quantized_linear
 programs.install()
 multicore.install()  # every core, unless TINYGPT_THREADS says otherwise
 
-_only_twins = False
+_only_twins = ContextVar("only_twins", default=False)  # of each thread, not of the process
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Within this block everything is computed by the plain twins."""
-    global _only_twins
-    before, _only_twins = _only_twins, True
+    """Within this block everything that this thread computes is computed by the plain twins."""
+    before = _only_twins.get()
+    _only_twins.set(True)
     try:
         yield
     finally:
-        _only_twins = before
+        _only_twins.set(before)
 
 
 def linear(
@@ -62,19 +63,19 @@ def linear(
 ) -> Tensor:
     """y = x Wᵀ + b, then + residual, then GELU, for x (..., I), weight (O, I) -> (..., O)."""
     given = [t for t in (x, weight, bias, residual) if t is not None]
-    if _only_twins or falls_back("linear", obstacle(*given)):
+    if _only_twins.get() or falls_back("linear", obstacle(*given)):
         return reference.linear(x, weight, bias, residual, activation)
     return fast_linear(x, weight, bias, residual, activation)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The last axis of x (..., C) with mean 0 and variance 1, scaled and shifted."""
-    return (reference.layer_norm if _only_twins else fast_layer_norm)(x, weight, bias)
+    return (reference.layer_norm if _only_twins.get() else fast_layer_norm)(x, weight, bias)
 
 
 def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
     """Rows of weight (V, C) at tokens (B, T), plus the first T rows of positions -> (B, T, C)."""
-    function = reference.embedding if _only_twins else fast_embedding
+    function = reference.embedding if _only_twins.get() else fast_embedding
     return function(tokens, weight, positions)
 
 
@@ -87,7 +88,7 @@ def quantized_linear(
     activation: Literal["gelu"] | None = None,
 ) -> Tensor:
     """`linear` of an int8 weight (O, I) with a scale (O,) for each row; without a gradient."""
-    function = reference.quantized_linear if _only_twins else fast_quantized_linear
+    function = reference.quantized_linear if _only_twins.get() else fast_quantized_linear
     return function(x, weight, scale, bias, residual, activation)
 
 
@@ -95,7 +96,7 @@ def quantized_embedding(
     tokens: Tensor, weight: Tensor, scale: Tensor, positions: Tensor | None = None
 ) -> Tensor:
     """`embedding` of an int8 weight (V, C) with a scale (V,) for each row; without a gradient."""
-    function = reference.quantized_embedding if _only_twins else fast_quantized_embedding
+    function = reference.quantized_embedding if _only_twins.get() else fast_quantized_embedding
     return function(tokens, weight, scale, positions)
 
 
@@ -104,7 +105,7 @@ def dropout(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) ->
 
     ``key`` (2,) uint32 chooses which; the others are divided by 1 - p.
     """
-    return (reference.dropout if _only_twins else fast_dropout)(x, p, key, residual)
+    return (reference.dropout if _only_twins.get() else fast_dropout)(x, p, key, residual)
 
 
 def self_attention(
@@ -166,7 +167,7 @@ def keep(qkv: Tensor, keys: Tensor, values: Tensor, place: Tensor) -> list[Tenso
 
     The keys and values (P, H, block_size, D) that are returned have to be realized.
     """
-    return (reference.keep if _only_twins else fast_keep)(qkv, keys, values, place)
+    return (reference.keep if _only_twins.get() else fast_keep)(qkv, keys, values, place)
 
 
 def takes_flash(method: AttentionMethod, why: str | None) -> bool:
@@ -174,7 +175,7 @@ def takes_flash(method: AttentionMethod, why: str | None) -> bool:
 
     Raises KernelError if it must and cannot.
     """
-    if _only_twins or method == "plain":
+    if _only_twins.get() or method == "plain":
         return False
     if why and method == "flash":
         raise KernelError(
@@ -192,14 +193,14 @@ def loss(
     The logits never exist as a whole. With ``gradient`` the gradients are computed along with the
     loss, which saves a product; that of a ``frozen`` weight is not. Targets below 0 are left out.
     """
-    if _only_twins:
+    if _only_twins.get():
         return reference.cross_entropy(reference.linear(x, weight), targets)
     return linear_cross_entropy(x, weight, targets, gradient=gradient, frozen=frozen)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats, logits (N, V), targets (N,)."""
-    function = reference.cross_entropy if _only_twins else fast_cross_entropy
+    function = reference.cross_entropy if _only_twins.get() else fast_cross_entropy
     return function(logits, targets)
 
 
@@ -228,7 +229,7 @@ def adamw_update(
     if it is not 0. Nothing is changed unless loss and norm lie below the ``limits`` (2,). With
     ``groups``, a number for each parameter, the norms of the groups follow (3 + groups,).
     """
-    function = reference.adamw_update if _only_twins else fast_adamw_update
+    function = reference.adamw_update if _only_twins.get() else fast_adamw_update
     return function(
         params, grads, m, v, lr, b1_t, b2_t,
         beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip, scale=scale,

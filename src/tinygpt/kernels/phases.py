@@ -44,6 +44,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tinygrad import Device, Tensor, UOp, dtypes
@@ -372,8 +373,8 @@ class Gradient:
     def __init__(self, backward: Backward, outputs: int) -> None:
         self.backward: Backward | None = backward
         self.outputs = outputs
-        if _open_gradients:
-            _open_gradients[-1].append(self)
+        if (opened := _open_gradients.get()) is not None:
+            opened.append(self)
 
     def __call__(self, grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         assert self.backward is not None, "a gradient through a function that was captured without"
@@ -382,7 +383,8 @@ class Gradient:
         return (None,) * self.outputs + tuple(None if g is None else g.uop for g in found)
 
 
-_open_gradients: list[list[Gradient]] = []
+_open_gradients: ContextVar[list[Gradient] | None] = ContextVar("open_gradients", default=None)
+"""Those of the innermost block of ``all_gradients_taken`` in this thread."""
 
 
 @contextmanager
@@ -393,9 +395,11 @@ def all_gradients_taken() -> Iterator[None]:
     keep their backward passes, and memory that a Tensor has is not used for anything else: an
     evaluation took as much of it as a training step.
     """
-    _open_gradients.append([])
+    before, gradients = _open_gradients.get(), list[Gradient]()
+    _open_gradients.set(gradients)
     try:
         yield
     finally:
-        for gradient in _open_gradients.pop():
+        _open_gradients.set(before)
+        for gradient in gradients:
             gradient.backward = None

@@ -7,11 +7,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from tinygpt.runtime import groups
+
 
 def cores() -> int:
-    """Processor cores this process may use: its affinity, and its container's quota."""
+    """Processor cores this process may use: its affinity, and its control groups' quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(count or 1, _core_quota() or count or 1))
+    quota = groups.core_quota()
+    return max(1, min(count or 1, int(quota) if quota else count or 1))
 
 
 def memory() -> int:
@@ -43,8 +46,7 @@ def total_memory() -> int:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 0
-    limit = _control_group("memory.max")
-    return min(total, int(limit[0])) if limit and limit[0].isdigit() else total
+    return min(total, groups.memory_limit() or total)
 
 
 def available_memory() -> int:
@@ -58,12 +60,8 @@ def available_memory() -> int:
     except (OSError, ValueError, IndexError):
         return total_memory()  # all that can be told
     free = found.get("MemAvailable", 0)
-    limit, used = _control_group("memory.max"), _control_group("memory.current")
-    if limit and used and limit[0].isdigit():
-        words = _control_group("memory.stat")
-        cached = dict(zip(words[::2], words[1::2], strict=False)).get("inactive_file", "0")
-        free = min(free, max(int(limit[0]) - int(used[0]) + int(cached), 0))
-    return free
+    left = groups.memory_left()
+    return free if left is None else min(free, left)
 
 
 def processor() -> str:
@@ -119,18 +117,3 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace").strip()
     except OSError:
         return ""
-
-
-def _core_quota() -> int | None:
-    quota = _control_group("cpu.max")  # "max 100000" or "150000 100000"
-    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]):
-        return max(1, int(quota[0]) // int(quota[1]))
-    return None
-
-
-def _control_group(name: str) -> list[str]:
-    """The words of a file of this container's control group (cgroup v2), where there is one."""
-    try:
-        return Path("/sys/fs/cgroup", name).read_text().split()
-    except OSError:
-        return []
