@@ -133,6 +133,8 @@ def _shaders(config: GPTConfig, source: Source) -> dict[str, Any]:
 
 
 def _check_size(model: Transformer, kind: Kind) -> None:
+    if kind not in KINDS:
+        raise UsageError(f"kind={kind!r} is not known. Wanted: {', '.join(KINDS)}.")
     width = {"float32": 4, "float16": 2, "int8": 1}[kind]
     size = model.num_params() * width * 4 // 3
     if size > LARGEST:
