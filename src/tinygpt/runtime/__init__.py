@@ -47,11 +47,14 @@ __all__ = [
 ]
 
 
-def doctor() -> list[Check]:
-    """Look at everything tinygpt depends on. Never raises, however broken the machine is."""
+def doctor(timed: bool = False) -> list[Check]:
+    """Look at everything tinygpt depends on. Never raises, however broken the machine is.
+
+    ``timed``: where there are several devices, take a step on each, which may take minutes.
+    """
     from tinygpt.runtime import checks  # late: it reads package metadata, which is slow to import
 
-    return checks.examine()
+    return checks.examine(timed)
 
 
 def clear_caches() -> tuple[int, list[str]]:
