@@ -442,9 +442,13 @@ ODD = {
         row(grad_norms={str(i): 1.0 for i in range(5000)}),
         "Layers after the first 128 are not shown",
     ),
-    "fast": (row(elapsed=2.0 + 5e-324), None),  # steps per second beyond all floats
+    "fast": (
+        write("metrics.jsonl", b'{"iter": 1, "elapsed": 0}\n{"iter": 2, "elapsed": 5e-324}\n'),
+        "pace: The steps and times in metrics.jsonl give none.",
+    ),
     "infinite": (row(iter=22, elapsed=math.inf, memory=-math.inf, train_loss=math.nan), None),
-    "backwards": (row(iter=3, elapsed=1e9), None),
+    "backwards": (row(iter=3, elapsed=-1e9), "pace: The steps and times"),
+    "steps backwards": (row(iter=0, elapsed=1e9), "pace: The steps and times"),
     "skipped": (row(skipped={"a": [["\ud800"]]}), None),
     "rubbish": (write("metrics.jsonl", b"\xff" * 3_000_000 + b'\n{"iter": 20}\n'), None),
     "config": (write("config.toml", b"x = \xff"), "config.toml: Its settings cannot be read: "),
@@ -457,7 +461,7 @@ ODD = {
         instead("metrics.jsonl", link_to("/dev/zero")),
         "metrics.jsonl: It is a link, and links are not followed",
     ),
-    "pipe": (instead("metrics.jsonl", fifo), "metrics.jsonl: it is no ordinary file"),
+    "pipe": (instead("metrics.jsonl", fifo), "metrics.jsonl: It is no ordinary file"),
     "hole": (
         instead("samples.jsonl", sparse(1 << 40)),
         "samples.jsonl: It was hardly ever written",

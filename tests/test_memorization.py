@@ -91,6 +91,34 @@ def test_many_small_pieces_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> N
         assert part.tolist() == as_codes(text[begin : begin + 3000]).tolist()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_common_lengths_are_those_of_a_plain_comparison(seed: int) -> None:
+    rng = random.Random(seed)
+    codes = as_codes("".join(rng.choices("ab", [1, rng.choice([1, 9, 999])], k=300)))
+    pairs = [rng.sample(range(300), 2) for _ in range(200)]
+    a, b = np.array(pairs).T
+    wanted = []
+    for i, j in pairs:
+        length = 0
+        while max(i, j) + length < 300 and codes[i + length] == codes[j + length]:
+            length += 1
+        wanted.append(length)
+    assert memorization.common_length(codes, a, b).tolist() == wanted
+
+
+def test_a_sample_that_is_all_by_heart_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, lengths = memorization._compared, []
+
+    def counted(*given: np.ndarray) -> np.ndarray:
+        lengths.append(compared(*given))
+        return lengths[-1]
+
+    monkeypatch.setattr(memorization, "_compared", counted)
+    text = noise(10_000, 7)
+    assert overlap([text[2000:5000]], [text]).longest == 3000
+    assert sum(map(np.sum, lengths)) < 2 * 3000 * memorization.STEP  # each suffix to its end: 4.5 M
+
+
 @pytest.mark.parametrize("lengths", [[5, 4, 3, 2, 1], [0, 3, 2, 1, 4, 3, 2, 1], [3, 3, 3, 2, 1]])
 def test_the_longest_passages_that_do_not_overlap_are_kept(lengths: list[int]) -> None:
     free, wanted = set(range(len(lengths))), []

@@ -116,6 +116,9 @@ def test_what_was_trained_on_is_measured_wherever_one_stands(
     before = {source: measured(run) for source, run in runs.items()}
     assert before["pydocs"][0].startswith("the Python language reference")
     assert before["./pydocs"][0].startswith(f"{here / 'pydocs'} (1 file")
+    assert {source: checkpoint.text_of(run) for source, run in runs.items()} == {
+        source: source for source in NAMES
+    }
     elsewhere = here / "elsewhere"
     (elsewhere / "pydocs").mkdir(parents=True)
     (elsewhere / "pydocs" / "b.txt").write_text("something else " * 9)

@@ -82,12 +82,13 @@ def test_the_figure_says_what_it_shows(run):
 
 
 def test_several_runs_are_drawn_over_each_other_in_colours_of_their_own(run, tmp_path):
-    other = write_run(tmp_path / "runs" / "$x_1$", offset=0.5)
+    other = write_run(tmp_path / "runs" / "$x_1$\udce9", offset=0.5)
     figure = draw([read_curves(run), read_curves(other)])
     loss, _ = figure.axes
     assert len(loss.get_legend().get_texts()) == 6
     assert len({line.get_color() for line in loss.lines}) == 2
     save_plot([run, other], tmp_path / "both.png")  # dollar signs in a name are no mathematics
+    assert save_plot([other], tmp_path / "both.png").is_file()  # nor must it be UTF-8
 
 
 def test_the_terminal_plot_fits_its_size_and_says_what_it_shows(run, tmp_path):

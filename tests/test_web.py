@@ -110,7 +110,7 @@ def test_an_untied_model_without_biases(tmp_path: Path) -> None:
 
 
 def test_nothing_that_a_run_says_becomes_html(tmp_path: Path) -> None:
-    hostile = "</script><img src=x onerror=alert(1)>&{{ui}}"
+    hostile = "</script><img src=x onerror=alert(1)>&{{ui}}\udce9"  # the last: not UTF-8
     path = tmp_path / "page.html"
     export_web(
         make(SMALL),
@@ -123,6 +123,7 @@ def test_nothing_that_a_run_says_becomes_html(tmp_path: Path) -> None:
     text = path.read_text()
     assert "<img" not in text
     assert parts(text)["about"]["card"]["data"] == hostile
+    assert parts(text)["about"]["title"] == hostile.replace("\udce9", r"\xe9")
     assert text.count("</script>") == 4 + text.count('class="weights" data-')
 
 
@@ -199,9 +200,20 @@ def test_another_text_is_refused_and_a_tie_is_not(
 
 # The scripts ------------------------------------------------------------------------------------
 
+
+def imported(text: str) -> BPETokenizer:
+    """Numbered as others do, with special tokens before and behind, one of which merges lead to."""
+    trained = BPETokenizer.train(text, 500)
+    merges = [*(token for token in trained.ranks if len(token) > 1), b"[|"]
+    return BPETokenizer.from_merges(
+        merges, alphabet=bytes(range(255, -1, -1)), special={"<s>": 0, "[|]": 502}
+    )
+
+
 TOKENIZERS: dict[str, Callable[[str], Tokenizer]] = {
     "gpt2": lambda text: BPETokenizer("gpt2"),
     "bpe": lambda text: BPETokenizer.train(text, 1024),
+    "imported": imported,
     "byte": lambda text: ByteTokenizer(),
     "char": CharTokenizer,
 }
@@ -210,7 +222,7 @@ TOKENIZERS: dict[str, Callable[[str], Tokenizer]] = {
 @needs_node
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_page_s_tokenizers_are_ours(name: str) -> None:
-    text = mixed_text()
+    text = mixed_text() + "\n[|]\n<s>"
     assert len(text.encode()) >= 300_000
     tokenizer = TOKENIZERS[name](text)
     ids, back = node(

@@ -202,16 +202,36 @@ def _regroup(order: Numbers, keys: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def common_length(codes: Codes, a: Numbers, b: Numbers) -> Numbers:
-    """How many characters the suffixes at a and at b (n,) have in common before they differ."""
+    """How many characters the suffixes at a and at b (n,) have in common before they differ.
+
+    Two pairs of suffixes that are equally far apart compare the same characters from the second of
+    them on. So each pair is compared up to the next such pair only, and takes over what that found:
+    a sample that stands in the text as a whole takes time in proportion to its length.
+    """
+    order = np.lexsort((a, a - b))
+    a, b = a[order], b[order]
+    until = np.full(len(a), len(codes))  # characters to the next pair that is as far apart
+    follows = np.flatnonzero(np.diff(a - b) == 0)
+    until[follows] = np.diff(a)[follows]
+    lengths = np.minimum(_compared(codes, a, b, until), until)
+    ends = np.where(lengths < until, np.arange(len(a)), len(a))  # pairs that met a difference
+    ends = np.minimum.accumulate(ends[::-1])[::-1]
+    common = np.zeros(len(a), np.int64)
+    common[order] = a[ends] + lengths[ends] - a
+    return common
+
+
+def _compared(codes: Codes, a: Numbers, b: Numbers, until: Numbers) -> Numbers:
+    """The same (n,), but for those that have ``until`` characters in common, or more."""
     padded = np.r_[codes, np.arange(STEP, dtype=np.uint32) + END_OF_SAMPLE + 1]
     lengths = np.zeros(len(a), np.int64)
-    going, ahead = np.arange(len(a)), np.arange(STEP)
+    going, ahead = np.flatnonzero(until > 0), np.arange(STEP)
     while len(going):
         start = lengths[going, None] + ahead
         same = padded[a[going, None] + start] == padded[b[going, None] + start]  # (n, STEP)
         whole = same.all(1)
         lengths[going] += np.where(whole, STEP, same.argmin(1))
-        going = going[whole]
+        going = going[whole & (lengths[going] < until[going])]
     return lengths
 
 

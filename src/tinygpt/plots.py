@@ -14,7 +14,7 @@ from tinygpt import extras
 from tinygpt.errors import DataError, MissingExtraError, UsageError
 from tinygpt.files import check_overwritable, replacing, user_path
 from tinygpt.metrics import Row, read, smooth
-from tinygpt.untrusted import is_number
+from tinygpt.untrusted import is_number, utf8_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def read_curves(run: str | Path) -> Curves:
     file = path / METRICS if path.is_dir() else path
     rows = list(read(file))
     curves = Curves(
-        name=str(path),
+        name=utf8_name(str(path)),
         train=_thin(_points([row for row in rows if not row.get("skipped")], "train_loss")),
         val=_points(rows, "val_loss"),
         lr=_thin(_points(rows, "lr")),

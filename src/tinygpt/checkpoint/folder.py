@@ -14,6 +14,7 @@ from typing import Any
 
 from tinygpt.checkpoint.writer import writing
 from tinygpt.config import read_config
+from tinygpt.corpus import NAMES
 from tinygpt.files import user_path
 from tinygpt.strict_json import write_json
 from tinygpt.untrusted import parse_json, read_bounded
@@ -78,7 +79,10 @@ def text_of(folder: Path) -> str | None:
         source = read_config(folder / CONFIG)["data"]["source"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Path(source).name or None if isinstance(source, str) else None
+    if not isinstance(source, str):
+        return None
+    name = Path(source).name
+    return f"./{name}" if name in NAMES and source != name else name or None  # see names.py
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ class Run:
         told = [f"{where}: {why}" for where, why in self._trouble.items()]
         for tail in (self._metrics, self._samples):
             if tail.trouble is not None:
-                told.append(f"{tail.path.name}: {tail.trouble}.")
+                told.append(f"{tail.path.name}: {tail.trouble[:1].upper()}{tail.trouble[1:]}.")
         if has_surrogates(str(self.folder.absolute())):
             told.append("Its path is not UTF-8.")
         return told + [f"{METRICS}: {reason}" for reason in sorted(self.curves.odd)]
@@ -215,10 +216,15 @@ class Run:
     def _pace(self) -> float | None:
         """Steps per second over the last rows, evaluations and saves included."""
         steps, elapsed = self.curves["iter"][-200:], self.curves["elapsed"][-200:]
-        if len(steps) < 2 or not elapsed[-1] > elapsed[0]:
+        self._trouble.pop("pace", None)
+        taken = float(elapsed[-1] - elapsed[0]) if len(steps) > 1 else 0.0
+        if taken == 0 or math.isnan(taken):  # two rows within a tick, or rows without their time
             return None
-        pace = float(steps[-1] - steps[0]) / float(elapsed[-1] - elapsed[0])
-        return pace if is_number(pace, 0, FAR) else None
+        pace = float(steps[-1] - steps[0]) / taken
+        if taken < 0 or not is_number(pace, 0, FAR):
+            self._trouble["pace"] = f"The steps and times in {METRICS} give none."
+            return None
+        return pace
 
 
 HALVES = "It holds half a character (a lone surrogate), which is shown as \ufffd."

@@ -1,6 +1,6 @@
 // What is new of the runs, as the server tells it; after every break from where it broke off.
 
-import { ApiError, request } from "./net.js";
+import { ApiError, eventData, request } from "./net.js";
 
 const SILENCE = 25_000; // ms: the server says something every ten seconds
 const FIRST_WAIT = 500;
@@ -56,21 +56,12 @@ export class Feed {
     this.#heard();
     const response = await request("dashboard/events", { headers, signal });
     this.onState("live");
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
-    for (;;) {
-      const { done, value } = await reader.read().catch((error) => {
-        throw signal.aborted ? error : new ApiError("The connection to the server was lost.");
-      });
-      if (done) return;
+    const heard = () => {
       this.#heard();
       this.wait = FIRST_WAIT;
-      const blocks = (rest + value).split("\n\n");
-      rest = blocks.pop();
-      for (const block of blocks) {
-        const data = block.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
-        if (data !== undefined && !signal.aborted) await this.onEvent(JSON.parse(data));
-      }
+    };
+    for await (const data of eventData(response, signal, heard)) {
+      if (!signal.aborted) await this.onEvent(JSON.parse(data));
     }
   }
 

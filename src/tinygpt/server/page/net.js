@@ -20,23 +20,30 @@ export async function post(path, body, signal) {
 
 /** POST some JSON; yields the objects of a stream of server-sent events. */
 export async function* events(path, body, signal) {
-  const response = await send(path, body, signal);
+  for await (const data of eventData(await send(path, body, signal), signal)) {
+    if (data === "[DONE]") return;
+    const event = JSON.parse(data);
+    if (event.error) throw new ApiError(event.error.message);
+    yield event;
+  }
+  throw new ApiError("The answer broke off before its end.");
+}
+
+/** The data of the server-sent events of a response; ``onHeard()`` for all that comes, comments too. */
+export async function* eventData(response, signal, onHeard = () => {}) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read().catch((error) => {
       throw signal?.aborted ? error : new ApiError("The connection to the server was lost.");
     });
-    if (done) throw new ApiError("The answer broke off before its end.");
+    if (done) return;
+    onHeard();
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
       const data = block.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
-      if (data === undefined) continue; // a comment that keeps the connection alive
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new ApiError(event.error.message);
-      yield event;
+      if (data !== undefined) yield data;
     }
   }
 }

@@ -129,6 +129,7 @@ class Playground {
 
   async #write(before, seed) {
     this.#forgive();
+    this.#say("");
     this.#busy(new AbortController());
     this.draft = before;
     this.waiting = setTimeout(() => this.#look(), 300); // for the flash of a short text nothing changes
@@ -192,7 +193,7 @@ class Playground {
     this.last = null;
     this.#show();
     this.cutSoon();
-    if (this.draft.head) this.#say(LONG);
+    this.#say(this.draft.head ? LONG : ""); // what was said of the text before is so no longer
   }
 
   /** Another draft, with the caret at its end. */

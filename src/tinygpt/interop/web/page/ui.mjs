@@ -254,6 +254,7 @@ text.addEventListener('beforeinput', (event) => {
 text.oninput = () => {
   steps.keepBeforeTyping(present());
   seen = text.value;
+  find('status').textContent = '';
   setButtons();
   keepSoon();
   if (find('look').open) askForTokens();
