@@ -345,7 +345,7 @@ def own(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_doctor_clears_both_caches_and_nothing_else(
     own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "doctor", lambda timed: [])
+    monkeypatch.setattr(runtime, "doctor", lambda: [])
     own.with_name("damaged-kernels-9.db").write_bytes(b"old")
     own.with_name("kernels-9.db-wal").touch()
     own.with_name("kernels-9.db").touch()

@@ -53,7 +53,7 @@ def test_doctor_times_a_step_on_every_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("DEV", "CPU")
     monkeypatch.setattr(pace, "candidates", lambda: list(times))
     monkeypatch.setattr(pace, "seconds_per_step", times.__getitem__)
-    found = {check.name: check.found for check in checks._devices()}
+    found = {check.name: check.found for check in checks.time_devices()}
     assert found == {
         "device CL": "500.0 ms for a small step; DEV=CL chooses it",
         "device CPU": "20.0 ms for a small step; used now",
@@ -63,4 +63,4 @@ def test_doctor_times_a_step_on_every_device(monkeypatch: pytest.MonkeyPatch) ->
 def test_one_device_alone_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "candidates", lambda: ["CPU"])
     monkeypatch.setattr(pace, "seconds_per_step", lambda name: 1 / 0)
-    assert list(checks._devices()) == []
+    assert list(checks.time_devices()) == []

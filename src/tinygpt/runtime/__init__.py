@@ -42,19 +42,24 @@ __all__ = [
     "prepare",
     "python_module",
     "require_device",
+    "time_devices",
     "token_folders",
     "total_memory",
 ]
 
 
-def doctor(timed: bool = False) -> list[Check]:
-    """Look at everything tinygpt depends on. Never raises, however broken the machine is.
-
-    ``timed``: where there are several devices, take a step on each, which may take minutes.
-    """
+def doctor() -> list[Check]:
+    """Look at everything tinygpt depends on. Never raises, however broken the machine is."""
     from tinygpt.runtime import checks  # late: it reads package metadata, which is slow to import
 
-    return checks.examine(timed)
+    return checks.examine()
+
+
+def time_devices() -> list[Check]:
+    """Take a small step on every device, which may take minutes; nothing where there is one."""
+    from tinygpt.runtime import checks
+
+    return list(checks.time_devices())
 
 
 def clear_caches() -> tuple[int, list[str]]:

@@ -38,13 +38,12 @@ class Check:
     """Whether tinygpt works without it."""
 
 
-def examine(timed: bool = False) -> list[Check]:
+def examine() -> list[Check]:
     """All checks, in the order they are read. A check that fails to run is one that failed."""
     groups: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         ("python", _python),
         ("packages", _packages),
         ("device", _device),
-        *([("devices", _devices)] if timed else []),
         ("compiler", _compiler),
         ("machine", _machine),
         ("caches", _caches),
@@ -91,7 +90,7 @@ def _device() -> Iterator[Check]:
         yield Check("device", False, found, cure)
 
 
-def _devices() -> Iterator[Check]:
+def time_devices() -> Iterator[Check]:
     """The time of a step on each, where there are several."""
     names = pace.candidates()
     if len(names) == 1:
