@@ -25,7 +25,7 @@ from tinygpt.checkpoint import background, keeping, state
 from tinygpt.checkpoint.format import arrange
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.optim import AdamW
 from tinygpt.transfer import write
 
@@ -108,6 +108,19 @@ def test_weights_without_optimizer_say_so(tmp_path):
     path = model.save_checkpoint(1, None, tmp_path)
     with pytest.raises(CheckpointError, match="no optimizer state"):
         model.load_checkpoint(path, AdamW(model.parameters()))
+
+
+def test_an_optimizer_of_another_model_is_said_to_be_one(saved, tmp_path):
+    model, optimizer, path = saved
+    stranger = AdamW(GPT(model.config).parameters())
+    before = stranger.m[0].numpy()
+    with pytest.raises(UsageError, match="it was made for another one"):
+        model.load_checkpoint(path, stranger)
+    with pytest.raises(UsageError, match="it was made for another one"):
+        model.save_checkpoint(8, stranger, tmp_path)
+    assert np.array_equal(stranger.m[0].numpy(), before)
+    assert not (tmp_path / "ckpt_8.safetensors").exists()
+    assert model.load_checkpoint(path, optimizer) == 7
 
 
 def test_another_kind_of_optimizer_says_what_is_missing(saved):

@@ -398,7 +398,7 @@ SPECIAL = ".[]{}\"'\\#\n=,"
 )
 def test_whatever_the_prompt_the_settings_are_read_back(prompt):
     config = TrainConfig(sample_prompt=prompt)
-    tables = parse_toml(to_toml({"train": config, "data": {"source": prompt}}))
+    tables = parse_toml(to_toml({"train": config, "data": {"source": prompt}}).encode())
     assert TrainConfig.from_dict(tables["train"]) == config
     assert tables["data"]["source"] == prompt
 

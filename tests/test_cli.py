@@ -16,10 +16,14 @@ from pathlib import Path
 import pytest
 
 from tinygpt import __version__
+from tinygpt.api import GPT
 from tinygpt.cli import VERBS, main, make_app
+from tinygpt.cli.console import command
 from tinygpt.cli.options import DataConfig, file_tables, preset_tables, resolve
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig, field_docs
 from tinygpt.errors import ConfigError, DeviceError
+from tinygpt.generate import first_prompt
+from tinygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\n" * 40
 TINY = shlex.split(
@@ -250,6 +254,12 @@ def test_later_settings_win_over_earlier_ones(run_cli, tmp_path):
     assert found["train"]["eps"] == 1e-8 and found["data"]["val_fraction"] == 0.1  # defaults
 
 
+def test_a_config_that_an_editor_gave_a_byte_order_mark_is_read(run_cli, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[train]\nmax_iters = 77\n", encoding="utf-8-sig", newline="\r\n")
+    assert printed_config(run_cli, "--config", file)[0]["train"]["max_iters"] == 77
+
+
 def test_a_flag_can_unset_what_a_file_has_set(run_cli, tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[train]\nearly_stop_patience = 3\n")
@@ -391,6 +401,25 @@ def generate(run_cli, trained):
         return run_cli("generate", trained, "--max-tokens", "12", "--seed", "1", *arguments)
 
     return call
+
+
+def test_the_printed_commands_can_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tinygpt"])
+    for path in ("my run", "it's", "-run", "a;b", "诗"):
+        words = shlex.split(command("generate", Path(path)))
+        assert words[:2] == ["tinygpt", "generate"] and not words[2].startswith("-")
+        assert Path(words[2]) == Path(path)
+
+
+def test_a_vocabulary_without_a_line_break_can_be_generated_with_as_is_printed(run_cli, tmp_path):
+    folder = tmp_path / "my run"
+    tokenizer = CharTokenizer("abc")
+    GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8)).save_checkpoint(
+        0, folder=folder, tokenizer=tokenizer
+    )
+    code, out, err = run_cli("generate", folder, "--max-tokens", "4")
+    assert (code, err) == (0, "") and set(out.rstrip("\n")) <= set("abc") and len(out) == 6
+    assert first_prompt(tokenizer) == "a" and first_prompt(ByteTokenizer()) == "\n"
 
 
 def test_text_is_written_to_stdout_with_its_prompt(generate):

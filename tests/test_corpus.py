@@ -176,7 +176,7 @@ def test_a_folder_without_matches_says_what_it_has(tmp_path: Path) -> None:
         open_corpus(tmp_path)
     for name in ("a.md", "b.md", "c.py"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match=r"It has 2 \.md, 1 \.py; .*'\*\*/\*\.md'"):
+    with pytest.raises(DataError, match=r"It has 2 \.md, 1 \.py\. .*'\*\*/\*\.md'"):
         open_corpus(tmp_path)
     for glob in ("/etc/*", ""):
         with pytest.raises(DataError, match="no pattern"):
@@ -489,6 +489,29 @@ def unused_address() -> str:
 def test_an_unreachable_server_is_advice(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"could not be downloaded.*Is there a network"):
         files.download(unused_address(), tmp_path / "text", SHA256)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"REQUESTS_CA_BUNDLE": "/no/such/file"}, r"no file of certificates at /no/such/file"),
+        ({"HTTPS_PROXY": "socks5://127.0.0.1:9"}, r"needs PySocks: .* -m pip install 'PySocks"),
+        ({"HTTPS_PROXY": "http://127.0.0.1:9"}, r"The proxy does not answer"),
+    ],
+)
+def test_what_keeps_from_a_server_is_told_with_its_cure(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "socks", None)
+    with pytest.raises(DataError, match=message):
+        files.download("https://127.0.0.1:9/file", tmp_path / "text", SHA256)
 
 
 def test_a_place_that_cannot_be_written_is_told(server: Server, tmp_path: Path) -> None:

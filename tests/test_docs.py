@@ -176,9 +176,15 @@ def test_the_design_lists_the_modules_in_the_order_that_is_kept() -> None:
     assert fenced(DOCS / "design.md", "text")[0].split() == [m for m in ORDER if m[0] != "_"]
 
 
-def test_the_quickstart_names_every_preset() -> None:
-    text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
-    assert all(f"| `{name}` |" in text for name in PRESETS)
+def test_the_quickstart_describes_the_presets_as_they_are() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+ layers, .*?) \|", (DOCS / "quickstart.md").read_text(), re.M
+    )
+    assert [name for name, _ in rows] == list(PRESETS)
+    for (_, told), preset in zip(rows, PRESETS.values(), strict=True):
+        assert told.startswith(f"{preset.model['n_layer']} layers, {preset.model['n_embd']} wide, ")
+        if preset.tokenizer.startswith("bpe:"):
+            assert told.endswith(f"{preset.tokenizer[4:]} byte pairs")
 
 
 def test_the_changelog_has_a_place_for_what_comes_next() -> None:

@@ -16,6 +16,7 @@ from tinygpt.cli import main
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TokenizerError
 from tinygpt.generate import generate_text
+from tinygpt.interop.gguf_tokens import tokens_of
 from tinygpt.interop.web.vocabulary import describe
 from tinygpt.server.engine import Engine, Request
 from tinygpt.tokenizers import END, tokenizer_from_dict
@@ -136,6 +137,11 @@ def test_a_page_knows_it(tokenizer: BPETokenizer):
     assert found["ends"] == [258] and found["special"] == {END: 258, "<|more|>": 259}
     assert len(found["tokens"]) == 260
     assert "ends" not in describe(ByteTokenizer())
+
+
+def test_llama_cpp_is_told(tokenizer: BPETokenizer):
+    assert tokens_of(tokenizer, 264).end == 258
+    assert tokens_of(tokenizer.with_ends([259, 258]), 264).end == 259
 
 
 def exported(run: Path, folder: Path) -> dict[str, Any]:

@@ -161,11 +161,11 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
 
 def test_the_file_says_what_it_is_and_how_it_was_proved(tmp_path):
     model = random_model(TIED)
-    done = export(model, ByteTokenizer(), tmp_path / "m.gguf", "f16", name="a name")
+    done = export(model, ByteTokenizer(), tmp_path / "m.gguf", "f16", name="a n\udce9me")
     said, _ = read_file(done.path)
     expected = {
         "general.architecture": "gpt2",
-        "general.name": "a name",
+        "general.name": r"a n\xe9me",  # a name that was not UTF-8
         "general.file_type": 1,
         "gpt2.context_length": 24,
         "gpt2.embedding_length": 32,

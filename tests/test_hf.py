@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,47 @@ def test_half_precision_is_read_as_the_same_numbers(tmp_path, theirs, torch, dty
     ids = parity.fixed_prompt(ours.config)
     difference = np.abs(logits(ours, ids) - their_logits(torch, model.float(), ids)).max()
     assert difference <= 1e-4
+
+
+def test_a_checkpoint_of_nanogpt_comes_in_by_the_documents_lines(
+    tmp_path, transformers, torch, monkeypatch, capsys
+):
+    """As its train.py writes it with torch.compile and without biases."""
+    model = random_model(replace(SMALL, bias=False))
+    weights = {
+        f"_orig_mod.{name if name == 'lm_head.weight' else 'transformer.' + name}":
+        torch.tensor(p.numpy()) for name, p in model.parameters().items()
+    }  # fmt: skip
+    weights["_orig_mod.lm_head.weight"] = weights["_orig_mod.transformer.wte.weight"]
+    args = {"block_size": 16, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": weights, "model_args": args | {"bias": False}, "iter_num": 9}, "ckpt.pt")
+    page = (Path(__file__).parents[1] / "docs" / "interop.md").read_text(encoding="utf-8")
+    exec(page.partition("```python\nimport torch\n")[2].partition("```")[0], {"torch": torch})
+    assert main(["import", "hf", "nanogpt-hf", "--tokenizer", "byte", "--out", "run"]) == 0
+    capsys.readouterr()
+    ids = [[3, 1, 4, 1, 5, 9, 2, 6]]
+    assert np.allclose(logits(load("run")[0], ids), logits(model, ids), atol=1e-6)
+
+
+def test_prefixes_of_compiled_and_distributed_models_are_dropped(exported):
+    [path] = exported.glob("*.safetensors")
+    before = tensors(path)
+    rewrite(path.parent, lambda found: [
+        found.update({f"module._orig_mod.{name}": found.pop(name)}) for name in list(found)
+    ])  # fmt: skip
+    model = GPT.from_pretrained(exported)
+    assert np.array_equal(model.wte.weight.numpy(), before["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("given", ["models--gpt2", "hub", "."])
+def test_a_folder_of_the_hubs_cache_names_the_model_in_it(tmp_path, exported, capsys, given):
+    place = tmp_path / "a cache" / "hub" / "models--gpt2" / "snapshots" / "0123"
+    place.parent.mkdir(parents=True)
+    exported.rename(place)
+    folder = next(p for p in (place, *place.parents) if given in (p.name, ".") and p != place)
+    folder = tmp_path / "a cache" if given == "." else folder
+    refused(folder, capsys, wanted=f"give the folder of one model in it: '{place}'")
 
 
 def test_shards_names_without_prefix_and_old_buffers(tmp_path, theirs, torch):
@@ -424,7 +466,10 @@ FILES = {
     "short": (b"\x00" * 7, "7 bytes"),
     "no header": (b"\xff" * 64, "cannot hold the header"),
     "long header": (struct.pack("<Q", 1 << 40) + b"{}", "cannot hold the header"),
-    "html": (b"<!DOCTYPE html><html>not found</html>", "not a safetensors file"),
+    "html": (
+        b"<!DOCTYPE html><html>not found</html>",
+        "is a web page. Perhaps the page about the file was downloaded",
+    ),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     "zip": (b"PK\x03\x04" + b"\0" * 90, "pickle"),
     "no json": (raw(b"{nope}"), "header"),

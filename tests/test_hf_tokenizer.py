@@ -200,6 +200,10 @@ def test_what_is_written_is_read_back(tokenizer: Tokenizer, folder: Path, tmp_pa
         for name in ("vocab.json", "merges.txt"):  # the older files say as much
             shutil.copy(folder / name, tmp_path)
         assert read_tokenizer(tmp_path) == tokenizer
+        for name in ("vocab.json", "merges.txt"):  # a byte order mark, and line ends of Windows
+            text = (tmp_path / name).read_bytes().replace(b"\n", b"\r\n")
+            (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text)
+        assert read_tokenizer(tmp_path) == tokenizer
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from tinygrad import Tensor
 
 from tinygpt import GPT, ByteTokenizer, GPTConfig, TrainConfig, kernels, load, train
 from tinygpt.errors import UsageError
+from tinygpt.interop.web import export_web
 
 IDS = np.array([[0, -1, 7, 8, 3, 2**31 - 1]], np.int32)
 V, C = 8, 16
@@ -81,6 +82,12 @@ def test_weights_are_rounded_if_that_is_asked_for(run, quantize, quantized: bool
 def test_anything_else_is_refused(run, quantize):
     with pytest.raises(UsageError, match="Wanted: 'int8', or None"):
         load(run, quantize=quantize)
+
+
+def test_a_page_s_weights_have_a_kind_that_is_known(tmp_path):
+    model = GPT(GPTConfig(8, 256, n_layer=1, n_head=1, n_embd=16))
+    with pytest.raises(UsageError, match="Wanted: float16, float32, int8"):
+        export_web(model, ByteTokenizer(), tmp_path / "page.html", kind="int4")  # type: ignore[arg-type]
 
 
 # A sample that fails -----------------------------------------------------------------------------

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    *("errors", "extras", "untrusted", "files", "names", "strict_json", "lock", "interrupts"),
-    *("runtime", "multicore", "programs", "config", "tokenizers", "text_files", "corpus", "data"),
-    *("kernels", "jit", "transfer", "cache", "model", "lora", "optim", "distributed", "guard"),
-    *("diagnose", "train"),
-    *("metrics", "evaluation", "memorization", "checkpoint", "changes", "preflight", "quantize"),
-    *("sample", "generate", "interop", "gradcheck", "kernelcheck", "plots", "runs", "display"),
-    *("api", "server", "cli", "__init__", "__main__"),
+    *("errors", "extras", "untrusted", "foreign", "files", "names", "strict_json", "lock"),
+    *("interrupts", "runtime", "multicore", "programs", "config", "tokenizers", "text_files"),
+    *("corpus", "data", "kernels", "jit", "transfer", "cache", "model", "lora", "optim"),
+    *("distributed", "guard", "diagnose", "train", "metrics", "evaluation", "memorization"),
+    *("checkpoint", "changes", "preflight", "quantize", "sample", "generate", "interop"),
+    *("gradcheck", "kernelcheck", "plots", "runs", "display", "api", "server", "cli"),
+    *("__init__", "__main__"),
 ]
 
 WITHOUT_TINYGRAD = [
-    *("errors", "extras", "untrusted", "files", "names", "strict_json", "lock", "interrupts"),
-    *("runtime", "config", "tokenizers", "text_files", "corpus", "data", "metrics"),
-    *("memorization", "checkpoint", "plots", "display", "cli"),
+    *("errors", "extras", "untrusted", "foreign", "files", "names", "strict_json", "lock"),
+    *("interrupts", "runtime", "config", "tokenizers", "text_files", "corpus", "data"),
+    *("metrics", "memorization", "checkpoint", "plots", "display", "cli"),
 ]
 """Modules that answer before tinygrad is loaded: `tinygpt --help` must not wait for it."""
 

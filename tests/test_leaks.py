@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tinygrad.helpers import Context, GlobalCounters
 from tinygrad.uop.ops import UOpMetaClass
 
 from tinygpt import GPT, ByteTokenizer, GPTConfig, evaluation, kernels
+from tinygpt.generate.batching import BatchDecoder
 from tinygpt.server import inspect, scoring
 
 CONFIG = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
@@ -57,12 +59,16 @@ def generate(model: GPT) -> None:
     model.generate(Tensor(IDS[:, :15]), max_tokens=3)
 
 
+looking = cache(inspect.AttentionLook)
+decoding = cache(partial(BatchDecoder, places=1))
+
+
 def look(model: GPT) -> None:
-    inspect.attention(model, [1, 2, 3], 0, 3)
+    looking(model).weights([1, 2, 3], 0, 3)
 
 
 def score(model: GPT) -> None:
-    scoring.score(model, [1, 2, 3], 256, 2)
+    assert list(scoring.score_texts(decoding(model), [([1, 2, 3], 2)], 256))
 
 
 def evaluate(model: GPT) -> None:
@@ -82,5 +88,6 @@ def test_memory_is_flat(model: GPT, call: Callable[[GPT], None]) -> None:
         for _ in range(CALLS):
             call(model)
         gc.collect()
-        found.append((len(UOpMetaClass.ucache), GlobalCounters.mem_used))
-    assert found[1] <= found[0], "UOps in tinygrad's cache, and bytes on the device"
+        found.append((len(UOpMetaClass.ucache), GlobalCounters.mem_used, len(gc.get_objects())))
+    for what, before, after in zip(("UOps", "bytes", "objects"), *found, strict=True):
+        assert after <= before + (10 if what == "objects" else 0), what

@@ -115,7 +115,7 @@ def test_any_number_of_units_and_pieces_gives_the_same_bits(
 ) -> None:
     *args, dy = tensors(*shape, "gelu")
     runs = []
-    for pieces, cores in ((1, ((1, 1),)), (2, ((5, 1),)), (5, ((1000, 1),))):
+    for pieces, cores in ((1, (1,)), (2, (5,)), (5, (1000,))):
         cut(pieces)
         monkeypatch.setattr(product_module, "CORES", cores)
         runs.append(gradients(layer(args, "gelu"), dy, args))

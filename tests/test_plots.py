@@ -1,11 +1,13 @@
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 
-from tinygpt import extras
+from tinygpt import extras, plots
 from tinygpt.errors import DataError, MissingExtraError, UsageError
 from tinygpt.plots import MAX_POINTS, draw, read_curves, save_plot, terminal_plot
 
@@ -82,12 +84,52 @@ def test_the_figure_says_what_it_shows(run):
 
 
 def test_several_runs_are_drawn_over_each_other_in_colours_of_their_own(run, tmp_path):
-    other = write_run(tmp_path / "runs" / "$x_1$", offset=0.5)
+    other = write_run(tmp_path / "runs" / "$x_1$\udce9", offset=0.5)
     figure = draw([read_curves(run), read_curves(other)])
     loss, _ = figure.axes
     assert len(loss.get_legend().get_texts()) == 6
     assert len({line.get_color() for line in loss.lines}) == 2
     save_plot([run, other], tmp_path / "both.png")  # dollar signs in a name are no mathematics
+    assert save_plot([other], tmp_path / "both.png").is_file()  # nor must it be UTF-8
+
+
+@pytest.mark.parametrize("name", ["_hidden", "诗和远方", "caf\u00e9", "\u0001"])
+def test_every_name_stands_in_title_and_legend(run, tmp_path, name):
+    other = write_run(tmp_path / "runs" / name, offset=0.5)
+    figure = draw([read_curves(other), read_curves(run)])
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len(texts) == 6
+    [train] = [text for text in texts if text.endswith(": train") and str(run) not in text]
+    known = set().union(*plots._fonts(name).values())
+    escaped = "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in name)
+    assert train == f"{other.parent}/{escaped}: train"
+    save_plot([other, run], tmp_path / "both.png")  # a character without a shape is a warning
+    assert save_plot([other], tmp_path / "one.svg")
+
+
+def test_a_font_that_has_the_characters_is_taken(monkeypatch):
+    from matplotlib import font_manager
+
+    sans = font_manager.findfont("DejaVu Sans")
+    symbols = font_manager.findfont("STIXSizeOneSym")  # stands for a font of Chinese
+    entries = [font_manager.FontEntry(fname=path) for path in (sans, symbols)]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", entries)
+    only = set(font_manager.get_font(symbols).get_charmap()) - set(
+        font_manager.get_font(sans).get_charmap()
+    )
+    fonts = plots._fonts("abc")
+    assert list(fonts) == ["DejaVu Sans"]
+    if only:
+        assert len(plots._fonts("abc" + chr(min(only)))) == 2
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_the_backend_of_a_notebook_is_of_no_concern(run, tmp_path, backend):
+    """matplotlib reads it as it is imported."""
+    code = "import sys; from tinygpt.plots import save_plot; save_plot([sys.argv[1]], sys.argv[2])"
+    command = [sys.executable, "-c", code, str(run), str(tmp_path / "plot.png")]
+    done = subprocess.run(command, env={**os.environ, "MPLBACKEND": backend}, timeout=100)
+    assert done.returncode == 0 and (tmp_path / "plot.png").stat().st_size
 
 
 def test_the_terminal_plot_fits_its_size_and_says_what_it_shows(run, tmp_path):

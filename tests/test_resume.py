@@ -441,6 +441,25 @@ def test_the_proof_succeeds_and_leaves_nothing_behind(text, capsys):
     assert left(text) == []
 
 
+def test_flags_of_the_proof_count_and_its_length_has_one_name(text, capsys, monkeypatch):
+    """The proof shortens a run's own settings, and not what was asked for."""
+    seen = []
+
+    def settings_of(settings, material, folder):
+        seen.append(settings.train)
+        return [], True
+
+    monkeypatch.setattr(proving, "prove", settings_of)
+    given = ["--train.eval-interval", "3", "--train.eval-iters", "7", "--train.warmup-steps", "0"]
+    assert main(["verify-resume", str(text), *TINY, *given, "--steps", "8"]) == 0
+    [train] = seen
+    assert (train.eval_interval, train.eval_iters, train.warmup_steps) == (3, 7, 0)
+    assert (train.max_iters, train.sample_interval) == (8, 8)
+    capsys.readouterr()
+    assert main(["verify-resume", str(text), *TINY, "--train.max-iters", "9"]) == 2
+    assert "--steps" in capsys.readouterr().err
+
+
 def test_a_resumption_without_the_random_state_is_seen_by_the_proof(text, capsys, monkeypatch):
     """The fresh process loses the seed; the verdict blames the program, not the device."""
 

@@ -47,9 +47,9 @@ def text(tmp_path):
 def start(source, moments, *arguments, env=None, **options):
     """The program in a session of its own, as a shell or Slurm starts it."""
     folder = source.parent
-    (folder / "cc").write_text(CC)
-    (folder / "cc").chmod(0o700)
-    ours = {"CC": folder / "cc", "REAL_CC": compiler(), "ARMED": folder / "armed"}
+    (folder / "clang").write_text(CC)
+    (folder / "clang").chmod(0o700)
+    ours = {"CC": folder / "clang", "REAL_CC": compiler(), "ARMED": folder / "armed"}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.signal_script", moments, *map(str, arguments)], cwd=ROOT,
         env={**os.environ, **ours, **(env or {})}, start_new_session=True,

@@ -15,7 +15,7 @@ import pytest
 
 from tinygpt import checkpoint, preflight, runs
 from tinygpt.cli import generating, main
-from tinygpt.cli.streams import _Descriptor, standard_streams
+from tinygpt.cli.streams import _Descriptor, _text, standard_streams
 from tinygpt.errors import StreamError
 from tinygpt.metrics import read
 from tinygpt.train import Step
@@ -93,6 +93,14 @@ def test_what_is_wrong_is_said_by_its_name():
             _Descriptor(1, handle=file.fileno()).write(b"a")
         with pytest.raises(StreamError, match="stdin cannot be read: Bad file descriptor"):
             _Descriptor(0, handle=file.fileno()).read(1)
+
+
+def test_what_the_encoding_does_not_hold_is_escaped(pipe):
+    stream, theirs = pipe(1)
+    before = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with _text(stream, before) as text:
+        text.write("na\u00efve \udcff")
+    assert os.read(theirs, 99) == b"na\\xefve \\udcff"
 
 
 # The program ------------------------------------------------------------------------------------

@@ -432,7 +432,7 @@ def test_any_values_give_a_tokenizer_or_a_tokenizer_error(
     ("content", "message"),
     [
         (b"", "not JSON"),
-        (b"\x80\x04pickle", "not JSON"),
+        (b"\x80\x04pickle", "a Python pickle"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "no JSON object"),
         (b'{"version": "1.0", "model": {}}', "kind is None"),

@@ -110,7 +110,7 @@ def test_an_untied_model_without_biases(tmp_path: Path) -> None:
 
 
 def test_nothing_that_a_run_says_becomes_html(tmp_path: Path) -> None:
-    hostile = "</script><img src=x onerror=alert(1)>&{{ui}}"
+    hostile = "</script><img src=x onerror=alert(1)>&{{ui}}\udce9"  # the last: not UTF-8
     path = tmp_path / "page.html"
     export_web(
         make(SMALL),
@@ -123,6 +123,7 @@ def test_nothing_that_a_run_says_becomes_html(tmp_path: Path) -> None:
     text = path.read_text()
     assert "<img" not in text
     assert parts(text)["about"]["card"]["data"] == hostile
+    assert parts(text)["about"]["title"] == hostile.replace("\udce9", r"\xe9")
     assert text.count("</script>") == 4 + text.count('class="weights" data-')
 
 

@@ -124,6 +124,30 @@ PRESS_STOP = """() => new Promise((resolve) => {
 """In the page itself, once it shows more: a small model would be done before a click from here."""
 
 
+REASONS = {
+    "this browser has no WebAssembly": ("delete globalThis.WebAssembly", "", ""),
+    "is not valid JSON": ("", '"card":{', '"card":{"x":NaN,'),
+    "weights are missing at its end": ("", 'class="weights"', 'class="lost"'),
+    "The scripts of this page have not run": ("", "const find = ", "const ="),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_page_that_cannot_start_says_why(
+    made: Made, browser: Browser, tmp_path: Path, reason: str
+) -> None:
+    before, good, bad = REASONS[reason]
+    path, context = tmp_path / "page.html", browser.new_context()
+    path.write_text(made.path.read_text().replace(good, bad, 1 if good else 0))
+    page = context.new_page()
+    if before:
+        page.add_init_script(before)
+    page.goto(path.as_uri())
+    page.wait_for_selector(f"main >> text={reason}")
+    assert not page.is_visible("#loading")
+    context.close()
+
+
 def test_writing_stops_and_goes_on(made: Made, open_page: OpenPage) -> None:
     page = ready(open_page(made.path.as_uri(), offline=True))
     set_up(page, temperature=0, count=100000)

@@ -492,14 +492,14 @@ def check_toml(text: str) -> None:
         f"that are read. Shorten the longest of them, such as sample_prompt.",
     )
     try:
-        parse_toml(text)
+        parse_toml(text.encode())
     except ValueError as error:
         raise ConfigError(f"These settings cannot be read back: {clip(error)}.") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The tables of a config.toml; OSError or ValueError if it is none."""
-    return parse_toml(read_bounded(path, MAX_CONFIG_BYTES).decode())
+    return parse_toml(read_bounded(path, MAX_CONFIG_BYTES))
 
 
 def field_docs(config: type[Config]) -> Mapping[str, str]:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tinygpt import runtime
 from tinygpt.errors import DataError, nearest
 from tinygpt.files import download, sha256_of, user_path
+from tinygpt.foreign import HEAD, encoding_of, no_text
 from tinygpt.names import is_name
 from tinygpt.text_files import UTF16_OR_32, find_texts
 from tinygpt.untrusted import brief, clip
@@ -138,26 +140,27 @@ def read_text(path: Path) -> Iterator[str]:
     """Pieces of a UTF-8 file, a byte order mark left out. Raises DataError with the offset of what
     is not text."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    offset, first = 0, b""
     for block in _blocks(path):
         if offset == 0:
+            first = block[:HEAD]
             if block.startswith(UTF16_OR_32):
                 raise DataError(_wrong_encoding(path, "is UTF-16 or UTF-32", "UTF-16"))
             skipped = len(codecs.BOM_UTF8) if block.startswith(codecs.BOM_UTF8) else 0
             block, offset = block[skipped:], skipped
         zero = block.find(b"\0")
         if zero >= 0:
-            raise DataError(
-                f"{path} is not a text file: it has a zero byte at offset {offset + zero}. "
-                f"Token files are .npy or .bin; other documents must be exported as plain text."
-            )
+            raise DataError(_no_text(path, first, offset + zero))
         waiting = len(decoder.getstate()[0])  # bytes of a character that the last block began
         try:
             piece = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             at = offset - waiting + error.start
             what = f"has the byte 0x{error.object[error.start]:02x} at offset {at}"
-            raise DataError(_wrong_encoding(path, what, "WINDOWS-1252")) from error
+            head = first if at < len(first) else block[max(0, error.start - HEAD // 2) :][:HEAD]
+            likely = encoding_of(head) or "WINDOWS-1252"
+            known = no_text(path, first)
+            raise DataError(known or _wrong_encoding(path, what, likely)) from error
         offset += len(block)
         if piece:
             yield piece
@@ -170,7 +173,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
             while block := file.read(BLOCK):
                 yield block
     except PermissionError as error:
-        raise DataError(f"{path} may not be read. Allow it: chmod u+r {path}") from error
+        raise DataError(
+            f"{path} may not be read. Allow it: chmod u+r {quote(str(path))}"
+        ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     yield b""
@@ -179,7 +184,20 @@ def _blocks(path: Path) -> Iterator[bytes]:
 def _wrong_encoding(path: Path, what: str, likely: str) -> str:
     return (
         f"{path} is not UTF-8: it {what}. Convert it, if it is {likely}, with: "
-        f"iconv -f {likely} -t UTF-8 {path} > {path.stem}.utf8{path.suffix}"
+        f"iconv -f {likely} -t UTF-8 {quote(str(path))} > {quote(f'{path.stem}.utf8{path.suffix}')}"
+    )
+
+
+def _no_text(path: Path, head: bytes, zero: int) -> str:
+    """What to say of a file with a zero byte, which no text has."""
+    if known := no_text(path, head):
+        return known
+    encoding = encoding_of(head)
+    if encoding is not None and encoding.startswith("UTF-"):
+        return _wrong_encoding(path, "is UTF-16 or UTF-32, without a byte order mark", encoding)
+    return (
+        f"{path} is not a text file: it has a zero byte at offset {zero}. "
+        f"Token files are .npy or .bin; other documents must be exported as plain text."
     )
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from tinygpt import extras
 from tinygpt.errors import DataError, UsageError
 
 NAME_KEPT = 40
@@ -341,12 +342,37 @@ def _explain(url: str, path: Path, error: Exception) -> DataError:
 
     if isinstance(error, requests.HTTPError):
         return DataError(f"{url} answered {error.response.status_code} {error.response.reason}.")
-    if isinstance(error, requests.RequestException):
+    if advice := network_advice(error):
         return DataError(
-            f"{url} could not be downloaded ({type(error).__name__}). Is there a network? "
-            f"Behind a proxy, set HTTPS_PROXY. What has arrived is kept; try again to go on."
+            f"{url} could not be downloaded. {advice} What has arrived is kept; try again to go on."
         )
     return DataError(f"{path} could not be written: {error}.")
+
+
+def network_advice(error: Exception) -> str | None:
+    """What keeps requests from reaching a server, and what to do; None for an error of the disk."""
+    import requests
+
+    if isinstance(error, OSError) and "CA certificate bundle" in str(error):
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+        return (
+            f"There is no file of certificates at {bundle}, which REQUESTS_CA_BUNDLE or "
+            f"CURL_CA_BUNDLE names: correct or unset it."
+        )
+    if not isinstance(error, requests.RequestException):
+        return None
+    if "SOCKS" in str(error):
+        cure = extras.install_command("PySocks>=1.7")
+        return f"The proxy of the environment is a SOCKS proxy, which needs PySocks: {cure}"
+    if isinstance(error, requests.exceptions.ProxyError | requests.exceptions.InvalidProxyURL):
+        return "The proxy does not answer: correct or unset HTTPS_PROXY, HTTP_PROXY or ALL_PROXY."
+    if isinstance(error, requests.exceptions.SSLError):
+        return (
+            "Its certificate is not trusted. Behind a proxy that looks into connections, set "
+            "REQUESTS_CA_BUNDLE to the file of certificates that your network uses."
+        )
+    kind = type(error).__name__
+    return f"Is there a network ({kind})? Behind a proxy, set HTTPS_PROXY."
 
 
 def _fetch(

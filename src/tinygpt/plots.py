@@ -5,20 +5,25 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import extras
 from tinygpt.errors import DataError, MissingExtraError, UsageError
 from tinygpt.files import check_overwritable, replacing, user_path
+from tinygpt.foreign import HEAD, no_text
 from tinygpt.metrics import Row, read, smooth
-from tinygpt.untrusted import is_number
+from tinygpt.untrusted import is_number, utf8_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 METRICS = "metrics.jsonl"
 FORMATS = ("png", "svg")
@@ -28,6 +33,8 @@ MARKS = {"png": b"Software\0TinyGPT", "svg": b"<dc:title>TinyGPT</dc:title>"}
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 TERMINAL_COLORS = ("blue+", "orange+", "green+", "magenta+", "cyan+", "red+")
 INK, FAINT = "#1f2937", "#d1d5db"
+DRAWS_BOXES = "Last Resort High-Efficiency"
+"""A font of matplotlib's own that has a box for every character there is."""
 MAX_POINTS = 2000
 """Points drawn per curve; longer runs are averaged down to so many."""
 MAX_STEP, FAR = 10**12, 1e30
@@ -71,13 +78,15 @@ def read_curves(run: str | Path) -> Curves:
     file = path / METRICS if path.is_dir() else path
     rows = list(read(file))
     curves = Curves(
-        name=str(path),
+        name=utf8_name(str(path)),
         train=_thin(_points([row for row in rows if not row.get("skipped")], "train_loss")),
         val=_points(rows, "val_loss"),
         lr=_thin(_points(rows, "lr")),
     )
     if not curves.train and not curves.val:
-        raise DataError(f"{file} holds no losses yet, so there is nothing to draw.")
+        with file.open("rb") if file.is_file() else nullcontext(BytesIO()) as start:
+            known = no_text(file, start.read(HEAD))
+        raise DataError(known or f"{file} holds no losses yet, so there is nothing to draw.")
     return curves
 
 
@@ -117,9 +126,11 @@ def draw(runs: Sequence[Curves]) -> Figure:
     figure_class = _matplotlib_figure()
     figure: Figure = figure_class(figsize=(9, 6), layout="constrained", facecolor="white")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    named: list[Line2D] = []
     for i, run in enumerate(runs):
-        _draw_loss(loss, run, COLORS[i % len(COLORS)], label=run.name if len(runs) > 1 else "")
-        rate.plot(*_columns(run.lr), color=COLORS[i % len(COLORS)], linewidth=1.4)
+        color = COLORS[i % len(COLORS)]
+        named += _draw_loss(loss, run, color, label=run.name if len(runs) > 1 else "")
+        rate.plot(*_columns(run.lr), color=color, linewidth=1.4)
     for axes in (loss, rate):
         _style(axes)
     loss.set_ylabel("loss (nats per token)", color=INK)
@@ -127,24 +138,67 @@ def draw(runs: Sequence[Curves]) -> Figure:
     rate.set_xlabel("step", color=INK)
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    loss.legend(frameon=False, labelcolor=INK)
-    loss.set_title(_title(runs), color=INK, loc="left", fontsize=12, parse_math=False)
+    _write_names(loss, _title(runs), named)
     return figure
 
 
-def _draw_loss(axes: Axes, run: Curves, color: str, label: str) -> None:
-    prefix = f"{_plain(label)}: " if label else ""
+def _draw_loss(axes: Axes, run: Curves, color: str, label: str) -> list[Line2D]:
+    """Draw the curves of a run; -> those that the legend names."""
+    prefix = f"{label}: " if label else ""
+    named = []
     if run.train:
         axes.plot(*_columns(run.train), color=color, alpha=0.2, linewidth=0.8)
-        axes.plot(*_columns(run.smooth_train), color=color, linewidth=1.6, label=f"{prefix}train")
+        style: dict[str, Any] = {"color": color, "linewidth": 1.6}
+        named += axes.plot(*_columns(run.smooth_train), label=f"{prefix}train", **style)
     if run.best:
         x, y = run.best
-        style: dict[str, Any] = {"color": color if label else COLORS[1], "linestyle": "--"}
-        axes.plot(
-            *_columns(run.val), marker="o", markersize=4, label=f"{prefix}validation", **style
-        )
+        color = color if label else COLORS[1]
+        style = {"color": color, "linestyle": "--", "marker": "o", "markersize": 4}
+        named += axes.plot(*_columns(run.val), label=f"{prefix}validation", **style)
         best = f"{prefix}best {y:.4f} at step {x:,.0f}"
-        axes.plot([x], [y], "*", markersize=14, color=style["color"], mec="white", label=best)
+        named += axes.plot([x], [y], "*", markersize=14, color=color, mec="white", label=best)
+    return named
+
+
+def _write_names(axes: Axes, title: str, named: list[Line2D]) -> None:
+    """Title and legend, in which names of runs are text: no formulas, and none is left out.
+
+    matplotlib leaves out a name that begins with ``_`` unless lines and names are given.
+    """
+    labels = [str(line.get_label()) for line in named]
+    fonts = _fonts("".join([title, *labels]))
+    legend = axes.legend(named, [_drawable(label, fonts) for label in labels], frameon=False)
+    head = axes.set_title(_drawable(title, fonts), loc="left", fontsize=12)
+    for text in (*legend.get_texts(), head):
+        text.set(color=INK, fontfamily=list(fonts), parse_math=False)
+
+
+Fonts = dict[str, Set[int]]
+"""Names of fonts, and the characters that each of them has."""
+
+
+def _fonts(text: str) -> Fonts:
+    """matplotlib's font, and installed ones for the characters of ``text`` that it lacks."""
+    from matplotlib import font_manager
+
+    usual = font_manager.findfont(font_manager.FontProperties())
+    fonts: Fonts = {}
+    lacking = {ord(c) for c in text if c.isprintable()}
+    for path in [usual, *(entry.fname for entry in font_manager.fontManager.ttflist)]:
+        font = font_manager.get_font(path)
+        has = font.get_charmap().keys()
+        if not fonts or (lacking & has and font.family_name != DRAWS_BOXES):
+            fonts.setdefault(font.family_name, has)
+            lacking -= has
+        if not lacking:
+            break
+    return fonts
+
+
+def _drawable(text: str, fonts: Fonts) -> str:
+    """The text, with the numbers of the characters that would be drawn as boxes."""
+    known = set[int]().union(*fonts.values())
+    return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in text)
 
 
 def _style(axes: Axes) -> None:
@@ -157,11 +211,6 @@ def _style(axes: Axes) -> None:
 
 def _title(runs: Sequence[Curves]) -> str:
     return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-
-
-def _plain(name: str) -> str:
-    """A legend would read dollar signs as mathematics."""
-    return name.replace("$", r"\$")
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
@@ -202,10 +251,15 @@ def _describe(run: Curves) -> str:
 
 
 def _matplotlib_figure() -> type[Figure]:
+    """matplotlib reads MPLBACKEND as it is imported; a notebook sets one that only it has."""
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise _missing("matplotlib", "Drawing PNG and SVG") from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return Figure
 
 

@@ -30,12 +30,14 @@ from tinygrad.helpers import (
     CACHELEVEL,
     DEBUG,
     PARALLEL,
+    TRACEMETA,
     VIZ,
     ContextVar,
     diskcache_get,
     diskcache_put,
 )
 from tinygrad.runtime import ops_cpu
+from tinygrad.runtime.support.memory import TLSFAllocator
 from tinygrad.uop.ops import Ops, UOp
 
 from tinygpt import multicore
@@ -75,6 +77,7 @@ def install() -> None:
 
     tinygrad's own ``CACHELEVEL=0`` switches it off, along with everything else it keeps.
     """
+    _keep_nothing()
     own = codegen.to_program_cache
     if isinstance(own, Programs) or DEBUG >= 2 or VIZ:  # whoever looks on wants to see it happen
         return
@@ -86,6 +89,21 @@ def install() -> None:
     realize.to_program_cache = kept
     realize.get_worker_pool = _workers
     ops_cpu.do_to_program = codegen.to_program  # four little programs that the device opens with
+
+
+def _keep_nothing() -> None:
+    """Close two leaks of tinygrad 0.14.
+
+    The plans of memory, one for each schedule, are never freed: two of their methods, which shift a
+    number, are cached with the plan as a part of the key. And each gradient adds the names of its
+    operations, which only DEBUG and VIZ show, to those of constants that live for ever.
+    """
+    if not DEBUG and not VIZ:
+        TRACEMETA.value = 0
+    for name in ("lv1", "lv2"):
+        method = getattr(TLSFAllocator, name, None)
+        if plain := getattr(method, "__wrapped__", None):
+            setattr(TLSFAllocator, name, plain)
 
 
 def _load(key: object) -> UOp | None:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 
 from tinygpt.errors import DataError
 from tinygpt.files import sha256_of
+from tinygpt.foreign import NO_TEXT
 from tinygpt.untrusted import brief, open_regular
 
 MAX_PATTERN, MAX_RECURSIONS = 200, 2
@@ -269,13 +270,15 @@ def _no_match(folder: Path, glob: str, found: Found) -> str:
         example = found.left_out["hidden"][0]
         return f"{message} What is hidden has to be named, as in '{_naming(example)}'."
     there = Counter({suffix: n for suffix, n in found.others.items() if suffix})
-    if not there:
-        return message
-    listed = ", ".join(f"{n} {suffix}" for suffix, n in there.most_common(5))
-    return (
-        f"{message} It has {listed}; "
-        f"to read those, give the pattern '**/*{there.most_common(1)[0][0]}'."
-    )
+    if there:
+        listed = ", ".join(f"{n} {suffix}" for suffix, n in there.most_common(5))
+        message = f"{message} It has {listed}."
+    readable = [suffix for suffix, _ in there.most_common() if suffix.lower() not in NO_TEXT]
+    if readable:
+        return f"{message} To read {readable[0]} files, give the pattern '**/*{readable[0]}'."
+    binary = {path.suffix for path in found.left_out.get("binary", [])}
+    tokens = {".bin", ".npy"} & {*there, *binary}
+    return f"{message} A file of tokens is given by its own name." if tokens else message
 
 
 def _naming(path: Path) -> str:

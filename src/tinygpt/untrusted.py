@@ -164,12 +164,14 @@ def parse_json(content: str | bytes) -> Any:
     return value
 
 
-def parse_toml(text: str) -> dict[str, Any]:
-    """What a TOML text says, unless the parser would take for ever, which is a ValueError.
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """What a TOML text in UTF-8 says. Whatever is wrong with it is a ValueError.
 
-    Its time grows with the cube of the dots in a name, and it calls itself for each bracket; what
-    stands in strings and comments costs nothing.
+    Refused as well is a text that the parser would take for ever to read: its time grows with the
+    cube of the dots in a name, and it calls itself for each bracket. What stands in strings and
+    comments costs nothing.
     """
+    text = content.decode("utf-8-sig")
     bare = TOML_STRINGS.sub('""', text)
     if bare.count("[") + bare.count("{") > MAX_BRACKETS:
         raise ValueError(f"there are more than {MAX_BRACKETS} brackets")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import secrets
+import shlex
 import tempfile
 import threading
 import time
@@ -193,8 +194,8 @@ class Saver:
             return (
                 f"{job.error}\nThe state of step {step} was written to {path} instead. Once "
                 f"{self.folder} can be written again, move it there and resume the run:\n"
-                f"  mv {path} {self.folder}/\n"
-                f"  tinygpt train --resume --out {self.folder}"
+                f"  {shlex.join(['mv', str(path), f'{self.folder}/'])}\n"
+                f"  {shlex.join(['tinygpt', 'train', '--resume', '--out', str(self.folder)])}"
             )
         newest = self.newest or next(reversed(list_checkpoints(self.folder)), None)
         kept = f"The newest checkpoint is {newest}." if newest else "There is no other checkpoint."

@@ -21,7 +21,7 @@ from tinygpt.checkpoint.writer import writing
 from tinygpt.config import read_config
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files import TEMPORARY
-from tinygpt.untrusted import clip
+from tinygpt.untrusted import clip, utf8_name
 
 MOST_NAMED = 4
 """Entries of a refused folder that the error names."""
@@ -40,7 +40,7 @@ def check_claim(folder: Path) -> None:
         names = foreign(folder)
     if names:
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        listed = clip(", ".join(names[:MOST_NAMED]).encode(errors="replace").decode())
+        listed = clip(utf8_name(", ".join(names[:MOST_NAMED])))
         raise UsageError(
             f"{folder} is not the folder of a run: it holds {listed}{more}, and a run would write "
             f"its files among them. Nothing was changed there. Choose a folder that is missing or "

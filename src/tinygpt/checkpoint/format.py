@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError
+from tinygpt.foreign import HEAD, no_model
 from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, clip, is_number, parse_json
 
@@ -248,14 +249,11 @@ def _read_text(file: BinaryIO, path: Path, size: int) -> tuple[bytes, bytes]:
         text = file.read(announced)
         if len(text) == announced:
             return length, text
-    if length[:2] == b"PK" or length[:1] == b"\x80":
-        raise CheckpointError(
-            f"{path} is a Python pickle, which can run code when it is opened. "
-            f"TinyGPT reads safetensors files only; convert it with the tool that wrote it."
-        )
+    file.seek(0)
     raise CheckpointError(
-        f"{path} is damaged or not a safetensors file: its {size} bytes cannot hold the header it "
-        f"announces."
+        no_model(path, file.read(HEAD))
+        or f"{path} is damaged or not a safetensors file: its {size} bytes cannot hold the header "
+        f"it announces."
     )
 
 

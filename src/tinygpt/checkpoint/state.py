@@ -212,15 +212,29 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array
 
 
 def named_tensors(model: Transformer, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """All that a checkpoint holds, under the names that it has there."""
+    """All that a checkpoint holds, under the names that it has there.
+
+    Raises UsageError for an optimizer of another model.
+    """
     from tinygpt.optim import optimizer_state
 
     parameters = model.parameters()
     tensors = {f"model.{name}": p for name, p in parameters.items()}
     if optimizer is not None:
+        _check_own(model, optimizer)
         state = optimizer_state(optimizer, parameters)
         tensors |= {f"optimizer.{name}": t for name, t in state.items()}
     return tensors
+
+
+def _check_own(model: Transformer, optimizer: Optimizer) -> None:
+    own = {id(p) for p in (*model.parameters().values(), *model.trainable().values())}
+    foreign = sum(id(p) not in own for p in optimizer.params)
+    if foreign:
+        raise UsageError(
+            f"{foreign} of the optimizer's {len(optimizer.params)} parameters are not this "
+            f"model's: it was made for another one. Make it from list(model.trainable().values())."
+        )
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:

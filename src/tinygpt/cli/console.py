@@ -24,7 +24,13 @@ def program_name() -> str:
 
 def command(*words: object) -> str:
     """A command line of this program that can be pasted into a shell."""
-    return shlex.join([program_name(), *map(str, words)])
+    return shlex.join([program_name(), *map(_argument, words)])
+
+
+def _argument(word: object) -> str:
+    """A path that begins with a hyphen must not be taken for a flag."""
+    text = str(word)
+    return f"./{text}" if isinstance(word, Path) and text.startswith("-") else text
 
 
 def say(message: str) -> None:
@@ -35,7 +41,7 @@ def say(message: str) -> None:
 def read_stdin() -> str:
     """All of stdin as text. Raises DataError if it is not UTF-8, StreamError if it is closed."""
     try:
-        return sys.stdin.buffer.read().decode()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"The text on stdin is not UTF-8: {error}.") from error
 

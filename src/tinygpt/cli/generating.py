@@ -48,7 +48,7 @@ def generate(
     run
         Run folder, of which the best checkpoint is taken, or a checkpoint.
     prompt
-        Text to continue; - reads it from stdin. [default: a line break]
+        Text to continue; - reads it from stdin. [default: a line break, if the vocabulary has one]
     max_tokens
         Most tokens to add.
     seed
@@ -85,15 +85,18 @@ def generate(
         tell_quantized(run, writer.model, writer.tokenizer, quantize_data)
     if interactive:
         _converse(writer, echo, count)
-    elif json:
+        return
+    if text is None:
+        text = writer.default_prompt()
+    if json:
         show_json(writer.collect(text, count))
     else:
         _stream(writer, text, echo, count)
 
 
-def _prompt_text(prompt: str | None) -> str:
+def _prompt_text(prompt: str | None) -> str | None:
     if prompt is None:
-        return "\n"
+        return None
     if prompt == "-":
         prompt = read_stdin()
     if not prompt:
@@ -120,6 +123,11 @@ class _Writer:
         self.model, self.tokenizer = load_model(run, tokenizer, quantize)
         self.config, self.max_tokens, self.seed, self.stop = config, max_tokens, seed, stop
         self.ignore_eos = False
+
+    def default_prompt(self) -> str:
+        from tinygpt.generate import first_prompt
+
+        return first_prompt(self.tokenizer)
 
     def pieces(self, prompt: str, number: int) -> Iterator[str]:
         """The pieces of one continuation; with a seed the number-th has a seed of its own."""

@@ -44,7 +44,7 @@ def memorization(
     ] = None,
     samples: int = 10,
     max_tokens: int = 200,
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "\n",
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     seed: int = 1,
     min_length: int = 50,
     show: int = 3,
@@ -77,7 +77,7 @@ def memorization(
     max_tokens
         Tokens of each text.
     prompt
-        What every text begins with; it does not count.
+        What every text begins with; it does not count. [default: a line break, if there is one]
     seed
         The same seed gives the same texts.
     min_length
@@ -90,6 +90,7 @@ def memorization(
         Print the result as JSON.
     """
     from tinygpt.data import split
+    from tinygpt.generate import first_prompt
     from tinygpt.memorization import overlaps
 
     _check(samples=samples, max_tokens=max_tokens, min_length=min_length)
@@ -101,6 +102,7 @@ def memorization(
     training, held_out = split(tokens, source.val_fraction, model.config.block_size)
     name += unlike_training(run, "train", training) if data is None else ""
     say(f"writing {samples} texts at each temperature")
+    prompt = first_prompt(own) if prompt is None else prompt
     groups = [
         _write(model, own, prompt, max_tokens, config, samples if config.temperature else 1, seed)
         for config in configs

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -104,7 +104,10 @@ def verify_resume(
     kept = _tables_of_run(source)
     if kept:
         tables["data"].pop("source")
-    settings = _short(resolve(kept, preset_tables(preset), file_tables(config), tables), steps)
+    if "max_iters" in tables["train"]:
+        raise UsageError("--train.max-iters is what --steps says here: give that.")
+    resolved = resolve(kept, preset_tables(preset), file_tables(config), tables)
+    settings = _short(resolved, steps, tables["train"])
     device = runtime.require_device()
     began = time.perf_counter()
     material = gather(settings)
@@ -141,21 +144,24 @@ def _tables_of_run(source: str | None) -> Tables:
     return tables
 
 
-def _short(settings: Settings, steps: int) -> Settings:
-    """The same settings for a run of a few steps, with all that a run does in them."""
-    train = replace(
-        settings.train,
-        max_iters=steps,
-        warmup_steps=min(1, settings.train.warmup_steps),
-        eval_interval=max(1, steps // 2),
-        eval_iters=min(2, settings.train.eval_iters),
-        sample_interval=steps,
-        checkpoint_interval=None,
-        keep_last=0,
-        grad_accum_steps=min(MOST_ACCUMULATION, settings.train.grad_accum_steps),
-        early_stop_patience=settings.train.early_stop_patience and steps,
-    )
-    data = settings.data
+def _short(settings: Settings, steps: int, given: Collection[str]) -> Settings:
+    """The same settings for a run of a few steps, with all that a run does in them.
+
+    What was ``given`` as a flag stays as it is.
+    """
+    train, data = settings.train, settings.data
+    shorter: dict[str, Any] = {
+        "max_iters": steps,
+        "warmup_steps": min(1, train.warmup_steps),
+        "eval_interval": max(1, steps // 2),
+        "eval_iters": min(2, train.eval_iters),
+        "sample_interval": steps,
+        "checkpoint_interval": None,
+        "keep_last": 0,
+        "grad_accum_steps": min(MOST_ACCUMULATION, train.grad_accum_steps),
+        "early_stop_patience": train.early_stop_patience and steps,
+    }
+    train = replace(train, **{name: v for name, v in shorter.items() if name not in given})
     return replace(settings, train=train, data=replace(data, source=data.source or "auto"))
 
 

@@ -102,7 +102,7 @@ def standard_streams() -> Iterator[None]:
     if sys.stdout in (None, sys.__stdout__):
         sys.stdout = _text(made[1], sys.stdout)
     if sys.stderr in (None, sys.__stderr__):
-        sys.stderr = _text(made[2], sys.stderr, errors="backslashreplace")
+        sys.stderr = _text(made[2], sys.stderr)
     sys.stderr = cast(io.TextIOWrapper, Forgiving.of(sys.stderr))
     try:
         yield
@@ -114,12 +114,13 @@ def standard_streams() -> Iterator[None]:
         sys.stdin, sys.stdout, sys.stderr = before
 
 
-def _text(binary: Any, before: IO[str] | None, errors: str = "strict") -> io.TextIOWrapper:
-    """A stream of text that encodes, and flushes, as the one before."""
+def _text(binary: Any, before: IO[str] | None) -> io.TextIOWrapper:
+    """A stream that encodes and flushes as the one before, but escapes what that would refuse."""
+    errors = getattr(before, "errors", "strict")
     return io.TextIOWrapper(
         binary,
         encoding=getattr(before, "encoding", "utf-8"),
-        errors=getattr(before, "errors", errors),
+        errors="backslashreplace" if errors == "strict" and binary.writable() else errors,
         newline="\n",
         line_buffering=getattr(before, "line_buffering", False),
         write_through=getattr(before, "write_through", False),

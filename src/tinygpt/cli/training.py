@@ -22,7 +22,7 @@ from tinygpt.cli.options import (
     resolve,
 )
 from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_folder
-from tinygpt.cli.serving import dashboard_beside, dashboard_listener
+from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
@@ -48,7 +48,7 @@ def train(
     out: Path | None = None,
     init: Path | None = None,
     resume: Switch = False,
-    allow_change: list[str] | None = None,
+    allow_change: Names | None = None,
     allow_memory: Switch = False,
     preset: str | None = None,
     config: Path | None = None,

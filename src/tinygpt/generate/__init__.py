@@ -5,13 +5,14 @@ up to whoever iterates.
 """
 
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.text import StopStrings, generate_text
+from tinygpt.generate.text import StopStrings, first_prompt, generate_text
 from tinygpt.generate.tokens import FINISHED, generate, generate_tokens
 
 __all__ = [
     "FINISHED",
     "Decoder",
     "StopStrings",
+    "first_prompt",
     "generate",
     "generate_text",
     "generate_tokens",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from tinygpt.config import SampleConfig
-from tinygpt.errors import UsageError
+from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.tokens import generate_tokens
 from tinygpt.model import Transformer
@@ -52,6 +53,18 @@ def generate_text(
             yield piece
 
     return pieces()
+
+
+def first_prompt(tokenizer: Tokenizer) -> str:
+    """What a text without a prompt goes on from: a line break, or else the first token's text.
+
+    A vocabulary of characters may hold no line break.
+    """
+    for text in ("\n", *(tokenizer.decode([i]) for i in range(tokenizer.vocab_size))):
+        with suppress(TokenizerError):
+            if tokenizer.encode(text):
+                return text
+    raise UsageError("The vocabulary holds no token that a text could begin with.")
 
 
 class StopStrings:

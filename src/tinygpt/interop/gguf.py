@@ -32,6 +32,7 @@ from tinygpt.interop.parity import Floats
 from tinygpt.model import Transformer
 from tinygpt.tokenizers import Tokenizer
 from tinygpt.transfer import read, write
+from tinygpt.untrusted import utf8_name
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 """What most weights are stored as, as llama.cpp counts it."""
@@ -83,7 +84,8 @@ def export(
     """
     gguf = _gguf()
     path = user_path(path)
-    check_target(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
     tokens = tokens_of(tokenizer, model.config.vocab_size)
     weights = list(_weights(gguf, model, tokens, kind))
     checkpoint.foresee_space(path.parent, sum(weight.size for weight in weights), 1)
@@ -98,9 +100,7 @@ def export(
 
 
 def check_target(path: Path) -> None:
-    """UsageError if something else than a GGUF file of ours is there."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
+    """UsageError if something else than a GGUF file of ours is there: for a path of the user's."""
     check_overwritable(path, VERSION_KEY.encode(), "a GGUF file")
 
 
@@ -143,7 +143,7 @@ def _kind(ours: str, shape: tuple[int, ...], kind: Kind) -> Kind:
 def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: str) -> None:
     """Everything but the weights."""
     writer.add_string(VERSION_KEY, __version__)  # first, where ``check_target`` looks for it
-    writer.add_name(name)
+    writer.add_name(utf8_name(name))
     writer.add_file_type(FILE_TYPES[kind])
     if kind == "q8_0":
         writer.add_quantization_version(2)

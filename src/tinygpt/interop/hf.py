@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 PREFIX = "transformer."
+CACHED = ("snapshots/*/", "models--*/snapshots/*/", "hub/models--*/snapshots/*/")
+"""Where models lie below a model's folder in Hugging Face's cache, the cache, and HF_HOME."""
+WRAPPED = re.compile(r"^(_orig_mod\.|module\.)+")
+"""What torch.compile and DistributedDataParallel put before the names of a model's weights."""
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 """Causal masks, which are no weights."""
 TURNED = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
@@ -200,13 +205,23 @@ def _weight_files(folder: Path) -> Path:
     if not (folder / "config.json").exists():
         raise InteropError(
             f"{folder} is no folder of Hugging Face's: it has no config.json and no {WEIGHTS_FILE}."
+            f"{_in_cache(folder)}"
         )
     raise InteropError(f"{folder} has a config.json, but no weights: {WEIGHTS_FILE} is missing.")
 
 
+def _in_cache(folder: Path) -> str:
+    """The models below a folder of Hugging Face's cache, whose files lie in snapshots."""
+    found = [path.parent for deep in CACHED for path in sorted(folder.glob(f"{deep}config.json"))]
+    if not found:
+        return ""
+    more = f", or one of {len(found) - 1} more" if len(found) > 1 else ""
+    return f" It is a cache; give the folder of one model in it: {quote(str(found[0]))}{more}."
+
+
 def _matched(path: Path, config: GPTConfig, found: Mapping[str, Entry]) -> dict[str, Entry]:
     """The entries by our names; InteropError for what is missing, too much, or does not fit."""
-    ours = {name.removeprefix(PREFIX): entry for name, entry in found.items()}
+    ours = {WRAPPED.sub("", name).removeprefix(PREFIX): entry for name, entry in found.items()}
     if len(ours) != len(found):
         raise InteropError(f"{path} holds weights both with and without the prefix {PREFIX!r}.")
     ours = {name: entry for name, entry in ours.items() if not BUFFERS.fullmatch(name)}

@@ -30,7 +30,7 @@ from tinygpt.interop.parity import Floats, Ids
 from tinygpt.interop.safetensors import read_file, write_file
 from tinygpt.strict_json import write_json
 from tinygpt.tokenizers import Tokenizer
-from tinygpt.untrusted import clip
+from tinygpt.untrusted import clip, utf8_name
 
 if TYPE_CHECKING:
     from tinygpt.model import Transformer
@@ -60,7 +60,7 @@ def export(
         record = {"tinygpt": __version__, "parity": asdict(proved), **_described(meta)}
         write_json(staging / "tinygpt.json", record, indent=2)
         with replacing(staging / "README.md") as file:
-            name, with_tokenizer = folder.resolve().name, tokenizer is not None
+            name, with_tokenizer = utf8_name(folder.resolve().name), tokenizer is not None
             file.write(model_card(name, meta, proved, source, with_tokenizer).encode())
     return proved
 

@@ -182,7 +182,7 @@ def _special(added: list[dict[str, Any]]) -> dict[str, int]:
 def _read_merges(path: Path) -> list[Merge]:
     """The merges of a merges.txt: two tokens a line, below a line with a version."""
     try:
-        lines = read_bounded(path, MAX_FILE_BYTES).decode().replace("\r", "").split("\n")
+        lines = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig").replace("\r", "").split("\n")
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -26,7 +26,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from tinygpt import runtime
 from tinygpt.errors import DataError, InteropError, nearest
-from tinygpt.files import download, replacing
+from tinygpt.files import download, network_advice, replacing
 from tinygpt.interop.shards import INDEX, weight_map
 from tinygpt.untrusted import brief, read_bounded
 
@@ -242,8 +242,8 @@ def _ask(url: str) -> Remote | None:
     except requests.HTTPError as error:
         said = f"{error.response.status_code} {error.response.reason}"
         raise DataError(f"{url} answered {said}.") from error
-    except requests.RequestException as error:
-        raise DataError(f"{url} could not be reached ({type(error).__name__}).") from error
+    except OSError as error:  # requests' own errors, and those of reading certificates
+        raise DataError(f"{url} could not be reached. {network_advice(error) or error}") from error
     raise DataError(f"{url} leads from one address to the next, {REDIRECTS} times.")
 
 
@@ -282,8 +282,9 @@ def _content(remote: Remote) -> bytes:
         with requests.get(remote.url, stream=True, timeout=TIMEOUT) as answer:
             answer.raise_for_status()
             content = b"".join(_bounded(answer, remote.size + 1))
-    except requests.RequestException as error:
-        raise DataError(f"{remote.url} broke off ({type(error).__name__}). Try again.") from error
+    except OSError as error:
+        advice = network_advice(error) or str(error)
+        raise DataError(f"{remote.url} broke off. {advice} Try again.") from error
     if _digest(content, len(remote.digest)) != remote.digest:
         raise DataError(
             f"{remote.url} is not the file it should be: its hash is not {remote.digest}. "

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from tinygpt.errors import InteropError
 from tinygpt.files import replacing, write_all
+from tinygpt.foreign import HEAD, PICKLE, ZIP, no_model, recognize
 from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, clip, is_sparse, open_regular, parse_json
 
@@ -109,7 +110,8 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Place
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(size - 8, MAX_HEADER):
-        raise InteropError(_no_safetensors(path, start, size))
+        file.seek(0)
+        raise InteropError(_no_safetensors(path, file.read(HEAD), size))
     try:
         header = parse_json(file.read(length))
         if not isinstance(header, dict):
@@ -166,18 +168,21 @@ def _no_safetensors(path: Path, start: bytes, size: int) -> str:
     """What a file is that has no header, as far as its first bytes tell."""
     if size == 0:
         return f"{path} is empty (0 bytes): it never arrived. Fetch it again."
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    if recognize(start) in (PICKLE, ZIP):  # what torch.save writes is a zip archive
         return refuse_pickle(path)
-    if start == b"version ":
-        return f"{path} is a pointer of Git LFS, not the weights. Fetch them: git lfs pull"
-    return (
+    return no_model(path, start) or (
         f"{path} is damaged or not a safetensors file: its {size:,} bytes cannot hold the header "
         f"it announces. Fetch it again."
     )
 
 
 def refuse_pickle(path: Path) -> str:
-    """Why such a file is not opened, and the line that converts it, for who trusts it."""
+    """Why such a file is not opened, and the line that converts it, for who trusts it.
+
+    transformers needs the config.json of the model; other pickles are those of training programs.
+    """
+    if not (path.parent / "config.json").exists():
+        return f"{path} is {PICKLE.name}. {PICKLE.as_model}"
     folder = str(path.parent)
     load = f"M.from_pretrained({folder!r}).save_pretrained({folder + '-safe'!r})"
     return (

@@ -47,9 +47,10 @@ COPY, COPY_ACROSS = 6, 15
 """What it takes to copy a number of an operand, and one that lies across, in multiply-adds."""
 UNIT = 20_000
 """What a unit takes besides, being dealt out for instance; in multiply-adds too."""
-CORES = tuple((n, math.cbrt(n)) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128))
-"""Numbers of cores that products are cut up for, and what the time on so many weighs. It falls with
-their number n, so a relative loss counts 1 / n^(2/3): few cores are the more common."""
+GATED = 1.1
+"""How much longer a unit takes whose writes are gated: where chunks reach behind the last row."""
+CORES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of cores that products are cut up for; few count more, as they take longer."""
 LINE = 16
 """Numbers in a cache line of 64 bytes."""
 
@@ -132,6 +133,10 @@ class Plan:
         whole, rest = divmod(self.depth, most)
         return [(0, whole, most), (whole * most, 1, rest)]
 
+    def copied_rows(self, height: int, chunks: int) -> int:
+        """Rows of ``a`` that a chunk copies, in whole cache lines, wherever the chunk begins."""
+        return -(-height // LINE) * LINE + (LINE if chunks > 1 and height % LINE else 0)
+
     def split(self, panels: int, lanes: int) -> tuple[int, int]:
         """(chunks of rows, groups of panels): the units that suit one core, some, and many.
 
@@ -145,9 +150,10 @@ class Plan:
             chunks, groups = choice
             height, width = -(-tiles // chunks) * self.rows, panels // groups * lanes
             copied = (COPY_ACROSS if self.b_strides[0] == 1 else COPY) * width
-            copied += COPY * height if self.copies_a else 0
-            unit = UNIT + (height * width + copied) * self.depth
-            return sum(weight * -(-chunks * groups // cores) * unit for cores, weight in CORES)
+            copied += COPY * self.copied_rows(height, chunks) if self.copies_a else 0
+            unit: float = UNIT + (height * width + copied) * self.depth
+            unit *= GATED if tiles % chunks else 1
+            return sum(-(-chunks * groups // cores) * unit for cores in CORES)
 
         chunks = sorted({-(-tiles // height) for height in range(1, tiles + 1)})
         groups = [panels] if not self.copies_a else divisors(panels)
@@ -188,7 +194,7 @@ class Product:
         self.panel = k.tile(depth, self.real)
         if plan.copies_a:
             # the copy starts at the start of a cache line and stays inside a
-            self.width = min(-(-height // LINE) * LINE + (LINE if chunks > 1 else 0), plan.m)
+            self.width = min(plan.copied_rows(height, chunks), plan.m)
             self.copied = minimum(self.first_row // LINE * LINE, plan.m - self.width)
             # an odd number of lines from step to step: powers of two would share a few cache sets
             self.chunk = k.tile(depth, self.real, width=(-(-self.width // LINE) | 1) * LINE)

@@ -42,6 +42,7 @@ __all__ = [
     "prepare",
     "python_module",
     "require_device",
+    "time_devices",
     "token_folders",
     "total_memory",
 ]
@@ -52,6 +53,13 @@ def doctor() -> list[Check]:
     from tinygpt.runtime import checks  # late: it reads package metadata, which is slow to import
 
     return checks.examine()
+
+
+def time_devices() -> list[Check]:
+    """Take a small step on every device, which may take minutes; nothing where there is one."""
+    from tinygpt.runtime import checks
+
+    return list(checks.time_devices())
 
 
 def clear_caches() -> tuple[int, list[str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tinygpt import extras
 from tinygpt.errors import DeviceError
-from tinygpt.runtime import device, folders, kernelcache, machine
+from tinygpt.runtime import device, folders, kernelcache, machine, pace
 
 NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
 """Extras for those who work on tinygpt itself."""
@@ -88,6 +88,19 @@ def _device() -> Iterator[Check]:
             else device.trouble(error.__cause__)
         )
         yield Check("device", False, found, cure)
+
+
+def time_devices() -> Iterator[Check]:
+    """The time of a step on each, where there are several."""
+    names = pace.candidates()
+    if len(names) == 1:
+        return
+    used = os.environ.get("DEV", "").upper().split(":")[0]
+    for name in names:
+        if (seconds := pace.seconds_per_step(name)) is not None:
+            chosen = "used now" if name == used else f"DEV={name} chooses it"
+            found = f"{1000 * seconds:,.1f} ms for a small step; {chosen}"
+            yield Check(f"device {name}", True, found, optional=True)
 
 
 def _compiler() -> Iterator[Check]:

@@ -44,6 +44,17 @@ def available(device: ModuleType) -> Iterator[str]:
         yield opened
 
 
+def has_opencl() -> bool:
+    """Whether OpenCL has any platform."""
+    try:
+        from tinygrad.runtime.autogen import opencl as cl
+
+        count = cl.cl_uint(0)
+        return not cl.clGetPlatformIDs(0, None, count) and count.value > 0
+    except Exception:  # no library, or no driver
+        return False
+
+
 def has_opencl_accelerator() -> bool:
     """Whether the OpenCL device that tinygrad would open is anything but the processor."""
     try:

@@ -86,7 +86,9 @@ def routes(service: Service) -> list[Route]:
 def _schemas(service: Service) -> dict[str, Schema]:
     """What each endpoint takes; of a completion the same fields as there."""
     fields = completion_schema(service.name, service.vocab_size, service.limits)["properties"]
+    # The page's own bounds: what stands for nothing in other servers' words is null here.
     sampling = {name: fields[name] for name in SAMPLING}
+    sampling["top_p"] = {**fields["top_p"], "exclusiveMinimum": 0}
     token = {"type": "integer", "minimum": 0, "maximum": service.vocab_size - 1}
     text = {"type": "string"}
     ids = {"type": "array", "minItems": 0, "maxItems": service.limits.prompt_tokens, "items": token}
@@ -95,7 +97,10 @@ def _schemas(service: Service) -> dict[str, Schema]:
     last = {"type": "integer", "minimum": 1, "maximum": WINDOW}
     layer = {"type": "integer", "minimum": 0, "maximum": service.model.config.n_layer - 1}
     told = {**token, "type": ["integer", "null"]}
-    writing = {"max_tokens": fields["max_tokens"], "seed": fields["seed"]}
+    writing = {
+        "max_tokens": {**fields["max_tokens"], "maximum": service.limits.max_tokens},
+        "seed": {**fields["seed"], "minimum": 0},
+    }
     return {
         "tokens": _body({"text": text}, "text"),
         "generate": _body({**context, **sampling, **writing}),
@@ -241,7 +246,7 @@ async def _generation(service: Service, body: Body) -> Job:
     """The engine's work for a body of /api/generate."""
     ids, text = await _ids_and_text(service, body)
     asked = body.get("max_tokens")
-    max_tokens = MAX_TOKENS if asked is None else min(int(asked), service.limits.max_tokens)
+    max_tokens = MAX_TOKENS if asked is None else int(asked)
     request = TextRequest(ids, max_tokens, sampling_of(body), seed_of(body), logprobs=0)
     shape = _TokenShape(service, text)
     return Job(shape, (request,), (Delta(),), len(ids), stream=True, include_usage=False)

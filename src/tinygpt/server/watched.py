@@ -190,7 +190,7 @@ class Run:
             try:
                 if path.is_symlink():
                     raise OSError("it is a link, and links are not followed")
-                self.settings = _flat(parse_toml(read_bounded(path, MAX_FILE_BYTES).decode()))
+                self.settings = _flat(parse_toml(read_bounded(path, MAX_FILE_BYTES)))
             except (OSError, ValueError, RecursionError) as error:
                 why = clip(getattr(error, "strerror", None) or error)
             self._seen["why"] = why

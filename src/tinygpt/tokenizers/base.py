@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
 from tinygpt.files import check_overwritable, replacing, user_path
+from tinygpt.foreign import HEAD, no_text
 from tinygpt.strict_json import to_json
 from tinygpt.untrusted import brief, parse_json, read_bounded
 
@@ -167,7 +168,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         values = parse_json(content)
     except ValueError as error:
-        raise TokenizerError(f"{path} is not a saved tokenizer: it is not JSON.") from error
+        known = no_text(path, content[:HEAD])
+        raise TokenizerError(known or f"{path} is no saved tokenizer: it is not JSON.") from error
     if not isinstance(values, dict):
         raise TokenizerError(f"{path} is not a saved tokenizer: it holds no JSON object.")
     return values

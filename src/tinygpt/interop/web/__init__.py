@@ -23,6 +23,7 @@ from tinygpt.interop.web.shaders import WORTH_IT, shaders
 from tinygpt.interop.web.wasm import compile_wasm
 from tinygpt.interop.web.weights import KINDS, Kind
 from tinygpt.tokenizers import Tokenizer
+from tinygpt.untrusted import utf8_name
 
 if TYPE_CHECKING:
     from tinygpt.model import Transformer
@@ -76,6 +77,7 @@ def export_web(
 
     path = user_path(path)
     check_target(path)
+    title, description = utf8_name(title), utf8_name(description)
     described = vocabulary.describe(tokenizer)
     _check_size(model, kind)
     parameters = model.parameters()
@@ -131,6 +133,8 @@ def _shaders(config: GPTConfig, source: Source) -> dict[str, Any]:
 
 
 def _check_size(model: Transformer, kind: Kind) -> None:
+    if kind not in KINDS:
+        raise UsageError(f"kind={kind!r} is not known. Wanted: {', '.join(KINDS)}.")
     width = {"float32": 4, "float16": 2, "int8": 1}[kind]
     size = model.num_params() * width * 4 // 3
     if size > LARGEST:

@@ -1,0 +1,161 @@
+"""Files that were meant for another program: what they are, by their first bytes, and what to do.
+
+A user who gives a PDF for a text, or a GGUF file for a checkpoint, is helped by its name and by the
+way from there; that it "has a zero byte at offset 5" or "is damaged" is true and leads nowhere.
+"""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+HEAD = 4096
+"""Bytes from the beginning of a file that tell what it is."""
+NO_TEXT = frozenset(
+    f".{ending}"
+    for ending in (
+        *("bin", "npy", "npz", "pt", "pth", "pkl", "ckpt", "safetensors", "gguf", "h5", "onnx"),
+        *("parquet", "arrow", "db", "sqlite", "pdf", "doc", "docx", "odt", "rtf", "epub"),
+        *("zip", "gz", "bz2", "xz", "zst", "7z", "tar", "exe", "so", "pyc"),
+        *("png", "jpg", "jpeg", "gif", "webp", "mp3", "mp4", "wav", "ogg", "ttf", "woff", "woff2"),
+    )
+)
+"""Endings of files that no pattern should be suggested for."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format, and how to come from a file of it to what TinyGPT reads; {} is the path, quoted."""
+
+    name: str
+    as_text: str = "Export its text as a UTF-8 file, and give that."
+    as_model: str = "Give a checkpoint of TinyGPT's, or a run's folder."
+
+
+PICKLE = Kind(
+    "a checkpoint of PyTorch (a Python pickle, which can run code when it is opened)",
+    "It holds weights, no text.",
+    "TinyGPT reads safetensors only: docs/interop.md says how to convert one that you trust.",
+)
+GGUF = Kind(
+    "a GGUF model, the format of llama.cpp",
+    "It holds weights, no text.",
+    "TinyGPT writes GGUF and does not read it: take the model it was made from, as safetensors "
+    "(tinygpt import hf).",
+)
+COMPRESSED = Kind("a compressed file", "Unpack it first.", "Unpack it first.")
+ZIP = Kind("a zip archive", "Unpack it first: unzip {}", "Unpack it first: unzip {}")
+DOCUMENT = Kind("a document of an office program", "Save it as plain text, in UTF-8.")
+PICTURE = Kind("a picture, not a text")
+WEB_PAGE = Kind(
+    "a web page",
+    as_model="Perhaps the page about the file was downloaded in its place. Fetch the file itself.",
+)
+POINTER = Kind(
+    "a pointer of Git LFS, which stands for a large file",
+    "Fetch the file itself: git lfs pull",
+    "Fetch the weights themselves: git lfs pull",
+)
+HDF5 = Kind(
+    "an HDF5 file, as Keras writes",
+    "It holds arrays, no text.",
+    "Convert it to safetensors with the program that wrote it.",
+)
+PDF = Kind("a PDF document", "Extract its text first: pdftotext {}")
+PARQUET = Kind(
+    "a Parquet table",
+    "Write its column of texts as JSONL: "
+    "python -c \"import pandas; pandas.read_parquet('FILE').to_json('texts.jsonl', "
+    "orient='records', lines=True)\"",
+)
+SAFETENSORS = Kind("a safetensors file", "It holds weights, no text.")
+
+BEGINNINGS = {
+    b"GGUF": GGUF,
+    b"%PDF": PDF,
+    b"PAR1": PARQUET,
+    b"\x1f\x8b": COMPRESSED,
+    b"BZh": COMPRESSED,
+    b"\xfd7zXZ": COMPRESSED,
+    b"\x28\xb5\x2f\xfd": COMPRESSED,
+    b"7z\xbc\xaf": COMPRESSED,
+    b"\x89HDF": HDF5,
+    b"{\\rtf": DOCUMENT,
+    b"\xd0\xcf\x11\xe0": DOCUMENT,
+    b"\x89PNG": PICTURE,
+    b"\xff\xd8\xff": PICTURE,
+    b"GIF8": PICTURE,
+    b"version https://git-lfs": POINTER,
+    b"\x93NUMPY": Kind("an array of numpy", "Name it .npy, if it holds tokens."),
+    b"SQLite format 3": Kind("a database of SQLite"),
+    b"\x7fELF": Kind("a program"),
+}
+ICONV = {
+    "euc_jis_2004": "EUC-JP",
+    "utf_16_be": "UTF-16BE",
+    "utf_16_le": "UTF-16LE",
+    "utf_32_be": "UTF-32BE",
+    "utf_32_le": "UTF-32LE",
+}
+"""What iconv calls encodings that Python has another name for."""
+INSIDE_ZIP = {
+    b"data.pkl": PICKLE,
+    b"[Content_Types].xml": DOCUMENT,
+    b"word/": DOCUMENT,
+    b"opendocument": DOCUMENT,
+    b"epub+zip": Kind("an EPUB book", "Export its text first: pandoc -t plain -o book.txt {}"),
+}
+
+
+def recognize(head: bytes) -> Kind | None:
+    """The format of a file that begins with ``head``, if it is known; ``HEAD`` bytes are enough."""
+    for beginning, kind in BEGINNINGS.items():
+        if head.startswith(beginning):
+            return kind
+    if head.startswith(b"PK\x03\x04"):
+        return next((kind for name, kind in INSIDE_ZIP.items() if name in head[:HEAD]), ZIP)
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return PICKLE
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
+        return SAFETENSORS
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return WEB_PAGE
+    return None
+
+
+def no_text(path: Path, head: bytes) -> str | None:
+    """What to say of a file given for a text, or None if its format is not known."""
+    kind = recognize(head)
+    return f"{path} is {kind.name}. {_fill(kind.as_text, path)}" if kind else None
+
+
+def no_model(path: Path, head: bytes) -> str | None:
+    """What to say of a file given for a checkpoint or weights, or None likewise.
+
+    None too for a safetensors file: who reads those has more to say of one that is damaged.
+    """
+    kind = recognize(head)
+    if kind is SAFETENSORS:
+        return None
+    return f"{path} is {kind.name}. {_fill(kind.as_model, path)}" if kind else None
+
+
+def _fill(advice: str, path: Path) -> str:
+    return advice.replace("{}", shlex.quote(str(path)))
+
+
+def encoding_of(head: bytes) -> str | None:
+    """The likely encoding of a text that is not UTF-8, by the name that iconv has for it."""
+    try:
+        from charset_normalizer import from_bytes  # it comes with requests
+    except ImportError:
+        return None
+    best = from_bytes(head[:HEAD]).best()
+    if best is None:
+        return None
+    with suppress(UnicodeDecodeError):  # of its many relatives this is the one that is met
+        if head.decode("cp1252") == head.decode(best.encoding):
+            return "WINDOWS-1252"
+    return ICONV.get(best.encoding, best.encoding.upper().replace("_", "-"))

@@ -1,0 +1,66 @@
+"""OpenCL on the processor (pocl): a second backend, which is used only when it is asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tinygpt.runtime import checks, choice, pace
+
+needs_opencl = pytest.mark.skipif(
+    not choice.has_opencl(), reason="no OpenCL driver is installed (pocl-opencl-icd)"
+)
+
+KERNELS = """
+import numpy as np
+from tinygrad import Tensor, Device
+from tinygpt import kernels
+rng = np.random.default_rng(1)
+x, w, b = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((5, 12), (7, 12), (12,)))
+def both(f):
+    with kernels.plain():
+        expected = f().numpy()
+    np.testing.assert_allclose(f().numpy(), expected, rtol=1e-4, atol=1e-4)
+both(lambda: kernels.linear(x, w))
+both(lambda: kernels.layer_norm(x, b, b))
+print(Device.DEFAULT)
+"""
+
+
+@needs_opencl
+@pytest.mark.timeout(300)
+def test_kernels_are_right_on_opencl() -> None:
+    given = os.environ | {"DEV": "CL"}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=given, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["CL"]
+
+
+@needs_opencl
+@pytest.mark.timeout(320)
+def test_a_short_training_runs_on_opencl() -> None:
+    seconds = pace.seconds_per_step("CL")
+    assert seconds is not None and seconds > 0
+
+
+def test_doctor_times_a_step_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"CL": 0.5, "CPU": 0.02, "CUDA": None}
+    monkeypatch.setenv("DEV", "CPU")
+    monkeypatch.setattr(pace, "candidates", lambda: list(times))
+    monkeypatch.setattr(pace, "seconds_per_step", times.__getitem__)
+    found = {check.name: check.found for check in checks.time_devices()}
+    assert found == {
+        "device CL": "500.0 ms for a small step; DEV=CL chooses it",
+        "device CPU": "20.0 ms for a small step; used now",
+    }
+
+
+def test_one_device_alone_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "candidates", lambda: ["CPU"])
+    monkeypatch.setattr(pace, "seconds_per_step", lambda name: 1 / 0)
+    assert list(checks.time_devices()) == []
