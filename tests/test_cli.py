@@ -409,6 +409,9 @@ def test_the_printed_commands_can_be_pasted(monkeypatch):
         words = shlex.split(command("generate", Path(path)))
         assert words[:2] == ["tinygpt", "generate"] and not words[2].startswith("-")
         assert Path(words[2]) == Path(path)
+    name = b"it's caf\xe9\\"
+    line = command("generate", Path(os.fsdecode(name))).replace("tinygpt generate", "printf %s", 1)
+    assert subprocess.run(["bash", "-c", line], capture_output=True).stdout == name
 
 
 def test_a_vocabulary_without_a_line_break_can_be_generated_with_as_is_printed(run_cli, tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from os import fsencode
 from pathlib import Path
 from typing import Any
 
 from tinygpt.display.text import printable
 from tinygpt.errors import DataError
 from tinygpt.strict_json import to_json
+from tinygpt.untrusted import has_surrogates
 
 PROGRAMS = ("tinygpt", "minimiggy")
 FAILURE, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -24,13 +26,20 @@ def program_name() -> str:
 
 def command(*words: object) -> str:
     """A command line of this program that can be pasted into a shell."""
-    return shlex.join([program_name(), *map(_argument, words)])
+    return " ".join([program_name(), *map(_argument, words)])
 
 
 def _argument(word: object) -> str:
-    """A path that begins with a hyphen must not be taken for a flag."""
+    """A word, quoted. A path that begins with a hyphen must not be taken for a flag."""
     text = str(word)
-    return f"./{text}" if isinstance(word, Path) and text.startswith("-") else text
+    if isinstance(word, Path) and text.startswith("-"):
+        text = f"./{text}"
+    if not has_surrogates(text):
+        return shlex.quote(text)
+    plain = (
+        chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in fsencode(text)
+    )
+    return f"$'{''.join(plain)}'"  # a name that is no UTF-8, as bash, zsh and ksh write it
 
 
 def say(message: str) -> None:

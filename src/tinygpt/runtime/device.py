@@ -120,8 +120,11 @@ def _words(cc: str) -> list[str]:
 def _may_be_clang(words: list[str]) -> bool:
     """False for a program that is missing, or plainly another, which others than us shall use."""
     program = next((w for w in words if Path(w).name not in ("ccache", "sccache", "env")), "")
-    other = OTHER_COMPILERS.search(Path(program).name) and sys.platform == "linux"
-    return bool(shutil.which(words[0]) and shutil.which(program) and not other)
+    path = shutil.which(program)
+    if path is None or not shutil.which(words[0]):
+        return False
+    name = Path(path).resolve().name  # cc may be a link to a clang
+    return not (OTHER_COMPILERS.search(name) and sys.platform == "linux")
 
 
 def trouble(error: BaseException | None = None) -> tuple[str, str]:
