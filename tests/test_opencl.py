@@ -42,6 +42,26 @@ def test_kernels_are_right_on_opencl() -> None:
 
 
 @needs_opencl
+@pytest.mark.parametrize(
+    ("code", "device", "told"),
+    [
+        ("import tinygpt, tinygrad; print(tinygrad.Device.DEFAULT)", "CPU", ""),
+        ("import tinygrad, tinygpt; print(tinygrad.Device.DEFAULT)", "CPU", ""),
+        ("import tinygrad; print(tinygrad.Device.DEFAULT); import tinygpt", "CL", "DEV=CPU"),
+    ],
+)
+def test_it_is_not_the_default_in_whatever_order_things_are_imported(
+    code: str, device: str, told: str
+) -> None:
+    given = {name: value for name, value in os.environ.items() if name not in ("DEV", "PARALLEL")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.split() == [device], done.stderr
+    assert told in done.stderr if told else not done.stderr
+
+
+@needs_opencl
 @pytest.mark.timeout(320)
 def test_a_short_training_runs_on_opencl() -> None:
     seconds = pace.seconds_per_step("CL")

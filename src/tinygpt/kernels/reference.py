@@ -76,10 +76,10 @@ def quantized_embedding(
     """`embedding` of an int8 weight (V, C) with a scale (V,) for each row."""
     known = _known(tokens, weight)
     row = known.where(tokens, 0)
-    rows = known.unsqueeze(-1).where(
-        weight[row].cast(scale.dtype) * scale[row].unsqueeze(-1), math.nan
-    )
-    return rows if positions is None else rows + positions[: tokens.shape[1]]
+    rows = weight[row].cast(scale.dtype) * scale[row].unsqueeze(-1)
+    if positions is not None:
+        rows = rows + positions[: tokens.shape[1]]
+    return known.unsqueeze(-1).where(rows, math.nan)
 
 
 def _known(tokens: Tensor, weight: Tensor) -> Tensor:

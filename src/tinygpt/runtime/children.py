@@ -6,18 +6,20 @@ entry in ``PYTHONPATH`` stands for it too. A folder of texts may hold a ``token.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-BOOTSTRAP = (
-    "import json, runpy, sys; path, module = sys.argv[1:3]; del sys.argv[1:3]; "
+from tinygpt.strict_json import to_json
+
+START = (
+    "import json, runpy, sys; path, what = sys.argv[1:3]; del sys.argv[1:3]; "
     "sys.path[:] = json.loads(path); "
-    "runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
+MODULE = START + "runpy.run_module(what, run_name='__main__', alter_sys=True)"
+CODE = START + "exec(what)"
 
 
 def python_module(
@@ -30,8 +32,17 @@ def python_module(
 
     >>> subprocess.run(**python_module("tinygpt", "--version"))
     """
-    path = json.dumps(_path())
-    args = [sys.executable, "-P", "-c", BOOTSTRAP, path, name, *arguments]
+    return _python(MODULE, name, *arguments, environment=environment)
+
+
+def python_code(code: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The same for Python code in place of a module."""
+    return _python(CODE, code, environment=environment)
+
+
+def _python(*arguments: str, environment: Mapping[str, str] | None) -> dict[str, Any]:
+    start, *rest = arguments
+    args = [sys.executable, "-P", "-c", start, to_json(_path()), *rest]
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return {"args": args, "env": {**own, "PYTHONSAFEPATH": "1", **(environment or {})}}
 

@@ -19,7 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def install(device: ModuleType) -> None:
-    """Make ``tinygrad.device`` choose by our rule, unless it has chosen already."""
+    """Make ``tinygrad.device`` choose by our rule, unless it has chosen already: that is logged."""
+    chosen = vars(device.Device).get("_select_device", "CPU")
+    if chosen != "CPU":
+        log.warning(
+            "Kernels run on %s, which tinygrad chose before tinygpt was imported. Import tinygpt "
+            "first, or set DEV=CPU for the processor.",
+            chosen,
+        )
     # Variables such as CUDA=1 once chose a device, and end tinygrad now.
     environment.instead.update(dict.fromkeys(device.Device._devices, "0"))
     device.Device.get_available_devices = lambda: available(device)

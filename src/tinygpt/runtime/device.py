@@ -40,8 +40,8 @@ def prepare() -> None:
     compiler and processor gets a kernel cache of its own: kernels are compiled for the very
     processor they run on, and a home folder may be shared. PARALLEL=0 keeps tinygrad from
     starting compile processes that would live as long as the program. DEV=CPU is set where there is
-    plainly no other device: to try them all takes tinygrad half a second. Elsewhere ``choice`` has
-    a say in the default.
+    plainly no other device: to try them all takes tinygrad half a second. Where tinygrad has to
+    look for one, ``choice`` has a say in it.
 
     It starts no process and never fails: what is wrong is told later, by ``require_device`` or
     ``doctor``, where there is someone to read it.
@@ -49,11 +49,9 @@ def prepare() -> None:
     os.environ.setdefault("PARALLEL", "0")
     if math.isinf(environment.number(os.environ["PARALLEL"], math.inf)):
         environment.instead["PARALLEL"] = "0"
-    if not os.environ.get("DEV"):
-        if may_have_accelerator():
-            hook.after_import("tinygrad.device", choice.install)
-        else:
-            os.environ["DEV"] = "CPU"
+    hook.after_import("tinygrad.device", choice.install)  # which may have read DEV, or set it
+    if not os.environ.get("DEV") and not may_have_accelerator():
+        os.environ["DEV"] = "CPU"
     try:
         _choose_compiler()
         if not os.environ.get("CACHEDB"):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 
-from tinygpt.runtime import choice, machine
+from tinygpt.runtime import children, choice, machine
 
 LIMIT = 300
 """Seconds for a device, most of which go into compiling."""
@@ -36,11 +34,9 @@ def candidates() -> list[str]:
 
 def seconds_per_step(device: str) -> float | None:
     """Seconds of a small training step there; None where it fails or takes too long."""
-    environment = os.environ | {"DEV": device}
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", STEP],
-            env=environment,
+            **children.python_code(STEP, environment={"DEV": device}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
