@@ -23,7 +23,7 @@ CALLS = 2
 
 @pytest.fixture(scope="module", autouse=True)
 def only_what_is_new_is_counted() -> Iterator[None]:
-    """Objects of the tests before are left out: to look through them all takes a second each time."""
+    """Objects of the tests before are left out: to go through them takes a second each time."""
     gc.collect()
     gc.freeze()
     yield
