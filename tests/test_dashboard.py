@@ -52,8 +52,10 @@ WRITER = "import sys; from tests.run_script import main; main(sys.argv[1], 10**9
 
 
 @pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
+def looks_are_whole(monkeypatch):
+    """A look follows the last one at once, and has time for all files on a busy machine too."""
     monkeypatch.setattr(watch, "PAUSE", 0.0)
+    monkeypatch.setattr(watch, "READING", 60.0)
 
 
 def board_of(*places, **options):

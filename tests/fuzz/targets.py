@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -221,6 +222,7 @@ def _watch(data: bytes, *names: str) -> None:
     with _loading(data * len(names), "dashboard"):
         watch = Watch([runs])
         watch.refresh()
+        watch._read(math.inf)  # a busy machine may not come to all of it within a look's time
         told = watch.changes({run_id(runs / "odd"): (0, "")})
         for run in watch.listed():
             told += [run.curves.overview(), {"settings": run.settings, "samples": run.samples}]
