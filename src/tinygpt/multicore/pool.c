@@ -9,20 +9,27 @@
  *     address of the kernel | pieces, slot << 16, arguments << 32 | argument 0 | argument 1 | ...
  *
  * A kernel of several pieces is called once for each piece, with the number of the piece in
- * argument `slot`. The pieces are independent, and one after another they go to whichever thread,
- * the caller or a worker, asks for the next. All of a command's pieces are done before the next
+ * argument `slot`. The pieces are independent. They lie in a few shares in a row; each thread, the
+ * caller or a worker, takes one piece after another of its own share, and then of the others. So a
+ * core mostly works on the same part of the data from one command to the next, which is in its
+ * cache, and yet none is waited for that is slow. All of a command's pieces are done before the next
  * command starts.
  */
 
 typedef unsigned long long word;
 
 enum { RUN, SERVE, START, STOP }; /* what the caller from outside wants */
+enum { SHARES = 16 };             /* with more threads than that, several have one share */
 
 /* A word that one side changes and the other waits for: by spinning for a while, then asleep. */
 struct gate {
   _Alignas(64) word value;
   word sleepers;
   _Alignas(64) char condition[128];
+};
+
+struct share {
+  _Alignas(64) word next; /* its end << 32 | its first piece that nobody has yet */
 };
 
 struct pool {
@@ -48,8 +55,8 @@ struct pool {
   word busy;
   word home; /* the CPU of the caller */
   _Alignas(64) const word *command;
-  _Alignas(64) word next;    /* pieces of the command << 32 | the piece that nobody has yet */
   _Alignas(64) word pending; /* pieces that are not finished */
+  struct share shares[SHARES];
 };
 
 #define load(at) __atomic_load_n(at, __ATOMIC_SEQ_CST)
@@ -58,15 +65,15 @@ struct pool {
 static void start(struct pool *pool);
 static void stop(struct pool *pool);
 static void run(struct pool *pool, const word *command, word count);
-static void serve(struct pool *pool);
+static void serve(struct pool *pool, word rank);
 
-/* The only entry. START comes first, while no worker serves; then SERVE, once for each worker,
- * returns after STOP; RUN(list, count) is for the caller. */
+/* The only entry. START comes first, while no worker serves; then SERVE(rank), once for each worker,
+ * returns after STOP; RUN(list, count) is for the caller, who has the rank 0. */
 void tinygpt_pool(struct pool *pool, word wish, word x, word y) {
   if (wish == RUN)
     run(pool, (const word *)x, y);
   else if (wish == SERVE)
-    serve(pool);
+    serve(pool, x);
   else if (wish == START)
     start(pool);
   else
@@ -149,19 +156,28 @@ static void call(const word *command, word piece) {
 
 /* ---- fork and join ---- */
 
+#define LEFT(next) (((next) & 0xffffffff) < (next) >> 32)
+
+static word shares_of(struct pool *pool) { return pool->threads < SHARES ? pool->threads : SHARES; }
+
 /* Run pieces until none is left. True for the thread that finishes the last one.
  *
- * Invariant: `command` and `pending` belong to the kernel that `next` counts, and stay as they are
- * while one of its pieces is not finished. So a thread that took a piece may read them, and one
- * that comes too late finds no piece, or helps with the kernel after. */
-static int share(struct pool *pool) {
+ * Invariant: `command` and `pending` belong to the kernel whose pieces a share counts, and stay as
+ * they are while one of its pieces is not finished. So a thread that took a piece may read them, and
+ * one that comes too late finds no piece, or helps with the kernel after. */
+static int work(struct pool *pool, word rank) {
+  word count = shares_of(pool), first = rank * count / pool->threads;
   int last = 0;
-  for (;;) {
-    word next = __atomic_fetch_add(&pool->next, 1, __ATOMIC_SEQ_CST);
-    if ((next & 0xffffffff) >= next >> 32) return last;
-    call(pool->command, next & 0xffffffff);
-    last = !__atomic_sub_fetch(&pool->pending, 1, __ATOMIC_SEQ_CST);
+  for (word i = 0; i < count; i++) {
+    word *share = &pool->shares[(first + i) % count].next, next;
+    while (next = load(share), LEFT(next)) {
+      next = __atomic_fetch_add(share, 1, __ATOMIC_SEQ_CST);
+      if (!LEFT(next)) break;
+      call(pool->command, next & 0xffffffff);
+      last = !__atomic_sub_fetch(&pool->pending, 1, __ATOMIC_SEQ_CST);
+    }
   }
+  return last;
 }
 
 /* A worker that is woken on the caller's CPU leaves for the others that the process may use. The
@@ -175,11 +191,11 @@ static void leave_home(struct pool *pool) {
   pool->set_affinity(0, sizeof mask, mask); /* refused, with no harm, if no CPU is left */
 }
 
-static void serve(struct pool *pool) {
+static void serve(struct pool *pool, word rank) {
   /* `stopped` is looked at after every change of the gate, and is set before the gate's last. */
   for (word seen = 0; seen = pass(pool, &pool->work, seen), !load(&pool->stopped);) {
     leave_home(pool);
-    if (share(pool)) open(pool, &pool->done);
+    if (work(pool, rank)) open(pool, &pool->done);
   }
 }
 
@@ -188,9 +204,11 @@ static void fork_join(struct pool *pool, const word *command) {
   pool->command = command;
   if (pool->cpu) store(&pool->home, (word)pool->cpu());
   store(&pool->pending, PIECES(command));
-  store(&pool->next, PIECES(command) << 32);
+  word count = shares_of(pool), pieces = PIECES(command);
+  for (word i = 0; i < count; i++)
+    store(&pool->shares[i].next, (i + 1) * pieces / count << 32 | i * pieces / count);
   open(pool, &pool->work);
-  if (!share(pool)) pass(pool, &pool->done, before);
+  if (!work(pool, 0)) pass(pool, &pool->done, before);
 }
 
 static void start(struct pool *pool) {

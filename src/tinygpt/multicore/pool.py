@@ -151,7 +151,7 @@ class Pool:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
         try:
             for rank in range(1, threads):
-                worker = threading.Thread(target=self._serve, args=(crew,), daemon=True)
+                worker = threading.Thread(target=self._serve, args=(crew, rank), daemon=True)
                 worker.name = f"tinygpt-{rank}"
                 worker.start()
                 crew.workers.append(worker)
@@ -166,8 +166,8 @@ class Pool:
         for worker in crew.workers:
             worker.join()
 
-    def _serve(self, crew: Crew) -> None:
-        self._enter(crew.address, _SERVE, 0, 0)
+    def _serve(self, crew: Crew, rank: int) -> None:
+        self._enter(crew.address, _SERVE, rank, 0)
 
     def _dismiss(self) -> Crew:
         """Go on without workers; return the crew so far, which in a forked child is none."""
