@@ -157,10 +157,11 @@ def read_text(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             at = offset - waiting + error.start
             what = f"has the byte 0x{error.object[error.start]:02x} at offset {at}"
+            if known := no_text(path, first):
+                raise DataError(known) from error
             head = first if at < len(first) else block[max(0, error.start - HEAD // 2) :][:HEAD]
             likely = encoding_of(head) or "WINDOWS-1252"
-            known = no_text(path, first)
-            raise DataError(known or _wrong_encoding(path, what, likely)) from error
+            raise DataError(_wrong_encoding(path, what, likely)) from error
         offset += len(block)
         if piece:
             yield piece

@@ -66,9 +66,8 @@ HDF5 = Kind(
 PDF = Kind("a PDF document", "Extract its text first: pdftotext {}")
 PARQUET = Kind(
     "a Parquet table",
-    "Write its column of texts as JSONL: "
-    "python -c \"import pandas; pandas.read_parquet('FILE').to_json('texts.jsonl', "
-    "orient='records', lines=True)\"",
+    "Write its texts as JSONL, as pandas does: read_parquet(FILE).to_json('texts.jsonl', "
+    "orient='records', lines=True)",
 )
 SAFETENSORS = Kind("a safetensors file", "It holds weights, no text.")
 
