@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tinygpt.runtime import cores, total_memory
+from tinygpt.machine.resources import cores, total_memory
 
 PAUSE = 0.02
 """Seconds between two turns, in which the threads of the one before fall asleep."""

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-import tinygpt.multicore as multicore  # chooses the compiler, so before tinygrad
-from tinygpt.runtime import cores, peak_memory
+import tinygpt.machine.pool as multicore  # chooses the compiler, so before tinygrad
+from tinygpt.machine.resources import cores, peak_memory
 
 # isort: split
 from tinygrad import Tensor, TinyJit

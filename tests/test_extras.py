@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import extras
+from tinygpt.errors import extras
 
 ROOT = Path(__file__).parents[1]
 FOR_USERS = ("offline", "plots", "serve", "gguf", "web")

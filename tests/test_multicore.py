@@ -23,14 +23,14 @@ from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
-from tinygpt import multicore
 from tinygpt.errors import UsageError
 from tinygpt.kernels import matmul
 from tinygpt.kernels.linear import linear
 from tinygpt.kernels.matmul import Plan, register_tile
-from tinygpt.multicore import runner
-from tinygpt.multicore.pool import Commands, command, command_list
-from tinygpt.runtime import cores
+from tinygpt.machine import pool as multicore
+from tinygpt.machine.pool import runner
+from tinygpt.machine.pool.threads import Commands, command, command_list
+from tinygpt.machine.resources import cores
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX threads"),

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from tinygpt.errors import TinyGPTError
+from tinygpt.files.strict_json import to_json
 from tinygpt.server.choices import Choice, Delta
 from tinygpt.server.jobs import Job
 from tinygpt.server.refusal import FAILURE, Refusal, closing
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import usage
 from tinygpt.server.stream import Piece, Stream
-from tinygpt.strict_json import to_json
 
 SENT_TOGETHER = 1 << 14
 """Bytes of events that are sent at once, if more are waiting than the client takes."""
