@@ -148,10 +148,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling", reason="the build backend is not installed")
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "__pycache__", ".*_cache", "runs", ".hypothesis"
+    unwanted = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
+    own_runs = {str(ROOT): {"runs"}}  # src/tinygpt/runs is ours
+    shutil.copytree(
+        ROOT, source, ignore=lambda at, names: unwanted(at, names) | own_runs.get(at, set())
     )
-    shutil.copytree(ROOT, source, ignore=ignored)
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(folder), "-t"]
     subprocess.run([*build, "sdist"], cwd=source, check=True, capture_output=True, timeout=120)
     [archive] = folder.glob("*.tar.gz")

@@ -9,11 +9,29 @@ goes back. ``state`` is the way from and to a model, and ``background`` saves wh
 from tinygpt.runs.checkpoint.background import Saver, ensure_run
 from tinygpt.runs.checkpoint.branch import set_aside
 from tinygpt.runs.checkpoint.claim import check_claim
-from tinygpt.runs.checkpoint.folder import best_checkpoint, checkpoint_path, list_checkpoints, mark_best, mark_run, run_of, text_of
+from tinygpt.runs.checkpoint.folder import (
+    best_checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    mark_best,
+    mark_run,
+    run_of,
+    text_of,
+)
 from tinygpt.runs.checkpoint.format import FORMAT_VERSION, Meta, arrange
 from tinygpt.runs.checkpoint.keeping import newest_good, remove_old
 from tinygpt.runs.checkpoint.reader import describe, origin, read, read_meta, rehearse, verify
-from tinygpt.runs.checkpoint.state import Copier, layout_of, load, named_tensors, origin_of, save, start_from, state_size, weights
+from tinygpt.runs.checkpoint.state import (
+    Copier,
+    layout_of,
+    load,
+    named_tensors,
+    origin_of,
+    save,
+    start_from,
+    state_size,
+    weights,
+)
 from tinygpt.runs.checkpoint.writer import Snapshot, foresee_space, stream, write, writing
 
 __all__ = [

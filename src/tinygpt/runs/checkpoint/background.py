@@ -15,7 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tinygpt.runs.checkpoint.folder import checkpoint_path, list_checkpoints, mark_best, mark_run, run_of
+from tinygpt.runs.checkpoint.folder import (
+    checkpoint_path,
+    list_checkpoints,
+    mark_best,
+    mark_run,
+    run_of,
+)
 from tinygpt.runs.checkpoint.format import Meta
 from tinygpt.runs.checkpoint.keeping import Verified, remove_old
 from tinygpt.runs.checkpoint.reader import read_meta

@@ -6,7 +6,15 @@ import itertools
 import shutil
 from pathlib import Path
 
-from tinygpt.runs.checkpoint.folder import BESIDE, BEST, best_checkpoint, checkpoint_path, list_checkpoints, mark_best, named_step
+from tinygpt.runs.checkpoint.folder import (
+    BESIDE,
+    BEST,
+    best_checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    mark_best,
+    named_step,
+)
 from tinygpt.runs.checkpoint.writer import writing
 from tinygpt.files.atomic import building, sync, sync_folder
 

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygpt.runs.checkpoint.format import Array, Layout, Meta, arrange
-from tinygpt.runs.checkpoint.reader import WEIGHTS, describe, one_by_one, origin_and_hashes, read, read_meta, rehearse
+from tinygpt.runs.checkpoint.reader import (
+    WEIGHTS,
+    describe,
+    one_by_one,
+    origin_and_hashes,
+    read,
+    read_meta,
+    rehearse,
+)
 from tinygpt.runs.checkpoint.writer import Snapshot, write
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
