@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tinygpt.runs.checkpoint import Meta
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError, nearest
 from tinygpt.files.strict_json import to_json
+from tinygpt.runs.checkpoint import Meta
 
 ALWAYS_FREE = {
     "eval_interval",

@@ -13,12 +13,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.errors import extras
-from tinygpt.errors import DataError, MissingExtraError, UsageError
+from tinygpt.errors import DataError, MissingExtraError, UsageError, extras
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
-from tinygpt.untrusted.foreign import HEAD, no_text
 from tinygpt.training.metrics import Row, read, smooth
 from tinygpt.untrusted import is_number, utf8_name
+from tinygpt.untrusted.foreign import HEAD, no_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

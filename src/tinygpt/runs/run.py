@@ -25,13 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad.nn.optim import Optimizer
 
-from tinygpt.machine import resources
-from tinygpt.model import lora
-from tinygpt.runs import changes, checkpoint
-from tinygpt.text import batches
-from tinygpt.text.tokens import data_fingerprint
 from tinygpt.config import Config, SampleConfig, TrainConfig, check_toml, to_toml
-from tinygpt.training.diagnose import bad_parameter
 from tinygpt.errors import (
     CheckpointError,
     DataError,
@@ -43,13 +37,19 @@ from tinygpt.errors import (
 from tinygpt.files.atomic import remove_stale, replacing, user_path
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
-from tinygpt.training.guard import Guard
-from tinygpt.runs.lock import FolderLock, check_free
-from tinygpt.training.metrics import Cut, History, short
+from tinygpt.machine import resources
+from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
-from tinygpt.training.optim import make_optimizer
+from tinygpt.runs import changes, checkpoint
+from tinygpt.runs.lock import FolderLock, check_free
+from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
+from tinygpt.text.tokens import data_fingerprint
+from tinygpt.training.diagnose import bad_parameter
+from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
+from tinygpt.training.metrics import Cut, History, short
+from tinygpt.training.optim import make_optimizer
 from tinygpt.untrusted import clip, is_number
 
 Tokens = npt.NDArray[np.integer]

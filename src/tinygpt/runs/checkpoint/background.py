@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from tinygpt.errors import CheckpointError
 from tinygpt.runs.checkpoint.folder import (
     checkpoint_path,
     list_checkpoints,
@@ -27,7 +28,6 @@ from tinygpt.runs.checkpoint.keeping import Verified, remove_old
 from tinygpt.runs.checkpoint.reader import read_meta
 from tinygpt.runs.checkpoint.state import Copier
 from tinygpt.runs.checkpoint.writer import Snapshot, write
-from tinygpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tinygrad.nn.optim import Optimizer

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from pathlib import Path
 
+from tinygpt.files.atomic import building, sync, sync_folder
 from tinygpt.runs.checkpoint.folder import (
     BESIDE,
     BEST,
@@ -16,7 +17,6 @@ from tinygpt.runs.checkpoint.folder import (
     named_step,
 )
 from tinygpt.runs.checkpoint.writer import writing
-from tinygpt.files.atomic import building, sync, sync_folder
 
 
 def set_aside(

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from tinygpt.config import read_config
+from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.files.atomic import TEMPORARY
 from tinygpt.runs import lock
 from tinygpt.runs.checkpoint.folder import BESIDE, CONFIG, list_checkpoints, run_of
 from tinygpt.runs.checkpoint.format import Meta
 from tinygpt.runs.checkpoint.reader import read_meta
 from tinygpt.runs.checkpoint.writer import writing
-from tinygpt.config import read_config
-from tinygpt.errors import CheckpointError, UsageError
-from tinygpt.files.atomic import TEMPORARY
 from tinygpt.untrusted import clip, utf8_name
 
 MOST_NAMED = 4

@@ -12,11 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tinygpt.runs.checkpoint.writer import writing
 from tinygpt.config import read_config
-from tinygpt.text.corpus import NAMES
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import write_json
+from tinygpt.runs.checkpoint.writer import writing
+from tinygpt.text.corpus import NAMES
 from tinygpt.untrusted import parse_json, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"

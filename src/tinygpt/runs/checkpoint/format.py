@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError
-from tinygpt.untrusted.foreign import HEAD, no_model
 from tinygpt.files.strict_json import to_json
 from tinygpt.untrusted import brief, clip, is_number, parse_json
+from tinygpt.untrusted.foreign import HEAD, no_model
 
 FORMAT_VERSION = 2
 MAX_HEADER = 64 * 2**20

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from tinygpt.errors import CheckpointError
 from tinygpt.runs.checkpoint.folder import best_checkpoint, list_checkpoints, named_step
 from tinygpt.runs.checkpoint.reader import verify
-from tinygpt.errors import CheckpointError
 
 
 class Verified:

@@ -13,22 +13,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tinygpt.runs.checkpoint.folder import checkpoint_path, list_checkpoints, named_step, run_of
-from tinygpt.runs.checkpoint.format import (
-    Array,
-    BROKEN,
-    Header,
-    Layout,
-    Meta,
-    Place,
-    ZEROS,
-    decode,
-    encode,
-)
 from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
+from tinygpt.runs.checkpoint.folder import checkpoint_path, list_checkpoints, named_step, run_of
+from tinygpt.runs.checkpoint.format import (
+    BROKEN,
+    ZEROS,
+    Array,
+    Header,
+    Layout,
+    Meta,
+    Place,
+    decode,
+    encode,
+)
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
 CHUNK = 2**20

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
+from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.files.atomic import check_overwritable, remove_stale, user_path
 from tinygpt.runs.checkpoint.format import Array, Layout, Meta, arrange
 from tinygpt.runs.checkpoint.reader import (
     WEIGHTS,
@@ -25,9 +28,6 @@ from tinygpt.runs.checkpoint.reader import (
     rehearse,
 )
 from tinygpt.runs.checkpoint.writer import Snapshot, write
-from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
-from tinygpt.errors import CheckpointError, UsageError
-from tinygpt.files.atomic import check_overwritable, remove_stale, user_path
 
 if TYPE_CHECKING:
     from tinygrad import Tensor

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygpt.runs.checkpoint.format import Array, Layout, Meta, ZEROS, encode
 from tinygpt.errors import CheckpointError
 from tinygpt.files.atomic import free_space, replacing, write_all
+from tinygpt.runs.checkpoint.format import ZEROS, Array, Layout, Meta, encode
 
 ADVICE = {
     errno.ENOSPC: "Make some room there, or choose a folder on another disk.",

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tinygpt.machine import resources
 from tinygpt.config import TrainConfig
+from tinygpt.machine import resources
 from tinygpt.runs.display.text import Curve, duration, printable, sparkline
 from tinygpt.training.metrics import perplexity, smooth
 
