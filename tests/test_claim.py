@@ -19,12 +19,10 @@ from tinygpt.cli import main
 from tinygpt.cli.options import file_tables
 from tinygpt.config import GPTConfig, TrainConfig, to_toml
 from tinygpt.errors import CheckpointError, TokenizerError, UsageError
-from tinygpt.files import atomic
-from tinygpt.files.atomic import building, remove_stale, replacing
-from tinygpt.runs import checkpoint
-from tinygpt.runs.checkpoint import folder as folders
-from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
-from tinygpt.training.metrics import read
+from tinygpt.files import building, remove_stale, replacing
+from tinygpt.metrics import read
+from tinygpt.runs import latest_checkpoint
+from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
 from tinygpt.untrusted import parse_toml
 
 EVERY = replace(TRAIN, max_iters=6, eval_interval=2, checkpoint_interval=2)
@@ -384,6 +382,25 @@ def test_the_command_line_goes_on_from_the_checkpoint_that_is_named(said, tmp_pa
     assert code == 0 and "from step 6" in err
     code, err = said("train", "--resume", run / "ckpt_3")
     assert code == 1 and "There is no checkpoint at" in err
+
+
+def test_a_checkpoint_is_named_without_its_suffix_in_one_way(said, tmp_path):
+    run, own = tmp_path / "cli", tmp_path / "cli" / "mine.safetensors"
+    shutil.copy(run / "ckpt_4.safetensors", own)
+    for word, meant in (
+        (run / "mine", own),
+        (own, own),
+        (run, run / "ckpt_6.safetensors"),
+        (run / "ckpt_2", run / "ckpt_2.safetensors"),
+    ):
+        assert latest_checkpoint(word) == meant
+    said("train", "--resume", run / "mine", "--out", tmp_path / "new")
+    assert checkpoint.list_checkpoints(tmp_path / "new")[-1].name == "ckpt_6.safetensors"
+    shutil.copy(own, tmp_path / "cli.safetensors")  # a folder is what is there under its own name
+    assert latest_checkpoint(run) == run / "ckpt_6.safetensors"
+    for missing in (run / "ckpt_3", tmp_path / "none"):
+        with pytest.raises(CheckpointError, match="There is no checkpoint in"):
+            latest_checkpoint(missing)
 
 
 # What is written is read ------------------------------------------------------------------------

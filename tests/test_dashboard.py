@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,8 +30,10 @@ from tests.fuzz.making import folder as a_folder
 from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
 from tinygpt.cli import main
-from tinygpt.errors import UsageError, extras
-from tinygpt.runs.lock import FolderLock, Holder, holder
+from tinygpt.cli.serving import dashboard_beside
+from tinygpt.errors import UsageError
+from tinygpt.lock import FolderLock, Holder, holder
+from tinygpt.metrics import History
 from tinygpt.server import curves as curves_module
 from tinygpt.server import dashboard, steering, watch, watched
 from tinygpt.server.app import make_app as make_server
@@ -1059,6 +1062,22 @@ def test_a_training_is_watched_saved_and_stopped_from_its_page(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_training_may_show_itself_without_a_key_to_those_on_this_machine(tmp_path, capsys):
+    run = make_run(tmp_path / "run", 5)
+    here = SimpleNamespace(folder=run, save_soon=lambda: None, stop=lambda: None)
+    for is_open, status in ((False, 401), (True, 200)):
+        with (
+            listen_nearby("127.0.0.1", 0) as listener,
+            dashboard_beside(here, listener, 0, is_open),
+        ):
+            said = capsys.readouterr().err
+            assert ("key for saving and stopping" in said) is is_open
+            address = url(listener, "127.0.0.1")
+            assert httpx.get(f"{address}/dashboard/runs").status_code == status
+    code = main(["train", "text.txt", "--no-token", "--out", str(tmp_path / "new")])
+    assert code == 2 and "give --dashboard too" in capsys.readouterr().err
 
 
 def test_the_server_thread_ends_with_its_block_and_holds_up_no_exit(tmp_path):

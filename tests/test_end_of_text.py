@@ -120,6 +120,24 @@ def test_the_command(
     assert capsys.readouterr().out == texts[0] + "\n"
 
 
+@pytest.mark.parametrize(("flags", "characters"), [([], 0), (["--ignore-eos"], 3 * len(END))])
+def test_what_is_searched_for_passages_ends_too(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    characters: int,
+):
+    text = tmp_path / "text.txt"
+    text.write_text("a cat " * 40)
+    words = ["memorization", str(run), "--data", str(text), "--val-fraction", "0", "--json"]
+    words += ["--prompt", "a", "--max-tokens", "3", "--temperature", "0", *flags]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ignore_eos"] is bool(flags)
+    assert found["temperatures"][0]["characters"] == characters
+
+
 @pytest.mark.parametrize(
     ("ignore", "reason", "text"), [(False, "stop", ""), (True, "length", END * 2)]
 )

@@ -204,7 +204,7 @@ def dashboard_listener(port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def dashboard_beside(
-    run: TrainingRun, listener: socket.socket, port: int
+    run: TrainingRun, listener: socket.socket, port: int, is_open: bool = False
 ) -> Iterator[Callable[[], bool]]:
     """The dashboard of a run that this process trains; yields what tells if it was stopped there.
 
@@ -220,7 +220,7 @@ def dashboard_beside(
     others = [RUNS] if run.folder.absolute().parent == RUNS.absolute() else []
     here = Here(run.save_soon, run.stop)
     key = _key(None, "127.0.0.1", "train")
-    board = Board(Watch([run.folder, *others]), key, {run.folder: here})
+    board = Board(Watch([run.folder, *others]), key, {run.folder: here}, is_open=is_open)
     with ServerThread(make_app(board), listener):
         address = url(listener, "127.0.0.1")
         _tell_address(listener, address, port, board, shown=key is None)

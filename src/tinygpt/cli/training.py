@@ -24,6 +24,7 @@ from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
+from tinygpt.corpus import NAMES
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import device
@@ -58,6 +59,7 @@ def train(
     glob: str | None = None,
     dashboard: Switch = False,
     dashboard_port: int = 8001,
+    no_token: Switch = False,
     print_config: Switch = False,
     json: Switch = False,
     model: ModelFlags | None = None,
@@ -101,11 +103,15 @@ def train(
         Show the run in the browser while it trains.
     dashboard_port
         Port of that page; if it is taken, one of the next.
+    no_token
+        Show the run, with samples, to everybody on this machine; saving and stopping need the key.
     print_config
         Print the resolved settings as TOML and stop.
     json
         Print a summary of the run as JSON at the end.
     """
+    if no_token and not dashboard:
+        raise UsageError("--no-token is about the dashboard: give --dashboard too.")
     start: Path | None = None
     if resume:
         start, out, source = _where_to_go_on(source, out)
@@ -177,7 +183,7 @@ def train(
         introduce(run)
         if listener is None:
             return _follow(run, json)
-        with dashboard_beside(run, listener, dashboard_port) as stopped:
+        with dashboard_beside(run, listener, dashboard_port, no_token) as stopped:
             return _follow(run, json, stopped)
 
 
@@ -247,12 +253,13 @@ def _where_to_go_on(
 
     SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
     """
-    from tinygpt.runs.checkpoint import read_meta, run_of
-    from tinygpt.runs.checkpoint.folder import SUFFIX
+    from tinygpt.checkpoint import named_checkpoint, read_meta, run_of
+    from tinygpt.checkpoint.folder import SUFFIX
 
-    path = user_path(source or "")
-    if path.suffix == SUFFIX or re.fullmatch("ckpt_[0-9]+", path.name):
-        path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+    if source in NAMES:
+        return None, out, source
+    path = named_checkpoint(user_path(source or ""))
+    if path.suffix == SUFFIX:
         read_meta(path)  # CheckpointError if it is none
         return path, out or path.parent, None
     if source and run_of(path) is not None:

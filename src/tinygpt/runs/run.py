@@ -584,10 +584,8 @@ def _lost(path: Path | None, cut: Cut) -> Iterator[str]:
 
 def latest_checkpoint(path: Path) -> Path:
     """The newest checkpoint of a run folder; a file is itself, also without its suffix."""
-    short = path.parent / f"{path.name}.safetensors"
-    for file in (path, short):
-        if file.is_file():
-            return file
+    if (file := checkpoint.named_checkpoint(path)).is_file():
+        return file
     found = checkpoint.list_checkpoints(path)
     if not found:
         raise CheckpointError(f"There is no checkpoint in {path}. {_runs_nearby(path)}")

@@ -15,6 +15,7 @@ from tinygpt.runs.checkpoint.folder import (
     list_checkpoints,
     mark_best,
     mark_run,
+    named_checkpoint,
     run_of,
     text_of,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "load",
     "mark_best",
     "mark_run",
+    "named_checkpoint",
     "named_tensors",
     "newest_good",
     "origin",

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.config import read_config
-from tinygpt.files.atomic import user_path
-from tinygpt.files.strict_json import write_json
-from tinygpt.runs.checkpoint.writer import writing
-from tinygpt.text.corpus import NAMES
+from tinygpt.corpus import NAMES
+from tinygpt.files import user_path
+from tinygpt.names import exists
+from tinygpt.strict_json import write_json
 from tinygpt.untrusted import parse_json, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
@@ -31,13 +31,24 @@ PROGRAM = {"program": "tinygpt"}
 
 
 def checkpoint_path(folder: str | Path, iter_num: int) -> Path:
-    return user_path(folder) / f"ckpt_{iter_num}.safetensors"
+    return user_path(folder) / f"ckpt_{iter_num}{SUFFIX}"
 
 
 def named_step(path: Path) -> int | None:
     """The step that a checkpoint's name speaks of; None for any other name."""
-    found = re.fullmatch(r"ckpt_([0-9]+)\.safetensors", path.name)
+    found = re.fullmatch(rf"ckpt_([0-9]+){re.escape(SUFFIX)}", path.name)
     return int(found[1]) if found else None
+
+
+def named_checkpoint(path: Path) -> Path:
+    """The path of a checkpoint that may be given without its suffix, as ckpt_N or another name.
+
+    A path that exists as it is given, such as a run folder, is returned as it is.
+    """
+    if path.name in ("", "..") or exists(path):
+        return path
+    full = path.with_name(path.name + SUFFIX)
+    return full if named_step(full) is not None or exists(full) else path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
