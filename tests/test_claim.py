@@ -19,10 +19,11 @@ from tinygpt.cli import main
 from tinygpt.cli.options import file_tables
 from tinygpt.config import GPTConfig, TrainConfig, to_toml
 from tinygpt.errors import CheckpointError, TokenizerError, UsageError
-from tinygpt.files import building, remove_stale, replacing
-from tinygpt.metrics import read
-from tinygpt.runs import latest_checkpoint
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from tinygpt.files import atomic, building, remove_stale, replacing
+from tinygpt.runs import checkpoint, latest_checkpoint
+from tinygpt.runs.checkpoint import folder as folders
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from tinygpt.training.metrics import read
 from tinygpt.untrusted import parse_toml
 
 EVERY = replace(TRAIN, max_iters=6, eval_interval=2, checkpoint_interval=2)

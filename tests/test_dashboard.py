@@ -31,9 +31,8 @@ from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
 from tinygpt.cli import main
 from tinygpt.cli.serving import dashboard_beside
-from tinygpt.errors import UsageError
-from tinygpt.lock import FolderLock, Holder, holder
-from tinygpt.metrics import History
+from tinygpt.errors import UsageError, extras
+from tinygpt.runs.lock import FolderLock, Holder, holder
 from tinygpt.server import curves as curves_module
 from tinygpt.server import dashboard, steering, watch, watched
 from tinygpt.server.app import make_app as make_server

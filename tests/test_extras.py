@@ -72,7 +72,9 @@ def test_the_printed_cures_install_into_the_python_that_printed_them(
     for requirement in wanted:
         fake_wheel(Path(offline["PIP_FIND_LINKS"]), requirement)
     python = fresh / "bin" / "python"
-    code = "import sys; from tinygpt.errors.extras import cure; [print(cure(e)) for e in sys.argv[1:]]"
+    code = (
+        "import sys; from tinygpt.errors.extras import cure; [print(cure(e)) for e in sys.argv[1:]]"
+    )
     told = subprocess.run(
         [python, "-c", code, *FOR_USERS], env=offline, capture_output=True, text=True, check=True
     )

@@ -24,11 +24,11 @@ from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.corpus import NAMES
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import device
 from tinygpt.runs.lock import check_free
+from tinygpt.text.corpus import NAMES
 from tinygpt.training.metrics import perplexity
 
 if TYPE_CHECKING:
@@ -253,8 +253,8 @@ def _where_to_go_on(
 
     SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
     """
-    from tinygpt.checkpoint import named_checkpoint, read_meta, run_of
-    from tinygpt.checkpoint.folder import SUFFIX
+    from tinygpt.runs.checkpoint import named_checkpoint, read_meta, run_of
+    from tinygpt.runs.checkpoint.folder import SUFFIX
 
     if source in NAMES:
         return None, out, source

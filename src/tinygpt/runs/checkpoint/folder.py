@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.config import read_config
-from tinygpt.corpus import NAMES
-from tinygpt.files import user_path
-from tinygpt.names import exists
-from tinygpt.strict_json import write_json
+from tinygpt.files.atomic import user_path
+from tinygpt.files.strict_json import write_json
+from tinygpt.runs.checkpoint.writer import writing
+from tinygpt.text.corpus import NAMES
+from tinygpt.text.names import exists
 from tinygpt.untrusted import parse_json, read_bounded
 
 BEST, RUN, CONFIG = "best.json", "run.json", "config.toml"
