@@ -15,12 +15,14 @@ from tinygpt.interop.byte_level import is_bracketed
 from tinygpt.untrusted import brief
 
 SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+NAMING = (SETTINGS, "config.json")
+"""Files that may name the tokenizer's class; the first one that does counts, as in transformers."""
 TAKEN = (
     "TinyGPT takes over byte-level BPEs that split text as GPT-2's does, and what it wrote itself."
 )
 CLASSES = (
     *("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "PreTrainedTokenizer"),
-    "TokenizersBackend",
+    *("TokenizersBackend", "PythonBackend"),
 )
 """Classes of transformers that add nothing to what the files say."""
 SWITCHES = {
@@ -86,12 +88,20 @@ def check_settings(values: Mapping[str, Any], roles: Set[str]) -> None:
     if on:
         effects = " and ".join(f"{SWITCHES[name]} ({name})" for name in on)
         raise TokenizerError(f"This tokenizer {effects}. {TAKEN}")
-    kind = values.get("tokenizer_class")
-    if kind is not None and kind not in CLASSES:
-        raise TokenizerError(f"This is a tokenizer of the class {brief(kind)}. {TAKEN}")
     decoder = values.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         check_added([token for token in decoder.values() if isinstance(token, dict)], roles)
+
+
+def check_class(values: Mapping[str, Any]) -> bool:
+    """Whether a file names a class, or code; TokenizerError if that may make other ids."""
+    code = values.get("auto_map")
+    if isinstance(code, list) or (isinstance(code, dict) and code.get("AutoTokenizer")):
+        raise TokenizerError(f"This tokenizer has code of its own (auto_map). {TAKEN}")
+    kind = values.get("tokenizer_class")
+    if kind and kind not in CLASSES:
+        raise TokenizerError(f"This is a tokenizer of the class {brief(kind)}. {TAKEN}")
+    return bool(kind)
 
 
 def check_added(tokens: Sequence[Mapping[str, Any]], roles: Set[str], around: bool = False) -> None:

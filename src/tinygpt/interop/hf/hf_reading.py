@@ -13,11 +13,13 @@ from typing import Any
 
 from tinygpt.errors import TokenizerError
 from tinygpt.interop.byte_level import GPT2_SHA256, Merge, Vocabulary, merges_of, unspell
-from tinygpt.interop.hf.hf_pipeline import (
+from tinygpt.interop.hf_pipeline import (
+    NAMING,
     SETTINGS,
     SPECIAL,
     TAKEN,
     check_added,
+    check_class,
     check_pipeline,
     check_settings,
     special_roles,
@@ -94,6 +96,11 @@ def _settings(folder: Path) -> set[str]:
     if (folder / SETTINGS).exists():
         with _about(folder / SETTINGS):
             check_settings(read_json(folder / SETTINGS), roles)
+    for name in NAMING:
+        if (folder / name).exists():
+            with _about(folder / name):
+                if check_class(read_json(folder / name)):
+                    break
     return roles
 
 
