@@ -19,9 +19,11 @@ from tinygpt.cli import main
 from tinygpt.cli.options import file_tables
 from tinygpt.config import GPTConfig, TrainConfig, to_toml
 from tinygpt.errors import CheckpointError, TokenizerError, UsageError
-from tinygpt.files import atomic, building, remove_stale, replacing
-from tinygpt.runs import checkpoint, latest_checkpoint
+from tinygpt.files import atomic
+from tinygpt.files.atomic import building, remove_stale, replacing
+from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import folder as folders
+from tinygpt.runs.run import latest_checkpoint
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
 from tinygpt.training.metrics import read
 from tinygpt.untrusted import parse_toml

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinygpt.errors import TokenizerError
 from tinygpt.interop.byte_level import GPT2_SHA256, Merge, Vocabulary, merges_of, unspell
-from tinygpt.interop.hf_pipeline import (
+from tinygpt.interop.hf.hf_pipeline import (
     NAMING,
     SETTINGS,
     SPECIAL,
