@@ -32,6 +32,7 @@ from tests.serving import PATIENCE, fake_service, until
 from tinygpt.cli import main
 from tinygpt.cli.serving import dashboard_beside
 from tinygpt.errors import UsageError, extras
+from tinygpt.runs.history import History
 from tinygpt.runs.lock import FolderLock, Holder, holder
 from tinygpt.server import curves as curves_module
 from tinygpt.server import dashboard, steering, watch, watched
@@ -43,7 +44,6 @@ from tinygpt.server.steering import ByLock, Here
 from tinygpt.server.tail import Tail, parse_rows
 from tinygpt.server.thread import ServerThread, listen_nearby
 from tinygpt.server.watch import Watch, parse_cursor, write_cursor
-from tinygpt.training.metrics import History
 
 NODE = Path("/usr/bin/node")
 PAGE = Path(watch.__file__).parent / "page"

@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 
 from tinygpt.errors import CheckpointError
-from tinygpt.runs.checkpoint.folder import best_checkpoint, list_checkpoints, named_step
 from tinygpt.runs.checkpoint.reader import verify
+from tinygpt.runs.folder import best_checkpoint, list_checkpoints, named_step
 
 
 class Verified:
