@@ -29,6 +29,7 @@ from tests.fuzz.making import fifo, link_to, sparse
 from tests.fuzz.making import folder as a_folder
 from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
+from tinygpt import pages
 from tinygpt.cli import main
 from tinygpt.cli.serving import dashboard_beside
 from tinygpt.errors import UsageError, extras
@@ -46,7 +47,6 @@ from tinygpt.server.watch import Watch, parse_cursor, write_cursor
 from tinygpt.training.metrics import History
 
 NODE = Path("/usr/bin/node")
-PAGE = Path(watch.__file__).parent / "page"
 KEY = "a-key-for-the-tests"
 RIGHT = {"authorization": f"Bearer {KEY}"}
 WRITER = "import sys; from tests.run_script import main; main(sys.argv[1], 10**9)"
@@ -265,7 +265,7 @@ def test_rows_that_the_page_adds_give_the_curves_that_the_server_gives(tmp_path)
         so_far.add(everything[:end])
         events.append([start, so_far.tail(start), so_far.mark(end), end])
     script = f"""
-        import {{ Series }} from {json.dumps((PAGE / "series.js").as_uri())};
+        import {{ Series }} from {json.dumps((pages.FOLDER / "shared" / "series.js").as_uri())};
         import {{ readFileSync }} from "node:fs";
         const [begun, events] = JSON.parse(readFileSync(0, "utf8"));
         const series = new Series(begun);

@@ -716,7 +716,7 @@ def test_of_another_model_only_the_text_is_taken_over(playground):
 
 
 def test_without_storage_the_page_works_as_long_as_it_is_open(open_page, address):
-    page = open_page(f"{address}/page/icon.svg")
+    page = open_page(f"{address}/page/shared/icon.svg")
     page.add_init_script(
         "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('no'); } });"
         "Object.defineProperty(window, 'localStorage', { get() { throw new Error('no'); } });"

@@ -900,7 +900,16 @@ def test_the_files_of_the_pages_are_served_and_no_others():
         assert answer.status_code == 200 and answer.content
         again = http.get(f"/{path}", headers={"if-none-match": answer.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-    for path in ("/page/", "/page/..%2fapp.py", "/page/%2e%2e/app.py", "/page/app.py", "/page/%00"):
+    others = (
+        "",
+        "..%2fapp.py",
+        "%2e%2e/app.py",
+        "app.py",
+        "local/ui.mjs",
+        "shared/../../api.py",
+        "%00",
+    )
+    for path in (f"/page/{name}" for name in others):
         assert http.get(path).status_code == 404
 
 

@@ -81,7 +81,7 @@ def make_app(board: Board, **gate: Unpack[GateOptions]) -> Starlette:
 
 def page_route(path: str) -> Route:
     """The page itself."""
-    file = static.read_page_files()["dashboard.html"]
+    file = static.read_page_files()["dashboard/dashboard.html"]
 
     async def page(request: Request) -> Response:
         return file.response(request)

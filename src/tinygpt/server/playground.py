@@ -54,7 +54,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 def routes(service: Service) -> list[Route]:
     """The page at /, and its endpoints below /api."""
-    page = static.read_page_files()["index.html"]
+    page = static.read_page_files()["playground/index.html"]
     card, looking = model_card(service), _Looking(service)
 
     async def index(request: Request) -> Response:

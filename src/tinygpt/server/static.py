@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib import resources
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+from tinygpt import pages
 
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -40,14 +41,13 @@ class PageFile:
 
 
 def read_page_files() -> dict[str, PageFile]:
-    """The files in server/page/ by name."""
+    """The files that a page may ask for, by their names: ``shared/dom.js``."""
     found = {}
-    for file in resources.files("tinygpt.server").joinpath("page").iterdir():
-        ending = "." + file.name.rpartition(".")[2]
-        if file.is_file() and ending in MEDIA_TYPES:
-            content = file.read_bytes()
+    for name, content in pages.served().items():
+        ending = "." + name.rpartition(".")[2]
+        if ending in MEDIA_TYPES:
             etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-            found[file.name] = PageFile(content, MEDIA_TYPES[ending], etag)
+            found[name] = PageFile(content, MEDIA_TYPES[ending], etag)
     return found
 
 
@@ -61,4 +61,4 @@ def routes() -> list[Route]:
             raise HTTPException(404)
         return file.response(request)
 
-    return [Route("/page/{name}", page_file, methods=["GET"])]
+    return [Route("/page/{name:path}", page_file, methods=["GET"])]

@@ -1,6 +1,6 @@
 // What model this is.
 
-import { h, whole } from "./dom.js";
+import { h, whole } from "../shared/dom.js";
 
 /** The model's card as groups of terms and values. */
 export function modelCard(model) {

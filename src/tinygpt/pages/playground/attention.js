@@ -1,9 +1,9 @@
 // Where the heads of a layer look, as a picture one can walk about in.
 
 import { visible } from "./bytes.js";
-import { h, newestOnly, percent } from "./dom.js";
+import { h, newestOnly, percent } from "../shared/dom.js";
 import { Heatmap } from "./heatmap.js";
-import { post } from "./net.js";
+import { post } from "../shared/net.js";
 
 const LENGTHS = [24, 48, 96, 128];
 const STRONGEST = 5;

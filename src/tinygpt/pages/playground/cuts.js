@@ -1,7 +1,7 @@
 // The text as the tokenizer cuts it.
 
 import { visible } from "./bytes.js";
-import { byId, counted, h, whole } from "./dom.js";
+import { byId, counted, h, whole } from "../shared/dom.js";
 
 const MOST = 1000;
 const HUES = 6;

@@ -1,7 +1,7 @@
 // The settings of several runs side by side.
 
-import { byId, h } from "./dom.js";
-import { swatch } from "./chart.js";
+import { byId, h } from "../shared/dom.js";
+import { swatch } from "../shared/chart.js";
 
 /** Show the settings in which ``runs`` differ, with ``same`` all of them. */
 export function showSettings(runs, same) {

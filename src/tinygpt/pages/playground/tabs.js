@@ -1,6 +1,6 @@
 // Tabs as screen readers know them: arrows move between them, and the panel follows.
 
-import { byId, moveWithArrows } from "./dom.js";
+import { byId, moveWithArrows } from "../shared/dom.js";
 
 export class Tabs {
   /** ``onShow(id)`` is called with the id of a panel whenever it comes up. */

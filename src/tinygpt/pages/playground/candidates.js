@@ -1,9 +1,9 @@
 // What else the model weighed at one place of the text, and going on from another choice.
 
 import { visible } from "./bytes.js";
-import { counted, h, moveWithArrows, newestOnly, percent, whole } from "./dom.js";
+import { counted, h, moveWithArrows, newestOnly, percent, whole } from "../shared/dom.js";
 import { received } from "./draft.js";
-import { post } from "./net.js";
+import { post } from "../shared/net.js";
 
 const COUNT = 10;
 const EMPTY = "Write something, and see here what might come next. Continue begins after a line break.";

@@ -1,14 +1,14 @@
 // The dashboard: runs, their curves, their samples, as they stand and as they go on.
 
-import { Chart } from "./chart.js";
+import { Chart } from "../shared/chart.js";
 import { showSettings } from "./differences.js";
-import { byId, debounced, h } from "./dom.js";
+import { byId, debounced, h } from "../shared/dom.js";
 import { Feed } from "./feed.js";
 import { Film } from "./film.js";
-import * as format from "./format.js";
-import { ApiError, get, request } from "./net.js";
+import * as format from "../shared/format.js";
+import { ApiError, get, request } from "../shared/net.js";
 import { look, repaint, RunList, showFigures } from "./runs.js";
-import { Series, smooth } from "./series.js";
+import { Series, smooth } from "../shared/series.js";
 import { Strip } from "./strip.js";
 
 const SHOWN_AT_FIRST = 10;

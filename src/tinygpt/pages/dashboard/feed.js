@@ -1,6 +1,6 @@
 // What is new of the runs, as the server tells it; after every break from where it broke off.
 
-import { ApiError, eventData, request } from "./net.js";
+import { ApiError, eventData, request } from "../shared/net.js";
 
 const SILENCE = 25_000; // ms: the server says something every ten seconds
 const FIRST_WAIT = 500;

@@ -1,7 +1,7 @@
 // The samples of a run one after the other: it learns to spell, then words, then lines.
 
-import { byId } from "./dom.js";
-import * as format from "./format.js";
+import { byId } from "../shared/dom.js";
+import * as format from "../shared/format.js";
 
 const WHOLE = 12_000; // ms that a film takes, unless it has few frames or very many
 const [QUICK, SLOW] = [120, 900];

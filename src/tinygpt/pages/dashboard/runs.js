@@ -1,8 +1,8 @@
 // The list of runs: a card for each, with its state, its figures and a switch for its curves.
 
-import { swatch } from "./chart.js";
-import { byId, h } from "./dom.js";
-import * as format from "./format.js";
+import { swatch } from "../shared/chart.js";
+import { byId, h } from "../shared/dom.js";
+import * as format from "../shared/format.js";
 
 const COLORS = 6;
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];

@@ -4,12 +4,12 @@ import { Attention } from "./attention.js";
 import { Candidates } from "./candidates.js";
 import { modelCard } from "./card.js";
 import { Cuts } from "./cuts.js";
-import { byId, counted, debounced, newestOnly, whole } from "./dom.js";
+import { byId, counted, debounced, newestOnly, whole } from "../shared/dom.js";
 import { Draft, received } from "./draft.js";
 import { Editor } from "./editor.js";
 import { History, historyKey } from "./history.js";
 import { keepText, keptText } from "./kept.js";
-import { events, post } from "./net.js";
+import { events, post } from "../shared/net.js";
 import { Sampling } from "./sampling.js";
 import { Tabs } from "./tabs.js";
 

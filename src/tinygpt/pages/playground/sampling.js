@@ -1,6 +1,6 @@
 // The controls of sampling: what they are, in what range, and what they do.
 
-import { byId, h } from "./dom.js";
+import { byId, h } from "../shared/dom.js";
 
 const SLIDERS = [
   {

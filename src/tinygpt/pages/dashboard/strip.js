@@ -1,10 +1,10 @@
 // A row for each layer, a column for each stretch of steps: how large the gradients were there.
 
-import { linear } from "./axes.js";
-import { stepOf } from "./chart.js";
-import { byId, h } from "./dom.js";
-import * as format from "./format.js";
-import { nearest } from "./series.js";
+import { linear } from "../shared/axes.js";
+import { stepOf } from "../shared/chart.js";
+import { byId, h } from "../shared/dom.js";
+import * as format from "../shared/format.js";
+import { nearest } from "../shared/series.js";
 
 const TYPE = 11;
 const ROW = 18;
