@@ -29,7 +29,7 @@ from tinygpt.kernels.linear import linear
 from tinygpt.kernels.matmul import Plan, register_tile
 from tinygpt.machine import pool as multicore
 from tinygpt.machine.pool import runner
-from tinygpt.machine.pool.threads import Commands, command, command_list
+from tinygpt.machine.pool.workers import Commands, command, command_list
 from tinygpt.machine.resources import cores
 
 pytestmark = [
