@@ -19,12 +19,12 @@ from tests.browser import axe_violations, overflow
 from tests.dashboard_runs import add, lines, make_run, rows
 from tests.serving import until
 from tinygpt.runs.lock import FolderLock
-from tinygpt.server import watch
-from tinygpt.server.curves import POINTS
-from tinygpt.server.dashboard import Board, make_app
-from tinygpt.server.listening import url
-from tinygpt.server.thread import ServerThread, listen_nearby
-from tinygpt.server.watch import Watch
+from tinygpt.server.dashboard import watch
+from tinygpt.server.dashboard.board import Board, make_app
+from tinygpt.server.dashboard.curves import POINTS
+from tinygpt.server.dashboard.watch import Watch
+from tinygpt.server.http.listening import url
+from tinygpt.server.http.thread import ServerThread, listen_nearby
 
 KEY = "a-key-for-the-tests"
 HOSTILE = '<img src=x onerror="alert(1)"></script>'

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt.config import __version__
-from tinygpt.server.requests import detokenize_schema, tokenize_schema
-from tinygpt.server.schema import Schema
-from tinygpt.server.service import Service
+from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
+from tinygpt.server.openai.schema import Schema
+from tinygpt.server.openai.service import Service
 
 Json = dict[str, Any]
 

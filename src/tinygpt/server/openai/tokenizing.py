@@ -11,13 +11,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TokenizerError
-from tinygpt.server.body import check_model, read_json
-from tinygpt.server.json_answer import JSONResponse
-from tinygpt.server.prompts import chat_text, strange
-from tinygpt.server.refusal import Refusal
-from tinygpt.server.requests import detokenize_schema, tokenize_schema
-from tinygpt.server.schema import check
-from tinygpt.server.service import Service
+from tinygpt.server.http.body import check_model, read_json
+from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
+from tinygpt.server.openai.prompts import chat_text, strange
+from tinygpt.server.openai.schema import check
+from tinygpt.server.openai.service import Service
 
 Json = dict[str, Any]
 

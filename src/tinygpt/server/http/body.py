@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from tinygpt.server.limits import Limits
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.http.limits import Limits
+from tinygpt.server.http.refusal import Refusal
 from tinygpt.untrusted import parse_json
 
 T = TypeVar("T")

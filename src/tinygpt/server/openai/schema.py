@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tinygpt.errors import nearest
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.http.refusal import Refusal
 
 Schema = Mapping[str, Any]
 

@@ -14,8 +14,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from tinygpt.errors import UsageError, extras
-from tinygpt.server.limits import Limits
-from tinygpt.server.refusal import Refusal
+from tinygpt.server.http.limits import Limits
+from tinygpt.server.http.refusal import Refusal
 
 try:
     from uvicorn.protocols.http.h11_impl import H11Protocol

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinygpt.errors import UsageError
-from tinygpt.server.refusal import FAILURE, GONE, Refusal, closing
+from tinygpt.server.http.refusal import FAILURE, GONE, Refusal, closing
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from tinygpt.generation.decoder import SMALLEST_BUCKET
 from tinygpt.generation.sample import choose
 from tinygpt.machine import kernel_store
 from tinygpt.model.transformer import Transformer
-from tinygpt.server.beside import Beside, Call, Text
-from tinygpt.server.scoring import Scored
-from tinygpt.server.stream import FinishReason, Piece, Request, Stream, wake
-from tinygpt.server.writer import Writer
+from tinygpt.server.engine.beside import Beside, Call, Text
+from tinygpt.server.engine.scoring import Scored
+from tinygpt.server.engine.sequence import FinishReason, Piece, Request, Stream, wake
+from tinygpt.server.engine.writer import Writer
 from tinygpt.text.tokenizers import Tokenizer
 
 __all__ = ["Engine", "EngineClosed", "EngineStats", "Piece", "QueueFull", "Request", "Stream"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinygpt.model.transformer import Transformer
-from tinygpt.server.engine import Engine
-from tinygpt.server.ignored import Ignored
-from tinygpt.server.limits import Limits
-from tinygpt.server.metrics_page import Counts
+from tinygpt.server.engine.scheduler import Engine
+from tinygpt.server.http.limits import Limits
+from tinygpt.server.openai.ignored import Ignored
+from tinygpt.server.openai.metrics_page import Counts
 from tinygpt.text.tokenizers import Tokenizer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tinygpt.errors import CheckpointError
 from tinygpt.runs import checkpoint
 from tinygpt.runs.run import choose_checkpoint
-from tinygpt.server.service import Service
+from tinygpt.server.openai.service import Service
 
 
 def model_card(service: Service) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tinygpt.server.stream import Piece
+from tinygpt.server.engine.sequence import Piece
 from tinygpt.text.tokenizers import TextStream, Tokenizer
 
 LEAST_LOGPROB = -9999.0

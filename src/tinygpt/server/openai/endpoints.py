@@ -11,17 +11,17 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tinygpt.server import tokenizing
-from tinygpt.server.body import check_model, no_model, read_json, unless_gone
-from tinygpt.server.document import openapi
-from tinygpt.server.jobs import Body, Job, chat_job, completion_job
-from tinygpt.server.json_answer import JSONResponse
-from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.refusal import DOCUMENT, Refusal
-from tinygpt.server.requests import chat_schema, completion_schema
-from tinygpt.server.running import Running
-from tinygpt.server.schema import Schema, check, unknown
-from tinygpt.server.service import Service
+from tinygpt.server.http.body import check_model, no_model, read_json, unless_gone
+from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.refusal import DOCUMENT, Refusal
+from tinygpt.server.openai import tokenizing
+from tinygpt.server.openai.answering import Running
+from tinygpt.server.openai.document import openapi
+from tinygpt.server.openai.fields import chat_schema, completion_schema
+from tinygpt.server.openai.jobs import Body, Job, chat_job, completion_job
+from tinygpt.server.openai.metrics_page import CONTENT_TYPE, metrics_text
+from tinygpt.server.openai.schema import Schema, check, unknown
+from tinygpt.server.openai.service import Service
 
 MakeJob = Callable[[Service, Body], Awaitable[Job]]
 

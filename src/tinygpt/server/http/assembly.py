@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
-from tinygpt.server import static
-from tinygpt.server.refusal import Refusal, answer_http_error, answer_refusal
-from tinygpt.server.security import Gate, GateOptions
+from tinygpt.server.http import static
+from tinygpt.server.http.refusal import Refusal, answer_http_error, answer_refusal
+from tinygpt.server.http.security import Gate, GateOptions
 
 
 def assemble(routes: Sequence[BaseRoute], **gate: Unpack[GateOptions]) -> Starlette:

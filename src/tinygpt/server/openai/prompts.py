@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinygpt.errors import TokenizerError
-from tinygpt.server.refusal import Refusal
-from tinygpt.server.service import Service
+from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.openai.service import Service
 
 Ids = tuple[int, ...]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from tinygpt.errors import TinyGPTError
 from tinygpt.files.strict_json import to_json
-from tinygpt.server.choices import Choice, Delta
-from tinygpt.server.jobs import Job
-from tinygpt.server.refusal import FAILURE, Refusal, closing
-from tinygpt.server.service import Service
-from tinygpt.server.shapes import usage
-from tinygpt.server.stream import Piece, Stream
+from tinygpt.server.engine.sequence import Piece, Stream
+from tinygpt.server.http.refusal import FAILURE, Refusal, closing
+from tinygpt.server.openai.choices import Choice, Delta
+from tinygpt.server.openai.jobs import Job
+from tinygpt.server.openai.service import Service
+from tinygpt.server.openai.shapes import usage
 
 SENT_TOGETHER = 1 << 14
 """Bytes of events that are sent at once, if more are waiting than the client takes."""

@@ -20,22 +20,23 @@ from starlette.routing import Route
 
 from tinygpt.errors import TinyGPTError, TokenizerError
 from tinygpt.generation.decoder import Decoder
-from tinygpt.server import inspect, static
-from tinygpt.server.api import generate
-from tinygpt.server.body import read_json, unless_gone
-from tinygpt.server.card import model_card
-from tinygpt.server.choices import Choice, Delta, finite
-from tinygpt.server.engine import EngineClosed
-from tinygpt.server.inspect import AttentionLook
-from tinygpt.server.jobs import Body, Job, sampling_of, seed_of
-from tinygpt.server.json_answer import JSONResponse
-from tinygpt.server.prompts import Ids, encode
-from tinygpt.server.refusal import Refusal
-from tinygpt.server.requests import completion_schema
-from tinygpt.server.schema import Schema, check
-from tinygpt.server.service import Service
-from tinygpt.server.shapes import CompletionShape, Json
-from tinygpt.server.stream import Request as TextRequest
+from tinygpt.server.engine.scheduler import EngineClosed
+from tinygpt.server.engine.sequence import Request as TextRequest
+from tinygpt.server.http import static
+from tinygpt.server.http.body import read_json, unless_gone
+from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.openai.choices import Choice, Delta, finite
+from tinygpt.server.openai.endpoints import generate
+from tinygpt.server.openai.fields import completion_schema
+from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of
+from tinygpt.server.openai.prompts import Ids, encode
+from tinygpt.server.openai.schema import Schema, check
+from tinygpt.server.openai.service import Service
+from tinygpt.server.openai.shapes import CompletionShape, Json
+from tinygpt.server.playground import introspection
+from tinygpt.server.playground.introspection import AttentionLook
+from tinygpt.server.playground.model_card import model_card
 from tinygpt.text.tokenizers import Tokenizer
 
 T = TypeVar("T")
@@ -148,7 +149,7 @@ class _Looking:
         """The likeliest tokens after a text; of one token, its rank as well."""
         ids, config = await _context(self.service, body), sampling_of(body)
         size, decoder = self.service.vocab_size, self._decoder
-        found = await self._look(lambda: inspect.next_token(decoder, ids, config, size))
+        found = await self._look(lambda: introspection.next_token(decoder, ids, config, size))
 
         def told(token: int) -> Json:
             own, sampled = float(found.model[token]), float(found.sampled[token])

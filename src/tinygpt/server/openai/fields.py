@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinygpt.server.limits import Limits
-from tinygpt.server.schema import Schema
+from tinygpt.server.http.limits import Limits
+from tinygpt.server.openai.schema import Schema
 
 LARGEST_SEED = (1 << 63) - 1
 LARGEST_COUNT = (1 << 31) - 1

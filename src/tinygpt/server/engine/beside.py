@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tinygpt.generation.batching import BatchDecoder
-from tinygpt.server.scoring import Scored, score_texts
+from tinygpt.server.engine.scoring import Scored, score_texts
 
 T = TypeVar("T")
 

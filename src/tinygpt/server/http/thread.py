@@ -10,8 +10,8 @@ from typing import Self
 from starlette.types import ASGIApp
 
 from tinygpt.errors import UsageError
-from tinygpt.server.limits import Limits
-from tinygpt.server.listening import Server, listen
+from tinygpt.server.http.limits import Limits
+from tinygpt.server.http.listening import Server, listen
 
 TRIES = 20
 """Ports that are tried, one after the other."""

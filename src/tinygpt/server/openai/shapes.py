@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tinygpt.server.choices import Choice, Delta, Told, finite, token_name
+from tinygpt.server.openai.choices import Choice, Delta, Told, finite, token_name
 from tinygpt.text.tokenizers import Tokenizer
 
 Json = dict[str, Any]

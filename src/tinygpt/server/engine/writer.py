@@ -8,7 +8,7 @@ import numpy.typing as npt
 from tinygpt.generation.batching import Line
 from tinygpt.generation.sample import first_choice, likeliest, log_probabilities
 from tinygpt.generation.stream import StopStrings
-from tinygpt.server.stream import FinishReason, Piece, Stream
+from tinygpt.server.engine.sequence import FinishReason, Piece, Stream
 from tinygpt.text.tokenizers import TextStream, Tokenizer, ends_of
 
 

@@ -12,15 +12,15 @@ from tinygpt.config import SampleConfig
 from tinygpt.errors import TinyGPTError
 from tinygpt.generation.decoder import Logits
 from tinygpt.generation.sample import Penalties
-from tinygpt.server.choices import Delta, Told
-from tinygpt.server.engine import EngineClosed, QueueFull
-from tinygpt.server.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
-from tinygpt.server.refusal import Refusal
-from tinygpt.server.requests import MAX_CHAT_TOKENS, MAX_TOKENS
-from tinygpt.server.scoring import Score, Scored
-from tinygpt.server.service import Service
-from tinygpt.server.shapes import ChatShape, CompletionShape
-from tinygpt.server.stream import Request
+from tinygpt.server.engine.scheduler import EngineClosed, QueueFull
+from tinygpt.server.engine.scoring import Score, Scored
+from tinygpt.server.engine.sequence import Request
+from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.openai.choices import Delta, Told
+from tinygpt.server.openai.fields import MAX_CHAT_TOKENS, MAX_TOKENS
+from tinygpt.server.openai.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
+from tinygpt.server.openai.service import Service
+from tinygpt.server.openai.shapes import ChatShape, CompletionShape
 from tinygpt.text.tokenizers import TextStream
 
 Body = Mapping[str, Any]

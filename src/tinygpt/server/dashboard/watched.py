@@ -13,8 +13,8 @@ from typing import Any
 
 from tinygpt.runs.checkpoint.folder import BEST, MAX_FILE_BYTES, named_step
 from tinygpt.runs.lock import LOCK, Holder, holder
-from tinygpt.server.curves import FAR, Curves
-from tinygpt.server.tail import Tail
+from tinygpt.server.dashboard.curves import FAR, Curves
+from tinygpt.server.dashboard.tail import Tail
 from tinygpt.untrusted import (
     clip,
     has_surrogates,

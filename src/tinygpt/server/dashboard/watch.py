@@ -14,8 +14,8 @@ from typing import Any
 
 from tinygpt.errors import UsageError
 from tinygpt.files.atomic import user_path
-from tinygpt.server.curves import Curves
-from tinygpt.server.watched import CONFIG, MAX_ENTRIES, METRICS, Run, run_id
+from tinygpt.server.dashboard.curves import Curves
+from tinygpt.server.dashboard.watched import CONFIG, MAX_ENTRIES, METRICS, Run, run_id
 from tinygpt.untrusted import utf8_name
 
 MAX_RUNS = 100

@@ -24,15 +24,15 @@ from starlette.routing import Route
 
 from tinygpt.errors import UsageError
 from tinygpt.files.strict_json import to_json
-from tinygpt.server import static
-from tinygpt.server.assembly import assemble
-from tinygpt.server.curves import POINTS
-from tinygpt.server.json_answer import JSONResponse
-from tinygpt.server.refusal import Refusal
-from tinygpt.server.security import GateOptions
-from tinygpt.server.steering import ByLock, Steering
-from tinygpt.server.watch import Cursor, Watch, parse_cursor, write_cursor
-from tinygpt.server.watched import Run
+from tinygpt.server.dashboard.curves import POINTS
+from tinygpt.server.dashboard.steering import ByLock, Steering
+from tinygpt.server.dashboard.watch import Cursor, Watch, parse_cursor, write_cursor
+from tinygpt.server.dashboard.watched import Run
+from tinygpt.server.http import static
+from tinygpt.server.http.assembly import assemble
+from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.http.security import GateOptions
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""
