@@ -37,7 +37,7 @@ from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
 
 from tinygpt.machine.pool.runner import UNSPLIT
-from tinygpt.machine.pool.threads import command, command_list
+from tinygpt.machine.pool.workers import command, command_list
 
 Work = Callable[[], Tensor]
 

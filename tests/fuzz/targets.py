@@ -27,8 +27,8 @@ from tinygpt.runs import lock
 from tinygpt.runs.folder import best_checkpoint, run_of
 from tinygpt.runs.history import read
 from tinygpt.runs.plots import read_curves
-from tinygpt.server.watch import Watch
-from tinygpt.server.watched import run_id
+from tinygpt.server.dashboard.watch import Watch
+from tinygpt.server.dashboard.watched import run_id
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
 from tinygpt.text.tokens import load_tokens

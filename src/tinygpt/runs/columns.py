@@ -30,6 +30,9 @@ KEYS = (
 """The columns."""
 
 
+FLOATS = {float, np.float64, type(None)}
+
+
 class Columns:
     """Rows in columns of float64, which grow; NaN stands where a row has no number.
 
@@ -97,7 +100,7 @@ class Columns:
 def column(rows: Iterable[Row], key: str) -> Numbers:
     """The values of a key, (rows,); NaN for what is missing, no number, or beyond ``FAR``."""
     values = [row.get(key) for row in rows]
-    if not set(map(type, values)) <= {float, type(None)}:  # numpy would take texts and truths too
+    if not set(map(type, values)) <= FLOATS:  # numpy would take texts and truths too
         values = [value if is_number(value, -FAR, FAR) else math.nan for value in values]
     found = np.array(values, np.float64)
     found[~(np.abs(found) < FAR)] = np.nan

@@ -14,7 +14,7 @@ from tinygrad.runtime.support.hcq import HCQBuffer
 from tinygrad.uop import Ops
 from tinygrad.uop.ops import UOp
 
-from tinygpt.machine.pool.threads import MAX_ARGS, Pool, command, command_list
+from tinygpt.machine.pool.workers import MAX_ARGS, Pool, command, command_list
 from tinygpt.machine.resources import cores
 
 COMPILERS = ("", "CLANG", "LLVM")
