@@ -7,19 +7,20 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tinygpt.server import tokenizing
 from tinygpt.server.body import check_model, no_model, read_json, unless_gone
 from tinygpt.server.document import openapi
+from tinygpt.server.event_stream import EventStream, event
 from tinygpt.server.jobs import Body, Job, chat_job, completion_job
 from tinygpt.server.json_answer import JSONResponse
 from tinygpt.server.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.refusal import DOCUMENT, Refusal
+from tinygpt.server.refusal import DOCUMENT, Refusal, closing
 from tinygpt.server.requests import chat_schema, completion_schema
-from tinygpt.server.running import Running
+from tinygpt.server.running import DONE, Running
 from tinygpt.server.schema import Schema, check, unknown
 from tinygpt.server.service import Service
 
@@ -80,10 +81,10 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
         running.close()
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events. However the response ends, the engine's places are free again."""
+class _EventStream(EventStream):
+    """The texts as they are written. However the response ends, the engine's places are free."""
 
-    media_type = "text/event-stream"
+    last = event(closing().body()) + DONE
 
     def __init__(self, running: Running) -> None:
         super().__init__(running.events(), headers={"x-accel-buffering": "no"})

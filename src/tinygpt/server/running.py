@@ -9,12 +9,12 @@ from typing import Any
 
 from tinygpt.errors import TinyGPTError
 from tinygpt.server.choices import Choice, Delta
+from tinygpt.server.event_stream import event
 from tinygpt.server.jobs import Job
 from tinygpt.server.refusal import FAILURE, Refusal, closing
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import usage
 from tinygpt.server.stream import Piece, Stream
-from tinygpt.strict_json import to_json
 
 SENT_TOGETHER = 1 << 14
 """Bytes of events that are sent at once, if more are waiting than the client takes."""
@@ -103,7 +103,7 @@ class Running:
                 continue
             stream = self.streams[index]
             _raise_failure(stream)
-            if stream.finish_reason == "cancelled" and self._in_time() and not choice.count:
+            if stream.finish_reason == "cancelled" and self._in_time():
                 raise closing()
             yield choice, choice.end(stream.finish_reason)
 
@@ -163,8 +163,3 @@ def _raise_failure(stream: Stream) -> None:
         raise Refusal(500, str(stream.error), code="model_failed") from stream.error
     if stream.error is not None:
         raise FAILURE from stream.error
-
-
-def event(value: object) -> bytes:
-    """One server-sent event with a JSON value."""
-    return f"data: {to_json(value, unicode=True, compact=True)}\n\n".encode()
