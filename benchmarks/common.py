@@ -23,10 +23,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tinygpt import strict_json
 from tinygpt.errors import UsageError
-from tinygpt.files import check_overwritable, user_path
-from tinygpt.runtime import cores, total_memory
+from tinygpt.files import strict_json
+from tinygpt.files.atomic import check_overwritable, user_path
+from tinygpt.machine.resources import cores, total_memory
 
 PAUSE = 0.02
 """Seconds between two turns, in which the threads of the one before fall asleep."""

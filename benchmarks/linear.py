@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from common import arguments, write_json
 
-import tinygpt.multicore as multicore  # chooses the compiler, so before tinygrad
-from tinygpt.runtime import cores, peak_memory
+import tinygpt.machine.pool as multicore  # chooses the compiler, so before tinygrad
+from tinygpt.machine.resources import cores, peak_memory
 
 # isort: split
 from tinygrad import Tensor, TinyJit

@@ -29,15 +29,15 @@ from typing import Any
 import numpy as np
 from common import arguments, write_json
 
-import tinygpt.multicore as multicore  # chooses the compiler, so before tinygrad
-from tinygpt.runtime import cores
+import tinygpt.machine.pool as multicore  # chooses the compiler, so before tinygrad
+from tinygpt.machine.resources import cores
 
 # isort: split
 from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
 
-from tinygpt.multicore.pool import command, command_list
-from tinygpt.multicore.runner import UNSPLIT
+from tinygpt.machine.pool.runner import UNSPLIT
+from tinygpt.machine.pool.workers import command, command_list
 
 Work = Callable[[], Tensor]
 
@@ -149,7 +149,7 @@ def pieces_of_a_step(name: str) -> list[tuple[str, list[float]]]:
     """Each kernel of a captured training step, and the seconds that its pieces take."""
     import train_step
 
-    from tinygpt.multicore import runner
+    from tinygpt.machine.pool import runner
 
     graphs: list[runner.PoolGraph] = []
 

@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from tinygrad import Tensor
 
 from tests.run_script import MODEL, TOKENS, TRAIN, make_run
-from tinygpt import checkpoint, files
 from tinygpt.api import GPT, load, train
-from tinygpt.checkpoint import folder as folders
 from tinygpt.cli import main
 from tinygpt.cli.options import file_tables
 from tinygpt.config import GPTConfig, TrainConfig, to_toml
 from tinygpt.errors import CheckpointError, TokenizerError, UsageError
-from tinygpt.files import building, remove_stale, replacing
-from tinygpt.metrics import read
-from tinygpt.runs import latest_checkpoint
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from tinygpt.files import atomic
+from tinygpt.files.atomic import building, remove_stale, replacing
+from tinygpt.runs import checkpoint
+from tinygpt.runs.checkpoint import folder as folders
+from tinygpt.runs.run import latest_checkpoint
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from tinygpt.training.metrics import read
 from tinygpt.untrusted import parse_toml
 
 EVERY = replace(TRAIN, max_iters=6, eval_interval=2, checkpoint_interval=2)
@@ -237,7 +238,7 @@ def test_a_sweep_at_any_moment_does_not_make_a_save_fail(tmp_path, monkeypatch):
     def sweeping(function):
         def call(*args, **kwargs):
             remove_stale(tmp_path)
-            monkeypatch.setattr(files, "remove_stale", lambda _: None)
+            monkeypatch.setattr(atomic, "remove_stale", lambda _: None)
             result = function(*args, **kwargs)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "open", really["open"])
@@ -248,7 +249,7 @@ def test_a_sweep_at_any_moment_does_not_make_a_save_fail(tmp_path, monkeypatch):
         return call
 
     really = {"open": os.open, "flock": fcntl.flock}
-    monkeypatch.setattr(files, "sync", sweeping(files.sync))
+    monkeypatch.setattr(atomic, "sync", sweeping(atomic.sync))
     monkeypatch.setattr(Path, "replace", sweeping(Path.replace))
     swept = []
 
@@ -266,7 +267,7 @@ def test_a_sweep_at_any_moment_does_not_make_a_save_fail(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"whole"
 
 
-@pytest.mark.parametrize(("age", "stays"), [(0, True), (2 * files.ABANDONED, False)])
+@pytest.mark.parametrize(("age", "stays"), [(0, True), (2 * atomic.ABANDONED, False)])
 def test_where_there_are_no_locks_only_what_is_old_goes(tmp_path, monkeypatch, age, stays):
     def unsupported(*_):
         raise OSError(os.strerror(95))

@@ -29,12 +29,10 @@ from tests.fuzz.making import fifo, link_to, sparse
 from tests.fuzz.making import folder as a_folder
 from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
-from tinygpt import extras
 from tinygpt.cli import main
 from tinygpt.cli.serving import dashboard_beside
-from tinygpt.errors import UsageError
-from tinygpt.lock import FolderLock, Holder, holder
-from tinygpt.metrics import History
+from tinygpt.errors import UsageError, extras
+from tinygpt.runs.lock import FolderLock, Holder, holder
 from tinygpt.server import curves as curves_module
 from tinygpt.server import dashboard, steering, watch, watched
 from tinygpt.server.app import make_app as make_server
@@ -45,6 +43,7 @@ from tinygpt.server.steering import ByLock, Here
 from tinygpt.server.tail import Tail, parse_rows
 from tinygpt.server.thread import ServerThread, listen_nearby
 from tinygpt.server.watch import Watch, parse_cursor, write_cursor
+from tinygpt.training.metrics import History
 
 NODE = Path("/usr/bin/node")
 PAGE = Path(watch.__file__).parent / "page"
@@ -850,7 +849,7 @@ def test_a_run_of_this_process_is_asked_directly():
 TRAINER = """
 import signal, sys, time
 from pathlib import Path
-from tinygpt.lock import FolderLock
+from tinygpt.runs.lock import FolderLock
 folder = Path(sys.argv[1])
 held = FolderLock(folder)
 held.acquire()

@@ -18,7 +18,7 @@ from playwright.sync_api import expect
 from tests.browser import axe_violations, overflow
 from tests.dashboard_runs import add, lines, make_run, rows
 from tests.serving import until
-from tinygpt.lock import FolderLock
+from tinygpt.runs.lock import FolderLock
 from tinygpt.server import watch
 from tinygpt.server.curves import POINTS
 from tinygpt.server.dashboard import Board, make_app

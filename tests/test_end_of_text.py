@@ -15,11 +15,11 @@ from tinygpt import GPT, BPETokenizer, ByteTokenizer, GPTConfig, load, load_pret
 from tinygpt.cli import main
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TokenizerError
-from tinygpt.generate import generate_text
-from tinygpt.interop.gguf_tokens import tokens_of
+from tinygpt.generation.stream import generate_text
+from tinygpt.interop.gguf.gguf_tokens import tokens_of
 from tinygpt.interop.web.vocabulary import describe
 from tinygpt.server.engine import Engine, Request
-from tinygpt.tokenizers import END, tokenizer_from_dict
+from tinygpt.text.tokenizers import END, tokenizer_from_dict
 
 CONFIG = GPTConfig(block_size=16, vocab_size=264, n_layer=1, n_head=1, n_embd=16)
 """More rows than tokens: they pad the vocabulary."""

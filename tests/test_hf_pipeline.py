@@ -12,9 +12,9 @@ import pytest
 
 from tests.mixed_text import mixed_text
 from tinygpt.errors import TokenizerError
-from tinygpt.interop.hf_reading import read_tokenizer
-from tinygpt.interop.hf_tokenizer import write_tokenizer
-from tinygpt.tokenizers import BPETokenizer
+from tinygpt.interop.hf.hf_reading import read_tokenizer
+from tinygpt.interop.hf.hf_tokenizer import write_tokenizer
+from tinygpt.text.tokenizers import BPETokenizer
 
 TEXTS = [
     "the cat",

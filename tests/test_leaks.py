@@ -12,11 +12,12 @@ from tinygrad import Tensor
 from tinygrad.helpers import Context, GlobalCounters
 from tinygrad.uop.ops import UOpMetaClass
 
-from tinygpt import GPT, ByteTokenizer, GPTConfig, SampleConfig, evaluation, kernels
-from tinygpt.generate import generate_text
-from tinygpt.generate.batching import BatchDecoder
-from tinygpt.runtime import memory
+from tinygpt import GPT, ByteTokenizer, GPTConfig, SampleConfig, kernels
+from tinygpt.generation import generate_text
+from tinygpt.generation.batching import BatchDecoder
+from tinygpt.machine.resources import memory
 from tinygpt.server import inspect, scoring
+from tinygpt.training import evaluation
 
 CONFIG = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
 IDS = np.arange(32, dtype=np.int32).reshape(2, 16)

@@ -16,14 +16,15 @@ from tinygrad import Tensor
 from tests.browser import axe_violations, overflow
 from tests.numpy_gpt2 import GPT2
 from tests.serving import running, until
-from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig, checkpoint
+from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.config import to_toml
-from tinygpt.sample import next_logits, softmax
+from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.machine.transfer import write
+from tinygpt.runs import checkpoint
 from tinygpt.server import inspect
 from tinygpt.server.engine import Engine
 from tinygpt.server.service import Service
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
-from tinygpt.transfer import write
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>run'
 CONFIG = GPTConfig(block_size=48, vocab_size=256, n_layer=2, n_head=3, n_embd=24)

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt import checkpoint
 from tinygpt.config import GPTConfig
 from tinygpt.errors import TokenizerError
-from tinygpt.interop import gguf as ours
-from tinygpt.interop.gguf_tokens import tokens_of
+from tinygpt.files.strict_json import finite
+from tinygpt.interop.gguf import gguf_file as ours
+from tinygpt.interop.gguf.gguf_tokens import tokens_of
 from tinygpt.interop.web import page
 from tinygpt.interop.web.finished import check_finished
 from tinygpt.interop.web.weights import Chunk
-from tinygpt.strict_json import finite
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from tinygpt.runs import checkpoint
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from tinygpt.untrusted import utf8_name
 
 FEW = settings(max_examples=25)

@@ -37,16 +37,15 @@ from tests.serving import (
     running,
     until,
 )
-from tinygpt import extras
 from tinygpt.api import GPT
 from tinygpt.cli import main
 from tinygpt.cli.serving import _name as name_of
 from tinygpt.cli.serving import browser
 from tinygpt.config import SampleConfig
-from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError
-from tinygpt.generate import generate_text
-from tinygpt.generate.batching import BatchDecoder
-from tinygpt.sample import Penalties, softmax
+from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError, extras
+from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.sample import Penalties, softmax
+from tinygpt.generation.stream import generate_text
 from tinygpt.server import listening
 from tinygpt.server.app import assemble, make_app
 from tinygpt.server.choices import Choice, Delta
@@ -59,7 +58,7 @@ from tinygpt.server.scoring import score_texts
 from tinygpt.server.security import HEADERS, is_loopback
 from tinygpt.server.service import Service
 from tinygpt.server.stream import Piece, wake
-from tinygpt.tokenizers import ByteTokenizer, CharTokenizer, TextStream
+from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer, TextStream
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MARK = "<script>alert('MARK')</script>"

@@ -14,15 +14,15 @@ from tinygpt.cli.models import load_model
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.cli.texts import own_source, read_tokens, unlike_training
 from tinygpt.config import SampleConfig
-from tinygpt.display.text import printable
 from tinygpt.errors import DataError, TokenizerError, UsageError
+from tinygpt.runs.display.text import printable
 from tinygpt.untrusted import clip
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.data import Tokens
-    from tinygpt.memorization import Overlap
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.text.overlap import Overlap
+    from tinygpt.text.tokenizers import Tokenizer
+    from tinygpt.text.tokens import Tokens
 
 TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
 SPAN = 1 << 16
@@ -92,10 +92,10 @@ def memorization(
     json
         Print the result as JSON.
     """
-    from tinygpt.data import split
-    from tinygpt.generate import first_prompt
-    from tinygpt.memorization import overlaps
-    from tinygpt.tokenizers import ends_of
+    from tinygpt.generation.stream import first_prompt
+    from tinygpt.text.batches import split
+    from tinygpt.text.overlap import overlaps
+    from tinygpt.text.tokenizers import ends_of
 
     _check(samples=samples, max_tokens=max_tokens, min_length=min_length)
     temperatures = list(TEMPERATURES if temperature is None else temperature)
@@ -184,7 +184,7 @@ def _write(
     """The continuations of the prompt, without it and without the ids that end a text."""
     import numpy as np
 
-    from tinygpt.generate import FINISHED, generate_tokens
+    from tinygpt.generation.generate import FINISHED, generate_tokens
 
     try:
         ids = tokenizer.encode(prompt)

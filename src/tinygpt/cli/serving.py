@@ -15,22 +15,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from tinygpt import extras
 from tinygpt.cli.console import command, say
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch, flags
 from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
-from tinygpt.display.text import printable
-from tinygpt.errors import UsageError
+from tinygpt.errors import UsageError, extras
+from tinygpt.files.strict_json import to_json
+from tinygpt.runs.display.text import printable
 from tinygpt.server.limits import Limits
-from tinygpt.strict_json import to_json
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-    from tinygpt.runs import TrainingRun
+    from tinygpt.runs.run import TrainingRun
     from tinygpt.server.dashboard import Board
     from tinygpt.server.service import Service
 
@@ -305,7 +304,7 @@ def _service(
     places: int,
     limits: Limits,
 ) -> Service:
-    from tinygpt.runs import choose_checkpoint
+    from tinygpt.runs.run import choose_checkpoint
     from tinygpt.server.engine import Engine
     from tinygpt.server.service import Service
 

@@ -9,7 +9,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import runtime
 from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
@@ -25,15 +24,16 @@ from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.corpus import NAMES
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
-from tinygpt.files import user_path
-from tinygpt.lock import check_free
-from tinygpt.metrics import perplexity
+from tinygpt.files.atomic import user_path
+from tinygpt.machine import device
+from tinygpt.runs.lock import check_free
+from tinygpt.text.corpus import NAMES
+from tinygpt.training.metrics import perplexity
 
 if TYPE_CHECKING:
-    from tinygpt.runs import TrainingRun
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.runs.run import TrainingRun
+    from tinygpt.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     ModelFlags = dict[str, Any]
@@ -134,7 +134,7 @@ def train(
     if allow and not resume:
         raise UsageError("--allow-change is for a run that goes on: give --resume too.")
     if allow:
-        from tinygpt.changes import parse
+        from tinygpt.runs.changes import parse
 
         parse(allow)  # before the text is read
     kept = _settings_of(_folder_to_resume(out), start) if resume else {}
@@ -154,13 +154,13 @@ def train(
             f"go on with it: {go_on}"
         )
     if out is not None:
-        from tinygpt.checkpoint import check_claim
+        from tinygpt.runs.checkpoint import check_claim
 
         check_free(out)
         check_claim(out)
     # Before the text is read, and before there is a folder: it may not be possible.
     with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
-        runtime.require_device()
+        device.require_device()
         if beginning is not None:
             own = beginning.tokenizer(settings.data)
         else:
@@ -211,8 +211,8 @@ def _check_init(settings: Settings, kept: Tables, resume: bool) -> None:
 
 def _saved_tokenizer(folder: Path, start: Path | None) -> Tokenizer | None:
     """The tokenizer of a run that goes on, from its folder or the checkpoint to ``start`` from."""
-    from tinygpt.checkpoint import read_meta
-    from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict
+    from tinygpt.runs.checkpoint import read_meta
+    from tinygpt.text.tokenizers import load_tokenizer, tokenizer_from_dict
 
     if start is not None:
         described = read_meta(start).tokenizer
@@ -253,8 +253,8 @@ def _where_to_go_on(
 
     SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
     """
-    from tinygpt.checkpoint import named_checkpoint, read_meta, run_of
-    from tinygpt.checkpoint.folder import SUFFIX
+    from tinygpt.runs.checkpoint import named_checkpoint, read_meta, run_of
+    from tinygpt.runs.checkpoint.folder import SUFFIX
 
     if source in NAMES:
         return None, out, source
@@ -265,7 +265,7 @@ def _where_to_go_on(
     if source and run_of(path) is not None:
         if out is None or out.resolve() == path.resolve():
             return None, path, None
-        from tinygpt.runs import latest_checkpoint
+        from tinygpt.runs.run import latest_checkpoint
 
         return latest_checkpoint(path), out, None
     return None, out, source
@@ -283,7 +283,7 @@ def _folder_to_resume(out: Path | None) -> Path:
 
 def _settings_of(folder: Path, start: Path | None = None) -> Tables:
     """The settings of the run in a folder, or of the checkpoint to ``start`` from and its run."""
-    from tinygpt.checkpoint import read_meta
+    from tinygpt.runs.checkpoint import read_meta
 
     config = (folder if start is None else start.parent) / "config.toml"
     if start is not None:
@@ -304,7 +304,7 @@ def _settings_of(folder: Path, start: Path | None = None) -> Tables:
 
 def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = None) -> int:
     """Train to the end, or until a signal; -> the exit code. Others can stop it too."""
-    from tinygpt.display import hung_up, make_display
+    from tinygpt.runs.display import hung_up, make_display
 
     display = make_display(run.config, start=run.iter_num, title=str(run.folder))
     messages, last = sys.stderr, None  # the live view puts another stream in its place

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tinygpt.generate.batching import BatchDecoder
+from tinygpt.generation.batching import BatchDecoder
 from tinygpt.server.scoring import Scored, score_texts
 
 T = TypeVar("T")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tinygpt import checkpoint
 from tinygpt.errors import CheckpointError
-from tinygpt.runs import choose_checkpoint
+from tinygpt.runs import checkpoint
+from tinygpt.runs.run import choose_checkpoint
 from tinygpt.server.service import Service
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tinygpt.server.stream import Piece
-from tinygpt.tokenizers import TextStream, Tokenizer
+from tinygpt.text.tokenizers import TextStream, Tokenizer
 
 LEAST_LOGPROB = -9999.0
 """Stands for a token that is out of the question: JSON has no infinity."""
@@ -82,7 +82,7 @@ class Choice:
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """A token's text; one that holds parts of characters as OpenAI writes it.
 
-    >>> from tinygpt.tokenizers import ByteTokenizer
+    >>> from tinygpt.text.tokenizers import ByteTokenizer
     >>> token_name(ByteTokenizer(), 65), token_name(ByteTokenizer(), 226)
     ('A', 'bytes:\\\\xe2')
     """

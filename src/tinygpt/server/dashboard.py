@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import UsageError
+from tinygpt.files.strict_json import to_json
 from tinygpt.server import static
 from tinygpt.server.assembly import assemble
 from tinygpt.server.curves import POINTS
@@ -33,7 +34,6 @@ from tinygpt.server.security import GateOptions
 from tinygpt.server.steering import ByLock, Steering
 from tinygpt.server.watch import Cursor, Watch, parse_cursor, write_cursor
 from tinygpt.server.watched import Run
-from tinygpt.strict_json import to_json
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinygpt import __version__
+from tinygpt.config import __version__
 from tinygpt.server.requests import detokenize_schema, tokenize_schema
 from tinygpt.server.schema import Schema
 from tinygpt.server.service import Service

@@ -19,17 +19,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
-from tinygpt import programs
 from tinygpt.errors import TinyGPTError
-from tinygpt.generate.batching import BatchDecoder, Line
-from tinygpt.generate.decoder import SMALLEST_BUCKET
-from tinygpt.model import Transformer
-from tinygpt.sample import choose
+from tinygpt.generation.batching import BatchDecoder, Line
+from tinygpt.generation.decoder import SMALLEST_BUCKET
+from tinygpt.generation.sample import choose
+from tinygpt.machine import kernel_store
+from tinygpt.model.transformer import Transformer
 from tinygpt.server.beside import Beside, Call, Text
 from tinygpt.server.scoring import Scored
 from tinygpt.server.stream import FinishReason, Piece, Request, Stream, wake
 from tinygpt.server.writer import Writer
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import Tokenizer
 
 __all__ = ["Engine", "EngineClosed", "EngineStats", "Piece", "QueueFull", "Request", "Stream"]
 
@@ -262,7 +262,7 @@ class Engine:
         finally:
             self._open = False
             self._cancel_all()
-            programs.disconnect()
+            kernel_store.disconnect()
 
     def _wait(self) -> bool:
         """Wait for something to do; False at the end."""

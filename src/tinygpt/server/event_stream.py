@@ -8,7 +8,7 @@ from contextlib import suppress
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from tinygpt.strict_json import to_json
+from tinygpt.files.strict_json import to_json
 
 LAST_SECONDS = 1.0
 """Time for the end of a stream to be sent to a client that leaves bytes unread."""

@@ -16,13 +16,11 @@ from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import AttentionMethod, SampleConfig
-from tinygpt.generate import Decoder
-from tinygpt.generate.decoder import padded_length
-from tinygpt.jit import jit
-from tinygpt.model import Transformer
-from tinygpt.sample import next_logits, softmax
-from tinygpt.train import mode
-from tinygpt.transfer import read, write, zeros
+from tinygpt.generation.decoder import Decoder, padded_length
+from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.machine.jit import jit
+from tinygpt.machine.transfer import read, write, zeros
+from tinygpt.model.transformer import Transformer, mode
 
 Ids = Sequence[int]
 Weights = npt.NDArray[np.float32]

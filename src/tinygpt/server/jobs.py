@@ -10,8 +10,8 @@ from typing import Any
 
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TinyGPTError
-from tinygpt.generate.decoder import Logits
-from tinygpt.sample import Penalties
+from tinygpt.generation.decoder import Logits
+from tinygpt.generation.sample import Penalties
 from tinygpt.server.choices import Delta, Told
 from tinygpt.server.engine import EngineClosed, QueueFull
 from tinygpt.server.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
@@ -21,7 +21,7 @@ from tinygpt.server.scoring import Score, Scored
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import ChatShape, CompletionShape
 from tinygpt.server.stream import Request
-from tinygpt.tokenizers import TextStream
+from tinygpt.text.tokenizers import TextStream
 
 Body = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette import responses
 
-from tinygpt.strict_json import to_json
+from tinygpt.files.strict_json import to_json
 
 
 class JSONResponse(responses.JSONResponse):

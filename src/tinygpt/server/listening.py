@@ -13,8 +13,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from tinygpt import extras
-from tinygpt.errors import UsageError
+from tinygpt.errors import UsageError, extras
 from tinygpt.server.limits import Limits
 from tinygpt.server.refusal import Refusal
 

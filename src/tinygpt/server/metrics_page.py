@@ -12,7 +12,7 @@ from datetime import datetime
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinygpt import __version__
+from tinygpt.config import __version__
 from tinygpt.server.engine import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

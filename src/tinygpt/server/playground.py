@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TinyGPTError, TokenizerError
-from tinygpt.generate import Decoder
+from tinygpt.generation.decoder import Decoder
 from tinygpt.server import inspect, static
 from tinygpt.server.api import generate
 from tinygpt.server.body import read_json, unless_gone
@@ -36,7 +36,7 @@ from tinygpt.server.schema import Schema, check
 from tinygpt.server.service import Service
 from tinygpt.server.shapes import CompletionShape, Json
 from tinygpt.server.stream import Request as TextRequest
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import Tokenizer
 
 T = TypeVar("T")
 Answer = Callable[[Body], Coroutine[Any, Any, Json]]
@@ -285,7 +285,7 @@ def piece(tokenizer: Tokenizer, token: int) -> Json:
     """A token as pages get it. Its bytes say what it is; its text, where they are no characters,
     holds U+FFFD.
 
-    >>> from tinygpt.tokenizers import ByteTokenizer
+    >>> from tinygpt.text.tokenizers import ByteTokenizer
     >>> piece(ByteTokenizer(), 65)
     {'id': 65, 'text': 'A', 'bytes': [65]}
     """

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.errors import TinyGPTError
-from tinygpt.generate.batching import CHUNK, BatchDecoder
-from tinygpt.generate.decoder import Logits
-from tinygpt.sample import likeliest
+from tinygpt.generation.batching import CHUNK, BatchDecoder
+from tinygpt.generation.decoder import Logits
+from tinygpt.generation.sample import likeliest
 
 Score = tuple[float | None, tuple[tuple[int, float], ...]]
 """A token's log probability, and (id, log probability) of the likeliest ones in its place."""

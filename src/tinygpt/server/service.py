@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinygpt.model import Transformer
+from tinygpt.model.transformer import Transformer
 from tinygpt.server.engine import Engine
 from tinygpt.server.ignored import Ignored
 from tinygpt.server.limits import Limits
 from tinygpt.server.metrics_page import Counts
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import Tokenizer
 
 
 @dataclass

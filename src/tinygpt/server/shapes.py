@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tinygpt.server.choices import Choice, Delta, Told, finite, token_name
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import Tokenizer
 
 Json = dict[str, Any]
 

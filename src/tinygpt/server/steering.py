@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tinygpt.errors import UsageError
-from tinygpt.lock import Holder, holder
+from tinygpt.runs.lock import Holder, holder
 
 
 class Steering(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.config import SampleConfig
-from tinygpt.sample import Penalties
+from tinygpt.generation.sample import Penalties
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """A stop string or the end of the text, or ``max_tokens``; the other two speak for themselves."""

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinygpt.metrics import MAX_LINE
+from tinygpt.training.metrics import MAX_LINE
 from tinygpt.untrusted import is_sparse, open_regular, parse_json
 
 CHUNK = 1 << 18

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UsageError
-from tinygpt.files import user_path
+from tinygpt.files.atomic import user_path
 from tinygpt.server.curves import Curves
 from tinygpt.server.watched import CONFIG, MAX_ENTRIES, METRICS, Run, run_id
 from tinygpt.untrusted import utf8_name

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinygpt.checkpoint.folder import BEST, MAX_FILE_BYTES, named_step
-from tinygpt.lock import LOCK, Holder, holder
+from tinygpt.runs.checkpoint.folder import BEST, MAX_FILE_BYTES, named_step
+from tinygpt.runs.lock import LOCK, Holder, holder
 from tinygpt.server.curves import FAR, Curves
 from tinygpt.server.tail import Tail
 from tinygpt.untrusted import (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tinygpt.generate import StopStrings
-from tinygpt.generate.batching import Line
-from tinygpt.sample import first_choice, likeliest, log_probabilities
+from tinygpt.generation.batching import Line
+from tinygpt.generation.sample import first_choice, likeliest, log_probabilities
+from tinygpt.generation.stream import StopStrings
 from tinygpt.server.stream import FinishReason, Piece, Stream
-from tinygpt.tokenizers import TextStream, Tokenizer, ends_of
+from tinygpt.text.tokenizers import TextStream, Tokenizer, ends_of
 
 
 class Writer:

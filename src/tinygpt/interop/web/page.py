@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
+from tinygpt.files.strict_json import to_json
 from tinygpt.interop.web.weights import Chunk
-from tinygpt.strict_json import to_json
 
 WORKER = ("model.mjs", "webgpu.mjs", "sampling.mjs", "tokenizer.mjs", "worker.mjs")
 UI = ("curve.mjs", "history.mjs", "ui.mjs")
