@@ -13,8 +13,8 @@ from tinygrad.helpers import Context, GlobalCounters
 from tinygrad.uop.ops import UOpMetaClass
 
 from tinygpt import GPT, ByteTokenizer, GPTConfig, SampleConfig, kernels
-from tinygpt.generation import generate_text
 from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.stream import generate_text
 from tinygpt.machine.resources import memory
 from tinygpt.server import inspect, scoring
 from tinygpt.training import evaluation
