@@ -18,7 +18,7 @@ from tinygpt.errors import TokenizerError
 from tinygpt.generation.stream import generate_text
 from tinygpt.interop.gguf.gguf_tokens import tokens_of
 from tinygpt.interop.web.vocabulary import describe
-from tinygpt.server.engine import Engine, Request
+from tinygpt.server.engine.scheduler import Engine, Request
 from tinygpt.text.tokenizers import END, tokenizer_from_dict
 
 CONFIG = GPTConfig(block_size=16, vocab_size=264, n_layer=1, n_head=1, n_embd=16)

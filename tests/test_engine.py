@@ -17,9 +17,9 @@ from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.stream import generate_text
 from tinygpt.model.transformer import Transformer
-from tinygpt.server.engine import Engine, EngineClosed, QueueFull, Request
-from tinygpt.server.stream import Piece, Stream, wake
-from tinygpt.server.writer import Writer
+from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull, Request
+from tinygpt.server.engine.sequence import Piece, Stream, wake
+from tinygpt.server.engine.writer import Writer
 from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .,")

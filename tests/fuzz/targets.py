@@ -26,8 +26,8 @@ from tinygpt.runs import checkpoint as checkpoints
 from tinygpt.runs import lock
 from tinygpt.runs.checkpoint.folder import run_of
 from tinygpt.runs.plots import read_curves
-from tinygpt.server.watch import Watch
-from tinygpt.server.watched import run_id
+from tinygpt.server.dashboard.watch import Watch
+from tinygpt.server.dashboard.watched import run_id
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
 from tinygpt.text.tokens import load_tokens
