@@ -97,7 +97,7 @@ class Works:
 
     def memory(self) -> int:
         """Bytes, the most that this process has held."""
-        from tinygpt.runtime import peak_memory
+        from tinygpt.machine.resources import peak_memory
 
         return peak_memory()
 

@@ -34,8 +34,9 @@ from common import (
     write_json,
 )
 
-from tinygpt import checkpoint, data
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
+from tinygpt.runs import checkpoint
+from tinygpt.text import batches
 
 CLOCKS = {False: time.perf_counter, True: time.thread_time}
 """By whether processor time is asked for: that of the step loop alone, without the thread's."""
@@ -62,9 +63,9 @@ class Run:
     """A model, its optimizer and what saves them."""
 
     def __init__(self, setting: Setting, folder: Path, cpu_time: bool) -> None:
-        from tinygpt.model import Transformer
-        from tinygpt.optim import make_optimizer
-        from tinygpt.train import make_train_step
+        from tinygpt.model.transformer import Transformer
+        from tinygpt.training.optim import make_optimizer
+        from tinygpt.training.step import make_train_step
 
         self.setting, self.clock, self.done = setting, CLOCKS[cpu_time], 0
         self.model = Transformer(setting.model)
@@ -80,7 +81,7 @@ class Run:
     def steps(self, count: int) -> None:
         train, block = self.setting.train, self.setting.model.block_size
         for _ in range(count):
-            x, y = data.batch(self.tokens, self.done, 0, train.batch_size, block)
+            x, y = batches.batch(self.tokens, self.done, 0, train.batch_size, block)
             self.take_step(x[None], y[None], 1e-3, (0, self.done))
             self.done += 1
 

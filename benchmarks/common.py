@@ -10,7 +10,6 @@ part of every start that is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -24,13 +23,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tinygpt.runtime import cores, total_memory
+from tinygpt.errors import UsageError
+from tinygpt.files import strict_json
+from tinygpt.files.atomic import check_overwritable, user_path
+from tinygpt.machine.resources import cores, total_memory
 
 PAUSE = 0.02
 """Seconds between two turns, in which the threads of the one before fall asleep."""
 MB = 2**20
 CLOCKS = {False: time.perf_counter, True: time.process_time}
 """By whether processor time is asked for. That of other processes does not count in it."""
+
+
+PROGRAM = "tinygpt benchmark"
+MARK = f'"program": "{PROGRAM}"'
+"""What each result begins with, by which it is known as one that may be overwritten."""
 
 
 class SideError(Exception):
@@ -173,8 +180,19 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=cores(), help="for each side")
-    parser.add_argument("--json", metavar="FILE", help="write the result there, too")
+    parser.add_argument(
+        "--json", metavar="FILE", type=_json_file, help="write the result there, too"
+    )
     return parser
+
+
+def _json_file(name: str) -> Path:
+    """Where a result may be written: argparse says before the first measurement if it may not."""
+    try:
+        check_overwritable(path := user_path(name), MARK.encode(), "a benchmark's result")
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def add_cpu_time(parser: argparse.ArgumentParser) -> None:
@@ -199,8 +217,7 @@ def show_machine(found: Mapping[str, Any], threads: int) -> None:
     print(f"Python {found['python']}, {versions}; medians, and quartiles in brackets")
 
 
-def write_json(path: str | None, result: Mapping[str, Any]) -> None:
+def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
     """Spreads become objects of their three numbers."""
-    if path:
-        text = json.dumps(result, indent=1, default=vars)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+    if path is not None:
+        strict_json.write_json(path, {"program": PROGRAM, **result}, indent=1, other=vars)

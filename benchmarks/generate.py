@@ -36,8 +36,8 @@ from common import (
     write_json,
 )
 
-from tinygpt import runtime
 from tinygpt.config import PRESETS, GPTConfig, SampleConfig
+from tinygpt.machine import resources
 
 TOLERANCE = 1e-3
 """By which the logits of two sides may differ."""
@@ -82,13 +82,14 @@ class Generator:
         return clock() - start
 
     def memory(self) -> int:
-        return runtime.peak_memory()
+        return resources.peak_memory()
 
 
 class Ours(Generator):
     def __init__(self, name: str) -> None:
-        from tinygpt.generate import Decoder, generate_tokens
-        from tinygpt.model import Transformer
+        from tinygpt.generation.decoder import Decoder
+        from tinygpt.generation.generate import generate_tokens
+        from tinygpt.model.transformer import Transformer
 
         super().__init__(name)
         self.model = Transformer(self.setting.model).eval()

@@ -25,9 +25,9 @@ import numpy as np
 from common import MB, Spread, arguments, machine, show_machine, take_turns, write_json
 
 from tinygpt.config import PRESETS, GPTConfig
-from tinygpt.interop.hf import TURNED, shapes
-from tinygpt.interop.hf_config import config_to_hf
-from tinygpt.interop.safetensors import write_file
+from tinygpt.interop.hf.hf_config import config_to_hf
+from tinygpt.interop.hf.pretrained import TURNED, shapes
+from tinygpt.interop.hf.weight_files import write_file
 
 CONFIGS = {
     "tiny": GPTConfig(vocab_size=512, block_size=32, n_layer=2, n_head=2, n_embd=32),

@@ -13,20 +13,18 @@ wall, for one thread on a busy machine.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import arguments, write_json
 
-import tinygpt.multicore as multicore  # chooses the compiler, so before tinygrad
-from tinygpt.runtime import cores, peak_memory
+import tinygpt.machine.pool as multicore  # chooses the compiler, so before tinygrad
+from tinygpt.machine.resources import cores, peak_memory
 
 # isort: split
 from tinygrad import Tensor, TinyJit
@@ -240,12 +238,11 @@ def line(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
+    parser.set_defaults(threads=1)
     parser.add_argument("--set", choices=SETS, default="baby")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.cpu_time and options.threads > 1:
         parser.error("--cpu-time counts one thread only: leave out --threads")
@@ -261,16 +258,15 @@ def main() -> None:
     for found in rows:
         print(line(found))
     print(f"peak memory {peak_memory() / 2**20:.0f} MB")
-    if options.json:
-        result = {
-            "machine": platform.platform(),
-            "cores": cores(),
-            "threads": options.threads,
-            "clock": "cpu" if options.cpu_time else "wall",
-            "torch": None if torch is None else torch.__version__,
-            "rows": rows,
-        }
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "machine": platform.platform(),
+        "cores": cores(),
+        "threads": options.threads,
+        "clock": "cpu" if options.cpu_time else "wall",
+        "torch": None if torch is None else torch.__version__,
+        "rows": rows,
+    }
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":

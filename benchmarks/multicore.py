@@ -16,30 +16,28 @@ nor how long it takes to wake them, but for DEAL for each piece.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import heapq
-import json
 import math
 import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import arguments, write_json
 
-import tinygpt.multicore as multicore  # chooses the compiler, so before tinygrad
-from tinygpt.runtime import cores
+import tinygpt.machine.pool as multicore  # chooses the compiler, so before tinygrad
+from tinygpt.machine.resources import cores
 
 # isort: split
 from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
 
-from tinygpt.multicore.pool import command, command_list
-from tinygpt.multicore.runner import UNSPLIT
+from tinygpt.machine.pool.runner import UNSPLIT
+from tinygpt.machine.pool.workers import command, command_list
 
 Work = Callable[[], Tensor]
 
@@ -151,7 +149,7 @@ def pieces_of_a_step(name: str) -> list[tuple[str, list[float]]]:
     """Each kernel of a captured training step, and the seconds that its pieces take."""
     import train_step
 
-    from tinygpt.multicore import runner
+    from tinygpt.machine.pool import runner
 
     graphs: list[runner.PoolGraph] = []
 
@@ -212,17 +210,13 @@ def simulate(name: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=cores())
+    parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of the works")
     parser.add_argument("--hogs", type=int, default=0, help="other busy processes")
     parser.add_argument("--simulate", choices=("baby", "seeds", "gpt2"))
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.simulate:
-        shares = simulate(options.simulate)
-        if options.json:
-            Path(options.json).write_text(json.dumps(shares, indent=1) + "\n")
+        write_json(options.json, simulate(options.simulate))
         return
     result: dict[str, object] = {
         "machine": platform.platform(),
@@ -248,8 +242,7 @@ def main() -> None:
         print(f"{title:17} {'  '.join(cells)}  {ratio:5.2f} x")
     result["idle"] = idle_cost()
     print(f"CPU time while idle: {result['idle']:.2%} of one core")
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class Loaded(Generator):
 
     def __init__(self, name: str, path: str, quantize: str | None) -> None:
         from tinygpt.api import load
-        from tinygpt.generate import Decoder, generate_tokens
+        from tinygpt.generation.decoder import Decoder
+        from tinygpt.generation.generate import generate_tokens
 
         super().__init__(name)
         self.model, _ = load(path, quantize=quantize)
@@ -60,7 +61,7 @@ class Loaded(Generator):
         return [int(token) for (token,) in tokens]
 
     def weights(self) -> int:
-        from tinygpt.quantize import sizes
+        from tinygpt.model.int8 import sizes
 
         return sizes(self.model)[1]
 
@@ -79,9 +80,9 @@ class Dequantised(Loaded):
     """A float32 model of the numbers that the int8 ones stand for."""
 
     def __init__(self, name: str, path: str) -> None:
-        from tinygpt.generate import Decoder
-        from tinygpt.model import Transformer
-        from tinygpt.transfer import write
+        from tinygpt.generation.decoder import Decoder
+        from tinygpt.machine.transfer import write
+        from tinygpt.model.transformer import Transformer
 
         super().__init__(name, path, "int8")
         values = {name: p.numpy() for name, p in self.model.parameters().items()}

@@ -189,7 +189,7 @@ class Direct:
 
     def __init__(self, name: str, checkpoint: Path, places: int) -> None:
         from tinygpt import load
-        from tinygpt.server.engine import Engine
+        from tinygpt.server.engine.scheduler import Engine
 
         self.setting = SETTINGS[name]
         self.model, self.tokenizer = load(checkpoint)
@@ -199,7 +199,7 @@ class Direct:
         self.engine.warm_up().result()
 
     def texts_together(self, count: int, temperature: float) -> list[str]:
-        from tinygpt.server.engine import Request
+        from tinygpt.server.engine.scheduler import Request
 
         config, prompt = SampleConfig(temperature=temperature), tuple(self.prompt())
         streams = [
@@ -209,7 +209,7 @@ class Direct:
         return ["".join(piece.text for piece in stream) for stream in streams]
 
     def texts_one_by_one(self, count: int, temperature: float) -> list[str]:
-        from tinygpt.generate import generate_text
+        from tinygpt.generation.stream import generate_text
 
         config, prompt = SampleConfig(temperature=temperature), self.tokenizer.decode(self.prompt())
         asked = (self.model.decoder, self.tokenizer, prompt, self.setting.new, config)
@@ -259,8 +259,8 @@ def measure_engine(options: Any, checkpoint: Path) -> list[dict[str, Any]]:
 def make_checkpoint(setting: Setting, folder: str) -> Path:
     """A model with random weights, large enough for its texts to differ."""
     from tinygpt import GPT
-    from tinygpt.tokenizers import CharTokenizer
-    from tinygpt.transfer import read, write
+    from tinygpt.machine.transfer import read, write
+    from tinygpt.text.tokenizers import CharTokenizer
 
     model = GPT(setting.model)
     for name, parameter in model.parameters().items():
@@ -272,7 +272,7 @@ def make_checkpoint(setting: Setting, folder: str) -> Path:
 def check(setting: Setting, checkpoint: Path, servers: Sequence[Served]) -> None:
     """Raise SystemExit unless every server's texts are those of generate_text."""
     from tinygpt import load
-    from tinygpt.generate import generate_text
+    from tinygpt.generation.stream import generate_text
 
     model, tokenizer = load(checkpoint)
     assert tokenizer is not None
@@ -360,7 +360,7 @@ def check_scores(checkpoint: Path, server: Served) -> None:
     from tinygrad import Tensor
 
     from tinygpt import load
-    from tinygpt.sample import log_probabilities
+    from tinygpt.generation.sample import log_probabilities
 
     model, tokenizer = load(checkpoint)
     assert tokenizer is not None

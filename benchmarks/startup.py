@@ -43,7 +43,7 @@ def our_training(mark: Marks) -> None:
     import numpy as np
 
     from tinygpt import GPT, PRESETS, GPTConfig, TrainConfig, train_steps
-    from tinygpt.optim import make_optimizer
+    from tinygpt.training.optim import make_optimizer
 
     mark()
     preset = PRESETS["baby"]
@@ -59,7 +59,7 @@ def our_training(mark: Marks) -> None:
 
 def our_generation(mark: Marks) -> None:
     from tinygpt import GPT, PRESETS, GPTConfig
-    from tinygpt.generate import generate_tokens
+    from tinygpt.generation.generate import generate_tokens
 
     mark()
     model = GPT(GPTConfig(vocab_size=65, **PRESETS["baby"].model)).eval()
@@ -75,8 +75,8 @@ def torch_training(mark: Marks) -> None:
     import torch
     import torch_gpt
 
-    from tinygpt import data
     from tinygpt.config import PRESETS, GPTConfig, TrainConfig
+    from tinygpt.text import batches
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     mark()
@@ -87,7 +87,7 @@ def torch_training(mark: Marks) -> None:
     mark()
     tokens = np.arange(100_000) % 65
     for i in range(2):
-        x, y = data.batch(tokens, i, 0, config.batch_size, 64)
+        x, y = batches.batch(tokens, i, 0, config.batch_size, 64)
         assert 0 < take_step(x, y, torch_gpt.learning_rate(config, i)) < 5
         mark()
 

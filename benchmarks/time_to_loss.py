@@ -32,8 +32,9 @@ from common import (
     write_json,
 )
 
-from tinygpt import data, runtime
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
+from tinygpt.machine import resources
+from tinygpt.text.batches import batch, sequential, split
 
 EVAL_SEED = 0x5EED
 
@@ -42,14 +43,14 @@ class Recipe:
     """What the sides share: the text, the settings, and the loss over the whole split."""
 
     def __init__(self, path: str, iters: int) -> None:
-        from tinygpt.tokenizers import CharTokenizer
+        from tinygpt.text.tokenizers import CharTokenizer
 
         text = Path(path).read_text(encoding="utf-8")
         tokenizer, preset = CharTokenizer.train(text), PRESETS["baby"]
         tokens = np.array(tokenizer.encode(text), np.uint16)
         self.model = GPTConfig(vocab_size=tokenizer.vocab_size, **preset.model)
         self.config = TrainConfig(**preset.train | {"max_iters": iters})
-        self.train_tokens, self.val_tokens = data.split(tokens, 0.1, self.model.block_size)
+        self.train_tokens, self.val_tokens = split(tokens, 0.1, self.model.block_size)
         self.curve: list[float] = []
 
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
@@ -58,20 +59,21 @@ class Recipe:
     def whole_validation(self) -> float:
         """Mean loss over every token of the validation split."""
         shape = (self.config.batch_size, self.model.block_size)
-        batches = data.sequential(self.val_tokens, *shape)
+        batches = sequential(self.val_tokens, *shape)
         weighted = [(self.loss(x, y) * count, count) for x, y, count in batches]
         return sum(loss for loss, _ in weighted) / sum(count for _, count in weighted)
 
     def outcome(self) -> dict[str, Any]:
         loss = self.whole_validation()
-        return {"loss": loss, "curve": self.curve, "peak_mb": runtime.peak_memory() / MB}
+        return {"loss": loss, "curve": self.curve, "peak_mb": resources.peak_memory() / MB}
 
 
 class Ours(Recipe):
     def train(self) -> None:
-        from tinygpt.model import Transformer
-        from tinygpt.optim import make_optimizer
-        from tinygpt.train import make_evaluate, train_steps
+        from tinygpt.model.transformer import Transformer
+        from tinygpt.training.loop import train_steps
+        from tinygpt.training.optim import make_optimizer
+        from tinygpt.training.step import make_evaluate
 
         model = Transformer(self.model)
         optimizer = make_optimizer(model.parameters(), self.config)
@@ -98,7 +100,7 @@ class Torch(Recipe):
         self.gpt = torch_gpt.GPT(self.model)
         take_step = torch_gpt.make_train_step(self.gpt, config, self.compiled)
         for i in range(config.max_iters):
-            x, y = data.batch(self.train_tokens, i, config.seed, config.batch_size, block)
+            x, y = batch(self.train_tokens, i, config.seed, config.batch_size, block)
             take_step(x, y, torch_gpt.learning_rate(config, i))
             if (i + 1) % config.eval_interval == 0 or i + 1 == config.max_iters:
                 self.curve.append(self._evaluate())
@@ -111,7 +113,7 @@ class Torch(Recipe):
     def _evaluate(self) -> float:
         shape = (self.config.batch_size, self.model.block_size)
         batches = (
-            data.batch(self.val_tokens, i, EVAL_SEED, *shape) for i in range(self.config.eval_iters)
+            batch(self.val_tokens, i, EVAL_SEED, *shape) for i in range(self.config.eval_iters)
         )
         return statistics.fmean(self.loss(x, y) for x, y in batches)
 

@@ -36,8 +36,9 @@ from common import (
     write_json,
 )
 
-from tinygpt import data, runtime
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
+from tinygpt.machine import resources
+from tinygpt.text import batches
 
 TOLERANCE = 1e-3
 """Nats by which the losses of two sides may differ."""
@@ -74,7 +75,7 @@ class Trainer:
         # Powers of a uniform number: some tokens are frequent, so that there is something to learn.
         powers = np.random.default_rng(0).random(200_000) ** 3
         self.tokens = (powers * setting.model.vocab_size).astype(np.uint16)
-        self.memory_before = runtime.memory()
+        self.memory_before = resources.memory()
 
     def step(self, x: np.ndarray, y: np.ndarray) -> float:
         raise NotImplementedError
@@ -94,11 +95,11 @@ class Trainer:
 
     def memory(self) -> tuple[int, int]:
         """Bytes: the peak, and what the process had before it made the model."""
-        return runtime.peak_memory(), self.memory_before
+        return resources.peak_memory(), self.memory_before
 
     def _next(self) -> float:
         batch_size, block_size = self.config.batch_size, self.model.block_size
-        x, y = data.batch(self.tokens, self.done, 0, batch_size, block_size)
+        x, y = batches.batch(self.tokens, self.done, 0, batch_size, block_size)
         loss = self.step(x, y)
         self.done += 1
         return loss
@@ -109,9 +110,9 @@ class Ours(Trainer):
         import contextlib
 
         from tinygpt import kernels
-        from tinygpt.model import Transformer
-        from tinygpt.optim import make_optimizer
-        from tinygpt.train import make_train_step
+        from tinygpt.model.transformer import Transformer
+        from tinygpt.training.optim import make_optimizer
+        from tinygpt.training.step import make_train_step
 
         super().__init__(name)
         self.way = kernels.plain if plain else contextlib.nullcontext
@@ -120,7 +121,7 @@ class Ours(Trainer):
         self.take_step = make_train_step(self.gpt, optimizer, self.config)
 
     def step(self, x: np.ndarray, y: np.ndarray) -> float:
-        from tinygpt.optim import learning_rate
+        from tinygpt.training.optim import learning_rate
 
         rate = learning_rate(self.config, self.done)
         with self.way():

@@ -55,7 +55,7 @@ def make(name: str, kind: Any, folder: Path) -> tuple[Any, Any, Any, float]:
 
 def expected_text(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
     from tinygpt import SampleConfig
-    from tinygpt.generate import generate_text
+    from tinygpt.generation.stream import generate_text
 
     greedy = SampleConfig(temperature=0)
     return prompt + "".join(generate_text(model, tokenizer, prompt, count, greedy))

@@ -1,6 +1,6 @@
 """Sphinx: `python -m sphinx docs docs/_build` with the extra `docs`."""
 
-from tinygpt import __version__
+from tinygpt.config import __version__
 
 project = "TinyGPT"
 author = "The TinyGPT authors"

@@ -1,7 +1,7 @@
 """Train a GPT on a text, and save it."""
 
 from gpt import GPT, BPETokenizer, GPTConfig, TrainConfig, train
-from tinygpt.corpus import open_corpus
+from tinygpt.text.corpus import open_corpus
 
 tokenizer = BPETokenizer()
 train_data = tokenizer.encode("".join(open_corpus("auto").pieces()))

@@ -12,7 +12,7 @@ from tinygrad.codegen.late.linearizer import linearize
 
 from tinygpt.kernels import matmul
 from tinygpt.kernels.phases import build
-from tinygpt.runtime.device import compiler
+from tinygpt.machine.device import compiler
 
 FLAGS = ("-S", "-x", "c", "-O2", "-fPIC", "-ffreestanding", "-fno-math-errno", "-nostdlib")
 """tinygrad's, for assembly in the place of an object file."""

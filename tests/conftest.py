@@ -73,7 +73,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
         # On a machine with several devices, doctor would take a step on each.
-        patch.setattr("tinygpt.runtime.pace.candidates", lambda: ["CPU"])
+        patch.setattr("tinygpt.machine.pace.candidates", lambda: ["CPU"])
         patch.setenv("COLUMNS", "100")
         patch.setenv("LINES", "40")
         patch.setenv("NO_COLOR", "1")

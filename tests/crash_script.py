@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygpt import checkpoint
-from tinygpt.checkpoint.format import arrange
 from tinygpt.config import GPTConfig
-from tinygpt.files import remove_stale
+from tinygpt.files.atomic import remove_stale
+from tinygpt.runs import checkpoint
+from tinygpt.runs.checkpoint.format import arrange
 
 CONFIG = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=2, n_embd=64)
 SIZE = CONFIG.num_params()

@@ -10,11 +10,12 @@ import numpy as np
 from tinygrad import Tensor
 from tinygrad.helpers import GlobalCounters
 
-from tinygpt import preflight, runtime
 from tinygpt.api import GPT
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.runs import TrainingRun
-from tinygpt.tokenizers import ByteTokenizer
+from tinygpt.machine import resources
+from tinygpt.runs.run import TrainingRun
+from tinygpt.text.tokenizers import ByteTokenizer
+from tinygpt.training import preflight
 
 
 def main(model, train, folder):
@@ -29,8 +30,8 @@ def main(model, train, folder):
     after = []
     for step in run:
         if step.val_loss is not None:
-            after.append((step.iter, runtime.memory(), GlobalCounters.mem_used))
-    taken = runtime.peak_memory() - estimate.process
+            after.append((step.iter, resources.memory(), GlobalCounters.mem_used))
+    taken = resources.peak_memory() - estimate.process
     device = max(used for _, _, used in after)
     print(json.dumps({"foreseen": estimate.to_dict(), "taken": taken, "device": device,
                       "after": after}))  # fmt: skip

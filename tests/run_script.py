@@ -6,8 +6,8 @@ import numpy as np
 
 from tinygpt.api import GPT
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.runs import TrainingRun
-from tinygpt.tokenizers import ByteTokenizer
+from tinygpt.runs.run import TrainingRun
+from tinygpt.text.tokenizers import ByteTokenizer
 
 TEXT = b"In the beginning was the word, and the word was tokenized. " * 20
 TOKENS = np.frombuffer(TEXT, np.uint8)

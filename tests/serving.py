@@ -14,15 +14,15 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 from tinygpt.api import GPT
 from tinygpt.config import GPTConfig
-from tinygpt.generate.batching import BatchDecoder
+from tinygpt.generation.batching import BatchDecoder
 from tinygpt.server.app import make_app
-from tinygpt.server.engine import EngineClosed, EngineStats, QueueFull
-from tinygpt.server.limits import Limits
-from tinygpt.server.listening import Server, listen, url
-from tinygpt.server.scoring import score_texts
-from tinygpt.server.service import Service
-from tinygpt.server.stream import Piece, Stream, wake
-from tinygpt.tokenizers import ByteTokenizer
+from tinygpt.server.engine.scheduler import EngineClosed, EngineStats, QueueFull
+from tinygpt.server.engine.scoring import score_texts
+from tinygpt.server.engine.sequence import Piece, Stream, wake
+from tinygpt.server.http.limits import Limits
+from tinygpt.server.http.listening import Server, listen, url
+from tinygpt.server.openai.service import Service
+from tinygpt.text.tokenizers import ByteTokenizer
 
 TINY = GPTConfig(block_size=64, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
 ALPHABET = string.ascii_lowercase

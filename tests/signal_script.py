@@ -11,11 +11,11 @@ import sys
 import threading
 from pathlib import Path
 
-from tinygpt.checkpoint import background
 from tinygpt.cli import main
-from tinygpt.runs import TrainingRun
+from tinygpt.runs.checkpoint import background
+from tinygpt.runs.run import TrainingRun
 
-train = importlib.import_module("tinygpt.train")
+train = importlib.import_module("tinygpt.training.step")
 MOMENTS = [moment.split(":") for moment in sys.argv[1].split(",")]
 seen = dict.fromkeys(["compile", "step", "evaluation", "save"], 0)
 

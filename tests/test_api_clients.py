@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from tests.serving import PATIENCE, fake_service, running
 from tinygpt.server.app import make_app
-from tinygpt.tokenizers import ByteTokenizer
+from tinygpt.text.tokenizers import ByteTokenizer
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 

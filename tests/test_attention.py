@@ -31,7 +31,7 @@ from tests.conftest import CUTS
 from tinygpt import GPT, kernels, load
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ConfigError, KernelError, UsageError
-from tinygpt.generate.decoder import Decoder
+from tinygpt.generation.decoder import Decoder
 from tinygpt.kernels import reference
 from tinygpt.kernels.attention import backward, decode_attention, flash_attention, packed_attention
 from tinygpt.kernels.attention.decode import decode
@@ -39,9 +39,9 @@ from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.norm import empty
 from tinygpt.kernels.phases import build
-from tinygpt.model import Noise, Transformer
-from tinygpt.optim import make_optimizer
-from tinygpt.train import train_steps
+from tinygpt.model.transformer import Noise, Transformer
+from tinygpt.training.loop import train_steps
+from tinygpt.training.optim import make_optimizer
 
 Shape = tuple[int, int, int, int, int]  # B, H, Tq, Tk, D
 SHAPE = (1, 2, 20, 37, 16)

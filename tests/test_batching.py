@@ -16,16 +16,16 @@ from tests.test_generate import with_strong_weights
 from tinygpt import kernels
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import KernelError, TinyGPTError
-from tinygpt.generate import Decoder
-from tinygpt.generate.batching import BatchDecoder, Line
+from tinygpt.generation.batching import BatchDecoder, Line
+from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
 from tinygpt.kernels import reference
 from tinygpt.kernels.attention import decode_attention
 from tinygpt.kernels.attention.decode import decode_rows
 from tinygpt.kernels.attention.rows import _keep, keep, rows_attention
-from tinygpt.model import Transformer
-from tinygpt.quantize import quantize
-from tinygpt.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
-from tinygpt.transfer import Port
+from tinygpt.machine.transfer import Port
+from tinygpt.model.int8 import quantize
+from tinygpt.model.transformer import Transformer
 
 BLOCK, V = 24, 29
 CONFIG = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=16)

@@ -18,10 +18,10 @@ from tinygrad import Tensor, dtypes
 from tinygpt import cli, kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
-from tinygpt.gradcheck import gradcheck
-from tinygpt.kernelcheck import TOLERANCE, cases, check_case, check_kernel, exact, time_case
 from tinygpt.kernels import fallback, reference
-from tinygpt.model import Transformer
+from tinygpt.kernels.check import TOLERANCE, cases, check_case, check_kernel, exact, time_case
+from tinygpt.model.transformer import Transformer
+from tinygpt.training.gradcheck import gradcheck
 
 TWO = ("CPU", "CPU:1")
 SMALL = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}

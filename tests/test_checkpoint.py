@@ -19,15 +19,15 @@ from safetensors.numpy import load_file, save_file
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn import optim
 
-from tinygpt import checkpoint
 from tinygpt.api import GPT
-from tinygpt.checkpoint import background, keeping, state
-from tinygpt.checkpoint.format import arrange
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
-from tinygpt.optim import AdamW
-from tinygpt.transfer import write
+from tinygpt.machine.transfer import write
+from tinygpt.runs import checkpoint
+from tinygpt.runs.checkpoint import background, keeping, state
+from tinygpt.runs.checkpoint.format import arrange
+from tinygpt.training.optim import AdamW
 
 CONFIG = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
 SIZE = CONFIG.num_params()
@@ -363,7 +363,7 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(saved, monkeypatch
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tinygpt.checkpoint.writer.write_all", full_disk)
+    monkeypatch.setattr("tinygpt.runs.checkpoint.writer.write_all", full_disk)
     with pytest.raises(CheckpointError, match="No space left"):
         model.save_checkpoint(7, optimizer, path.parent)
     assert path.read_bytes() == whole
@@ -531,7 +531,11 @@ def test_the_writing_thread_never_touches_tinygrad(tmp_path):
         saver.wait()
     finally:
         threading.setprofile(None)
-    assert {"tinygpt.checkpoint.writer", "tinygpt.checkpoint.keeping", "tinygpt.files"} <= modules
+    assert {
+        "tinygpt.runs.checkpoint.writer",
+        "tinygpt.runs.checkpoint.keeping",
+        "tinygpt.files.atomic",
+    } <= modules
     assert not [name for name in modules if name.startswith("tinygrad")]
 
 

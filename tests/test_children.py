@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tinygpt
-from tinygpt.runtime import python_module
+from tinygpt.machine.children import python_module
 
 ROOT = Path(tinygpt.__file__).parents[1]
 TRAPS = ("tinygpt/__init__.py", "token.py", "json.py", "runpy.py", "sitecustomize.py", "numpy.py")
@@ -78,13 +78,13 @@ def test_a_current_folder_that_is_gone_is_no_trouble(tmp_path, monkeypatch):
 
 
 def test_the_processes_of_tinygrads_own_pool_do_neither(monkeypatch):
-    from tinygpt import programs
+    from tinygpt.machine import kernel_store
 
-    monkeypatch.setattr(programs, "PARALLEL", 2)
-    monkeypatch.setattr(programs, "_own_workers", lambda: os.environ.get("PYTHONSAFEPATH"))
+    monkeypatch.setattr(kernel_store, "PARALLEL", 2)
+    monkeypatch.setattr(kernel_store, "_own_workers", lambda: os.environ.get("PYTHONSAFEPATH"))
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     monkeypatch.delenv("PYTHONSAFEPATH")
-    assert programs._workers() == "1"
+    assert kernel_store._workers() == "1"
     del os.environ["PYTHONSAFEPATH"]
 
 

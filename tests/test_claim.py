@@ -14,16 +14,18 @@ from hypothesis import strategies as st
 from tinygrad import Tensor
 
 from tests.run_script import MODEL, TOKENS, TRAIN, make_run
-from tinygpt import checkpoint, files
 from tinygpt.api import GPT, load, train
-from tinygpt.checkpoint import folder as folders
 from tinygpt.cli import main
 from tinygpt.cli.options import file_tables
 from tinygpt.config import GPTConfig, TrainConfig, to_toml
 from tinygpt.errors import CheckpointError, TokenizerError, UsageError
-from tinygpt.files import building, remove_stale, replacing
-from tinygpt.metrics import read
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from tinygpt.files import atomic
+from tinygpt.files.atomic import building, remove_stale, replacing
+from tinygpt.runs import checkpoint
+from tinygpt.runs.checkpoint import folder as folders
+from tinygpt.runs.run import latest_checkpoint
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from tinygpt.training.metrics import read
 from tinygpt.untrusted import parse_toml
 
 EVERY = replace(TRAIN, max_iters=6, eval_interval=2, checkpoint_interval=2)
@@ -236,7 +238,7 @@ def test_a_sweep_at_any_moment_does_not_make_a_save_fail(tmp_path, monkeypatch):
     def sweeping(function):
         def call(*args, **kwargs):
             remove_stale(tmp_path)
-            monkeypatch.setattr(files, "remove_stale", lambda _: None)
+            monkeypatch.setattr(atomic, "remove_stale", lambda _: None)
             result = function(*args, **kwargs)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "open", really["open"])
@@ -247,7 +249,7 @@ def test_a_sweep_at_any_moment_does_not_make_a_save_fail(tmp_path, monkeypatch):
         return call
 
     really = {"open": os.open, "flock": fcntl.flock}
-    monkeypatch.setattr(files, "sync", sweeping(files.sync))
+    monkeypatch.setattr(atomic, "sync", sweeping(atomic.sync))
     monkeypatch.setattr(Path, "replace", sweeping(Path.replace))
     swept = []
 
@@ -265,7 +267,7 @@ def test_a_sweep_at_any_moment_does_not_make_a_save_fail(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"whole"
 
 
-@pytest.mark.parametrize(("age", "stays"), [(0, True), (2 * files.ABANDONED, False)])
+@pytest.mark.parametrize(("age", "stays"), [(0, True), (2 * atomic.ABANDONED, False)])
 def test_where_there_are_no_locks_only_what_is_old_goes(tmp_path, monkeypatch, age, stays):
     def unsupported(*_):
         raise OSError(os.strerror(95))
@@ -383,6 +385,25 @@ def test_the_command_line_goes_on_from_the_checkpoint_that_is_named(said, tmp_pa
     assert code == 0 and "from step 6" in err
     code, err = said("train", "--resume", run / "ckpt_3")
     assert code == 1 and "There is no checkpoint at" in err
+
+
+def test_a_checkpoint_is_named_without_its_suffix_in_one_way(said, tmp_path):
+    run, own = tmp_path / "cli", tmp_path / "cli" / "mine.safetensors"
+    shutil.copy(run / "ckpt_4.safetensors", own)
+    for word, meant in (
+        (run / "mine", own),
+        (own, own),
+        (run, run / "ckpt_6.safetensors"),
+        (run / "ckpt_2", run / "ckpt_2.safetensors"),
+    ):
+        assert latest_checkpoint(word) == meant
+    said("train", "--resume", run / "mine", "--out", tmp_path / "new")
+    assert checkpoint.list_checkpoints(tmp_path / "new")[-1].name == "ckpt_6.safetensors"
+    shutil.copy(own, tmp_path / "cli.safetensors")  # a folder is what is there under its own name
+    assert latest_checkpoint(run) == run / "ckpt_6.safetensors"
+    for missing in (run / "ckpt_3", tmp_path / "none"):
+        with pytest.raises(CheckpointError, match="There is no checkpoint in"):
+            latest_checkpoint(missing)
 
 
 # What is written is read ------------------------------------------------------------------------

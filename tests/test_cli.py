@@ -15,15 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import __version__
 from tinygpt.api import GPT
 from tinygpt.cli import VERBS, main, make_app
 from tinygpt.cli.console import command
 from tinygpt.cli.options import DataConfig, file_tables, preset_tables, resolve
-from tinygpt.config import PRESETS, GPTConfig, TrainConfig, field_docs
+from tinygpt.config import PRESETS, GPTConfig, TrainConfig, __version__, field_docs
 from tinygpt.errors import ConfigError, DeviceError
-from tinygpt.generate import first_prompt
-from tinygpt.tokenizers import ByteTokenizer, CharTokenizer
+from tinygpt.generation.stream import first_prompt
+from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\n" * 40
 TINY = shlex.split(
@@ -209,7 +208,7 @@ def test_no_exception_becomes_a_traceback(run_cli, monkeypatch, error, code, mes
     def fail():
         raise error
 
-    monkeypatch.setattr("tinygpt.runtime.doctor", fail)
+    monkeypatch.setattr("tinygpt.machine.doctor.examine", fail)
     found, out, err = run_cli("doctor")
     assert (found, out) == (code, "")
     assert message in err
@@ -217,7 +216,7 @@ def test_no_exception_becomes_a_traceback(run_cli, monkeypatch, error, code, mes
 
 @pytest.mark.parametrize("how", ["flag", "environment"])
 def test_debug_shows_the_traceback(monkeypatch, how):
-    monkeypatch.setattr("tinygpt.runtime.doctor", lambda: 1 / 0)
+    monkeypatch.setattr("tinygpt.machine.doctor.examine", lambda: 1 / 0)
     monkeypatch.setenv("TINYGPT_DEBUG", "1" if how == "environment" else "0")
     with pytest.raises(ZeroDivisionError):
         main(["doctor", "--debug"] if how == "flag" else ["doctor"])
@@ -365,7 +364,7 @@ def test_resuming_a_finished_run_does_nothing_more(run_cli, trained):
 
 
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(run_cli, text_file, tmp_path, monkeypatch):
-    from tinygpt.display.plain import PlainDisplay
+    from tinygpt.runs.display.plain import PlainDisplay
 
     update = PlainDisplay.update
 
@@ -532,7 +531,7 @@ def test_plot_draws_a_run(run_cli, trained, tmp_path):
 
 
 def test_gradcheck_fails_past_the_tolerance(run_cli, monkeypatch):
-    from tinygpt.gradcheck import GradcheckReport, GradcheckRow
+    from tinygpt.training.gradcheck import GradcheckReport, GradcheckRow
 
     shapes = []
 
@@ -545,27 +544,27 @@ def test_gradcheck_fails_past_the_tolerance(run_cli, monkeypatch):
         return check
 
     flags = ["gradcheck", "--model.n-layer", "1", "--batch-size", "3", "--seed", "5"]
-    monkeypatch.setattr(import_module("tinygpt.gradcheck"), "gradcheck", report(1e-4))
+    monkeypatch.setattr(import_module("tinygpt.training.gradcheck"), "gradcheck", report(1e-4))
     code, out, _ = run_cli(*flags)
     assert code == 1 and "WRONG" in out
-    monkeypatch.setattr(import_module("tinygpt.gradcheck"), "gradcheck", report(1e-7))
+    monkeypatch.setattr(import_module("tinygpt.training.gradcheck"), "gradcheck", report(1e-7))
     code, out, _ = run_cli(*flags, "--json")
     assert code == 0 and json.loads(out)["ok"] is True
     assert shapes == [(1, (3, 8), {"samples": 3, "seed": 5})] * 2
 
 
 def test_doctor_fails_only_for_what_is_needed(run_cli, monkeypatch):
-    from tinygpt.runtime.checks import Check
+    from tinygpt.machine.doctor import Check
 
     python, plots = (
         Check("python", True, "3.11"),
         Check("plots", False, "-", "get it", optional=True),
     )
     compiler = Check("compiler", False, "none", "python -m pip install clang")
-    monkeypatch.setattr("tinygpt.runtime.doctor", lambda: [python, plots])
+    monkeypatch.setattr("tinygpt.machine.doctor.examine", lambda: [python, plots])
     code, out, _ = run_cli("doctor")
     assert code == 0 and "optional" in out and "get it" in out and "MISSING" not in out
-    monkeypatch.setattr("tinygpt.runtime.doctor", lambda: [python, compiler])
+    monkeypatch.setattr("tinygpt.machine.doctor.examine", lambda: [python, compiler])
     code, out, _ = run_cli("doctor")
     assert code == 1 and "MISSING" in out and "python -m pip install clang" in out
     code, out, _ = run_cli("doctor", "--json")

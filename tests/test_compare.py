@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import plots
 from tinygpt.cli import main
 from tinygpt.cli.comparing import differences, loss_table, read_run
 from tinygpt.errors import MissingExtraError
+from tinygpt.runs import plots
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\n" * 40
 

@@ -22,10 +22,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from tinygpt import corpus as corpus_module
-from tinygpt import files
-from tinygpt.corpus import auto, open_corpus, pydocs, read_text, shakespeare
 from tinygpt.errors import DataError
+from tinygpt.files import atomic, download
+from tinygpt.text import corpus as corpus_module
+from tinygpt.text.corpus import auto, open_corpus, pydocs, read_text, shakespeare
 
 
 def text_of(source: str | Path, **options: str) -> str:
@@ -318,14 +318,14 @@ def server() -> Iterator[Server]:
 
 def test_a_download_arrives_whole_and_verified(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "new" / "text"
-    assert files.download(server.url, path, SHA256) == path
+    assert download.download(server.url, path, SHA256) == path
     assert path.read_bytes() == CONTENT
     assert list(path.parent.iterdir()) == [path] and server.asked == [None]
 
 
 def test_a_download_that_breaks_off_is_resumed(server: Server, tmp_path: Path) -> None:
     server.break_after, server.breaks = 8192 * 20, 2
-    files.download(server.url, tmp_path / "text", SHA256)
+    download.download(server.url, tmp_path / "text", SHA256)
     assert (tmp_path / "text").read_bytes() == CONTENT
     assert server.asked == [None, f"bytes={8192 * 20}-", f"bytes={8192 * 40}-"]
 
@@ -333,45 +333,45 @@ def test_a_download_that_breaks_off_is_resumed(server: Server, tmp_path: Path) -
 def test_a_later_call_goes_on_where_the_last_one_ended(server: Server, tmp_path: Path) -> None:
     server.break_after, server.breaks = 8192, 10
     with pytest.raises(DataError, match="kept"):
-        files.download(server.url, tmp_path / "text", SHA256)
+        download.download(server.url, tmp_path / "text", SHA256)
     assert not (tmp_path / "text").exists()
-    assert (tmp_path / "text.part").read_bytes() == CONTENT[: 8192 * files.ATTEMPTS]
+    assert (tmp_path / "text.part").read_bytes() == CONTENT[: 8192 * download.ATTEMPTS]
     server.breaks = 0
-    files.download(server.url, tmp_path / "text", SHA256)
+    download.download(server.url, tmp_path / "text", SHA256)
     assert (tmp_path / "text").read_bytes() == CONTENT
-    assert server.asked[-1] == f"bytes={8192 * files.ATTEMPTS}-"
+    assert server.asked[-1] == f"bytes={8192 * download.ATTEMPTS}-"
 
 
 def test_a_server_that_knows_no_ranges_sends_it_all_again(server: Server, tmp_path: Path) -> None:
     server.ranges = False
     (tmp_path / "text.part").write_bytes(CONTENT[:1000])
-    files.download(server.url, tmp_path / "text", SHA256)
+    download.download(server.url, tmp_path / "text", SHA256)
     assert (tmp_path / "text").read_bytes() == CONTENT and server.asked == ["bytes=1000-"]
 
 
 @pytest.mark.parametrize("stale", [b"another", CONTENT + b"more", b"x" * len(CONTENT)])
 def test_a_stale_beginning_is_thrown_away(server: Server, tmp_path: Path, stale: bytes) -> None:
     (tmp_path / "text.part").write_bytes(stale)
-    files.download(server.url, tmp_path / "text", SHA256)
+    download.download(server.url, tmp_path / "text", SHA256)
     assert (tmp_path / "text").read_bytes() == CONTENT
 
 
 def test_a_complete_beginning_only_needs_its_name(server: Server, tmp_path: Path) -> None:
     (tmp_path / "text.part").write_bytes(CONTENT)
-    files.download(server.url, tmp_path / "text", SHA256)
+    download.download(server.url, tmp_path / "text", SHA256)
     assert (tmp_path / "text").read_bytes() == CONTENT
 
 
 def test_a_wrong_file_is_not_kept(server: Server, tmp_path: Path) -> None:
     server.content = b"a login page"
     with pytest.raises(DataError, match=rf"not the file it should be.*{SHA256}"):
-        files.download(server.url, tmp_path / "text", SHA256)
+        download.download(server.url, tmp_path / "text", SHA256)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_the_server_is_told(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="answered 404"):
-        files.download(server.url.replace("/text", "/none"), tmp_path / "text", SHA256)
+        download.download(server.url.replace("/text", "/none"), tmp_path / "text", SHA256)
 
 
 def test_a_server_that_does_not_answer_costs_no_more_than_the_deadline(
@@ -380,7 +380,7 @@ def test_a_server_that_does_not_answer_costs_no_more_than_the_deadline(
     server.hang = 1.0
     began = time.monotonic()
     with pytest.raises(DataError, match=r"did not arrive within 0\.2 seconds"):
-        files.download(server.url, tmp_path / "text", SHA256, deadline=0.2)
+        download.download(server.url, tmp_path / "text", SHA256, deadline=0.2)
     assert time.monotonic() - began < 0.9
     time.sleep(1.2)
     assert not any(tmp_path.iterdir())  # what was given up writes nothing later
@@ -407,7 +407,7 @@ def at_once(*calls: Callable[[], object]) -> list[object]:
 def test_two_downloads_of_one_file_are_one_transfer(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "text"
     server.hang = 0.1  # so that both are under way
-    assert at_once(*[lambda: files.download(server.url, path, SHA256)] * 3) == [path] * 3
+    assert at_once(*[lambda: download.download(server.url, path, SHA256)] * 3) == [path] * 3
     assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
     assert server.asked == [None]
 
@@ -417,8 +417,8 @@ def test_two_contents_for_one_name_both_arrive(server: Server, tmp_path: Path) -
     server.hang = 0.05
     server.others = {"/other": other}
     found = at_once(
-        lambda: files.download(server.url, path, SHA256),
-        lambda: files.download(
+        lambda: download.download(server.url, path, SHA256),
+        lambda: download.download(
             server.url.replace("/text", "/other"), path, hashlib.sha256(other).hexdigest()
         ),
     )
@@ -433,15 +433,15 @@ def test_who_waits_for_another_download_gives_up_in_time(server: Server, tmp_pat
         held.flush()
         fcntl.flock(held.fileno(), fcntl.LOCK_EX)
         with pytest.raises(DataError, match=r"did not arrive within 0\.2 seconds"):
-            files.download(server.url, tmp_path / "text", SHA256, deadline=0.2)
+            download.download(server.url, tmp_path / "text", SHA256, deadline=0.2)
         assert part.read_bytes() == CONTENT[:5000] and not server.asked
-    files.download(server.url, tmp_path / "text", SHA256)  # whoever had it is gone
+    download.download(server.url, tmp_path / "text", SHA256)  # whoever had it is gone
     assert server.asked == ["bytes=5000-"] and (tmp_path / "text").read_bytes() == CONTENT
 
 
 def test_a_wrong_file_is_each_callers_own_error(server: Server, tmp_path: Path) -> None:
     server.content, server.hang = b"a login page", 0.05
-    found = at_once(*[lambda: files.download(server.url, tmp_path / "text", SHA256)] * 2)
+    found = at_once(*[lambda: download.download(server.url, tmp_path / "text", SHA256)] * 2)
     assert all("not the file it should be" in str(error) for error in found)
     assert list(tmp_path.iterdir()) == []
 
@@ -455,7 +455,7 @@ def test_on_a_disk_without_locks_downloads_leave_each_other_alone(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     path = tmp_path / "text"
     server.hang = 0.05
-    assert at_once(*[lambda: files.download(server.url, path, SHA256)] * 3) == [path] * 3
+    assert at_once(*[lambda: download.download(server.url, path, SHA256)] * 3) == [path] * 3
     assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
 
 
@@ -473,7 +473,7 @@ def test_what_a_killed_process_left_is_resumed(server: Server, tmp_path: Path) -
     server.stall = None
     arrived = part.stat().st_size
     assert arrived >= 8192
-    files.download(server.url, tmp_path / "text", SHA256)
+    download.download(server.url, tmp_path / "text", SHA256)
     assert (tmp_path / "text").read_bytes() == CONTENT and server.asked == [
         None,
         f"bytes={arrived}-",
@@ -488,7 +488,7 @@ def unused_address() -> str:
 
 def test_an_unreachable_server_is_advice(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"could not be downloaded.*Is there a network"):
-        files.download(unused_address(), tmp_path / "text", SHA256)
+        download.download(unused_address(), tmp_path / "text", SHA256)
 
 
 @pytest.mark.parametrize(
@@ -511,13 +511,13 @@ def test_what_keeps_from_a_server_is_told_with_its_cure(
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "socks", None)
     with pytest.raises(DataError, match=message):
-        files.download("https://127.0.0.1:9/file", tmp_path / "text", SHA256)
+        download.download("https://127.0.0.1:9/file", tmp_path / "text", SHA256)
 
 
 def test_a_place_that_cannot_be_written_is_told(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="could not be written"):
-        files.download(server.url, tmp_path / "file" / "text", SHA256)
+        download.download(server.url, tmp_path / "file" / "text", SHA256)
 
 
 @pytest.fixture
@@ -566,9 +566,9 @@ def test_auto_does_not_wait_for_long(small_shakespeare: Server) -> None:
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "f"
-    with files.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write(b"old")
-    with pytest.raises(KeyboardInterrupt), files.replacing(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic.replacing(path) as file:
         file.write(b"new")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

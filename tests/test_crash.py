@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.run_script import make_run
-from tinygpt import checkpoint
-from tinygpt.files import remove_stale, replacing
+from tinygpt.files.atomic import remove_stale, replacing
+from tinygpt.runs import checkpoint
 
 ROOT = Path(__file__).parents[1]
 

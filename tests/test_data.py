@@ -16,19 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tinygpt import data, runtime
-from tinygpt.corpus import Corpus, open_corpus
-from tinygpt.data import (
-    batch,
-    byte_count,
-    data_fingerprint,
-    load_tokens,
-    sequential,
-    split,
-    tokenize,
-)
+from tinygpt import machine
 from tinygpt.errors import DataError, TokenizerError
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.text import tokens as tokens_module
+from tinygpt.text.batches import batch, sequential, split
+from tinygpt.text.corpus import Corpus, open_corpus
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.text.tokens import byte_count, data_fingerprint, load_tokens, tokenize
 
 TEXT = "It was the best of times, it was the worst of times. 日本 ¿Qué?\n" * 20
 
@@ -52,13 +46,13 @@ def test_a_text_becomes_a_memory_mapped_token_file(tmp_path: Path) -> None:
 
 def test_the_pieces_of_a_text_do_not_change_its_tokens(tmp_path: Path, monkeypatch: Any) -> None:
     tokenizer = BPETokenizer.train(TEXT, 300)
-    monkeypatch.setattr(data, "chunks", lambda pieces: _chunks(pieces, 50))
+    monkeypatch.setattr(tokens_module, "chunks", lambda pieces: _chunks(pieces, 50))
     pieces = [TEXT[i : i + 9] for i in range(0, len(TEXT), 9)]
     path = tokenize(corpus_of(*pieces), tokenizer, tmp_path)
     assert load_tokens(path).tolist() == tokenizer.encode(TEXT)
 
 
-_chunks = data.chunks
+_chunks = tokens_module.chunks
 
 
 def test_a_token_file_is_made_once_for_each_text_and_tokenizer(tmp_path: Path) -> None:
@@ -116,8 +110,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def homes(monkeypatch: Any, tmp_path: Path) -> tuple[Path, Path]:
     """The user's cache folder, and the one among the temporary files."""
     first, second = tmp_path / "cache", tmp_path / "temporary"
-    monkeypatch.setattr(runtime.folders, "cache_dir", lambda: first)
-    monkeypatch.setattr(runtime.folders, "private_temp", lambda: second)
+    monkeypatch.setattr(machine.folders, "cache_dir", lambda: first)
+    monkeypatch.setattr(machine.folders, "private_temp", lambda: second)
     return first, second
 
 
@@ -134,7 +128,7 @@ def test_tokens_stay_in_memory_where_nothing_can_be_written(
     for home in homes:
         home.write_text("a file in its place")
     tokenizer = CharTokenizer(TEXT)
-    tokens = data.tokens_of(corpus_of(TEXT), tokenizer, 300)
+    tokens = tokens_module.tokens_of(corpus_of(TEXT), tokenizer, 300)
     assert tokens.tolist() == tokenizer.encode(TEXT) and tokens.dtype == np.uint16
     assert [r.getMessage().count("stay in memory") for r in caplog.records] == [1]
     with pytest.raises(DataError, match=r"There is no room .*Set TINYGPT_CACHE"):
@@ -228,7 +222,7 @@ def test_what_are_no_tokens(source: object, message: str) -> None:
 
 
 def test_ids_are_checked_to_the_end_and_even_without_a_vocabulary(monkeypatch: Any) -> None:
-    monkeypatch.setattr(data, "SPAN", 10)
+    monkeypatch.setattr(tokens_module, "SPAN", 10)
     tokens = np.zeros(95, np.int64)
     tokens[93] = 2**31
     with pytest.raises(DataError, match="id 2147483648 at position 93"):
@@ -321,12 +315,12 @@ def test_the_fingerprint_is_of_the_values(monkeypatch: Any) -> None:
     expected = data_fingerprint(tokens)
     assert all(data_fingerprint(tokens.astype(t)) == expected for t in ("u2", ">u4", "i4"))
     assert data_fingerprint(tokens[::-1]) != expected != data_fingerprint(tokens[:-1])
-    monkeypatch.setattr(data, "SPAN", 7)
+    monkeypatch.setattr(tokens_module, "SPAN", 7)
     assert data_fingerprint(tokens) == expected
 
 
 def test_the_bytes_of_a_text_are_counted_from_its_tokens(monkeypatch: Any) -> None:
-    monkeypatch.setattr(data, "SPAN", 100)
+    monkeypatch.setattr(tokens_module, "SPAN", 100)
     for tokenizer in (ByteTokenizer(), CharTokenizer(TEXT), BPETokenizer.train(TEXT, 300)):
         assert byte_count(tokenizer.encode_array(TEXT), tokenizer) == len(TEXT.encode())
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 
-from tinygpt.runtime import choice, hook, machine
+from tinygpt.machine import choice, hook, resources
 
 
 def a_machine(*working: str) -> SimpleNamespace:
@@ -94,13 +94,13 @@ def test_a_driver_for_the_processor_is_no_sign_of_an_accelerator(
     drivers: list[str], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(machine, "ACCELERATORS", ())
-    monkeypatch.setattr(machine, "MAKERS", ())
-    monkeypatch.setattr(machine, "USB_BRIDGES", ())
-    monkeypatch.setattr(machine, "OPENCL_DRIVERS", tmp_path)
+    monkeypatch.setattr(resources, "ACCELERATORS", ())
+    monkeypatch.setattr(resources, "MAKERS", ())
+    monkeypatch.setattr(resources, "USB_BRIDGES", ())
+    monkeypatch.setattr(resources, "OPENCL_DRIVERS", tmp_path)
     for i, library in enumerate(drivers):
         (tmp_path / f"{i}.icd").write_text(library)
-    assert machine.may_have_accelerator() is expected
+    assert resources.may_have_accelerator() is expected
 
 
 def test_a_module_is_changed_after_its_import_and_once(
@@ -127,7 +127,7 @@ def test_a_module_is_changed_after_its_import_and_once(
 
 
 CHOOSE = """
-import os, tinygpt.runtime.device as device
+import os, tinygpt.machine.device as device
 os.environ.pop("DEV", None)
 device.may_have_accelerator = lambda: True
 device.prepare()
@@ -145,6 +145,6 @@ def test_tinygrad_itself_chooses_by_this_rule(child_environment: dict[str, str])
     )
     assert done.returncode == 0, done.stderr
     *chosen, module = done.stdout.split()
-    assert module == "tinygpt.runtime.choice"
-    if not any(map(os.path.exists, machine.ACCELERATORS)):
+    assert module == "tinygpt.machine.choice"
+    if not any(map(os.path.exists, resources.ACCELERATORS)):
         assert chosen == ["CPU", "CPU"]

@@ -17,13 +17,15 @@ import pytest
 from tests.crash_script import CONFIG as SMALL
 from tests.crash_script import snapshot
 from tests.run_script import TRAIN, make_run
-from tinygpt import checkpoint, files, runs
-from tinygpt.checkpoint import background
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError
-from tinygpt.train import Step
-from tinygpt.transfer import write
+from tinygpt.files import atomic
+from tinygpt.machine.transfer import write
+from tinygpt.runs import checkpoint
+from tinygpt.runs import run as runs
+from tinygpt.runs.checkpoint import background
+from tinygpt.training.loop import Step
 
 CONFIG = TrainConfig(
     **{**TRAIN.to_dict(), "max_iters": 8, "checkpoint_interval": 1, "keep_last": 2}
@@ -98,7 +100,7 @@ NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, err
 @pytest.mark.parametrize("operation", ["open", "write", "fsync", "replace"])
 def test_a_run_goes_on_when_a_save_fails_and_saves_again(tmp_path, monkeypatch, operation, number):
     faulty = Faulty(operation, number)
-    monkeypatch.setattr(files, "os", faulty)
+    monkeypatch.setattr(atomic, "os", faulty)
     if operation == "replace":
         original = Path.replace
         monkeypatch.setattr(
@@ -141,7 +143,7 @@ def test_the_last_save_is_tried_more_than_once(tmp_path, monkeypatch):
 
 def test_weights_that_nothing_else_holds_are_rescued_to_another_place(tmp_path, monkeypatch):
     faulty = Faulty("write", errno.ENOSPC)
-    monkeypatch.setattr(files, "os", faulty)
+    monkeypatch.setattr(atomic, "os", faulty)
     monkeypatch.setattr(
         tempfile, "mkdtemp", lambda original=tempfile.mkdtemp, **how: (faulty.turn(on=False),
                                                                       original(**how))[1]
@@ -161,7 +163,7 @@ def test_weights_that_nothing_else_holds_are_rescued_to_another_place(tmp_path, 
 
 def test_where_nothing_can_be_written_the_loss_is_said(tmp_path, monkeypatch):
     faulty = Faulty("open", errno.EROFS)
-    monkeypatch.setattr(files, "os", faulty)
+    monkeypatch.setattr(atomic, "os", faulty)
     monkeypatch.setenv("HOME", str(tmp_path))
     run = begin(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"step 8 .*is lost\. .*ckpt_4"):
@@ -191,7 +193,7 @@ def test_the_last_state_is_rescued_to_the_one_place_that_there_is(tmp_path, monk
 
 
 def test_an_error_keeps_its_name_and_tells_where_the_weights_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "os", faulty := Faulty("write", errno.ENOSPC))
+    monkeypatch.setattr(atomic, "os", faulty := Faulty("write", errno.ENOSPC))
     monkeypatch.setenv("HOME", str(tmp_path))
 
     def stop():
@@ -210,7 +212,7 @@ def test_an_error_keeps_its_name_and_tells_where_the_weights_are(tmp_path, monke
 
 
 def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
-    metrics = importlib.import_module("tinygpt.metrics")
+    metrics = importlib.import_module("tinygpt.training.metrics")
     broken = []
 
     def fail(*args):
@@ -331,7 +333,7 @@ def test_a_folder_that_may_not_be_written_is_said(tmp_path):
 import os, sys
 from pathlib import Path
 from tests.crash_script import CONFIG, snapshot
-from tinygpt import checkpoint
+from tinygpt.runs import checkpoint
 from tinygpt.errors import CheckpointError
 if os.geteuid() == 0:
     os.seteuid(65534)
@@ -380,7 +382,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_of_1_mb(small_disk, monkeypatch):
     place, _ = small_disk
-    monkeypatch.setattr("tinygpt.checkpoint.writer.free_space", lambda _: None)  # nobody warns
+    monkeypatch.setattr("tinygpt.runs.checkpoint.writer.free_space", lambda _: None)  # nobody warns
     folder, filler = place / "run", place / "filler"
 
     def fill():

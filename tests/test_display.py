@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tinygpt.config import TrainConfig
-from tinygpt.display import follow, make_display
-from tinygpt.display.live import LiveDisplay
-from tinygpt.display.plain import PlainDisplay
-from tinygpt.display.stream import Forgiving, hung_up
-from tinygpt.display.text import Curve, duration, printable, sparkline
-from tinygpt.train import Step
+from tinygpt.runs.display import follow, make_display
+from tinygpt.runs.display.live import LiveDisplay
+from tinygpt.runs.display.plain import PlainDisplay
+from tinygpt.runs.display.stream import Forgiving, hung_up
+from tinygpt.runs.display.text import Curve, duration, printable, sparkline
+from tinygpt.training.loop import Step
 
 CONFIG = TrainConfig(max_iters=40)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -15,17 +15,17 @@ from tinygrad.dtype import DType
 import tinygpt.kernels.attention as attention
 from tests.test_attention import RENDERERS, exact, problem, render, tensor
 from tinygpt import kernels
-from tinygpt.cache import KVCache
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.gradcheck import gradcheck
 from tinygpt.kernels import reference
 from tinygpt.kernels.attention import backward, flash_attention, packed_attention
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.dropout import dropout
 from tinygpt.kernels.masks import mix
-from tinygpt.model import Noise, Transformer
+from tinygpt.model.cache import KVCache
+from tinygpt.model.transformer import Noise, Transformer
+from tinygpt.training.gradcheck import gradcheck
 
 dropout_module = importlib.import_module("tinygpt.kernels.dropout")  # kernels.dropout: a function
 

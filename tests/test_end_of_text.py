@@ -15,11 +15,11 @@ from tinygpt import GPT, BPETokenizer, ByteTokenizer, GPTConfig, load, load_pret
 from tinygpt.cli import main
 from tinygpt.config import SampleConfig
 from tinygpt.errors import TokenizerError
-from tinygpt.generate import generate_text
-from tinygpt.interop.gguf_tokens import tokens_of
+from tinygpt.generation.stream import generate_text
+from tinygpt.interop.gguf.gguf_tokens import tokens_of
 from tinygpt.interop.web.vocabulary import describe
-from tinygpt.server.engine import Engine, Request
-from tinygpt.tokenizers import END, tokenizer_from_dict
+from tinygpt.server.engine.scheduler import Engine, Request
+from tinygpt.text.tokenizers import END, tokenizer_from_dict
 
 CONFIG = GPTConfig(block_size=16, vocab_size=264, n_layer=1, n_head=1, n_embd=16)
 """More rows than tokens: they pad the vocabulary."""
@@ -118,6 +118,24 @@ def test_the_command(
     words = ["generate", str(run), "--prompt", "a", "--max-tokens", "3", "--temperature", "0"]
     assert main([*words, *flags]) == 0
     assert capsys.readouterr().out == texts[0] + "\n"
+
+
+@pytest.mark.parametrize(("flags", "characters"), [([], 0), (["--ignore-eos"], 3 * len(END))])
+def test_what_is_searched_for_passages_ends_too(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    characters: int,
+):
+    text = tmp_path / "text.txt"
+    text.write_text("a cat " * 40)
+    words = ["memorization", str(run), "--data", str(text), "--val-fraction", "0", "--json"]
+    words += ["--prompt", "a", "--max-tokens", "3", "--temperature", "0", *flags]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ignore_eos"] is bool(flags)
+    assert found["temperatures"][0]["characters"] == characters
 
 
 @pytest.mark.parametrize(

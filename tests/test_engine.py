@@ -14,12 +14,13 @@ import pytest
 from tests.test_generate import with_strong_weights
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import TinyGPTError, UsageError
-from tinygpt.generate import Decoder, generate_text
-from tinygpt.model import Transformer
-from tinygpt.server.engine import Engine, EngineClosed, QueueFull, Request
-from tinygpt.server.stream import Piece, Stream, wake
-from tinygpt.server.writer import Writer
-from tinygpt.tokenizers import ByteTokenizer, CharTokenizer
+from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.stream import generate_text
+from tinygpt.model.transformer import Transformer
+from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull, Request
+from tinygpt.server.engine.sequence import Piece, Stream, wake
+from tinygpt.server.engine.writer import Writer
+from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .,")
 BLOCK, V = 16, 32  # the model has more ids than the tokenizer

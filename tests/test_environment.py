@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tinygpt.errors import DeviceError
-from tinygpt.runtime import checks, device, environment
+from tinygpt.machine import device, doctor, environment
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_doctor_names_the_devices_where_dev_is_none(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("DEV", "TOASTER")
     monkeypatch.setattr(device, "require_device", refuse)
-    [check] = checks._device()
+    [check] = doctor._device()
     assert not check.ok and "DEV=TOASTER" in check.found and "CUDA" in check.found
     assert check.cure == "unset DEV, or set DEV=CPU"
 

@@ -12,14 +12,14 @@ import pytest
 
 from tests.numpy_gpt2 import GPT2
 from tests.test_oracle import random_params
-from tinygpt import evaluation
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig
 from tinygpt.errors import DataError, UsageError
-from tinygpt.evaluation import batch_losses, batches, measure, windows
-from tinygpt.model import Transformer
-from tinygpt.tokenizers import make_tokenizer
-from tinygpt.transfer import write
+from tinygpt.machine.transfer import write
+from tinygpt.model.transformer import Transformer
+from tinygpt.text.tokenizers import make_tokenizer
+from tinygpt.training import evaluation
+from tinygpt.training.evaluation import batch_losses, batches, measure, windows
 
 V, BLOCK, C, H, LAYERS = 13, 8, 16, 2, 2  # those of test_oracle
 CONFIG = GPTConfig(vocab_size=V, block_size=BLOCK, n_layer=LAYERS, n_head=H, n_embd=C)

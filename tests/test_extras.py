@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import extras
+from tinygpt.errors import extras
 
 ROOT = Path(__file__).parents[1]
 FOR_USERS = ("offline", "plots", "serve", "gguf", "web")
@@ -72,7 +72,9 @@ def test_the_printed_cures_install_into_the_python_that_printed_them(
     for requirement in wanted:
         fake_wheel(Path(offline["PIP_FIND_LINKS"]), requirement)
     python = fresh / "bin" / "python"
-    code = "import sys; from tinygpt import extras; [print(extras.cure(e)) for e in sys.argv[1:]]"
+    code = (
+        "import sys; from tinygpt.errors.extras import cure; [print(cure(e)) for e in sys.argv[1:]]"
+    )
     told = subprocess.run(
         [python, "-c", code, *FOR_USERS], env=offline, capture_output=True, text=True, check=True
     )
@@ -148,10 +150,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling", reason="the build backend is not installed")
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "__pycache__", ".*_cache", "runs", ".hypothesis"
+    unwanted = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
+    own_runs = {str(ROOT): {"runs"}}  # src/tinygpt/runs is ours
+    shutil.copytree(
+        ROOT, source, ignore=lambda at, names: unwanted(at, names) | own_runs.get(at, set())
     )
-    shutil.copytree(ROOT, source, ignore=ignored)
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(folder), "-t"]
     subprocess.run([*build, "sdist"], cwd=source, check=True, capture_output=True, timeout=120)
     [archive] = folder.glob("*.tar.gz")

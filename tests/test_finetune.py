@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from tests.test_memory import measured
-from tinygpt import checkpoint, preflight, runtime
 from tinygpt.api import GPT, load
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig, fine_tuning
 from tinygpt.errors import CheckpointError, UsageError
-from tinygpt.lora import LAYERS
+from tinygpt.machine import resources
+from tinygpt.model.lora import LAYERS
+from tinygpt.runs import checkpoint
+from tinygpt.training import preflight
 
 FIRST = "the cat sat on the mat, and the dog sat on the log.\n" * 40
 SECOND = FIRST[::-1]
@@ -347,7 +349,7 @@ def test_where_training_all_weights_does_not_fit_adapters_are_advised(monkeypatc
     shape = GPTConfig(vocab_size=1000, n_layer=12, n_embd=512, n_head=8, block_size=64)
     whole = TrainConfig(batch_size=1)
     needed = preflight.preflight(shape, whole).needed
-    monkeypatch.setattr(runtime, "available_memory", lambda: needed // 2)
+    monkeypatch.setattr(resources, "available_memory", lambda: needed // 2)
     with pytest.raises(
         UsageError, match=r"Adapters alone .* --train\.lora-rank 8\. To try"
     ) as error:

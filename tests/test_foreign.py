@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import tinygpt
-from tinygpt import checkpoint
-from tinygpt.corpus import read_text
 from tinygpt.errors import CheckpointError, DataError, InteropError, TinyGPTError, TokenizerError
-from tinygpt.foreign import HEAD, encoding_of, no_model, no_text, recognize
-from tinygpt.interop import safetensors
-from tinygpt.plots import read_curves
-from tinygpt.text_files import find_texts
-from tinygpt.tokenizers import load_tokenizer
+from tinygpt.interop.hf import weight_files
+from tinygpt.runs import checkpoint
+from tinygpt.runs.plots import read_curves
+from tinygpt.text.corpus import read_text
+from tinygpt.text.tokenizers import load_tokenizer
+from tinygpt.text.walk import find_texts
+from tinygpt.untrusted.foreign import HEAD, encoding_of, no_model, no_text, recognize
 
 
 def zipped(*names: str) -> bytes:
@@ -69,7 +69,7 @@ def test_every_reader_says_it(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF\x03\0\0\0" + bytes(2 * HEAD))
     readers = {
         tinygpt.load: CheckpointError,
-        safetensors.read_file: InteropError,
+        weight_files.read_file: InteropError,
         load_tokenizer: TokenizerError,
         read_curves: DataError,
         lambda path: list(read_text(path)): DataError,

@@ -11,16 +11,11 @@ from tinygrad import Tensor, TinyJit, dtypes, nn
 
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import TinyGPTError, UsageError
-from tinygpt.generate import (
-    FINISHED,
-    Decoder,
-    StopStrings,
-    generate,
-    generate_text,
-    generate_tokens,
-)
-from tinygpt.model import Transformer
-from tinygpt.tokenizers import ByteTokenizer, CharTokenizer
+from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.generate import FINISHED, generate, generate_tokens
+from tinygpt.generation.stream import StopStrings, generate_text
+from tinygpt.model.transformer import Transformer
+from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 BLOCK, V = 24, 29
 CONFIG = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
@@ -159,7 +154,7 @@ def test_an_error_in_the_forward_pass_leaves_mode_and_cache_right(model, monkeyp
     steps = generate_tokens(decoder, TEXT[:1, :3], 3, GREEDY)
     got = [next(steps)]
     with monkeypatch.context() as patch:
-        patch.setattr("tinygpt.generate.decoder.write", interrupt)
+        patch.setattr("tinygpt.generation.decoder.write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             decoder.next_logits(TEXT[:1, :3], object())
     assert model.training
@@ -192,7 +187,7 @@ def test_changed_weights_are_used(model):
 def test_caches_of_few_batch_sizes_are_kept(monkeypatch):
     small = Transformer(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
     decoder = Decoder(small)
-    monkeypatch.setattr("tinygpt.generate.decoder.LIVE_BATCH_SIZES", 2)
+    monkeypatch.setattr("tinygpt.generation.decoder.LIVE_BATCH_SIZES", 2)
     for size in (1, 2, 1, 3):
         decoder._batch(size)
     assert list(decoder._batches) == [1, 3]

@@ -16,18 +16,18 @@ from tinygrad import Tensor
 
 from tests.mixed_text import mixed_text
 from tests.numpy_gpt2 import GPT2
-from tinygpt import checkpoint, extras
 from tinygpt.api import GPT, train
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.errors import CheckpointError, InteropError, TokenizerError, UsageError
-from tinygpt.interop import gguf as exporting
+from tinygpt.errors import CheckpointError, InteropError, TokenizerError, UsageError, extras
 from tinygpt.interop import parity
-from tinygpt.interop.gguf import export
-from tinygpt.interop.gguf_tokens import CONTROL, NORMAL, UNUSED, tokens_of
-from tinygpt.interop.gguf_types import store
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, vocabulary
-from tinygpt.transfer import read, write
+from tinygpt.interop.gguf import gguf_file as exporting
+from tinygpt.interop.gguf.gguf_file import export
+from tinygpt.interop.gguf.gguf_tokens import CONTROL, NORMAL, UNUSED, tokens_of
+from tinygpt.interop.gguf.gguf_types import store
+from tinygpt.machine.transfer import read, write
+from tinygpt.runs import checkpoint
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, vocabulary
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 

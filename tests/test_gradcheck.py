@@ -10,8 +10,8 @@ from tinygrad import Tensor, dtypes
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.gradcheck import gradcheck
-from tinygpt.model import Transformer
+from tinygpt.model.transformer import Transformer
+from tinygpt.training.gradcheck import gradcheck
 
 SHAPE = {"block_size": 6, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8}
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 7)).astype(np.int32)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import runtime
-from tinygpt.runtime import groups
+from tinygpt.machine import groups, resources
 
 GB = 1 << 30
 
@@ -116,7 +115,7 @@ def test_what_is_left_is_that_of_the_tightest_level(system: Callable[..., Path])
     }  # fmt: skip
     system(V2, "0::/a/b\n", HERE | files)
     assert groups.memory_left() == 250_000
-    assert runtime.available_memory() == 250_000 and runtime.total_memory() == 700_000
+    assert resources.available_memory() == 250_000 and resources.total_memory() == 700_000
 
 
 def test_what_is_left_in_version_1_counts_caches_of_all_below(system: Callable[..., Path]) -> None:
@@ -134,4 +133,4 @@ def test_cores_respect_the_quota_of_a_group_below_the_root(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
     system(V2, "0::/job\n", HERE | {"job/cpu.max": f"{quota} 100000"})
-    assert runtime.cores() == usable
+    assert resources.cores() == usable

@@ -14,16 +14,19 @@ import pytest
 from tinygrad import Tensor
 
 from tests.numpy_gpt2 import GPT2
-from tinygpt import GPT, ByteTokenizer, GPTConfig, TrainConfig, checkpoint, files, load_pretrained
+from tinygpt import GPT, ByteTokenizer, GPTConfig, TrainConfig, load_pretrained
 from tinygpt.api import load
 from tinygpt.cli import main
 from tinygpt.errors import CheckpointError, InteropError, UsageError
-from tinygpt.interop import hf, hf_export, parity
-from tinygpt.interop.hf_config import config_to_hf, read_config
-from tinygpt.interop.hf_export import export, read_back, write_weights
-from tinygpt.interop.safetensors import WIDTHS, read_file, write_file
-from tinygpt.model import Transformer
-from tinygpt.transfer import write
+from tinygpt.files import atomic
+from tinygpt.interop import parity
+from tinygpt.interop.hf import hf_export, pretrained
+from tinygpt.interop.hf.hf_config import config_to_hf, read_config
+from tinygpt.interop.hf.hf_export import export, read_back, write_weights
+from tinygpt.interop.hf.weight_files import WIDTHS, read_file, write_file
+from tinygpt.machine.transfer import write
+from tinygpt.model.transformer import Transformer
+from tinygpt.runs import checkpoint
 
 SMALL = GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=16)
 
@@ -260,7 +263,7 @@ def test_transformers_loads_an_export_with_the_same_logits(tmp_path, transformer
 def test_the_plain_forward_pass_is_the_oracle(tmp_path, config):
     model = random_model(config)
     make_folder(tmp_path, model)
-    found = hf.open_pretrained(tmp_path)
+    found = pretrained.open_pretrained(tmp_path)
     ids = parity.fixed_prompt(config)
     params = {name: p.numpy() for name, p in model.parameters().items()}
     wanted = GPT2(params, config.n_layer, config.n_head).logits(ids)[0]
@@ -300,7 +303,7 @@ def test_where_float32_itself_errs_by_more_more_is_allowed(tmp_path):
         if name.endswith("weight") and parameter.ndim == 2:
             parameter.assign(parameter * 30).realize()
     ids = parity.fixed_prompt(SMALL)
-    ours, fetch = parity.our_logits(model, ids), hf.fetch_from(model)
+    ours, fetch = parity.our_logits(model, ids), pretrained.fetch_from(model)
     exact = parity.plain_logits(fetch, SMALL, ids, np.float64)
     error = parity.rounding_error(fetch, SMALL, ids)
     assert np.abs(exact).max() > 30 and error > 0
@@ -358,7 +361,7 @@ def test_the_card_has_the_figures_and_no_path(tmp_path, monkeypatch):
 def test_weights_go_into_the_buffers_that_are_there(exported):
     model = Transformer(SMALL, seed=3)
     before = model.wte.weight.uop.base.buffer
-    hf.load_weights(model, hf.open_pretrained(exported))
+    pretrained.load_weights(model, pretrained.open_pretrained(exported))
     assert model.wte.weight.uop.base.buffer is before
     assert model.wte.weight.numpy().tobytes() == random_model().wte.weight.numpy().tobytes()
 
@@ -649,12 +652,12 @@ class FullDisk:
 
 @pytest.mark.parametrize("room", [0, 3000, 40_000])
 def test_a_full_disk_leaves_nothing(tmp_path, exported, monkeypatch, room):
-    found, model = hf.open_pretrained(exported), random_model()
+    found, model = pretrained.open_pretrained(exported), random_model()
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(files, "os", FullDisk(room))
+    monkeypatch.setattr(atomic, "os", FullDisk(room))
     with pytest.raises(CheckpointError, match="No space left"):
-        hf.import_run(found, tmp_path / "run", None)
-    monkeypatch.setattr(files, "os", FullDisk(room))
+        pretrained.import_run(found, tmp_path / "run", None)
+    monkeypatch.setattr(atomic, "os", FullDisk(room))
     with pytest.raises(CheckpointError, match="No space left"):
         export(model, None, tmp_path / "out", checkpoint.Meta(0, SMALL))
     assert sorted(tmp_path.iterdir()) == before
@@ -693,7 +696,7 @@ def test_what_a_killed_import_left_goes_with_the_next_one(tmp_path, exported):
     (stale / "ckpt_0.safetensors").write_text("half")
     other = tmp_path / f".another.tinygpt-{'0' * 12}.tmp"
     other.mkdir()
-    hf.import_run(hf.open_pretrained(exported), tmp_path / "run", None)
+    pretrained.import_run(pretrained.open_pretrained(exported), tmp_path / "run", None)
     assert not stale.exists() and other.exists()
 
 
@@ -703,13 +706,13 @@ def test_a_read_only_place_is_said(tmp_path, exported, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", readonly)
     with pytest.raises(CheckpointError, match="only be read"):
-        hf.import_run(hf.open_pretrained(exported), tmp_path / "run", None)
+        pretrained.import_run(pretrained.open_pretrained(exported), tmp_path / "run", None)
 
 
 def test_our_names_and_shapes_are_the_models():
     for config in OURS:
         found = {n: tuple(p.shape) for n, p in Transformer(config).parameters().items()}
-        assert hf.shapes(config) == found
+        assert pretrained.shapes(config) == found
 
 
 def test_a_config_goes_out_and_comes_back(tmp_path):
@@ -730,4 +733,4 @@ def test_a_run_without_a_checkpoint_is_no_export(tmp_path, capsys):
     assert main(words) == 1
     assert "no checkpoint" in capsys.readouterr().err
     with pytest.raises(UsageError):
-        hf.open_pretrained(save(tmp_path / "run", random_model()).parent)
+        pretrained.open_pretrained(save(tmp_path / "run", random_model()).parent)

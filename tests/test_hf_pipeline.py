@@ -12,9 +12,9 @@ import pytest
 
 from tests.mixed_text import mixed_text
 from tinygpt.errors import TokenizerError
-from tinygpt.interop.hf_reading import read_tokenizer
-from tinygpt.interop.hf_tokenizer import write_tokenizer
-from tinygpt.tokenizers import BPETokenizer
+from tinygpt.interop.hf.hf_reading import read_tokenizer
+from tinygpt.interop.hf.hf_tokenizer import write_tokenizer
+from tinygpt.text.tokenizers import BPETokenizer
 
 TEXTS = [
     "the cat",
@@ -212,6 +212,11 @@ SETTINGS = [
     ),
     ({"tokenizer_class": "RobertaTokenizer"}, "of the class 'RobertaTokenizer'"),
     ({"tokenizer_class": ["GPT2Tokenizer"]}, "of the class a list"),
+    (
+        {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["m.T", None]}},
+        "auto_map",
+    ),
+    ({"auto_map": ["m.T", None]}, "code of its own"),
     ({"added_tokens_decoder": {"401": {"content": "cat", "special": False}}}, "taken out"),
     ({"added_tokens_decoder": {"401": {"content": ["cat"]}}}, "no content"),
     ({"added_tokens_decoder": {"401": {"content": "###", "special": True}}}, "in any text"),
@@ -256,6 +261,64 @@ def test_other_settings_change_nothing(settings: Values, base: Values, tmp_path:
     assert ours is not None
     for text in TEXTS:
         assert ours.encode(text) == theirs(text)["input_ids"]
+
+
+CLASSES = [
+    *("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizer", "PreTrainedTokenizerFast"),
+    *("TokenizersBackend", "PythonBackend"),
+]
+OTHERS = [
+    *("RobertaTokenizer", "RobertaTokenizerFast", "Qwen2Tokenizer", "GPTNeoXTokenizerFast"),
+    *("BertTokenizer", "T5Tokenizer"),
+]
+
+
+def of_class(folder: Path, base: Values, config: str | None, settings: str | None) -> None:
+    write(folder, base)
+    described = {"model_type": "gpt2", "tokenizer_class": config}
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": settings}))
+
+
+def theirs_of(folder: Path) -> list[list[int]] | None:
+    """What transformers makes of the texts; None where it fails."""
+    hf = pytest.importorskip("transformers", reason="needs the extra 'oracle'")
+    try:
+        return [hf.AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for text in TEXTS]
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("other", [None, "", "RobertaTokenizer"])
+def test_classes_that_add_nothing_are_followed(
+    name: str, other: str | None, base: Values, tmp_path: Path
+) -> None:
+    if other == "RobertaTokenizer":  # in the file that does not count
+        of_class(tmp_path, base, other, name)
+    else:
+        of_class(tmp_path, base, name, other)
+    ours = read_tokenizer(tmp_path)
+    assert ours is not None and [ours.encode(text) for text in TEXTS] == theirs_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("settings", [None, "settings"])
+def test_classes_that_make_other_ids_are_refused_where_they_count(
+    name: str, settings: str | None, base: Values, plain_ids: list[list[int]], tmp_path: Path
+) -> None:
+    """Whatever pipeline the tokenizer.json beside them describes."""
+    of_class(tmp_path, base, *((name, None) if settings is None else ("GPT2Tokenizer", name)))
+    assert theirs_of(tmp_path) != plain_ids
+    file = "config" if settings is None else "tokenizer_config"
+    with pytest.raises(TokenizerError, match=rf"/{file}\.json: .*of the class '{name}'"):
+        read_tokenizer(tmp_path)
+
+
+def test_llama_puts_a_token_before_a_text_by_default(base: Values, tmp_path: Path) -> None:
+    of_class(tmp_path, base, "LlamaTokenizerFast", None)  # up to transformers 4
+    with pytest.raises(TokenizerError, match="of the class 'LlamaTokenizerFast'"):
+        read_tokenizer(tmp_path)
 
 
 def test_an_added_token_is_special_if_a_role_says_so(base: Values, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.mixed_text import mixed_text
 from tinygpt.errors import TokenizerError
 from tinygpt.interop import byte_level
-from tinygpt.interop.hf_tokenizer import read_tokenizer, write_tokenizer
-from tinygpt.tokenizers import (
+from tinygpt.interop.hf.hf_tokenizer import read_tokenizer, write_tokenizer
+from tinygpt.text.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,

@@ -23,14 +23,14 @@ from tests.fuzz.limits import Finding, limited
 from tests.fuzz.making import TERABYTE, sparse
 from tests.fuzz.mutation import mutated
 from tests.fuzz.targets import LONGEST_MESSAGE, TARGETS
-from tinygpt import checkpoint
 from tinygpt.cli import main
 from tinygpt.cli.options import file_tables, resolve
-from tinygpt.corpus import open_corpus
-from tinygpt.data import byte_count, load_tokens
 from tinygpt.errors import CheckpointError, DataError, TinyGPTError
-from tinygpt.plots import read_curves
-from tinygpt.tokenizers import ByteTokenizer, load_tokenizer
+from tinygpt.runs import checkpoint
+from tinygpt.runs.plots import read_curves
+from tinygpt.text.corpus import open_corpus
+from tinygpt.text.tokenizers import ByteTokenizer, load_tokenizer
+from tinygpt.text.tokens import byte_count, load_tokens
 from tinygpt.untrusted import brief, clip, is_sparse, open_regular, parse_json
 
 CASES = cases()
@@ -290,7 +290,7 @@ def test_a_link_out_of_a_folder_of_texts_is_left_out(surroundings: Path, target:
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinygpt.corpus.MAX_LINE", 1 << 21)
+    monkeypatch.setattr("tinygpt.text.corpus.MAX_LINE", 1 << 21)
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "' + "x" * (3 << 20) + '"}')
     with pytest.raises(DataError, match="a line of more than 2,097,152 characters"):
@@ -300,7 +300,7 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
 def test_many_lines_of_half_the_length_are_fine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinygpt.corpus.MAX_LINE", 1 << 21)
+    monkeypatch.setattr("tinygpt.text.corpus.MAX_LINE", 1 << 21)
     path = tmp_path / "lines.jsonl"
     path.write_text(('{"text": "' + "x" * (1 << 20) + '"}\n') * 4)
     assert sum(map(len, open_corpus(path).pieces())) > 4 << 20
@@ -370,7 +370,7 @@ def test_messages_quote_little() -> None:
     assert clip("a\n  b\tc") == "a b c" and len(clip("x" * 999, 20)) == 21
 
 
-OWN_PICKLES = (SOURCES / "programs.py", SOURCES / "runtime" / "kernelcache.py")
+OWN_PICKLES = (SOURCES / "machine" / "kernel_store.py", SOURCES / "machine" / "disk_cache.py")
 """What goes through a pipe between a process and its own forks, and what tinygrad keeps in the
 user's own cache as pickles and machine code: no stranger's files."""
 FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}

@@ -14,10 +14,11 @@ import pytest
 import requests
 
 from tests.test_hf import SMALL, make_folder, make_index, random_model
-from tinygpt import GPT, runtime
+from tinygpt import GPT
 from tinygpt.cli import main
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.interop import hub
+from tinygpt.files import folders
+from tinygpt.interop.hf import hub
 
 REPOSITORY = "openai-community/gpt2"
 BLOCK = 1 << 13
@@ -433,7 +434,7 @@ def test_a_file_that_is_not_there_is_no_name_to_ask_the_hub_for(name, tmp_path, 
 def test_files_that_were_put_there_by_hand_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(requests, "head", None)
-    folder = runtime.cache_dir() / "hub" / "distilbert--distilgpt2"
+    folder = folders.cache_dir() / "hub" / "distilbert--distilgpt2"
     folder.mkdir(parents=True)
     make_folder(folder, random_model())
     assert GPT.from_pretrained("distilgpt2").config == SMALL

@@ -94,12 +94,12 @@ def test_a_page_s_weights_have_a_kind_that_is_known(tmp_path):
 
 
 def test_a_sample_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    import tinygpt.runs
+    from tinygpt.runs import run
 
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by chance")
 
-    monkeypatch.setattr(tinygpt.runs, "generate_tokens", fail)
+    monkeypatch.setattr(run, "generate_tokens", fail)
     model = GPT(GPTConfig(8, 256, n_layer=1, n_head=1, n_embd=16))
     config = TrainConfig(max_iters=2, sample_interval=1, batch_size=1, eval_interval=2)
     text = np.arange(200, dtype=np.int32) % 256

@@ -12,12 +12,12 @@ import pytest
 from tests.test_docs import DOCS, commands
 from tests.test_gguf import ask_llama, llama
 from tinygpt import GPT, BPETokenizer, GPTConfig, load
-from tinygpt.checkpoint import Meta
 from tinygpt.cli import main
 from tinygpt.config import SampleConfig
-from tinygpt.generate import generate
-from tinygpt.interop.hf_export import export
-from tinygpt.tokenizers import vocabulary
+from tinygpt.generation.generate import generate
+from tinygpt.interop.hf.hf_export import export
+from tinygpt.runs.checkpoint import Meta
+from tinygpt.text.tokenizers import vocabulary
 
 __all__ = ["llama"]
 

@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from tinygpt import GPT, GPTConfig, TrainConfig, checkpoint, interrupts, runs, train
-from tinygpt.metrics import read
-from tinygpt.train import Step
+from tinygpt import GPT, GPTConfig, TrainConfig, train
+from tinygpt.runs import checkpoint, interrupts
+from tinygpt.runs import run as runs
+from tinygpt.training.loop import Step
+from tinygpt.training.metrics import read
 
 MODEL = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8)
 CONFIG = TrainConfig(max_iters=6, batch_size=2, checkpoint_interval=100, eval_interval=100)
@@ -160,7 +162,7 @@ def test_notices_are_in_the_result_whether_shown_or_not(tmp_path, steps, capsys)
 CELL = """
 import asyncio, os, signal, numpy as np
 from tinygpt import GPT, GPTConfig, TrainConfig, checkpoint, train
-from tinygpt.checkpoint import list_checkpoints
+from tinygpt.runs.checkpoint import list_checkpoints
 from pathlib import Path
 model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
 tokens = np.arange(200, dtype=np.uint16) % 16

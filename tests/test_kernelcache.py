@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import runtime
 from tinygpt.cli import main
-from tinygpt.runtime import checks, device, folders, kernelcache
-from tinygpt.runtime.kernelcache import KernelCache
+from tinygpt.files import folders
+from tinygpt.machine import device, disk_cache, doctor
+from tinygpt.machine.disk_cache import KernelCache
 
 Said = Callable[[], list[str]]
 
@@ -164,9 +164,9 @@ class Broken:
 def test_what_cannot_be_written_is_still_read(
     code: int, message: str, path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = kernelcache.open_database
+    opened = disk_cache.open_database
     error = failing(code, message)
-    monkeypatch.setattr(kernelcache, "open_database", lambda *a: Broken(opened(*a), error))
+    monkeypatch.setattr(disk_cache, "open_database", lambda *a: Broken(opened(*a), error))
     cache = KernelCache(path)
     for _ in range(3):
         cache.put("kernel", "new", "value")
@@ -179,14 +179,14 @@ def test_what_cannot_be_written_is_still_read(
 def test_a_folder_in_which_nothing_can_be_written_is_read(
     path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = kernelcache.open_database
+    opened = disk_cache.open_database
 
     def read_only(path: Path, immutable: bool = False) -> sqlite3.Connection:
         if not immutable:
             raise failing(sqlite3.SQLITE_CANTOPEN, "unable to open database file")
         return opened(path, immutable)
 
-    monkeypatch.setattr(kernelcache, "open_database", read_only)
+    monkeypatch.setattr(disk_cache, "open_database", read_only)
     cache = KernelCache(path)
     assert cache.get("kernel", 3) == bytes([3]) * 2000
     cache.put("kernel", 101, b"new")
@@ -220,8 +220,8 @@ def test_what_cannot_be_pickled_is_not_kept_and_stops_nothing(path: Path) -> Non
 def test_kernels_that_were_not_used_for_longest_go_first(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    today = kernelcache._today()
-    monkeypatch.setattr(kernelcache, "_today", lambda: today + 2)
+    today = disk_cache._today()
+    monkeypatch.setattr(disk_cache, "_today", lambda: today + 2)
     monkeypatch.setenv("TINYGPT_CACHE_GB", "0.0010")  # a tenth of it: 100 kB for 200 kB
     cache = KernelCache(path)
     assert cache.get("kernel", 0) == bytes([0]) * 2000  # used today
@@ -241,13 +241,13 @@ def test_files_for_other_processors_go_when_all_exceed_the_limit(
         other = path.with_name(name)
         other.write_bytes(b"x" * 100_000)
         other.with_name(name + "-wal").touch()
-        for part in kernelcache.parts(other):
+        for part in disk_cache.parts(other):
             if part.exists():
                 os.utime(part, (0, 1000 * days))
     foreign = path.with_name("my.db")
     foreign.write_bytes(b"x" * 1_000_000)
     limit = path.stat().st_size + 150_000
-    kernelcache.remove_others(path, limit)
+    disk_cache.remove_others(path, limit)
     left = sorted(p.name for p in path.parent.iterdir())
     assert left == ["kernels-0.db", "kernels-3.db", "kernels-3.db-wal", "my.db"]
 
@@ -345,7 +345,7 @@ def own(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_doctor_clears_both_caches_and_nothing_else(
     own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "doctor", lambda: [])
+    monkeypatch.setattr(doctor, "examine", lambda: [])
     own.with_name("damaged-kernels-9.db").write_bytes(b"old")
     own.with_name("kernels-9.db-wal").touch()
     own.with_name("kernels-9.db").touch()
@@ -363,7 +363,7 @@ def test_doctor_empties_a_cache_that_the_user_named(
 ) -> None:
     mine = own.rename(own.with_name("mine.db"))
     monkeypatch.setenv("CACHEDB", str(mine))
-    assert checks.clear_caches() == (1_000_000, [])
+    assert doctor.clear_caches() == (1_000_000, [])
     assert mine.is_file() and KernelCache(mine).get("kernel", 3) is None
 
 
@@ -371,7 +371,7 @@ def test_doctor_empties_a_cache_that_the_user_named(
 def test_doctor_looks_at_the_kernel_cache(damage: str | None, own: Path) -> None:
     if damage:
         own.write_bytes(DAMAGE[damage](own.read_bytes()))
-    found = {check.name: check for check in checks._caches()}
+    found = {check.name: check for check in doctor._caches()}
     check = found["kernel cache"]
     assert check.ok is (damage is None) and check.optional
     assert check.cure == (damage and "tinygpt doctor --clear-cache")

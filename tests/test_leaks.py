@@ -12,9 +12,11 @@ from tinygrad import Tensor
 from tinygrad.helpers import Context, GlobalCounters
 from tinygrad.uop.ops import UOpMetaClass
 
-from tinygpt import GPT, ByteTokenizer, GPTConfig, evaluation, kernels
-from tinygpt.generate.batching import BatchDecoder
-from tinygpt.server import inspect, scoring
+from tinygpt import GPT, ByteTokenizer, GPTConfig, kernels
+from tinygpt.generation.batching import BatchDecoder
+from tinygpt.server.engine import scoring
+from tinygpt.server.playground import introspection
+from tinygpt.training import evaluation
 
 CONFIG = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
 IDS = np.arange(32, dtype=np.int32).reshape(2, 16)
@@ -68,7 +70,7 @@ def generate(model: GPT) -> None:
     model.generate(Tensor(IDS[:, :15]), max_tokens=3)
 
 
-looking = cache(inspect.AttentionLook)
+looking = cache(introspection.AttentionLook)
 decoding = cache(partial(BatchDecoder, places=1))
 
 

@@ -11,14 +11,14 @@ import threading
 
 import pytest
 
-from tinygpt import lock
 from tinygpt.errors import UsageError
-from tinygpt.lock import LOCK, FolderLock, Holder
+from tinygpt.runs import lock
+from tinygpt.runs.lock import LOCK, FolderLock, Holder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from tinygpt.lock import FolderLock
+from tinygpt.runs.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -29,7 +29,7 @@ RACE = """
 import os, random, sys, time
 from pathlib import Path
 from tinygpt.errors import UsageError
-from tinygpt.lock import FolderLock
+from tinygpt.runs.lock import FolderLock
 folder, rounds = Path(sys.argv[1]), 0
 end = time.monotonic() + 60
 while rounds < 60 and time.monotonic() < end:

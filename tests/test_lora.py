@@ -9,16 +9,20 @@ from tinygrad.helpers import GlobalCounters
 
 from tests.run_script import MODEL, TOKENS, TRAIN, make_run
 from tests.test_resume import differing, finish, rewrite, stopped_at
-from tinygpt import checkpoint, kernels, lora, preflight
+from tinygpt import kernels
 from tinygpt.api import GPT, load, train
-from tinygpt.checkpoint import Snapshot
-from tinygpt.checkpoint.format import arrange
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, ConfigError, UsageError
-from tinygpt.gradcheck import gradcheck
-from tinygpt.optim import make_optimizer
-from tinygpt.train import make_train_step, train_steps
-from tinygpt.transfer import write
+from tinygpt.machine.transfer import write
+from tinygpt.model import lora
+from tinygpt.runs import checkpoint
+from tinygpt.runs.checkpoint import Snapshot
+from tinygpt.runs.checkpoint.format import arrange
+from tinygpt.training import preflight
+from tinygpt.training.gradcheck import gradcheck
+from tinygpt.training.loop import train_steps
+from tinygpt.training.optim import make_optimizer
+from tinygpt.training.step import make_train_step
 
 SHAPE = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 SMALL = replace(SHAPE, n_layer=1)
@@ -326,7 +330,7 @@ def test_a_checkpoint_of_adapters_is_loaded_as_the_merged_model(whole):
 
 
 def test_samples_are_those_of_the_adapted_model(whole):
-    from tinygpt.metrics import read
+    from tinygpt.training.metrics import read
 
     run = make_run(None, config=LORA)
     checkpoint.load(whole / "ckpt_12.safetensors", run.model)
@@ -418,7 +422,7 @@ def test_an_optimizer_of_other_weights_is_refused(settings):
     before = values(model)
     own = nn.optim.SGD(list(model.trainable().values()), lr=0.1)
     learning = set(model.trainable())
-    from tinygpt.runs import TrainingRun
+    from tinygpt.runs.run import TrainingRun
 
     list(TrainingRun(model, config, TEXT, optimizer=own))
     assert set(before) - same_bits(before, values(model)) == learning

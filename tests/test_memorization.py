@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt import memorization
 from tinygpt.cli import main
-from tinygpt.memorization import as_codes, matches, overlap, overlaps
+from tinygpt.text import overlap as memorization
+from tinygpt.text.overlap import as_codes, matches, overlap, overlaps
 
 ALPHABETS = ["ab", "abc", "ab我们的", "abcdefghij \n", "\x00\uffff🐈"]
 

@@ -14,14 +14,15 @@ import pytest
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
-from tinygpt import preflight, runtime
 from tinygpt.api import GPT
 from tinygpt.cli import main
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
 from tinygpt.errors import UsageError
-from tinygpt.model import Transformer
-from tinygpt.optim import make_optimizer
-from tinygpt.train import make_evaluate, make_train_step
+from tinygpt.machine import resources
+from tinygpt.model.transformer import Transformer
+from tinygpt.training import preflight
+from tinygpt.training.optim import make_optimizer
+from tinygpt.training.step import make_evaluate, make_train_step
 
 MB = 1_000_000
 BABY = PRESETS["baby"]
@@ -107,7 +108,7 @@ def test_operations_are_those_of_the_products():
 
 
 def free(monkeypatch, megabytes):
-    monkeypatch.setattr(runtime, "available_memory", lambda: megabytes * MB)
+    monkeypatch.setattr(resources, "available_memory", lambda: megabytes * MB)
 
 
 def taken_at_its_word(message, shape, train):
@@ -188,9 +189,9 @@ def test_the_pace_is_that_of_a_product():
 
 
 def test_free_memory_is_the_systems_within_the_containers_limit(monkeypatch):
-    assert 0 < runtime.available_memory() <= runtime.total_memory()
-    monkeypatch.setattr("tinygpt.runtime.groups.memory_left", lambda: 550_000)
-    assert runtime.available_memory() == 550_000
+    assert 0 < resources.available_memory() <= resources.total_memory()
+    monkeypatch.setattr("tinygpt.machine.groups.memory_left", lambda: 550_000)
+    assert resources.available_memory() == 550_000
 
 
 # Flat ----------------------------------------------------------------------------------------

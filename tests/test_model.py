@@ -12,7 +12,7 @@ from tests.numpy_gpt2 import GPT2
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.model import Noise, Transformer
+from tinygpt.model.transformer import Noise, Transformer
 
 V, BLOCK = 17, 8
 TIED = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=16)

@@ -22,14 +22,14 @@ from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
-from tinygpt import multicore
 from tinygpt.errors import UsageError
 from tinygpt.kernels import matmul
 from tinygpt.kernels.linear import linear
 from tinygpt.kernels.matmul import Plan, register_tile
-from tinygpt.multicore import runner
-from tinygpt.multicore.pool import Commands, command, command_list
-from tinygpt.runtime import cores
+from tinygpt.machine import pool as multicore
+from tinygpt.machine.pool import runner
+from tinygpt.machine.pool.workers import Commands, command, command_list
+from tinygpt.machine.resources import cores
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX threads"),
@@ -620,3 +620,9 @@ def test_a_process_bound_to_one_core_takes_one_thread_and_may_take_more() -> Non
         print(counter.tolist())
     """)
     assert printed == f"1\n3\n{[501.0] * PIECES}\n"
+
+
+def test_no_module_of_the_package_hides_its_functions() -> None:
+    import tinygpt.machine.pool.runner  # noqa: F401 - it imports the others
+
+    assert multicore.threads() >= 1

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinygpt import checkpoint, corpus, tokenizers
 from tinygpt.cli.options import DataConfig, resolve
 from tinygpt.cli.running import _lasting, gather
 from tinygpt.cli.texts import own_validation
 from tinygpt.config import GPTConfig, to_toml
-from tinygpt.corpus import open_corpus
-from tinygpt.data import data_fingerprint
 from tinygpt.errors import TokenizerError
-from tinygpt.names import is_name, lasting
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, make_tokenizer
+from tinygpt.runs import checkpoint
+from tinygpt.text import corpus, tokenizers
+from tinygpt.text.corpus import open_corpus
+from tinygpt.text.names import is_name, lasting
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, make_tokenizer
+from tinygpt.text.tokens import data_fingerprint
 
 NAMES = ("pydocs", "./pydocs")
 CONFIG = GPTConfig(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=8)

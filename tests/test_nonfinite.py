@@ -17,19 +17,21 @@ from rich.console import Console
 from tinygrad import Tensor, nn
 from tinygrad.helpers import Context
 
-from tinygpt import checkpoint, data, plots
 from tinygpt.api import GPT
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.diagnose import diagnose
-from tinygpt.display.live import LiveDisplay
-from tinygpt.display.plain import PlainDisplay
 from tinygpt.errors import CheckpointError, TrainingError
-from tinygpt.guard import WINDOW, Guard, why_skipped
-from tinygpt.optim import make_optimizer, optimizer_state
-from tinygpt.runs import TrainingRun
-from tinygpt.train import Step, make_train_step, train_steps
-from tinygpt.transfer import write
+from tinygpt.machine.transfer import write
+from tinygpt.runs import checkpoint, plots
+from tinygpt.runs.display.live import LiveDisplay
+from tinygpt.runs.display.plain import PlainDisplay
+from tinygpt.runs.run import TrainingRun
+from tinygpt.text.batches import batch
+from tinygpt.training.diagnose import diagnose
+from tinygpt.training.guard import WINDOW, Guard, why_skipped
+from tinygpt.training.loop import Step, train_steps
+from tinygpt.training.optim import make_optimizer, optimizer_state
+from tinygpt.training.step import make_train_step
 
 BAD = 12
 CONFIG = GPTConfig(block_size=4, vocab_size=13, n_layer=1, n_head=2, n_embd=8)
@@ -78,7 +80,7 @@ def batches(config, poison=None):
     """x, y (A, B, T) of one step after the other; ``poison`` is the micro-batch to spoil."""
     rows, shape = config.grad_accum_steps * config.batch_size, (-1, config.batch_size, 4)
     for i in count():
-        x, y = (a.reshape(shape).copy() for a in data.batch(CLEAN, i, config.seed, rows, 4))
+        x, y = (a.reshape(shape).copy() for a in batch(CLEAN, i, config.seed, rows, 4))
         if poison is not None:
             x[poison, -1, -1] = BAD
         yield x, y
@@ -198,7 +200,7 @@ def poisoned_tokens(steps, config=TRAIN):
     where = np.arange(tokens.size)
 
     def read(step):
-        return set(data.batch(where, step - 1, config.seed, rows, 4)[0].ravel().tolist())
+        return set(batch(where, step - 1, config.seed, rows, 4)[0].ravel().tolist())
 
     others = set().union(*(read(i) for i in range(1, config.max_iters + 1) if i not in steps))
     for step in steps:
@@ -256,7 +258,7 @@ def test_skipped_steps_are_told_written_down_and_survive_a_resume(tmp_path):
 
 
 def test_spikes_are_skipped_by_choice_and_judged_the_same_after_a_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr("tinygpt.guard.WINDOW", 8)
+    monkeypatch.setattr("tinygpt.training.guard.WINDOW", 8)
     tokens = poisoned_tokens({9, 11})
     wanted = TrainConfig(**{**TRAIN.to_dict(), "skip_spikes": 6.0})
 
@@ -311,7 +313,7 @@ def test_damaged_weights_are_not_saved(tmp_path):
 
 
 def test_a_validation_loss_of_nan_is_never_the_best(tmp_path):
-    progress = importlib.import_module("tinygpt.runs").Progress()
+    progress = importlib.import_module("tinygpt.runs.run").Progress()
     assert not progress.see(math.nan, 1) and progress.see(2.0, 2)
     assert not progress.see(math.nan, 3) and progress.best_val_loss == 2.0
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tinygpt.runtime import checks, choice, pace
+from tinygpt.machine import choice, doctor, pace
 
 needs_opencl = pytest.mark.skipif(
     not choice.has_opencl(), reason="no OpenCL driver is installed (pocl-opencl-icd)"
@@ -73,7 +73,7 @@ def test_doctor_times_a_step_on_every_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("DEV", "CPU")
     monkeypatch.setattr(pace, "candidates", lambda: list(times))
     monkeypatch.setattr(pace, "seconds_per_step", times.__getitem__)
-    found = {check.name: check.found for check in checks.time_devices()}
+    found = {check.name: check.found for check in doctor.time_devices()}
     assert found == {
         "device CL": "500.0 ms for a small step; DEV=CL chooses it",
         "device CPU": "20.0 ms for a small step; used now",
@@ -83,4 +83,4 @@ def test_doctor_times_a_step_on_every_device(monkeypatch: pytest.MonkeyPatch) ->
 def test_one_device_alone_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "candidates", lambda: ["CPU"])
     monkeypatch.setattr(pace, "seconds_per_step", lambda name: 1 / 0)
-    assert list(checks.time_devices()) == []
+    assert list(doctor.time_devices()) == []

@@ -11,7 +11,7 @@ from tinygrad.nn import optim
 
 from tinygpt.config import TrainConfig
 from tinygpt.kernels.reference import clip_factor, global_norm
-from tinygpt.optim import AdamW, learning_rate, optimizer_state
+from tinygpt.training.optim import AdamW, learning_rate, optimizer_state
 
 
 def test_the_rate_warms_up_then_decays_to_its_minimum():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -46,10 +47,22 @@ def test_both_commands_are_the_same_program() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
-def test_scripts_can_be_run_and_are_valid_bash(script: Path) -> None:
+def test_scripts_can_be_run_and_are_valid(script: Path) -> None:
     assert os.access(script, os.X_OK)
-    assert script.read_text().startswith("#!/usr/bin/env bash\n")
-    subprocess.run(["bash", "-n", script], check=True)
+    first, _, rest = script.read_text().partition("\n")
+    if first == "#!/usr/bin/env python3":
+        compile(rest, script, "exec")
+    else:
+        assert first == "#!/usr/bin/env bash"
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_lines_of_code_are_counted_without_comments_and_docstrings(tmp_path: Path) -> None:
+    count = runpy.run_path(str(ROOT / "scripts" / "count"))
+    source = tmp_path / "source.py"
+    lines = ['"""Two', 'lines."""', "", 'x = """a', 'b"""  # one', "# none", "def f():"]
+    source.write_text("\n".join([*lines, '    "no"', "    f(", "1)", ""]))
+    assert count["code_lines"](source) == 5
 
 
 PROGRAM = f"""#!/bin/sh

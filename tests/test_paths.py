@@ -13,12 +13,14 @@ import pytest
 
 import tinygpt
 from tests.run_script import make_run
-from tinygpt import checkpoint, corpus, data, metrics, plots, tokenizers
 from tinygpt.cli import main, running
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.files import user_path
-from tinygpt.interop import hf, hf_export
+from tinygpt.files.atomic import user_path
+from tinygpt.interop.hf import hf_export, pretrained
+from tinygpt.runs import checkpoint, plots
+from tinygpt.text import corpus, tokenizers, tokens
+from tinygpt.training import metrics
 
 MODEL = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8)
 
@@ -59,7 +61,7 @@ def test_every_path_of_the_python_api_knows_home(home, monkeypatch):
     (home / "a.txt").write_text("a text")
     assert "".join(corpus.open_corpus("~/a.txt").pieces()) == "a text"
     np.save(home / "tokens.npy", np.arange(5, dtype=np.uint16))
-    assert len(data.load_tokens("~/tokens.npy")) == 5
+    assert len(tokens.load_tokens("~/tokens.npy")) == 5
     history = metrics.History("~/metrics.jsonl")
     history.append({"iter": 1, "train_loss": 1.0})
     history.close()
@@ -69,10 +71,10 @@ def test_every_path_of_the_python_api_knows_home(home, monkeypatch):
     run.close()
     assert run.folder == home / "run" and (home / "run" / "config.toml").is_file()
     with pytest.raises(UsageError, match="own"):  # it was found
-        hf.open_pretrained("~/made")
+        pretrained.open_pretrained("~/made")
     hf_export.export(model, None, Path("~/hf"), checkpoint.Meta(1, MODEL))
     assert (home / "hf" / "model.safetensors").is_file()
-    path = hf.import_run(hf.open_pretrained("~/hf"), Path("~/imported"), None)
+    path = pretrained.import_run(pretrained.open_pretrained("~/hf"), Path("~/imported"), None)
     assert path == home / "imported" / "ckpt_0.safetensors"
 
 

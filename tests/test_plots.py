@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tinygpt import extras, plots
-from tinygpt.errors import DataError, MissingExtraError, UsageError
-from tinygpt.plots import MAX_POINTS, draw, read_curves, save_plot, terminal_plot
+from tinygpt.errors import DataError, MissingExtraError, UsageError, extras
+from tinygpt.runs import plots
+from tinygpt.runs.plots import MAX_POINTS, draw, read_curves, save_plot, terminal_plot
 
 
 def write_run(folder, steps=60, offset=0.0):
@@ -126,7 +126,7 @@ def test_a_font_that_has_the_characters_is_taken(monkeypatch):
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_the_backend_of_a_notebook_is_of_no_concern(run, tmp_path, backend):
     """matplotlib reads it as it is imported."""
-    code = "import sys; from tinygpt.plots import save_plot; save_plot([sys.argv[1]], sys.argv[2])"
+    code = "import sys; from tinygpt.runs import plots; plots.save_plot([sys.argv[1]], sys.argv[2])"
     command = [sys.executable, "-c", code, str(run), str(tmp_path / "plot.png")]
     done = subprocess.run(command, env={**os.environ, "MPLBACKEND": backend}, timeout=100)
     assert done.returncode == 0 and (tmp_path / "plot.png").stat().st_size

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tinygrad import codegen
 
-from tinygpt import programs
-from tinygpt.programs import WORTH_A_FORK, Forks
+from tinygpt.machine import kernel_store
+from tinygpt.machine.kernel_store import WORTH_A_FORK, Forks
 
 SCRIPT = """
 import sys
@@ -81,7 +81,7 @@ def test_every_variable_of_the_code_generator_is_known():
         *("DEBUG_LINEARIZE", "BEAM_DEBUG", "BEAM_LOG_SURPASS_MAX"),  # what is printed
         *("NOSKIP", "SQTT_EVENT"),  # of a tool that shows traces
     }
-    assert read - harmless == set(programs.READ)
+    assert read - harmless == set(kernel_store.READ)
 
 
 def test_without_a_cache_everything_is_lowered_anew(kept):

@@ -17,16 +17,16 @@ from tinygrad import Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
 from tests.conftest import CUTS
-from tinygpt import checkpoint, kernels
+from tinygpt import kernels
 from tinygpt.api import GPT, load, train
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, SampleConfig, TrainConfig
 from tinygpt.errors import CheckpointError, DataError, UsageError
-from tinygpt.generate import Decoder, generate_tokens
+from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.generate import generate_tokens
 from tinygpt.kernels import quantized, reference
-from tinygpt.lora import prepare
-from tinygpt.model import Linear, Transformer
-from tinygpt.quantize import (
+from tinygpt.machine.transfer import read, write
+from tinygpt.model.int8 import (
     QuantizedLinear,
     compare,
     layers,
@@ -35,8 +35,10 @@ from tinygpt.quantize import (
     sizes,
     streamed_loss,
 )
-from tinygpt.tokenizers import make_tokenizer
-from tinygpt.transfer import read, write
+from tinygpt.model.lora import prepare
+from tinygpt.model.transformer import Linear, Transformer
+from tinygpt.runs import checkpoint
+from tinygpt.text.tokenizers import make_tokenizer
 
 CONFIG = GPTConfig(vocab_size=67, block_size=24, n_layer=2, n_head=2, n_embd=20)
 UNTIED = GPTConfig(
@@ -210,7 +212,7 @@ def test_the_loss_adds_up_over_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantize(spread(Transformer(CONFIG)))
     x = tensor(np.arange(20, dtype=np.int32).reshape(2, 10))
     whole = model.loss(x, x).item()
-    monkeypatch.setattr("tinygpt.quantize.LOGITS", 67 * 3)
+    monkeypatch.setattr("tinygpt.model.int8.LOGITS", 67 * 3)
     assert model.loss(x, x).item() == pytest.approx(whole, abs=1e-6)
 
 

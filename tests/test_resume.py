@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from tests.run_script import MODEL, TOKENS, TRAIN, make_run
-from tinygpt import checkpoint
 from tinygpt.api import GPT, train
-from tinygpt.checkpoint import Snapshot
-from tinygpt.checkpoint.format import arrange
 from tinygpt.cli import main, make_app, proving
 from tinygpt.cli.proving import compare
 from tinygpt.cli.training import _fields, _same_command
 from tinygpt.config import GPTConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
-from tinygpt.metrics import read
-from tinygpt.tokenizers import CharTokenizer
+from tinygpt.runs import checkpoint
+from tinygpt.runs.checkpoint import Snapshot
+from tinygpt.runs.checkpoint.format import arrange
+from tinygpt.text.tokenizers import CharTokenizer
+from tinygpt.training.metrics import read
 
 ROOT = Path(__file__).parents[1]
 EVERY = replace(
@@ -181,7 +181,7 @@ def test_another_tokenizer_is_refused_and_can_be_allowed(whole, tmp_path):
     other = CharTokenizer.train(["abc\n"])
 
     def go_on(**options):
-        from tinygpt.runs import TrainingRun
+        from tinygpt.runs.run import TrainingRun
 
         return TrainingRun(
             GPT(MODEL, seed=5), EVERY, TOKENS[:-200], TOKENS[-200:],
@@ -194,7 +194,7 @@ def test_another_tokenizer_is_refused_and_can_be_allowed(whole, tmp_path):
 
 
 def test_no_validation_where_there_was_some_is_other_data(whole):
-    from tinygpt.runs import TrainingRun
+    from tinygpt.runs.run import TrainingRun
 
     with pytest.raises(ChangedRunError) as error:
         TrainingRun(GPT(MODEL, seed=5), EVERY, TOKENS[:-200], folder=whole, resume=True)
@@ -258,7 +258,7 @@ def test_allowing_is_for_runs_that_go_on(tmp_path):
 
 def test_train_passes_on_what_is_allowed(whole, tmp_path):
     folder = stopped_at(whole, 12, tmp_path / "run")
-    from tinygpt.tokenizers import ByteTokenizer
+    from tinygpt.text.tokenizers import ByteTokenizer
 
     result = train(
         GPT(MODEL, seed=5), replace(EVERY, max_iters=13), TOKENS[:-200], TOKENS[-200:],
@@ -295,7 +295,7 @@ def test_rows_that_were_lost_are_told_and_the_rest_is_kept(whole, tmp_path):
 
 
 def test_metrics_that_cannot_be_written_stop_nothing(tmp_path, monkeypatch):
-    from tinygpt import metrics
+    from tinygpt.training import metrics
 
     opened, notices = metrics._open_for_append, []
 
@@ -369,11 +369,11 @@ def test_a_run_that_is_iterated_again_takes_its_folder_again(tmp_path):
 LOSSES = """
 import json, sys
 import numpy as np
-from tinygpt import multicore
+from tinygpt.machine import pool as multicore
 from tinygpt.api import GPT
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.train import train_steps
-from tinygpt.optim import make_optimizer
+from tinygpt.training.loop import train_steps
+from tinygpt.training.optim import make_optimizer
 import hashlib
 model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=1, n_head=2, n_embd=64, dropout=0.1))
 config = TrainConfig(batch_size=8, max_iters=5, warmup_steps=0, grad_accum_steps=2)

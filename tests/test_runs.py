@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.run_script import MODEL, TOKENS, TRAIN, make_run
-from tinygpt import checkpoint
 from tinygpt.api import load
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, DataError, TrainingError, UsageError
+from tinygpt.runs import checkpoint
 
 SCRIPT = Path(__file__).with_name("run_script.py")
 VARYING = {"elapsed", "tokens_per_second", "memory"}
@@ -146,7 +146,7 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path):
 
 def test_early_stopping_waits_for_its_patience_and_saves(tmp_path, monkeypatch):
     worse = iter([2.0, 1.0, 1.5, 1.2, 9.0, 9.0])
-    module = importlib.import_module("tinygpt.train")
+    module = importlib.import_module("tinygpt.training.step")
     monkeypatch.setattr(module, "evaluate", lambda *_: next(worse))
     config = TrainConfig(
         **{**TRAIN.to_dict(), "early_stop_patience": 2, "eval_interval": 1, "max_iters": 6}
@@ -160,7 +160,7 @@ def test_early_stopping_waits_for_its_patience_and_saves(tmp_path, monkeypatch):
 
 
 def test_training_that_gives_up_names_the_last_checkpoint(tmp_path, monkeypatch):
-    from tinygpt import runs
+    from tinygpt.runs import run as runs
 
     def broken(*args, **kwargs):
         for step in train_steps(*args, **kwargs):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from tiktoken_ext.openai_public import gpt2
 
-from tinygpt import extras, runtime
-from tinygpt.runtime import checks, device, folders
+from tinygpt.errors import extras
+from tinygpt.files import folders
+from tinygpt.machine import device, doctor, resources
+from tinygpt.machine.device import prepare
 
 needs_zig = pytest.mark.skipif(
     device.bundled_zig() is None, reason="the wheel ziglang (extra offline) is not installed"
@@ -126,7 +128,7 @@ def test_each_compiler_has_kernels_of_its_own(
 def test_preparing_is_quick_and_changes_nothing_the_second_time() -> None:
     before = dict(os.environ)
     start = time.perf_counter()
-    runtime.prepare()
+    prepare()
     assert time.perf_counter() - start < 0.05
     assert dict(os.environ) == before
 
@@ -138,7 +140,7 @@ def test_a_cache_that_cannot_be_made_falls_back_to_a_private_folder(
     (tmp_path / "file").write_text("")
     (tmp_path / "missing").write_text("")
     environment = bare | {"TINYGPT_CACHE": str(tmp_path / place), "TMPDIR": str(tmp_path)}
-    code = "from tinygpt import runtime; print(runtime.cache_dir())"
+    code = "from tinygpt.files import folders; print(folders.cache_dir())"
     used = Path(output(code, environment))
     assert used.parent == tmp_path
     assert used.stat().st_mode & 0o777 == 0o700
@@ -163,7 +165,7 @@ def test_a_machine_where_nothing_can_be_written_still_imports(bare: dict[str, st
 
 
 def test_no_compiler_is_an_error_that_names_the_cure(bare: dict[str, str]) -> None:
-    done = run(NO_ZIG + "import tinygpt.runtime as r; r.require_device()", bare)
+    done = run(NO_ZIG + "import tinygpt.machine.device as r; r.require_device()", bare)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("tinygpt.errors.DeviceError: ")
     assert extras.cure("offline") in last and "clang" in last
@@ -174,7 +176,7 @@ def test_a_lost_compiler_is_noticed_although_the_kernel_cache_could_open_the_dev
     bare: dict[str, str], tmp_path: Path
 ) -> None:
     kernels = {"CACHEDB": str(tmp_path / "kernels.db")}
-    code = "import tinygpt.runtime as r; print(r.require_device())"
+    code = "import tinygpt.machine.device as r; print(r.require_device())"
     assert output(code, bare | kernels) == "CPU"
     done = run(NO_ZIG + code, bare | kernels)
     assert extras.cure("offline") in done.stderr.splitlines()[-1]
@@ -183,13 +185,13 @@ def test_a_lost_compiler_is_noticed_although_the_kernel_cache_could_open_the_dev
 def test_a_compiler_that_is_not_clang_is_named(bare: dict[str, str]) -> None:
     false = shutil.which("false")
     assert false
-    done = run("import tinygpt.runtime as r; r.require_device()", bare | {"CC": false})
+    done = run("import tinygpt.machine.device as r; r.require_device()", bare | {"CC": false})
     last = done.stderr.strip().splitlines()[-1]
     assert f"CC={false!r} does not work" in last and "unset CC" in last
 
 
 def test_an_unknown_device_is_named(bare: dict[str, str]) -> None:
-    done = run("import tinygpt.runtime as r; r.require_device()", bare | {"DEV": "TOASTER"})
+    done = run("import tinygpt.machine.device as r; r.require_device()", bare | {"DEV": "TOASTER"})
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("tinygpt.errors.DeviceError: The device DEV=TOASTER")
     assert "set DEV=CPU" in last
@@ -206,8 +208,8 @@ def test_tinygrad_used_before_tinygpt_is_told_from_a_missing_compiler(bare: dict
 from tinygrad import Device
 try: Device.DEFAULT
 except RuntimeError: pass
-from tinygpt import runtime
-runtime.require_device()
+from tinygpt.machine import device
+device.require_device()
 """
     no_kernels = {"CACHEDB": str(Path(bare["PATH"], "kernels.db"))}
     last = run(code, bare | no_kernels).stderr.strip().splitlines()[-1]
@@ -215,12 +217,12 @@ runtime.require_device()
 
 
 def test_memory_is_counted_in_bytes() -> None:
-    before = runtime.memory()
+    before = resources.memory()
     block = bytearray(os.urandom(1 << 20) * 64)
-    grown = runtime.memory() - before
+    grown = resources.memory() - before
     assert 0.7 * len(block) < grown < 1.5 * len(block)
-    assert before < runtime.memory() <= runtime.peak_memory() * 1.01
-    assert runtime.peak_memory() < runtime.total_memory()
+    assert before < resources.memory() <= resources.peak_memory() * 1.01
+    assert resources.peak_memory() < resources.total_memory()
 
 
 def test_peak_memory_knows_the_unit_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,25 +230,27 @@ def test_peak_memory_knows_the_unit_of_the_system(monkeypatch: pytest.MonkeyPatc
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux in KiB, on macOS in bytes
     monkeypatch.setattr(sys, "platform", "freebsd")
-    assert peak * 1024 <= runtime.peak_memory() < peak * 1024 * 1.2
+    assert peak * 1024 <= resources.peak_memory() < peak * 1024 * 1.2
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert peak <= runtime.peak_memory() < peak * 1.2
+    assert peak <= resources.peak_memory() < peak * 1.2
 
 
 def test_the_memory_of_the_parent_does_not_count() -> None:
     held = np.ones(25_000_000)  # 200 MB
-    code = "from tinygpt import runtime; print(runtime.memory(), runtime.peak_memory())"
+    code = (
+        "from tinygpt.machine import resources; print(resources.memory(), resources.peak_memory())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     now, peak = map(int, done.stdout.split())
     assert now <= peak < held.nbytes
 
 
-def by_name(found: list[checks.Check]) -> dict[str, checks.Check]:
+def by_name(found: list[doctor.Check]) -> dict[str, doctor.Check]:
     return {check.name: check for check in found}
 
 
 def test_doctor_knows_this_machine() -> None:
-    found = by_name(runtime.doctor())
+    found = by_name(doctor.examine())
     wanted = "python tinygpt tinygrad numpy tiktoken rustbpe cyclopts rich device"
     for name in [*wanted.split(), "compiler", "cores", "memory"]:
         assert found[name].ok, found[name]
@@ -265,8 +269,8 @@ def lose(name):
         raise metadata.PackageNotFoundError(name)
     return find(name)
 metadata.Distribution.from_name = lose
-from tinygpt import runtime
-for check in runtime.doctor():
+from tinygpt.machine import doctor
+for check in doctor.examine():
     if not check.ok: print(check.name, '|', check.optional, '|', check.cure)
 """
     rows = [line.split(" | ") for line in output(code, bare).splitlines()]
@@ -283,16 +287,16 @@ def test_doctor_outlives_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) ->
     def broken() -> None:
         raise RecursionError("deep")
 
-    monkeypatch.setattr(checks, "_device", broken)
+    monkeypatch.setattr(doctor, "_device", broken)
     monkeypatch.setattr(extras, "requirements", lambda extra: 1 / 0)
-    found = by_name(runtime.doctor())
+    found = by_name(doctor.examine())
     assert found["device"].found == "could not be checked: RecursionError: deep"
     assert not found["packages"].ok and found["python"].ok
 
 
 def test_doctor_finds_a_version_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.metadata, "version", lambda name: "0.13.9")
-    check = by_name(list(checks._packages()))["tinygrad"]
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.13.9")
+    check = by_name(list(doctor._packages()))["tinygrad"]
     assert not check.ok and "tinygpt needs tinygrad==0.14.*" in check.found
     assert check.cure == extras.install_command("tinygrad==0.14.*")
 
@@ -301,9 +305,9 @@ def test_doctor_trusts_a_cached_vocabulary_only_with_the_right_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(checks, "_carried_files", lambda package: [])
+    monkeypatch.setattr(doctor, "_carried_files", lambda package: [])
     for url in (c for c in gpt2.__code__.co_consts if str(c).startswith("https://")):
         (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"not the vocabulary")
     assert len(list(tmp_path.iterdir())) == 2
-    [check] = checks._vocabulary()
+    [check] = doctor._vocabulary()
     assert not check.ok and check.cure

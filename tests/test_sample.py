@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinygpt.config import SampleConfig
 from tinygpt.errors import ConfigError, TinyGPTError, UsageError
-from tinygpt.sample import (
+from tinygpt.generation.sample import (
     Penalties,
     choose,
     draw,

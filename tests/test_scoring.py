@@ -14,12 +14,12 @@ from tinygrad import Tensor
 from tests.serving import PATIENCE, TINY, until
 from tinygpt.api import GPT
 from tinygpt.config import SampleConfig
-from tinygpt.generate.batching import CHUNK, WINDOW_TOKENS, BatchDecoder
-from tinygpt.sample import log_probabilities
-from tinygpt.server.beside import SHARE, Beside, Call, Text
-from tinygpt.server.engine import Engine, EngineClosed, QueueFull, Request
-from tinygpt.server.scoring import score_texts
-from tinygpt.tokenizers import ByteTokenizer
+from tinygpt.generation.batching import CHUNK, WINDOW_TOKENS, BatchDecoder
+from tinygpt.generation.sample import log_probabilities
+from tinygpt.server.engine.beside import SHARE, Beside, Call, Text
+from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull, Request
+from tinygpt.server.engine.scoring import score_texts
+from tinygpt.text.tokenizers import ByteTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -36,29 +36,28 @@ from tests.serving import (
     running,
     until,
 )
-from tinygpt import extras
 from tinygpt.api import GPT
 from tinygpt.cli import main
 from tinygpt.cli.serving import _name as name_of
 from tinygpt.cli.serving import browser
 from tinygpt.config import SampleConfig
-from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError
-from tinygpt.generate import generate_text
-from tinygpt.generate.batching import BatchDecoder
-from tinygpt.sample import Penalties, softmax
-from tinygpt.server import listening
+from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError, extras
+from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.sample import Penalties, softmax
+from tinygpt.generation.stream import generate_text
 from tinygpt.server.app import assemble, make_app
-from tinygpt.server.choices import Choice, Delta
-from tinygpt.server.engine import Engine
-from tinygpt.server.limits import Limits
-from tinygpt.server.listening import HOOKS, Server, check_hooks, listen
-from tinygpt.server.prompts import chat_text
-from tinygpt.server.schema import check
-from tinygpt.server.scoring import score_texts
-from tinygpt.server.security import HEADERS, is_loopback
-from tinygpt.server.service import Service
-from tinygpt.server.stream import Piece, wake
-from tinygpt.tokenizers import ByteTokenizer, CharTokenizer, TextStream
+from tinygpt.server.engine.scheduler import Engine
+from tinygpt.server.engine.scoring import score_texts
+from tinygpt.server.engine.sequence import Piece, wake
+from tinygpt.server.http import listening
+from tinygpt.server.http.limits import Limits
+from tinygpt.server.http.listening import HOOKS, Server, check_hooks, listen
+from tinygpt.server.http.security import HEADERS, is_loopback
+from tinygpt.server.openai.choices import Choice, Delta
+from tinygpt.server.openai.prompts import chat_text
+from tinygpt.server.openai.schema import check
+from tinygpt.server.openai.service import Service
+from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer, TextStream
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MARK = "<script>alert('MARK')</script>"
@@ -901,7 +900,16 @@ def test_the_files_of_the_pages_are_served_and_no_others():
         assert answer.status_code == 200 and answer.content
         again = http.get(f"/{path}", headers={"if-none-match": answer.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-    for path in ("/page/", "/page/..%2fapp.py", "/page/%2e%2e/app.py", "/page/app.py", "/page/%00"):
+    others = (
+        "",
+        "..%2fapp.py",
+        "%2e%2e/app.py",
+        "app.py",
+        "local/ui.mjs",
+        "shared/../../api.py",
+        "%00",
+    )
+    for path in (f"/page/{name}" for name in others):
         assert http.get(path).status_code == 404
 
 

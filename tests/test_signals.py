@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import checkpoint
 from tinygpt.cli import main
 from tinygpt.cli.signals import run_signals
-from tinygpt.metrics import read
-from tinygpt.runtime.device import compiler
+from tinygpt.machine.device import compiler
+from tinygpt.runs import checkpoint
+from tinygpt.training.metrics import read
 
 ROOT = Path(__file__).parents[1]
 TINY = shlex.split(

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import checkpoint, preflight, runs
 from tinygpt.cli import generating, main
 from tinygpt.cli.streams import _Descriptor, _text, standard_streams
 from tinygpt.errors import StreamError
-from tinygpt.metrics import read
-from tinygpt.train import Step
+from tinygpt.runs import checkpoint, run
+from tinygpt.training import preflight
+from tinygpt.training.loop import Step
+from tinygpt.training.metrics import read
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -173,8 +174,8 @@ def steps(model, optimizer, config, *_, start=0, **__):
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Train for six steps with a stderr of one's own; -> the exit code, and the steps done."""
-    monkeypatch.setattr(runs, "train_steps", steps)
-    monkeypatch.setattr(runs.TrainingRun, "_sample", lambda *_: None)
+    monkeypatch.setattr(run, "train_steps", steps)
+    monkeypatch.setattr(run.TrainingRun, "_sample", lambda *_: None)
     monkeypatch.setattr(preflight, "measured_rate", lambda: 1e9)
     (tmp_path / "a.txt").write_text("the cat sat on the mat, and the dog sat on the log.\n" * 40)
     (tmp_path / "c.toml").write_text(SETTINGS)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinygpt.strict_json import to_json, write_json
+from tinygpt.files.strict_json import to_json, write_json
 
 PACKAGE = Path(__file__).parents[1] / "src" / "tinygpt"
 LEGACY = ("checkpoint/format.py", "_first_digest")
@@ -95,4 +95,4 @@ def test_nobody_else_writes_json():
         for function in writers(path)
         if path.name != "strict_json.py"
     }
-    assert found == {LEGACY}, "use tinygpt.strict_json, or server.json_answer.JSONResponse"
+    assert found == {LEGACY}, "use tinygpt.files.strict_json, or server.json_answer.JSONResponse"

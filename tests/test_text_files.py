@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import text_files
 from tinygpt.cli.options import DataConfig, resolve
 from tinygpt.cli.running import gather
-from tinygpt.corpus import open_corpus
 from tinygpt.errors import DataError
-from tinygpt.text_files import find_texts
+from tinygpt.text import walk
+from tinygpt.text.corpus import open_corpus
+from tinygpt.text.walk import find_texts
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -190,8 +190,8 @@ def closed(monkeypatch: pytest.MonkeyPatch, *places: Path) -> None:
 
         return called
 
-    monkeypatch.setattr(text_files.os, "scandir", refusing(os.scandir))
-    monkeypatch.setattr(text_files, "open_regular", refusing(text_files.open_regular))
+    monkeypatch.setattr(walk.os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(walk, "open_regular", refusing(walk.open_regular))
 
 
 def test_what_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,5 +230,5 @@ def test_nothing_of_a_copy_is_in_the_validation_part(
 
 
 def test_the_examples_of_the_docstrings() -> None:
-    found = doctest.testmod(text_files)
+    found = doctest.testmod(walk)
     assert found.attempted >= 2 and found.failed == 0

@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tinygpt import extras
-from tinygpt.corpus import open_corpus
-from tinygpt.errors import DataError, TokenizerError
-from tinygpt.tokenizers import (
+from tinygpt.errors import DataError, TokenizerError, extras
+from tinygpt.text.corpus import open_corpus
+from tinygpt.text.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -34,8 +33,8 @@ from tinygpt.tokenizers import (
     tokenizer_from_dict,
     vocabulary,
 )
-from tinygpt.tokenizers.bpe import PATTERNS
-from tinygpt.tokenizers.chunks import split_space
+from tinygpt.text.tokenizers.bpe import PATTERNS
+from tinygpt.text.tokenizers.chunks import split_space
 
 TEXT = "the cat sat on the mat; the dog sat on the log. Über 12 Äpfel, ça va? 日本語\r\n\tend\n" * 3
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
@@ -266,12 +265,12 @@ def test_without_any_vocabulary_every_way_is_named(nowhere: Path) -> None:
 def test_without_a_network_the_answer_comes_soon(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinygpt import files
+    from tinygpt.files import download
 
     with socket.socket() as silent:  # takes the connection and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        monkeypatch.setattr(vocabulary, "download", files.download)
+        monkeypatch.setattr(vocabulary, "download", download.download)
         monkeypatch.setattr(vocabulary, "DEADLINE", 0.5)
         began = time.monotonic()
         with pytest.raises(TokenizerError, match=r"did not arrive within 0\.5 seconds"):

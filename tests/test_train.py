@@ -6,9 +6,10 @@ from tinygrad import Tensor, nn
 from tinygrad.helpers import Context
 
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.model import Transformer
-from tinygpt.optim import make_optimizer
-from tinygpt.train import evaluate, make_evaluate, make_train_step, train_steps
+from tinygpt.model.transformer import Transformer
+from tinygpt.training.loop import train_steps
+from tinygpt.training.optim import make_optimizer
+from tinygpt.training.step import evaluate, make_evaluate, make_train_step
 
 CONFIG = GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
 TOKENS = (np.arange(600) % 13).astype(np.uint16)
@@ -41,12 +42,12 @@ def test_the_jitted_step_is_the_eager_one():
     eager = Transformer(CONFIG)
     optimizer = make_optimizer(eager.parameters(), config)
     take = make_train_step(eager, optimizer, config)
-    from tinygpt import data
-    from tinygpt.optim import learning_rate
+    from tinygpt.text.batches import batch
+    from tinygpt.training.optim import learning_rate
 
     with Context(JIT=0):
         for i in range(6):
-            x, y = data.batch(TOKENS, i, config.seed, 4, 8)
+            x, y = batch(TOKENS, i, config.seed, 4, 8)
             loss, *_ = take(x[None], y[None], learning_rate(config, i), (config.seed, i))
             assert loss == pytest.approx(jitted[i], abs=1e-5)
     np.testing.assert_allclose(weights(eager), weights(model), atol=1e-5)
@@ -99,10 +100,10 @@ def test_an_evaluation_is_the_mean_loss_of_fixed_batches():
     evaluate_batch = make_evaluate(model, 2)
     first = evaluate(evaluate_batch, TOKENS, 3, 2, 8)
     assert first == evaluate(evaluate_batch, TOKENS, 3, 2, 8)
-    from tinygpt import data
-    from tinygpt.train import EVAL_SEED
+    from tinygpt.text.batches import batch
+    from tinygpt.training.loop import EVAL_SEED
 
-    batches = [data.batch(TOKENS, i, EVAL_SEED, 2, 8) for i in range(3)]
+    batches = [batch(TOKENS, i, EVAL_SEED, 2, 8) for i in range(3)]
     plain = [model.loss(Tensor(x), Tensor(y)).item() for x, y in batches]
     assert first == pytest.approx(np.mean(plain), abs=1e-5)
 

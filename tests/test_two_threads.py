@@ -11,11 +11,12 @@ import pytest
 from tinygrad import Tensor
 from tinygrad.helpers import TRAINING
 
-from tinygpt import kernels, optim
+from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
 from tinygpt.kernels import phases
-from tinygpt.model import Transformer, mode
+from tinygpt.model.transformer import Transformer, mode
+from tinygpt.training import optim
 
 WAIT = 20
 MODEL = Transformer(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8))

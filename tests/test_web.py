@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 
 from tests.mixed_text import mixed_text
-from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig, extras
+from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig, pages
 from tinygpt.cli import main
 from tinygpt.config import SampleConfig
-from tinygpt.errors import InteropError, MissingExtraError, UsageError
-from tinygpt.generate import generate
+from tinygpt.errors import InteropError, MissingExtraError, UsageError, extras
+from tinygpt.generation.generate import generate
+from tinygpt.generation.sample import next_logits, softmax
 from tinygpt.interop.parity import TOLERANCE, fixed_prompt, our_logits
 from tinygpt.interop.web import Kind, export_web, parity, wasm, weights
 from tinygpt.interop.web.capture import capture
 from tinygpt.interop.web.vocabulary import describe
-from tinygpt.sample import next_logits, softmax
-from tinygpt.tokenizers import Tokenizer
-from tinygpt.transfer import read
+from tinygpt.machine.transfer import read
+from tinygpt.text.tokenizers import Tokenizer
 
-PAGE = Path(parity.__file__).with_name("page")
+PAGE = pages.FOLDER / "local"
 SMALL = GPTConfig(block_size=24, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
 BARE = GPTConfig(
     block_size=24, vocab_size=300, n_layer=1, n_head=4, n_embd=48, bias=False, tie_embeddings=False

@@ -19,9 +19,9 @@ from tests.mixed_text import mixed_text
 from tests.test_web import make
 from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig
 from tinygpt.config import SampleConfig
-from tinygpt.generate import generate_text
+from tinygpt.generation.stream import generate_text
 from tinygpt.interop.web import export_web
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

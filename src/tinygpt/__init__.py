@@ -5,16 +5,12 @@
 >>> train(model, TrainConfig(max_iters=100), tokens)
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import runtime
+from tinygpt.machine import device
 
-runtime.prepare()  # before anything imports tinygrad
-
-__version__ = "0.1.0"
+device.prepare()  # before anything imports tinygrad
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT as GPT
@@ -25,16 +21,17 @@ if TYPE_CHECKING:
     from tinygpt.config import GPTConfig as GPTConfig
     from tinygpt.config import SampleConfig as SampleConfig
     from tinygpt.config import TrainConfig as TrainConfig
+    from tinygpt.config import __version__ as __version__
     from tinygpt.errors import TinyGPTError as TinyGPTError
-    from tinygpt.gradcheck import gradcheck as gradcheck
-    from tinygpt.optim import AdamW as AdamW
-    from tinygpt.runs import TrainResult as TrainResult
-    from tinygpt.tokenizers import BPETokenizer as BPETokenizer
-    from tinygpt.tokenizers import ByteTokenizer as ByteTokenizer
-    from tinygpt.tokenizers import CharTokenizer as CharTokenizer
-    from tinygpt.tokenizers import Tokenizer as Tokenizer
-    from tinygpt.train import Step as Step
-    from tinygpt.train import train_steps as train_steps
+    from tinygpt.runs.run import TrainResult as TrainResult
+    from tinygpt.text.tokenizers import BPETokenizer as BPETokenizer
+    from tinygpt.text.tokenizers import ByteTokenizer as ByteTokenizer
+    from tinygpt.text.tokenizers import CharTokenizer as CharTokenizer
+    from tinygpt.text.tokenizers import Tokenizer as Tokenizer
+    from tinygpt.training.gradcheck import gradcheck as gradcheck
+    from tinygpt.training.loop import Step as Step
+    from tinygpt.training.loop import train_steps as train_steps
+    from tinygpt.training.optim import AdamW as AdamW
 
 _HOMES = {
     "GPT": "api",
@@ -46,15 +43,15 @@ _HOMES = {
     "TrainConfig": "config",
     "PRESETS": "config",
     "TinyGPTError": "errors",
-    "gradcheck": "gradcheck",
-    "AdamW": "optim",
-    "TrainResult": "runs",
-    "BPETokenizer": "tokenizers",
-    "ByteTokenizer": "tokenizers",
-    "CharTokenizer": "tokenizers",
-    "Tokenizer": "tokenizers",
-    "Step": "train",
-    "train_steps": "train",
+    "TrainResult": "runs.run",
+    "BPETokenizer": "text.tokenizers",
+    "ByteTokenizer": "text.tokenizers",
+    "CharTokenizer": "text.tokenizers",
+    "Tokenizer": "text.tokenizers",
+    "gradcheck": "training.gradcheck",
+    "Step": "training.loop",
+    "train_steps": "training.loop",
+    "AdamW": "training.optim",
 }
 
 __all__ = sorted(_HOMES)
@@ -62,19 +59,7 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use: the command line answers before tinygrad loads."""
-    if name not in _HOMES:
+    home = "config" if name == "__version__" else _HOMES.get(name)
+    if home is None:
         raise AttributeError(f"module 'tinygpt' has no attribute {name!r}")
-    return getattr(import_module(f"tinygpt.{_HOMES[name]}"), name)
-
-
-class _Package(ModuleType):
-    """``train`` and ``gradcheck`` are modules here too, but from outside the functions are meant.
-
-    A property stands before what the import of a submodule would set.
-    """
-
-    train = property(lambda _: __getattr__("train"), lambda _, module: None)
-    gradcheck = property(lambda _: __getattr__("gradcheck"), lambda _, module: None)
-
-
-sys.modules[__name__].__class__ = _Package
+    return getattr(import_module(f"tinygpt.{home}"), name)

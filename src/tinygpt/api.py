@@ -12,16 +12,19 @@ import numpy.typing as npt
 from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
 
-from tinygpt import checkpoint, data, generate, lora
-from tinygpt import quantize as quantization
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
-from tinygpt.display import follow
 from tinygpt.errors import TokenizerError, UsageError
-from tinygpt.files import user_path
-from tinygpt.interop import hf
-from tinygpt.model import Transformer
-from tinygpt.runs import TrainingRun, TrainResult, choose_checkpoint
-from tinygpt.tokenizers import Tokenizer, check_readable, ends_of, tokenizer_from_dict
+from tinygpt.files.atomic import user_path
+from tinygpt.generation import decoder, generate
+from tinygpt.interop.hf import pretrained
+from tinygpt.model import int8 as quantization
+from tinygpt.model import lora
+from tinygpt.model.transformer import Transformer
+from tinygpt.runs import checkpoint
+from tinygpt.runs.display import follow
+from tinygpt.runs.run import TrainingRun, TrainResult, choose_checkpoint
+from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of, tokenizer_from_dict
+from tinygpt.text.tokens import load_tokens
 from tinygpt.untrusted import brief
 
 TokenSource = npt.NDArray[np.integer[Any]] | Sequence[int] | Tensor | str | Path
@@ -37,7 +40,7 @@ class GPT(Transformer):
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
         super().__init__(config, seed)
-        self.decoder = generate.Decoder(self)
+        self.decoder = decoder.Decoder(self)
         self.limit: int | None = None
         """Ids from here on are never generated; None for as many as the vocabulary has rows."""
         self.ends: tuple[int, ...] = ()
@@ -68,9 +71,9 @@ class GPT(Transformer):
         gpt2-large, gpt2-xl, distilgpt2, owner/name. A short name is never a folder, but ``./gpt2``
         is; ``revision`` is a commit, tag or branch of the hub. Raises InteropError.
         """
-        found = hf.open_pretrained(source, revision=revision)
+        found = pretrained.open_pretrained(source, revision=revision)
         model = cls(found.config, seed=None)
-        hf.load_weights(model, found)
+        pretrained.load_weights(model, found)
         model.ends = found.ends
         return model.eval()
 
@@ -103,7 +106,7 @@ class GPT(Transformer):
 
     def quantize(self) -> Self:
         """Round the weights to int8, in place: for generation only, see ``quantize.quantize``."""
-        self.decoder = generate.Decoder(self)  # the one before holds on to the weights before
+        self.decoder = decoder.Decoder(self)  # the one before holds on to the weights before
         return quantization.quantize(self)
 
     def save_checkpoint(
@@ -170,8 +173,8 @@ def train(
     vocab = model.config.vocab_size
     if isinstance(model, GPT) and tokenizer is not None:
         model.speaks(tokenizer)
-    tokens = data.load_tokens(train_data, vocab)
-    held_out = None if val_data is None else data.load_tokens(val_data, vocab)
+    tokens = load_tokens(train_data, vocab)
+    held_out = None if val_data is None else load_tokens(val_data, vocab)
     run = TrainingRun(
         model,
         train_config,
@@ -220,6 +223,6 @@ def load_pretrained(
     source: str | Path, revision: str | None = None
 ) -> tuple[GPT, Tokenizer | None]:
     """``GPT.from_pretrained``, and the tokenizer that lies beside the weights, if any."""
-    tokenizer = hf.open_pretrained(source, revision=revision).tokenizer
+    tokenizer = pretrained.open_pretrained(source, revision=revision).tokenizer
     model = GPT.from_pretrained(source, revision)
     return (model if tokenizer is None else model.speaks(tokenizer)), tokenizer

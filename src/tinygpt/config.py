@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from tinygpt.errors import ConfigError, nearest
-from tinygpt.strict_json import to_json
+from tinygpt.files.strict_json import to_json
 from tinygpt.untrusted import LARGEST, brief, clip, parse_toml, read_bounded
+
+__version__ = "0.1.0"
 
 AttentionMethod = Literal["auto", "flash", "plain"]
 """How attention is computed, see ``GPTConfig.attention``."""

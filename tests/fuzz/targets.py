@@ -19,19 +19,19 @@ from pathlib import Path
 from tests.fuzz.corpus import FILES
 from tests.fuzz.limits import Finding, limited
 from tests.fuzz.making import checkpoint, container, seal
-from tinygpt import checkpoint as checkpoints
-from tinygpt import lock
-from tinygpt.checkpoint.folder import run_of
 from tinygpt.cli.options import file_tables, resolve
-from tinygpt.corpus import open_corpus
-from tinygpt.data import load_tokens
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError
-from tinygpt.metrics import read
-from tinygpt.plots import read_curves
-from tinygpt.server.watch import Watch
-from tinygpt.server.watched import run_id
-from tinygpt.strict_json import to_json
-from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
+from tinygpt.files.strict_json import to_json
+from tinygpt.runs import checkpoint as checkpoints
+from tinygpt.runs import lock
+from tinygpt.runs.checkpoint.folder import run_of
+from tinygpt.runs.plots import read_curves
+from tinygpt.server.dashboard.watch import Watch
+from tinygpt.server.dashboard.watched import run_id
+from tinygpt.text.corpus import open_corpus
+from tinygpt.text.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
+from tinygpt.text.tokens import load_tokens
+from tinygpt.training.metrics import read
 
 LONGEST_MESSAGE = 600
 """Characters of an error, besides the path: none repeats much of a file."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import __version__
 from tinygpt.cli.console import (
     BROKEN_PIPE,
     FAILURE,
@@ -19,9 +18,10 @@ from tinygpt.cli.console import (
     program_name,
 )
 from tinygpt.cli.streams import standard_streams
-from tinygpt.display.text import printable
+from tinygpt.config import __version__
 from tinygpt.errors import TinyGPTError, UsageError
-from tinygpt.files import user_path
+from tinygpt.files.atomic import user_path
+from tinygpt.runs.display.text import printable
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tinygpt import runtime
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Switch
 from tinygpt.errors import UsageError, nearest
+from tinygpt.machine import device
 
 if TYPE_CHECKING:
-    from tinygpt.kernelcheck import KernelReport, Row, Speed
+    from tinygpt.kernels.check import KernelReport, Row, Speed
 
 
 def check(*kernels: str, json: Switch = False) -> int:
@@ -25,9 +25,9 @@ def check(*kernels: str, json: Switch = False) -> int:
     json
         Print the reports as JSON.
     """
-    runtime.require_device()
-    from tinygpt.kernelcheck import check_kernel
-    from tinygpt.kernelcheck.cases import KERNELS
+    device.require_device()
+    from tinygpt.kernels.check import check_kernel
+    from tinygpt.kernels.check.cases import KERNELS
 
     known = list(KERNELS)
     for name in kernels:

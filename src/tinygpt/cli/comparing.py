@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinygpt import checkpoint, metrics
 from tinygpt.cli.console import aligned, show_json
 from tinygpt.cli.options import CONFIGS, Switch, Tables, file_tables
 from tinygpt.config import GPTConfig
-from tinygpt.display.text import duration, printable
 from tinygpt.errors import CheckpointError, MissingExtraError, UsageError
+from tinygpt.runs import checkpoint
+from tinygpt.runs.display.text import duration, printable
+from tinygpt.training import metrics
 from tinygpt.untrusted import brief, is_number
 
 MOST_RUNS = 6
@@ -252,7 +253,7 @@ def _curves(runs: Sequence[Run]) -> str:
 
     Without colours, as in a file, the curves look alike: the numbers tell which is which.
     """
-    from tinygpt.plots import terminal_plot
+    from tinygpt.runs.plots import terminal_plot
 
     drawn = [run.path for run in runs if run.train or run.val]
     if not drawn:

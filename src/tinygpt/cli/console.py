@@ -9,9 +9,9 @@ from os import fsencode
 from pathlib import Path
 from typing import Any
 
-from tinygpt.display.text import printable
 from tinygpt.errors import DataError
-from tinygpt.strict_json import to_json
+from tinygpt.files.strict_json import to_json
+from tinygpt.runs.display.text import printable
 from tinygpt.untrusted import has_surrogates
 
 PROGRAMS = ("tinygpt", "minimiggy")

@@ -14,9 +14,9 @@ from tinygpt.errors import UsageError
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.data import Tokens
-    from tinygpt.evaluation import Measured
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.text.tokenizers import Tokenizer
+    from tinygpt.text.tokens import Tokens
+    from tinygpt.training.evaluation import Measured
 
 BATCH_SIZE = 16
 """Windows evaluated at a time."""
@@ -82,7 +82,7 @@ def _measured(
     from rich.console import Console
     from rich.progress import track
 
-    from tinygpt import evaluation
+    from tinygpt.training import evaluation
 
     block_size, console = model.config.block_size, Console(stderr=True)
     evaluation.check(block_size, tokens, batch_size, stride)

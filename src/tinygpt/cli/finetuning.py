@@ -9,11 +9,11 @@ from tinygpt.cli.console import command
 from tinygpt.cli.options import DataConfig, Tables
 from tinygpt.config import fine_tuning
 from tinygpt.errors import UsageError
-from tinygpt.files import user_path
+from tinygpt.files.atomic import user_path
 
 if TYPE_CHECKING:
-    from tinygpt.checkpoint import Meta
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.runs.checkpoint import Meta
+    from tinygpt.text.tokenizers import Tokenizer
 
 FREE = ("dropout", "attention", "block_size")
 """What need not be as it was when the weights were learned; a block may be shorter."""
@@ -27,8 +27,8 @@ class Beginning:
     """
 
     def __init__(self, init: str, out: Path | None) -> None:
-        from tinygpt import checkpoint
-        from tinygpt.runs import choose_checkpoint
+        from tinygpt.runs import checkpoint
+        from tinygpt.runs.run import choose_checkpoint
 
         path = user_path(init)
         if (path / "config.json").is_file() and not checkpoint.list_checkpoints(path):
@@ -66,8 +66,8 @@ class Beginning:
 
     def tokenizer(self, data: DataConfig) -> Tokenizer | None:
         """The weights' own tokenizer; UsageError if another is asked for, or none is known."""
-        from tinygpt.data import TOKEN_FILES
-        from tinygpt.tokenizers import make_tokenizer, tokenizer_from_dict
+        from tinygpt.text.tokenizers import make_tokenizer, tokenizer_from_dict
+        from tinygpt.text.tokens import TOKEN_FILES
 
         described, spec = self.meta.tokenizer, data.tokenizer
         named = None if spec is None else make_tokenizer(spec, lambda: _untrained(spec))

@@ -14,8 +14,8 @@ from tinygpt.cli.console import program_name, read_stdin, say, show_json
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch, flags
 from tinygpt.config import SampleConfig
-from tinygpt.display.text import printable
 from tinygpt.errors import StreamError, TinyGPTError, UsageError
+from tinygpt.runs.display.text import printable
 
 if TYPE_CHECKING:
     SampleFlags = dict[str, Any]
@@ -125,13 +125,13 @@ class _Writer:
         self.ignore_eos = False
 
     def default_prompt(self) -> str:
-        from tinygpt.generate import first_prompt
+        from tinygpt.generation.stream import first_prompt
 
         return first_prompt(self.tokenizer)
 
     def pieces(self, prompt: str, number: int) -> Iterator[str]:
         """The pieces of one continuation; with a seed the number-th has a seed of its own."""
-        from tinygpt.generate import generate_text
+        from tinygpt.generation.stream import generate_text
 
         return generate_text(
             self.model.decoder,

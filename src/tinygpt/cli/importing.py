@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from tinygpt import runtime
 from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.options import Switch
 from tinygpt.errors import UsageError
-from tinygpt.names import is_name
+from tinygpt.machine import device
+from tinygpt.text.names import is_name
 
 if TYPE_CHECKING:
-    from tinygpt.interop.hf import Pretrained
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.interop.hf.pretrained import Pretrained
+    from tinygpt.text.tokenizers import Tokenizer
 
 app = App(name="import", help="Take in weights that others trained.")
 
@@ -50,7 +50,7 @@ def import_hf(
         Print a summary as JSON.
     """
     from tinygpt.interop.folders import check_free
-    from tinygpt.interop.hf import import_run, open_pretrained
+    from tinygpt.interop.hf.pretrained import import_run, open_pretrained
 
     check_free(out)
     found = open_pretrained(source, progress=True, revision=revision)
@@ -84,7 +84,7 @@ def import_hf(
 
 def _tokenizer(found: Pretrained, spec: str | None) -> Tokenizer | None:
     """The one that was named, or else the one beside the weights; it has to fit."""
-    from tinygpt.tokenizers import make_tokenizer
+    from tinygpt.text.tokenizers import make_tokenizer
 
     if spec is None:
         return found.tokenizer
@@ -103,7 +103,7 @@ def _no_text(spec: str) -> list[str]:
 
 def _checked(found: Pretrained) -> float:
     """How far our model's logits are from those of the plain forward pass."""
-    from tinygpt.interop.hf import check
+    from tinygpt.interop.hf.pretrained import check
 
-    runtime.require_device()
+    device.require_device()
     return check(found)

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import runtime
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Switch, Values, flags
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.machine import device
+from tinygpt.machine.doctor import clear_caches, examine, time_devices
 
 SMALL_MODEL: Values = {
     "block_size": 8,
@@ -44,7 +45,7 @@ def plot(
     terminal
         Draw in the terminal, also with --out.
     """
-    from tinygpt.plots import save_plot, terminal_plot
+    from tinygpt.runs.plots import save_plot, terminal_plot
 
     if not runs:
         raise UsageError("Say which run to draw: the folder that training wrote.")
@@ -66,8 +67,8 @@ def info(path: Path, /, *, json: Switch = False) -> None:
     json
         Print everything as JSON, the tensors' names, types and shapes included.
     """
-    from tinygpt import checkpoint
-    from tinygpt.runs import choose_checkpoint
+    from tinygpt.runs import checkpoint
+    from tinygpt.runs.run import choose_checkpoint
 
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint and no run at {path}.")
@@ -136,12 +137,12 @@ def gradcheck(
     config = GPTConfig.from_dict({**SMALL_MODEL, **(model or {})})
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is too small: it must be at least 1.")
-    runtime.require_device()
+    device.require_device()
     import numpy as np
     from tinygrad import Tensor
 
-    from tinygpt.gradcheck import gradcheck as check
-    from tinygpt.model import Transformer
+    from tinygpt.model.transformer import Transformer
+    from tinygpt.training.gradcheck import gradcheck as check
 
     shape = (batch_size, config.block_size + 1)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, shape, np.int32)
@@ -168,11 +169,11 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
         First delete compiled kernels and token files, which are made again when they are needed.
     """
     if clear_cache:
-        freed, failed = runtime.clear_caches()
+        freed, failed = clear_caches()
         say(f"cleared {freed / 1e6:,.1f} MB of kernels and token files")
         for path in failed:
             say(f"could not delete {path}")
-    checks = [*runtime.doctor(), *runtime.time_devices()]
+    checks = [*examine(), *time_devices()]
     healthy = all(check.ok or check.optional for check in checks)
     if json:
         show_json({"ok": healthy, "checks": [vars(check) for check in checks]})

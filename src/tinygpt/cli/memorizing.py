@@ -14,15 +14,15 @@ from tinygpt.cli.models import load_model
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.cli.texts import own_source, read_tokens, unlike_training
 from tinygpt.config import SampleConfig
-from tinygpt.display.text import printable
 from tinygpt.errors import DataError, TokenizerError, UsageError
+from tinygpt.runs.display.text import printable
 from tinygpt.untrusted import clip
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.data import Tokens
-    from tinygpt.memorization import Overlap
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.text.overlap import Overlap
+    from tinygpt.text.tokenizers import Tokenizer
+    from tinygpt.text.tokens import Tokens
 
 TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
 SPAN = 1 << 16
@@ -46,6 +46,7 @@ def memorization(
     max_tokens: int = 200,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     seed: int = 1,
+    ignore_eos: Switch = False,
     min_length: int = 50,
     show: int = 3,
     tokenizer: str | None = None,
@@ -80,6 +81,8 @@ def memorization(
         What every text begins with; it does not count. [default: a line break, if there is one]
     seed
         The same seed gives the same texts.
+    ignore_eos
+        Go on behind the token that ends a text, which the tokenizer or --tokenizer knows.
     min_length
         Characters from which on a passage counts as by heart.
     show
@@ -89,9 +92,10 @@ def memorization(
     json
         Print the result as JSON.
     """
-    from tinygpt.data import split
-    from tinygpt.generate import first_prompt
-    from tinygpt.memorization import overlaps
+    from tinygpt.generation.stream import first_prompt
+    from tinygpt.text.batches import split
+    from tinygpt.text.overlap import overlaps
+    from tinygpt.text.tokenizers import ends_of
 
     _check(samples=samples, max_tokens=max_tokens, min_length=min_length)
     temperatures = list(TEMPERATURES if temperature is None else temperature)
@@ -103,8 +107,11 @@ def memorization(
     name += unlike_training(run, "train", training) if data is None else ""
     say(f"writing {samples} texts at each temperature")
     prompt = first_prompt(own) if prompt is None else prompt
+    ends = () if ignore_eos else ends_of(own)
     groups = [
-        _write(model, own, prompt, max_tokens, config, samples if config.temperature else 1, seed)
+        _write(
+            model, own, prompt, max_tokens, config, samples if config.temperature else 1, seed, ends
+        )
         for config in configs
     ]
     length = max((len(text) for group in groups for text in group), default=0)
@@ -121,6 +128,7 @@ def memorization(
                 "prompt": prompt,
                 "seed": seed,
                 "max_tokens": max_tokens,
+                "ignore_eos": ignore_eos,
                 "min_length": min_length,
                 "temperatures": [
                     {"temperature": t, **each.to_dict()}
@@ -171,12 +179,12 @@ def _write(
     config: SampleConfig,
     samples: int,
     seed: int,
+    ends: Sequence[int],
 ) -> list[str]:
-    """The continuations of the prompt, without it."""
+    """The continuations of the prompt, without it and without the ids that end a text."""
     import numpy as np
 
-    from tinygpt.generate import FINISHED, generate_tokens
-    from tinygpt.tokenizers import ends_of
+    from tinygpt.generation.generate import FINISHED, generate_tokens
 
     try:
         ids = tokenizer.encode(prompt)
@@ -184,7 +192,7 @@ def _write(
         raise UsageError(f"{error} Give another --prompt.") from error
     if not ids:
         raise UsageError("The prompt is empty, and a model needs something to continue.")
-    limit, ends = tokenizer.vocab_size, ends_of(tokenizer)
+    limit = tokenizer.vocab_size
     steps = generate_tokens(
         model.decoder, [ids] * samples, max_tokens, config, seed, limit=limit, ends=ends
     )

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tinygpt import runtime
 from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig
 from tinygpt.cli.texts import own_validation, read_tokens
 from tinygpt.errors import DataError, TokenizerError, UsageError
+from tinygpt.machine import device
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.text.tokenizers import Tokenizer
 
 
 Quantize = Literal["int8"]
-"""What weights can be rounded to, see ``tinygpt.quantize``."""
+"""What weights can be rounded to, see ``tinygpt.model.int8``."""
 
 
 def load_model(
@@ -28,9 +28,9 @@ def load_model(
     With ``quantize`` its weights are rounded as they are read: for generation only.
     """
     from tinygpt.api import load
-    from tinygpt.tokenizers import make_tokenizer
+    from tinygpt.text.tokenizers import make_tokenizer
 
-    runtime.require_device()
+    device.require_device()
     model, own = load(run, quantize)
     if tokenizer is not None:
         return model, make_tokenizer(tokenizer, lambda: _no_text(tokenizer))
@@ -50,11 +50,12 @@ def check_quantize(quantize: Quantize | None, data: str | None) -> None:
 
 def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
     """Say what rounding has saved, and what it costs on ``data`` or the run's validation text."""
-    from tinygpt import checkpoint, quantize
-    from tinygpt.preflight import size
-    from tinygpt.runs import choose_checkpoint
+    from tinygpt.model import int8
+    from tinygpt.runs import checkpoint
+    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.training.preflight import size
 
-    before, after = quantize.sizes(model)
+    before, after = int8.sizes(model)
     say(f"int8: the weights take {size(after)} instead of {size(before)}")
     try:
         name, tokens = (
@@ -68,7 +69,7 @@ def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None
         say(f"loss: not compared. {error}")
         return
     with checkpoint.weights(choose_checkpoint(run), model) as fetch:
-        found = quantize.compare(model, fetch, tokens)
+        found = int8.compare(model, fetch, tokens)
     say(
         f"loss on {found.tokens:,} tokens of {name}: {found.after:.4f} instead of "
         f"{found.before:.4f} ({found.after - found.before:+.4f})"

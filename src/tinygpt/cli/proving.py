@@ -15,18 +15,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinygpt import runtime
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Settings, Switch, Tables, file_tables, flags, preset_tables, resolve
 from tinygpt.cli.running import Material, gather, make_run
 from tinygpt.config import GPTConfig, TrainConfig
-from tinygpt.corpus import NAMES
 from tinygpt.errors import TrainingError, UsageError
-from tinygpt.files import user_path
-from tinygpt.names import is_name
+from tinygpt.files.atomic import user_path
+from tinygpt.machine import children
+from tinygpt.machine.device import require_device
+from tinygpt.text.corpus import NAMES
+from tinygpt.text.names import is_name
 
 if TYPE_CHECKING:
-    from tinygpt.checkpoint import Meta
+    from tinygpt.runs.checkpoint import Meta
 
 VARYING = {"elapsed", "tokens_per_second", "memory"}
 """What two equal runs need not have in common."""
@@ -108,7 +109,7 @@ def verify_resume(
         raise UsageError("--train.max-iters is what --steps says here: give that.")
     resolved = resolve(kept, preset_tables(preset), file_tables(config), tables)
     settings = _short(resolved, steps, tables["train"])
-    device = runtime.require_device()
+    device = require_device()
     began = time.perf_counter()
     material = gather(settings)
     with _temporary_folder() as folder:
@@ -202,7 +203,7 @@ def _train(settings: Settings, material: Material, folder: Path, steps: int) -> 
 
 def go_on(folder: Path) -> None:
     """Resume a run in a process of its own, as a user does."""
-    program = runtime.python_module("tinygpt", "train", "--resume", "--out", str(folder))
+    program = children.python_module("tinygpt", "train", "--resume", "--out", str(folder))
     done = subprocess.run(**program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
@@ -211,8 +212,8 @@ def go_on(folder: Path) -> None:
 
 def compare(one: Path, two: Path) -> list[Compared]:
     """What two run folders hold, from their newest checkpoints and their histories."""
-    from tinygpt import checkpoint
-    from tinygpt.runs import latest_checkpoint
+    from tinygpt.runs import checkpoint
+    from tinygpt.runs.run import latest_checkpoint
 
     (a, first), (b, second) = (checkpoint.read(latest_checkpoint(path)) for path in (one, two))
     names = sorted({*first, *second})
@@ -240,7 +241,7 @@ def compare(one: Path, two: Path) -> list[Compared]:
 
 
 def _compare_rows(what: str, one: Path, two: Path) -> Compared:
-    from tinygpt.metrics import read
+    from tinygpt.training.metrics import read
 
     first, second = (list(read(path)) for path in (one, two))
     found = []

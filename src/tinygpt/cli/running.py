@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, Settings
-from tinygpt.display.text import duration
 from tinygpt.errors import CheckpointError, DataError, UsageError
-from tinygpt.files import make_folder, sync_folder
-from tinygpt.names import lasting
+from tinygpt.files.atomic import make_folder, sync_folder
+from tinygpt.runs.display.text import duration
+from tinygpt.text.names import lasting
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
     from tinygpt.config import GPTConfig
-    from tinygpt.data import Tokens
-    from tinygpt.runs import TrainingRun
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.runs.run import TrainingRun
+    from tinygpt.text.tokenizers import Tokenizer
+    from tinygpt.text.tokens import Tokens
 
 RUNS = Path("runs")
 """Where runs go that were given no folder."""
@@ -41,7 +41,7 @@ class Material(NamedTuple):
 
 def gather(settings: Settings, own: Tokenizer | None = None) -> Material:
     """Read the text and make its tokens, with the tokenizer that the run has already, if any."""
-    from tinygpt import data
+    from tinygpt.text import batches
 
     name, tokens, tokenizer = _read(settings, own)
     vocab_size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
@@ -51,13 +51,13 @@ def gather(settings: Settings, own: Tokenizer | None = None) -> Material:
             f"each below it. If that is right, say so: --model.vocab-size {vocab_size}"
         )
     shape = settings.model_config(vocab_size)
-    training, held_out = data.split(tokens, settings.data.val_fraction, shape.block_size)
+    training, held_out = batches.split(tokens, settings.data.val_fraction, shape.block_size)
     return Material(name, training, held_out, tokenizer, shape)
 
 
 def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool) -> None:
     """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed."""
-    from tinygpt import preflight
+    from tinygpt.training import preflight
 
     train, given = settings.train, settings.data.init is not None
     estimate = preflight.check(shape, train, allow=allow_memory, given=given)
@@ -81,8 +81,8 @@ def make_run(
 ) -> TrainingRun:
     """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
     from tinygpt.api import GPT
-    from tinygpt.checkpoint import list_checkpoints
-    from tinygpt.runs import TrainingRun
+    from tinygpt.runs.checkpoint import list_checkpoints
+    from tinygpt.runs.run import TrainingRun
 
     source, model = _lasting(settings.data, material.name), GPT(material.shape, settings.train.seed)
     goes_on = isinstance(resume, Path) or (resume and list_checkpoints(folder))
@@ -108,7 +108,7 @@ def _begin(model: GPT, source: DataConfig) -> tuple[DataConfig, dict[str, Any]]:
 
     -> also where they are from
     """
-    from tinygpt import checkpoint
+    from tinygpt.runs import checkpoint
 
     path, expected = str(source.init), source.init_sha256
     origin = checkpoint.start_from(path, model)
@@ -142,20 +142,20 @@ def introduce(run: TrainingRun) -> None:
 
 def _read(settings: Settings, own: Tokenizer | None) -> tuple[str, Tokens, Tokenizer | None]:
     """-> a name for the text, its tokens, and their tokenizer if that is known."""
-    from tinygpt import data
-    from tinygpt.corpus import open_corpus
-    from tinygpt.tokenizers import make_tokenizer
+    from tinygpt.text.corpus import open_corpus
+    from tinygpt.text.tokenizers import make_tokenizer
+    from tinygpt.text.tokens import TOKEN_FILES, load_tokens, tokens_of
 
     source, spec, tokenizer = str(settings.data.source), settings.data.tokenizer, own
-    if Path(source).suffix in data.TOKEN_FILES:
+    if Path(source).suffix in TOKEN_FILES:
         if tokenizer is None and spec is not None:
             tokenizer = make_tokenizer(spec, lambda: _no_text(source))
         size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
-        return Path(source).stem, data.load_tokens(source, size), tokenizer
+        return Path(source).stem, load_tokens(source, size), tokenizer
     corpus = open_corpus(source, field=settings.data.field, glob=settings.data.glob)
     say(f"text: {corpus.description}")
     tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
-    return corpus.name, data.tokens_of(corpus, tokenizer), tokenizer
+    return corpus.name, tokens_of(corpus, tokenizer), tokenizer
 
 
 def _no_text(source: str) -> list[str]:
@@ -167,7 +167,7 @@ def _no_text(source: str) -> list[str]:
 
 def _lasting(data: DataConfig, chosen: str) -> DataConfig:
     """What was used, so that it is found again: ``auto`` is what it chose, paths are absolute."""
-    from tinygpt import corpus, tokenizers
+    from tinygpt.text import corpus, tokenizers
 
     values = data.to_dict()
     if values["source"] == "auto":
@@ -180,7 +180,7 @@ def _lasting(data: DataConfig, chosen: str) -> DataConfig:
 
 def new_folder(name: str) -> Path:
     """Make the folder of a run; of several that begin in one second each gets its own."""
-    from tinygpt.checkpoint import writing
+    from tinygpt.runs.checkpoint import writing
 
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:40] or "text"
     folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"

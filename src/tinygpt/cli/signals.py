@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from tinygpt.cli.console import program_name
-from tinygpt.interrupts import SAVING, STOPPING, Stopper, known, receiving
+from tinygpt.runs.interrupts import SAVING, STOPPING, Stopper, known, receiving
 
 
 @dataclass(frozen=True)

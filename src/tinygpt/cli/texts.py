@@ -10,8 +10,8 @@ from tinygpt.errors import UsageError
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.data import Tokens
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.text.tokenizers import Tokenizer
+    from tinygpt.text.tokens import Tokens
 
 
 def own_source(run: Path) -> DataConfig:
@@ -23,14 +23,14 @@ def own_source(run: Path) -> DataConfig:
 
 def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[str, Tokens]:
     """-> a name for the text, and its tokens"""
-    from tinygpt import data
-    from tinygpt.corpus import open_corpus
+    from tinygpt.text.corpus import open_corpus
+    from tinygpt.text.tokens import TOKEN_FILES, load_tokens, tokens_of
 
     name, vocab_size = str(source.source), model.config.vocab_size
-    if Path(name).suffix in data.TOKEN_FILES:
-        return name, data.load_tokens(name, vocab_size)
+    if Path(name).suffix in TOKEN_FILES:
+        return name, load_tokens(name, vocab_size)
     corpus = open_corpus(name, field=source.field, glob=source.glob)
-    return corpus.description, data.tokens_of(corpus, tokenizer, vocab_size)
+    return corpus.description, tokens_of(corpus, tokenizer, vocab_size)
 
 
 def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
@@ -38,23 +38,24 @@ def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
 
     ``part`` is ``train`` or ``val``. Nothing is said where nobody knows what it was.
     """
-    from tinygpt import checkpoint, data
-    from tinygpt.runs import choose_checkpoint
+    from tinygpt.runs import checkpoint
+    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.text.tokens import data_fingerprint
 
     known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get(part)
-    same = known is None or known == data.data_fingerprint(tokens)
+    same = known is None or known == data_fingerprint(tokens)
     return "" if same else " (not what it was when the run was trained)"
 
 
 def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> tuple[str, Tokens]:
     """The text that a run keeps for validation; UsageError, with the advice, if it keeps none."""
-    from tinygpt import data
+    from tinygpt.text import batches
 
     source = own_source(run)
     if source.source is None:
         raise UsageError(f"{run} does not say what it was trained on. {advice}")
     name, tokens = read_tokens(source, model, tokenizer)
-    _, held_out = data.split(tokens, source.val_fraction, model.config.block_size)
+    _, held_out = batches.split(tokens, source.val_fraction, model.config.block_size)
     if held_out is None:
         raise UsageError(f"{run} kept no text for validation. {advice}")
     changed = unlike_training(run, "val", held_out)

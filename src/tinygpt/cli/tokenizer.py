@@ -10,11 +10,11 @@ from cyclopts import App
 
 from tinygpt.cli.console import aligned, read_stdin, say, show_json
 from tinygpt.cli.options import DataConfig, Switch
-from tinygpt.display.text import printable
 from tinygpt.errors import UsageError
+from tinygpt.runs.display.text import printable
 
 if TYPE_CHECKING:
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.text.tokenizers import Tokenizer
 
 app = App(name="tokenizer", help="Train a vocabulary, or turn text into tokens and back.")
 
@@ -47,11 +47,11 @@ def train(
     glob
         Files of a folder that are read.
     """
-    from tinygpt.checkpoint import run_of
-    from tinygpt.corpus import open_corpus
-    from tinygpt.files import check_overwritable
-    from tinygpt.tokenizers import BPETokenizer
-    from tinygpt.tokenizers.base import MARK
+    from tinygpt.files.atomic import check_overwritable
+    from tinygpt.runs.checkpoint import run_of
+    from tinygpt.text.corpus import open_corpus
+    from tinygpt.text.tokenizers import BPETokenizer
+    from tinygpt.text.tokenizers.base import MARK
 
     check_overwritable(out, MARK, "a tokenizer")
     if run_of(out.parent) is not None:
@@ -118,7 +118,7 @@ def info(tokenizer: str, /, *, json: Switch = False) -> None:
     json
         Print it as JSON.
     """
-    from tinygpt.tokenizers import fingerprint
+    from tinygpt.text.tokenizers import fingerprint
 
     found = _ready(tokenizer)
     spelled = [found.decode_bytes([i]).decode(errors="replace") for i in range(found.vocab_size)]
@@ -137,7 +137,7 @@ def info(tokenizer: str, /, *, json: Switch = False) -> None:
 
 
 def _ready(spec: str) -> Tokenizer:
-    from tinygpt.tokenizers import make_tokenizer
+    from tinygpt.text.tokenizers import make_tokenizer
 
     return make_tokenizer(spec, lambda: _nothing_to_learn_from(spec))
 

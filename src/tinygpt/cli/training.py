@@ -9,7 +9,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import runtime
 from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
@@ -26,13 +25,15 @@ from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
-from tinygpt.files import user_path
-from tinygpt.lock import check_free
-from tinygpt.metrics import perplexity
+from tinygpt.files.atomic import user_path
+from tinygpt.machine import device
+from tinygpt.runs.lock import check_free
+from tinygpt.text.corpus import NAMES
+from tinygpt.training.metrics import perplexity
 
 if TYPE_CHECKING:
-    from tinygpt.runs import TrainingRun
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.runs.run import TrainingRun
+    from tinygpt.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     ModelFlags = dict[str, Any]
@@ -58,6 +59,7 @@ def train(
     glob: str | None = None,
     dashboard: Switch = False,
     dashboard_port: int = 8001,
+    no_token: Switch = False,
     print_config: Switch = False,
     json: Switch = False,
     model: ModelFlags | None = None,
@@ -101,11 +103,15 @@ def train(
         Show the run in the browser while it trains.
     dashboard_port
         Port of that page; if it is taken, one of the next.
+    no_token
+        Show the run, with samples, to everybody on this machine; saving and stopping need the key.
     print_config
         Print the resolved settings as TOML and stop.
     json
         Print a summary of the run as JSON at the end.
     """
+    if no_token and not dashboard:
+        raise UsageError("--no-token is about the dashboard: give --dashboard too.")
     start: Path | None = None
     if resume:
         start, out, source = _where_to_go_on(source, out)
@@ -128,7 +134,7 @@ def train(
     if allow and not resume:
         raise UsageError("--allow-change is for a run that goes on: give --resume too.")
     if allow:
-        from tinygpt.changes import parse
+        from tinygpt.runs.changes import parse
 
         parse(allow)  # before the text is read
     kept = _settings_of(_folder_to_resume(out), start) if resume else {}
@@ -148,13 +154,13 @@ def train(
             f"go on with it: {go_on}"
         )
     if out is not None:
-        from tinygpt.checkpoint import check_claim
+        from tinygpt.runs.checkpoint import check_claim
 
         check_free(out)
         check_claim(out)
     # Before the text is read, and before there is a folder: it may not be possible.
     with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
-        runtime.require_device()
+        device.require_device()
         if beginning is not None:
             own = beginning.tokenizer(settings.data)
         else:
@@ -177,7 +183,7 @@ def train(
         introduce(run)
         if listener is None:
             return _follow(run, json)
-        with dashboard_beside(run, listener, dashboard_port) as stopped:
+        with dashboard_beside(run, listener, dashboard_port, no_token) as stopped:
             return _follow(run, json, stopped)
 
 
@@ -205,8 +211,8 @@ def _check_init(settings: Settings, kept: Tables, resume: bool) -> None:
 
 def _saved_tokenizer(folder: Path, start: Path | None) -> Tokenizer | None:
     """The tokenizer of a run that goes on, from its folder or the checkpoint to ``start`` from."""
-    from tinygpt.checkpoint import read_meta
-    from tinygpt.tokenizers import load_tokenizer, tokenizer_from_dict
+    from tinygpt.runs.checkpoint import read_meta
+    from tinygpt.text.tokenizers import load_tokenizer, tokenizer_from_dict
 
     if start is not None:
         described = read_meta(start).tokenizer
@@ -247,18 +253,19 @@ def _where_to_go_on(
 
     SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
     """
-    from tinygpt.checkpoint import read_meta, run_of
-    from tinygpt.checkpoint.folder import SUFFIX
+    from tinygpt.runs.checkpoint import named_checkpoint, read_meta, run_of
+    from tinygpt.runs.checkpoint.folder import SUFFIX
 
-    path = user_path(source or "")
-    if path.suffix == SUFFIX or re.fullmatch("ckpt_[0-9]+", path.name):
-        path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+    if source in NAMES:
+        return None, out, source
+    path = named_checkpoint(user_path(source or ""))
+    if path.suffix == SUFFIX:
         read_meta(path)  # CheckpointError if it is none
         return path, out or path.parent, None
     if source and run_of(path) is not None:
         if out is None or out.resolve() == path.resolve():
             return None, path, None
-        from tinygpt.runs import latest_checkpoint
+        from tinygpt.runs.run import latest_checkpoint
 
         return latest_checkpoint(path), out, None
     return None, out, source
@@ -276,7 +283,7 @@ def _folder_to_resume(out: Path | None) -> Path:
 
 def _settings_of(folder: Path, start: Path | None = None) -> Tables:
     """The settings of the run in a folder, or of the checkpoint to ``start`` from and its run."""
-    from tinygpt.checkpoint import read_meta
+    from tinygpt.runs.checkpoint import read_meta
 
     config = (folder if start is None else start.parent) / "config.toml"
     if start is not None:
@@ -297,7 +304,7 @@ def _settings_of(folder: Path, start: Path | None = None) -> Tables:
 
 def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = None) -> int:
     """Train to the end, or until a signal; -> the exit code. Others can stop it too."""
-    from tinygpt.display import hung_up, make_display
+    from tinygpt.runs.display import hung_up, make_display
 
     display = make_display(run.config, start=run.iter_num, title=str(run.folder))
     messages, last = sys.stderr, None  # the live view puts another stream in its place

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinygpt import checkpoint
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Switch, file_tables
 from tinygpt.errors import CheckpointError, TinyGPTError, UsageError
+from tinygpt.runs import checkpoint
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def _settings(path: Path) -> str:
 
 
 def _tokenizer(path: Path) -> str:
-    from tinygpt.tokenizers import load_tokenizer
+    from tinygpt.text.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     return f"{tokenizer.kind} of {tokenizer.vocab_size:,}"
 
 
 def _rows(path: Path) -> str:
-    from tinygpt.metrics import read
+    from tinygpt.training.metrics import read
 
     return f"{sum(1 for _ in read(path)):,} rows"
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tinygpt.errors import TokenizerError
-from tinygpt.strict_json import to_json
-from tinygpt.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+from tinygpt.files.strict_json import to_json
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
 from tinygpt.untrusted import brief
 
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

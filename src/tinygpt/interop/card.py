@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tinygpt import __version__
-from tinygpt.checkpoint import Meta
-from tinygpt.metrics import perplexity
+from tinygpt.config import __version__
+from tinygpt.runs.checkpoint import Meta
+from tinygpt.training.metrics import perplexity
 from tinygpt.untrusted import clip
 
 FRONT = """---

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinygpt import checkpoint, files
 from tinygpt.errors import UsageError
+from tinygpt.files import atomic
+from tinygpt.runs import checkpoint
 
 
 def check_free(folder: Path) -> None:
     """UsageError if there is something in a folder, or a file of its name."""
     try:
-        files.check_free(folder)
+        atomic.check_free(folder)
     except FileExistsError as error:
         raise UsageError(
             f"{folder} is there already, and nothing in it is overwritten. Choose another folder."
@@ -27,5 +28,5 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises UsageError if it is there already, CheckpointError if it cannot be written.
     """
     check_free(folder)
-    with checkpoint.writing(folder), files.building(folder) as staging:
+    with checkpoint.writing(folder), atomic.building(folder) as staging:
         yield staging

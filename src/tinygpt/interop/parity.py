@@ -18,7 +18,7 @@ from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError
 
 if TYPE_CHECKING:
-    from tinygpt.model import Transformer
+    from tinygpt.model.transformer import Transformer
 
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[Any]
@@ -53,7 +53,7 @@ def our_logits(model: Transformer, ids: Ids) -> Floats:
     """Logits (T, V) of our model for ids (1, T), without dropout."""
     from tinygrad import Tensor
 
-    from tinygpt.model import mode
+    from tinygpt.model.transformer import mode
 
     with mode(model, training=False):
         logits: Floats = model(Tensor(ids, dtype="int32")).numpy()[0]

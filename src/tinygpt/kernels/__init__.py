@@ -17,7 +17,6 @@ from typing import Literal
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from tinygpt import multicore, programs
 from tinygpt.config import AttentionMethod
 from tinygpt.errors import KernelError
 from tinygpt.kernels import reference
@@ -36,9 +35,10 @@ from tinygpt.kernels.masks import next_key as next_key
 from tinygpt.kernels.norm import layer_norm as fast_layer_norm
 from tinygpt.kernels.quantized import embedding as fast_quantized_embedding
 from tinygpt.kernels.quantized import linear as fast_quantized_linear
+from tinygpt.machine import kernel_store, pool
 
-programs.install()
-multicore.install()  # every core, unless TINYGPT_THREADS says otherwise
+kernel_store.install()
+pool.install()  # every core, unless TINYGPT_THREADS says otherwise
 
 _only_twins = ContextVar("only_twins", default=False)  # of each thread, not of the process
 

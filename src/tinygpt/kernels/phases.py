@@ -44,7 +44,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from tinygrad import Device, Tensor, UOp, dtypes
@@ -52,6 +51,8 @@ from tinygrad.dtype import AddrSpace, DType
 from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
+
+from tinygpt.machine.gradients import open_gradients
 
 PIECE_OPS = 200_000
 """Operations of a piece at least: some 3 µs of a core. Dealing it out costs 0.1 µs to 0.3 µs."""
@@ -368,38 +369,19 @@ def run(
 
 
 class Gradient:
-    """``backward`` in the form that tinygrad asks for; it can be told to let go of its Tensors."""
+    """``backward`` in the form that tinygrad asks for; ``drop`` frees the Tensors that it holds."""
 
     def __init__(self, backward: Backward, outputs: int) -> None:
         self.backward: Backward | None = backward
         self.outputs = outputs
-        if (opened := _open_gradients.get()) is not None:
+        if (opened := open_gradients.get()) is not None:
             opened.append(self)
+
+    def drop(self) -> None:
+        self.backward = None
 
     def __call__(self, grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         assert self.backward is not None, "a gradient through a function that was captured without"
         outputs = [Tensor(u.after(call)) for u in call.src[1 : 1 + self.outputs]]
         found = self.backward(Tensor(grad), outputs)
         return (None,) * self.outputs + tuple(None if g is None else g.uop for g in found)
-
-
-_open_gradients: ContextVar[list[Gradient] | None] = ContextVar("open_gradients", default=None)
-"""Those of the innermost block of ``all_gradients_taken`` in this thread."""
-
-
-@contextmanager
-def all_gradients_taken() -> Iterator[None]:
-    """What is computed in this block is differentiated in this block, or never.
-
-    What the backward passes hold on to is let go at its end. A captured jit keeps its kernels, they
-    keep their backward passes, and memory that a Tensor has is not used for anything else: an
-    evaluation took as much of it as a training step.
-    """
-    before, gradients = _open_gradients.get(), list[Gradient]()
-    _open_gradients.set(gradients)
-    try:
-        yield
-    finally:
-        _open_gradients.set(before)
-        for gradient in gradients:
-            gradient.backward = None

@@ -36,14 +36,14 @@ def export_gguf(
     json
         Print a summary as JSON.
     """
-    from tinygpt.interop.gguf import check_target, export
+    from tinygpt.interop.gguf.gguf_file import check_target, export
 
     check_target(out)
     model, own = load_model(run, tokenizer)
 
     from dataclasses import asdict
 
-    from tinygpt.runs import choose_checkpoint
+    from tinygpt.runs.run import choose_checkpoint
 
     chosen = choose_checkpoint(run)
     done = export(model, own, out, type, name=chosen.absolute().parent.name or "TinyGPT")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from tinygpt.cli.console import say, show_json
 from tinygpt.cli.models import load_model
 from tinygpt.cli.options import Switch
-from tinygpt.names import is_name
+from tinygpt.text.names import is_name
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.tokenizers import Tokenizer
+    from tinygpt.text.tokenizers import Tokenizer
 
 
 def export_hf(
@@ -41,10 +41,10 @@ def export_hf(
     """
     from dataclasses import asdict
 
-    from tinygpt.checkpoint import read_meta, text_of
     from tinygpt.interop.folders import check_free
-    from tinygpt.interop.hf_export import export
-    from tinygpt.runs import choose_checkpoint
+    from tinygpt.interop.hf.hf_export import export
+    from tinygpt.runs.checkpoint import read_meta, text_of
+    from tinygpt.runs.run import choose_checkpoint
 
     check_free(out)
     chosen = choose_checkpoint(run)
@@ -62,8 +62,8 @@ def export_hf(
 def _load(path: Path, tokenizer: str | None) -> tuple[GPT, Tokenizer | None]:
     if tokenizer is None or not is_name(tokenizer, ("none",)):
         return load_model(path, tokenizer)
-    from tinygpt import runtime
     from tinygpt.api import load
+    from tinygpt.machine import device
 
-    runtime.require_device()
+    device.require_device()
     return load(path)[0], None

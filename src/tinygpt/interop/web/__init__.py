@@ -2,7 +2,7 @@
 
 ``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
 makes the same for graphics cards. ``weights`` rounds and cuts the weights, ``vocabulary`` describes
-the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``,
+the tokenizer, ``page`` puts all of it into one file with the scripts in ``pages``,
 ``parity`` sees to it that what is in there computes the same as the model, and ``finished`` that
 the file starts.
 """
@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InteropError, UsageError
-from tinygpt.files import check_overwritable, replacing, user_path
+from tinygpt.files.atomic import check_overwritable, replacing, user_path
 from tinygpt.interop.web import page, vocabulary, weights
 from tinygpt.interop.web.capture import Source, capture
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
 from tinygpt.interop.web.wasm import compile_wasm
 from tinygpt.interop.web.weights import KINDS, Kind
-from tinygpt.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.untrusted import utf8_name
 
 if TYPE_CHECKING:
-    from tinygpt.model import Transformer
+    from tinygpt.model.transformer import Transformer
 
 __all__ = ["KINDS", "Exported", "Kind", "check_target", "export_web"]
 
@@ -73,7 +73,7 @@ def export_web(
     """
     from tinygpt.interop.web.finished import check_finished
     from tinygpt.interop.web.parity import check
-    from tinygpt.transfer import read, write
+    from tinygpt.machine.transfer import read, write
 
     path = user_path(path)
     check_target(path)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinygpt import checkpoint, metrics
+from tinygpt.runs import checkpoint
+from tinygpt.training import metrics
 
 POINTS = 200
 """Points of a curve: as many as a small picture can show."""

@@ -15,10 +15,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import runtime
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
-from tinygpt.strict_json import to_json
+from tinygpt.files.strict_json import to_json
+from tinygpt.machine import children
 
 if TYPE_CHECKING:
     from tinygrad import Tensor
@@ -65,10 +65,10 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
     from tinygrad.helpers import Context
 
     from tinygpt import kernels
-    from tinygpt.cache import KVCache
-    from tinygpt.jit import jit
-    from tinygpt.model import Transformer
-    from tinygpt.transfer import zeros
+    from tinygpt.machine.jit import jit
+    from tinygpt.machine.transfer import zeros
+    from tinygpt.model.cache import KVCache
+    from tinygpt.model.transformer import Transformer
 
     model, cache = Transformer(config).eval(), KVCache(config, 1)
     one, ids = (zeros((1, n), dtypes.int32) for n in (1, config.block_size))
@@ -123,7 +123,7 @@ def _buffer(tensor: Tensor) -> Any:
 def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str]) -> Any:
     """What the program ``module`` makes of a config, from JSON to JSON."""
     done = subprocess.run(
-        **runtime.python_module(module, environment=environment),
+        **children.python_module(module, environment=environment),
         input=to_json(config.to_dict()).encode(),
         capture_output=True,
         check=False,

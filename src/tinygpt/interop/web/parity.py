@@ -17,21 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tinygpt import extras
+from tinygpt import pages
 from tinygpt.config import GPTConfig, SampleConfig
-from tinygpt.errors import InteropError
-from tinygpt.generate import Decoder, generate_tokens
-from tinygpt.interop.hf import fetch_from
+from tinygpt.errors import InteropError, extras
+from tinygpt.files.strict_json import to_json
+from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.generate import generate_tokens
+from tinygpt.interop.hf.pretrained import fetch_from
 from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
 from tinygpt.interop.web.weights import Chunk, values
-from tinygpt.model import Transformer
-from tinygpt.strict_json import to_json
+from tinygpt.model.transformer import Transformer
 
 Logits = npt.NDArray[np.float32]
 
 GREEDY = 100
 """Tokens that both have to choose alike."""
-CHECK = Path(__file__).with_name("page") / "check.mjs"
+CHECK = pages.FOLDER / "local" / "check.mjs"
 
 
 class Ran(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt.errors import UsageError
-from tinygpt.tokenizers import BPETokenizer, Tokenizer
+from tinygpt.text.tokenizers import BPETokenizer, Tokenizer
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:

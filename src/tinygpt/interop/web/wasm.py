@@ -8,9 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tinygpt import extras
-from tinygpt.errors import KernelError
-from tinygpt.runtime import bundled_zig
+from tinygpt.errors import KernelError, extras
+from tinygpt.machine.device import bundled_zig
 
 FLAGS = (
     *("-O3", "-msimd128", "-mbulk-memory", "-mnontrapping-fptoint", "-ffreestanding", "-nostdlib"),

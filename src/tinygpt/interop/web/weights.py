@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.errors import UsageError
-from tinygpt.quantize import rounded as quantized
+from tinygpt.model.int8 import rounded as quantized
 
 Floats = npt.NDArray[np.float32]
 Kind = Literal["float16", "float32", "int8"]

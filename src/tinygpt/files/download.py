@@ -1,0 +1,218 @@
+"""Downloads that resume, verify and appear whole."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tinygpt.errors import DataError, extras
+from tinygpt.files.atomic import is_at, sha256_of, temporary_name
+
+WATCH = 0.1
+"""Seconds between two looks at a download."""
+ATTEMPTS = 4
+"""How often a download that breaks off is taken up again."""
+
+
+def download(
+    url: str,
+    path: Path,
+    sha256: str,
+    *,
+    deadline: float | None = None,
+    size: int | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Path:
+    """Fetch ``url`` to ``path`` and return ``path``, whose content then has the digest ``sha256``.
+
+    What has arrived is kept beside it as ``.part``, and a later call goes on from there. With a
+    ``deadline`` in seconds the call gives up in time whatever hangs, the name lookup included.
+    More than ``size`` bytes are not taken; ``watch`` is told how many have arrived, time and again.
+    Raises DataError that says what went wrong.
+    """
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def work() -> None:
+        try:
+            _fetch(url, path, sha256, stop, size)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="tinygpt-download")
+    thread.start()
+    try:
+        if watch is None:
+            thread.join(deadline)
+        else:
+            _watch(thread, path.with_name(path.name + ".part"), deadline, watch)
+    finally:
+        stop.set()
+    if thread.is_alive():
+        raise DataError(f"{url} did not arrive within {deadline:g} seconds.")
+    if failures:
+        raise _explain(url, path, failures[0]) from failures[0]
+    return path
+
+
+def _watch(
+    thread: threading.Thread, part: Path, deadline: float | None, watch: Callable[[int], None]
+) -> None:
+    """Wait for the thread, and tell how much of the file is there meanwhile."""
+    start = time.monotonic()
+    while thread.is_alive() and (deadline is None or time.monotonic() - start < deadline):
+        thread.join(WATCH)
+        if count := _size(part):
+            watch(count)
+
+
+def _explain(url: str, path: Path, error: Exception) -> DataError:
+    if isinstance(error, DataError):
+        return error
+    import requests
+
+    if isinstance(error, requests.HTTPError):
+        return DataError(f"{url} answered {error.response.status_code} {error.response.reason}.")
+    if advice := network_advice(error):
+        return DataError(
+            f"{url} could not be downloaded. {advice} What has arrived is kept; try again to go on."
+        )
+    return DataError(f"{path} could not be written: {error}.")
+
+
+def network_advice(error: Exception) -> str | None:
+    """What keeps requests from reaching a server, and what to do; None for an error of the disk."""
+    import requests
+
+    if isinstance(error, OSError) and "CA certificate bundle" in str(error):
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+        return (
+            f"There is no file of certificates at {bundle}, which REQUESTS_CA_BUNDLE or "
+            f"CURL_CA_BUNDLE names: correct or unset it."
+        )
+    if not isinstance(error, requests.RequestException):
+        return None
+    if "SOCKS" in str(error):
+        cure = extras.install_command("PySocks>=1.7")
+        return f"The proxy of the environment is a SOCKS proxy, which needs PySocks: {cure}"
+    if isinstance(error, requests.exceptions.ProxyError | requests.exceptions.InvalidProxyURL):
+        return "The proxy does not answer: correct or unset HTTPS_PROXY, HTTP_PROXY or ALL_PROXY."
+    if isinstance(error, requests.exceptions.SSLError):
+        return (
+            "Its certificate is not trusted. Behind a proxy that looks into connections, set "
+            "REQUESTS_CA_BUNDLE to the file of certificates that your network uses."
+        )
+    kind = type(error).__name__
+    return f"Is there a network ({kind})? Behind a proxy, set HTTPS_PROXY."
+
+
+def _fetch(
+    url: str, path: Path, sha256: str, stop: threading.Event, size: int | None = None
+) -> None:
+    """Transfer, resume what breaks off, verify, and only then give the file its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _claimed(path.with_name(path.name + ".part"), stop) as part:
+        if part is None or (path.is_file() and sha256_of(path) == sha256):
+            return  # given up while another download had the part, or that one has done it
+        _complete(url, part, sha256, stop, size)
+        if not stop.is_set():
+            part.replace(path)
+
+
+@contextmanager
+def _claimed(part: Path, stop: threading.Event) -> Iterator[Path | None]:
+    """The unfinished file of a download, for one writer at a time; None if ``stop`` comes first.
+
+    Whoever is second waits for the first, in this process or another. The lock ends with its
+    process, so that what a killed one left is resumed. On a disk without locks each download has
+    a file of its own, and begins anew.
+    """
+    while True:
+        with part.open("ab") as file:  # for writing, as network file systems want it for a lock
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if stop.wait(WATCH):
+                    yield None
+                    return
+                continue
+            except OSError:
+                own = temporary_name(part)
+            else:
+                own = part
+            if not is_at(
+                file.fileno(), part
+            ):  # it was finished, or thrown away, before it was locked
+                continue
+            try:
+                yield own
+            finally:
+                if own != part:
+                    own.unlink(missing_ok=True)
+                if is_at(file.fileno(), part) and not _size(part):
+                    part.unlink()
+            return
+
+
+def _complete(url: str, part: Path, sha256: str, stop: threading.Event, size: int | None) -> None:
+    """Fetch until the content is right; what is wrong is emptied, and the file itself stays."""
+    import requests
+
+    for _ in range(ATTEMPTS):
+        before = _size(part)
+        failure: Exception | None = None
+        try:
+            _transfer(url, part, before, stop, size)
+        except requests.RequestException as error:
+            failure = error
+        if stop.is_set() or (part.exists() and sha256_of(part) == sha256):
+            return
+        if failure is not None and _size(part) <= before:
+            raise failure
+        if failure is None:  # all there, and wrong
+            found = sha256_of(part)
+            os.truncate(part, 0)
+            if not before:  # not even a stale beginning to blame
+                raise DataError(
+                    f"{url} is not the file it should be: its SHA-256 is {found}, wanted {sha256}. "
+                    f"Something on the way changed it; nothing was kept."
+                )
+    raise DataError(f"{url} broke off {ATTEMPTS} times. What has arrived is kept; try again.")
+
+
+def _transfer(
+    url: str, part: Path, start: int, stop: threading.Event, size: int | None = None
+) -> None:
+    """Append what is missing after byte ``start``; a server that cannot do that sends it all."""
+    import requests
+
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=(5, 20)) as response:
+        if start and response.status_code == 416:  # nothing lies after start
+            return
+        response.raise_for_status()
+        if stop.is_set():
+            return
+        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        with part.open("ab" if start and resumed else "wb") as file:
+            for block in response.iter_content(1 << 13):
+                if stop.is_set():
+                    return
+                if size is not None and file.tell() + len(block) > size:
+                    file.truncate(0)
+                    raise DataError(f"{url} sends more than the {size:,} bytes it should have.")
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,243 @@
+"""A model of ours as a GGUF file, which llama.cpp loads.
+
+The file appears once it has been read back, by the reader of the ``gguf`` package and a forward
+pass in numpy, and has given our logits. A linear layer without biases does not exist in llama.cpp's
+GPT-2: the biases of such a model are written as zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinygpt.config import GPTConfig, __version__
+from tinygpt.errors import InteropError, UsageError, extras
+from tinygpt.files.atomic import check_overwritable, replacing, user_path
+from tinygpt.interop import parity
+from tinygpt.interop.gguf.gguf_tokens import Tokens, tokens_of
+from tinygpt.interop.gguf.gguf_types import BLOCK, Kind, store
+from tinygpt.interop.hf.pretrained import PREFIX, TURNED, fetch_from, shapes
+from tinygpt.interop.parity import Floats
+from tinygpt.machine.transfer import read, write
+from tinygpt.model.transformer import Transformer
+from tinygpt.runs import checkpoint
+from tinygpt.text.tokenizers import Tokenizer
+from tinygpt.untrusted import utf8_name
+
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
+"""What most weights are stored as, as llama.cpp counts it."""
+PARITY, VERSION_KEY = "tinygpt.parity", "tinygpt.version"
+"""How the keys begin under which a file says how it was proved."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was proved."""
+
+    path: Path
+    size: int
+    """Bytes of the file."""
+    difference: float
+    """Largest difference of a logit of the file to ours, of weights that are rounded alike."""
+    rounding: float
+    """The same to the model before its weights were rounded."""
+    unrounded: list[str]
+    """Weights that stayed float16, because their rows are no multiple of 32 long."""
+    added: int
+    """Tokens that the model did not have."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight on its way into the file."""
+
+    ours: str
+    theirs: str
+    shape: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        count = math.prod(self.shape)
+        return {"f32": 4 * count, "f16": 2 * count, "q8_0": count // BLOCK * (BLOCK + 2)}[self.kind]
+
+
+def export(
+    model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind = "f32", name: str = "TinyGPT"
+) -> Exported:
+    """Write ``path`` for llama.cpp, with the weights as ``kind``, and prove what was written.
+
+    Raises InteropError, and leaves no file, if what is read back computes something else; for a
+    vocabulary that cannot be told TokenizerError, for a place that cannot be written
+    CheckpointError, and MissingExtraError without the gguf package.
+    """
+    gguf = _gguf()
+    path = user_path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
+    tokens = tokens_of(tokenizer, model.config.vocab_size)
+    weights = list(_weights(gguf, model, tokens, kind))
+    checkpoint.foresee_space(path.parent, sum(weight.size for weight in weights), 1)
+    with checkpoint.writing(path), replacing(path) as file:
+        with closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:
+            _describe(writer, model.config, tokens, kind, name)
+            rounded = _write(gguf, writer, model, weights)
+        difference, rounding = _prove(gguf, model, rounded, weights, tokens, file.name)
+        size = Path(file.name).stat().st_size
+    unrounded = [weight.ours for weight in weights if kind != weight.kind == "f16"]
+    return Exported(path, size, difference, rounding, unrounded, tokens.added)
+
+
+def check_target(path: Path) -> None:
+    """UsageError if something else than a GGUF file of ours is there: for a path of the user's."""
+    check_overwritable(path, VERSION_KEY.encode(), "a GGUF file")
+
+
+def _gguf() -> types.ModuleType:
+    try:
+        return import_module("gguf")
+    except ImportError as error:
+        raise extras.missing(
+            "gguf", "Writing GGUF files needs the gguf package, which is not installed."
+        ) from error
+
+
+def _weights(
+    gguf: types.ModuleType, model: Transformer, tokens: Tokens, kind: Kind
+) -> Iterator[Weight]:
+    """All that llama.cpp wants, in our order."""
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    wanted = shapes(replace(config, bias=True))
+    strange = [name for name in model.parameters() if name not in wanted]
+    if strange:
+        raise InteropError(f"llama.cpp's GPT-2 has no weight such as {strange[0]} of this model.")
+    for ours, shape in wanted.items():
+        theirs = names.get_name(_hf_name(ours), try_suffixes=(".weight", ".bias"))
+        rows = len(tokens.texts) if ours in ("wte.weight", "lm_head.weight") else shape[0]
+        yield Weight(ours, theirs, (rows, *shape[1:]), _kind(ours, shape, kind))
+
+
+def _hf_name(ours: str) -> str:
+    return ours if ours == "lm_head.weight" else PREFIX + ours
+
+
+def _kind(ours: str, shape: tuple[int, ...], kind: Kind) -> Kind:
+    """What llama.cpp keeps a weight as: vectors and positions are added, and stay float32."""
+    if len(shape) < 2 or ours == "wpe.weight":
+        return "f32"
+    return "f16" if kind == "q8_0" and shape[-1] % BLOCK else kind
+
+
+def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: str) -> None:
+    """Everything but the weights."""
+    writer.add_string(VERSION_KEY, __version__)  # first, where ``check_target`` looks for it
+    writer.add_name(utf8_name(name))
+    writer.add_file_type(FILE_TYPES[kind])
+    if kind == "q8_0":
+        writer.add_quantization_version(2)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens.texts)
+    writer.add_token_types(tokens.types)
+    writer.add_token_merges(tokens.merges)
+    writer.add_bos_token_id(tokens.end)
+    writer.add_eos_token_id(tokens.end)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    for key in ("max_difference", "tolerance", "rounding"):  # written over when they are known
+        writer.add_float64(f"{PARITY}.{key}", math.nan)
+    writer.add_uint32(f"{PARITY}.tokens", parity.fixed_prompt(config).size)
+
+
+def _write(
+    gguf: types.ModuleType, writer: Any, model: Transformer, weights: list[Weight]
+) -> Transformer:
+    """Write the weights one at a time; -> a model of what a reader gets from them"""
+    for weight in weights:
+        kind = gguf.GGMLQuantizationType[weight.kind.upper()]
+        writer.add_tensor_info(
+            weight.theirs, weight.shape, np.dtype(np.float32), weight.size, raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    exact = all(weight.kind == "f32" for weight in weights)
+    rounded = model if exact else Transformer(model.config, seed=None)
+    parameters, copies = model.parameters(), rounded.parameters()
+    for weight in weights:
+        values = np.zeros(weight.shape, np.float32)
+        if weight.ours in parameters:
+            values = _with_rows(read(parameters[weight.ours]), weight.shape[0])
+        stored, read_again = store(values, weight.kind)
+        writer.write_tensor_data(stored)
+        if weight.ours in copies and not exact:
+            write(copies[weight.ours], read_again[: copies[weight.ours].shape[0]])
+    return rounded
+
+
+def _with_rows(values: Floats, rows: int) -> Floats:
+    """With further rows that are the mean of all others: see ``gguf_tokens``."""
+    if len(values) == rows:
+        return values
+    mean = values.mean(axis=0, keepdims=True)
+    return np.concatenate([values, np.repeat(mean, rows - len(values), axis=0)])
+
+
+def _prove(
+    gguf: types.ModuleType,
+    model: Transformer,
+    rounded: Transformer,
+    weights: list[Weight],
+    tokens: Tokens,
+    place: str,
+) -> tuple[float, float]:
+    """Compare what the file gives with what we compute, and write that into it.
+
+    -> the largest difference of two logits: to the model of the same rounded weights, which must be
+    within the tolerance, and of that to the model itself
+    """
+    config, ids = model.config, parity.fixed_prompt(model.config)
+    reader = gguf.GGUFReader(place, "r+")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    names = {_hf_name(weight.ours): weight.theirs for weight in weights}
+
+    def fetch(name: str) -> Floats:
+        tensor = found[names[name]]
+        values: Floats = gguf.dequantize(tensor.data, tensor.tensor_type)
+        return values.T if TURNED.fullmatch(name.removeprefix(PREFIX)) else values
+
+    ours = parity.our_logits(rounded, ids)
+    with np.errstate(all="ignore"):  # what is no number is refused by the comparison
+        theirs = parity.plain_logits(fetch, config, ids)[:, : config.vocab_size]
+        rounding_error = partial(parity.rounding_error, fetch_from(rounded), config, ids)
+        reads = f"The reader of gguf {version('gguf')}"
+        difference, allowed = parity.compare(ours, theirs, reads, rounding_error)
+    if reader.get_field("tokenizer.ggml.tokens").contents() != tokens.texts:
+        raise InteropError(f"gguf {version('gguf')} reads another vocabulary than was written.")
+    rounding = 0.0
+    if rounded is not model:
+        rounding = float(np.abs(parity.our_logits(model, ids) - ours).max())
+    proved = {"max_difference": difference, "tolerance": allowed, "rounding": rounding}
+    for key, value in proved.items():
+        reader.get_field(f"{PARITY}.{key}").parts[-1][0] = value
+    reader.data.flush()
+    return difference, rounding

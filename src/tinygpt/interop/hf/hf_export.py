@@ -1,0 +1,154 @@
+"""A model of ours as a Hugging Face folder, which appears once it has been read back.
+
+A linear layer without biases does not exist there: the biases of such a model are written as zeros.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinygpt.config import GPTConfig, __version__
+from tinygpt.errors import InteropError
+from tinygpt.files.atomic import replacing, user_path
+from tinygpt.files.strict_json import write_json
+from tinygpt.interop import parity
+from tinygpt.interop.card import Parity, model_card
+from tinygpt.interop.folders import new_folder
+from tinygpt.interop.hf.hf_config import config_to_hf, end_of_text
+from tinygpt.interop.hf.hf_tokenizer import write_tokenizer
+from tinygpt.interop.hf.pretrained import PREFIX, TURNED, WEIGHTS_FILE, fetch_from, shapes
+from tinygpt.interop.hf.weight_files import read_file, write_file
+from tinygpt.interop.parity import Floats, Ids
+from tinygpt.runs import checkpoint
+from tinygpt.text.tokenizers import Tokenizer
+from tinygpt.untrusted import clip, utf8_name
+
+if TYPE_CHECKING:
+    from tinygpt.model.transformer import Transformer
+
+
+def export(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    meta: checkpoint.Meta,
+    source: str | None = None,
+) -> Parity:
+    """Write ``folder`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``; -> how it was proved.
+
+    ``meta`` and ``source``, the name of the text, are what the model card tells of the run. What
+    was written is read back by another program, and its logits are compared; InteropError, and no
+    folder, if they differ.
+    """
+    config = model.config
+    with new_folder(user_path(folder)) as staging:
+        write_json(staging / "config.json", config_to_hf(config, tokenizer), indent=2)
+        write_json(staging / "generation_config.json", _generation(tokenizer), indent=2)
+        write_weights(model, staging / WEIGHTS_FILE)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, staging, config.block_size)
+        proved = prove(model, staging)
+        record = {"tinygpt": __version__, "parity": asdict(proved), **_described(meta)}
+        write_json(staging / "tinygpt.json", record, indent=2)
+        with replacing(staging / "README.md") as file:
+            name, with_tokenizer = utf8_name(folder.resolve().name), tokenizer is not None
+            file.write(model_card(name, meta, proved, source, with_tokenizer).encode())
+    return proved
+
+
+def _generation(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {name: value for name, value in end_of_text(tokenizer).items() if value is not None}
+
+
+def _described(meta: checkpoint.Meta) -> dict[str, Any]:
+    """What the checkpoint says of its run, without the vocabulary, which has files of its own."""
+    values = replace(meta, tokenizer=None).to_dict()
+    return {name: values[name] for name in ("iter_num", "model", "train", "data", "progress")}
+
+
+def write_weights(model: Transformer, path: Path) -> None:
+    """model.safetensors, a tensor at a time. Raises OSError."""
+    biased = shapes(replace(model.config, bias=True))
+    stored = {n: s[::-1] if TURNED.fullmatch(n) else s for n, s in biased.items()}
+    write_file(path, {_theirs(name): shape for name, shape in stored.items()}, fetch_from(model))
+
+
+def _theirs(name: str) -> str:
+    return name if name == "lm_head.weight" else PREFIX + name
+
+
+# Reading back -----------------------------------------------------------------------------------
+
+
+def prove(model: Transformer, folder: Path) -> Parity:
+    """Compare our logits with those that another program computes from the files in a folder."""
+    ids = parity.fixed_prompt(model.config)
+    ours = parity.our_logits(model, ids)
+    reader, theirs = read_back(folder, model.config, ids)
+    rounding = partial(parity.rounding_error, fetch_from(model), model.config, ids)
+    found = parity.compare(ours, theirs, reader, rounding)
+    return Parity(found.difference, found.allowed, reader, ids.shape[1])
+
+
+def read_back(folder: Path, config: GPTConfig, ids: Ids) -> tuple[str, Floats]:
+    """-> who read the folder, and his logits (T, V): transformers if it is installed, else numpy"""
+    try:
+        transformers, torch = import_module("transformers"), import_module("torch")
+    except ImportError:
+        return f"numpy {np.__version__}", _by_numpy(folder, config, ids)
+    reader = f"transformers {transformers.__version__}"
+    return reader, _by_transformers(torch, transformers, folder, ids)
+
+
+def _by_numpy(folder: Path, config: GPTConfig, ids: Ids) -> Floats:
+    entries = read_file(folder / WEIGHTS_FILE)
+
+    def fetch(name: str) -> Floats:
+        entries[name].release()  # of the one before
+        return entries[name].floats()
+
+    return parity.plain_logits(fetch, config, ids)
+
+
+def _by_transformers(torch: Any, transformers: Any, folder: Path, ids: Ids) -> Floats:
+    """Its logits, if it finds every weight where it looks for it and none besides."""
+    try:
+        with _in_silence(transformers):
+            load = transformers.AutoModelForCausalLM.from_pretrained
+            model, said = load(folder, output_loading_info=True, local_files_only=True)
+            if any(said.values()):
+                raise InteropError(f"it reports {clip(said)}")
+            with torch.no_grad():
+                answer = model.float().eval()(torch.from_numpy(ids).long())
+            logits: Floats = answer.logits[0].numpy()
+    except Exception as error:
+        raise InteropError(
+            f"transformers cannot read what was written: {clip(error)}. Nothing is left of it."
+        ) from error
+    return logits
+
+
+@contextmanager
+def _in_silence(transformers: Any) -> Iterator[None]:
+    """Without its progress bars and warnings: what is wrong is found by the comparison."""
+    log = transformers.utils.logging
+    level, shown = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if shown:
+            log.enable_progress_bar()

@@ -1,0 +1,114 @@
+"""Tokenizers in the files that transformers loads; ``hf_reading`` is the way back.
+
+``tokenizer.json`` says all; ``vocab.json`` and ``merges.txt`` are the older form of a byte-level
+BPE, and the other two files tell ``AutoTokenizer`` how to go about it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tinygpt.files.atomic import replacing
+from tinygpt.files.strict_json import to_json, write_json
+from tinygpt.interop.byte_level import GPT2_SHA256, Vocabulary, vocabulary
+from tinygpt.interop.hf.hf_reading import SPLIT, read_tokenizer
+from tinygpt.text.tokenizers import END, CharTokenizer, Tokenizer, ends_of
+
+__all__ = ["read_tokenizer", "write_tokenizer"]
+
+STYLE: dict[str, Any] = {"indent": 2, "unicode": True}
+"""How transformers writes its JSON files."""
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
+    """Write the files from which ``AutoTokenizer`` makes the same ids of every text.
+
+    GPT-2's vocabulary behaves as the published one, for which ``<|endoftext|>`` in a text is the
+    special token; no other vocabulary has a special token that text could become. Raises
+    TokenizerError for a vocabulary that has no such form, and OSError.
+    """
+    found = vocabulary(tokenizer)
+    if found is None:
+        write_json(folder / "tokenizer.json", _of_characters(tokenizer), **STYLE)
+        special: dict[str, str] = {}
+    else:
+        write_json(folder / "tokenizer.json", _of_bytes(found), **STYLE)
+        _write(folder / "vocab.json", to_json(found.spelled))
+        _write(folder / "merges.txt", "\n".join(["#version: 0.2", *found.spelled_merges, ""]))
+        names = {i: text for text, i in found.spelled.items()}
+        special = {role: END for role in ("bos_token", "unk_token") if END in found.special}
+        if ends := ends_of(tokenizer):
+            special["eos_token"] = names[ends[0]]
+    is_gpt2 = found is not None and found.digest == GPT2_SHA256
+    config = {
+        # with another class transformers adds an end-of-text token to a vocabulary without one
+        "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    write_json(folder / "tokenizer_config.json", config, **STYLE)
+    write_json(folder / "special_tokens_map.json", special, **STYLE)
+
+
+def _of_bytes(found: Vocabulary) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    flags = {
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+    }
+    model = {"type": "BPE", **flags, "vocab": found.spelled, "merges": found.spelled_merges}
+    added = [_added(text, i) for text, i in sorted(found.special.items(), key=lambda item: item[1])]
+    return _fast(model, level | {"use_regex": True}, level | {"use_regex": True}, added)
+
+
+def _of_characters(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer.json of a character tokenizer: words of one character each.
+
+    ``unk_token`` is one that cannot be in the vocabulary, so that an unknown character is an error
+    there as it is here.
+    """
+    assert isinstance(tokenizer, CharTokenizer)
+    model = {
+        "type": "WordLevel",
+        "vocab": {character: i for i, character in enumerate(tokenizer.chars)},
+        "unk_token": "<unk>",
+    }
+    return _fast(model, SPLIT, {"type": "Fuse"}, [])
+
+
+def _fast(
+    model: dict[str, Any],
+    pre_tokenizer: dict[str, Any],
+    decoder: dict[str, Any],
+    added: list[dict[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _added(text: str, i: int) -> dict[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": text, **plain, "special": True}
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,343 @@
+"""Models of the Hugging Face hub by name: fetched once, verified, kept in the user's cache folder.
+
+The hub tells the size and the hash of each file before it is fetched: the SHA-256 of large files,
+and of small ones the SHA-1 that git knows them by. It also tells which commit a branch is at: all
+files are fetched from the one that it was at first. ``HF_ENDPOINT`` names another server that
+speaks the same protocol, as it does for Hugging Face's own tools.
+
+The folder ``hub`` of the cache holds
+
+owner--name@COMMIT   the files of one commit
+owner--name@main     a file that says which commit a branch or tag was at when it was fetched
+owner--name          files that were put there by hand, or of a server that tells no commit
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urljoin, urlsplit
+
+from tinygpt.errors import DataError, InteropError, nearest
+from tinygpt.files import folders
+from tinygpt.files.atomic import replacing
+from tinygpt.files.download import download, network_advice
+from tinygpt.interop.hf.shards import INDEX, weight_map
+from tinygpt.untrusted import brief, read_bounded
+
+if TYPE_CHECKING:
+    from requests import Response
+
+NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+"""Models by the short names that everybody uses."""
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+BRANCH = "main"
+"""What is fetched where nothing else is asked for."""
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+FILES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".gguf")
+"""Ends of what is a path to a file, though it may look like owner/name."""
+ENDPOINT = "https://huggingface.co"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER = (
+    *("vocab.json", "merges.txt", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+"""Files that may be missing."""
+SMALL = 16 << 20
+"""Bytes that a file other than weights may have."""
+TIMEOUT = (5, 20)
+"""Seconds to wait for a connection, and for an answer."""
+REDIRECTS = 5
+
+Watch = Callable[[str, int, int], None]
+"""Told a file's name, how many of its bytes have arrived, and how many it has."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model that was fetched."""
+
+    folder: Path
+    repository: str
+    commit: str | None
+    """The commit that its files are of; None if nobody told."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub says of a file."""
+
+    url: str
+    size: int
+    digest: str
+    """SHA-256 in hexadecimal, or the SHA-1 that git gives to the content."""
+    commit: str | None = None
+    """The commit that it was asked of, or that the branch was at, if the server tells."""
+
+
+def fetch(name: str, progress: bool = False, revision: str | None = None) -> Snapshot:
+    """A model's config.json, weights and tokenizer in a folder, fetched unless they are there.
+
+    ``name`` is ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, ``distilgpt2`` or
+    ``owner/name``; ``revision`` a commit, tag or branch. Raises InteropError: where the hub cannot
+    be reached, it says which files belong where.
+    """
+    repository = NAMES.get(name, name)
+    if not REPOSITORY.fullmatch(repository) or ".." in repository or name.endswith(FILES):
+        raise InteropError(
+            f"There is no file or folder {brief(name, 200)}, and no model of that name."
+            f"{nearest(name[:99], list(NAMES))} Known names: {', '.join(NAMES)}, or owner/name."
+        )
+    if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+        raise InteropError(f"{brief(revision, 200)} is no commit, tag or branch of {repository}.")
+    try:
+        place = folders.cache_dir() / "hub" / repository.replace("/", "--")
+        found = _kept(place, revision)
+        if found is None:
+            with _bar(progress) as watch:
+                found = _fetch_all(repository, place, revision, watch)
+    except (DataError, OSError) as error:
+        raise InteropError(_by_hand(name, repository, error)) from error
+    commit = found.name.partition("@")[2]
+    return Snapshot(found, repository, commit if COMMIT.fullmatch(commit) else None)
+
+
+def _kept(place: Path, revision: str | None) -> Path | None:
+    """The folder of a model that was fetched before, or put there by hand."""
+    named = place if revision is None else _at(place, revision)
+    if _is_complete(named):
+        return named
+    try:
+        commit = read_bounded(_at(place, revision or BRANCH), 100).decode().strip()
+    except (OSError, ValueError):
+        return None
+    found = _at(place, commit)
+    return found if COMMIT.fullmatch(commit) and _is_complete(found) else None
+
+
+def _at(place: Path, revision: str) -> Path:
+    return place.with_name(f"{place.name}@{revision.replace('/', '--')}")
+
+
+def _is_complete(folder: Path) -> bool:
+    """config.json comes last, so that the rest is there when it is."""
+    if not (folder / CONFIG).is_file():
+        return False
+    if (folder / WEIGHTS).is_file():
+        return True
+    index = folder / INDEX
+    return index.is_file() and all((folder / n).is_file() for n in weight_map(index).values())
+
+
+def _fetch_all(repository: str, place: Path, revision: str | None, watch: Watch) -> Path:
+    """-> the folder with all files of one commit, or of a branch that stayed as it was meanwhile"""
+    site = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
+    wanted = revision or BRANCH
+    first = _wanted(f"{site}/{repository}/resolve/{quote(wanted, safe='')}/{CONFIG}")
+    commit = wanted if COMMIT.fullmatch(wanted) else first.commit
+    files = _Files(f"{site}/{repository}/resolve/{quote(commit or wanted, safe='')}", commit)
+    folder = _at(place, commit or wanted) if commit or revision else place
+    config = _content(files.wanted(CONFIG))
+    for name in TOKENIZER:
+        if remote := files.ask(name):
+            _write(folder / name, _content(remote))
+        else:
+            (folder / name).unlink(missing_ok=True)  # of another state of the branch
+    weights = list(_weights(repository, files, folder))
+    files.check_unchanged()
+    for remote in weights:
+        _large(remote, folder / remote.url.rpartition("/")[2], watch)
+    _write(folder / CONFIG, config)
+    if commit not in (None, wanted):
+        _write(_at(place, wanted), f"{commit}\n".encode())
+    return folder
+
+
+def _weights(repository: str, files: _Files, folder: Path) -> Iterator[Remote]:
+    if remote := files.ask(WEIGHTS):
+        yield remote
+        return
+    if (index := files.ask(INDEX)) is None:
+        raise DataError(
+            f"{repository} has neither {WEIGHTS} nor {INDEX}: its weights are perhaps a pickle, "
+            f"which TinyGPT does not open."
+        )
+    _write(folder / INDEX, _content(index))
+    for shard in sorted(set(weight_map(folder / INDEX).values())):
+        yield files.wanted(shard)
+
+
+@dataclass
+class _Files:
+    """The files of a repository at one commit, or else of a branch as it was when it was asked."""
+
+    base: str
+    commit: str | None
+    asked: dict[str, Remote | None] = field(default_factory=dict)
+
+    def ask(self, name: str) -> Remote | None:
+        found = self.asked[name] = _ask(f"{self.base}/{name}")
+        other = None if found is None else found.commit
+        if other is not None and self.commit not in (None, other):
+            raise DataError(f"{self.base}/{name} is said to be of another commit, {other}.")
+        return found
+
+    def wanted(self, name: str) -> Remote:
+        found = self.ask(name)
+        if found is None:
+            raise DataError(f"{self.base}/{name} answered 404: there is no such file.")
+        return found
+
+    def check_unchanged(self) -> None:
+        """DataError if a branch has moved on meanwhile: the files may be of two of its states.
+
+        What is fetched afterwards must have the hash that was told before.
+        """
+        if self.commit is None:
+            for name, remote in self.asked.items():
+                if _ask(f"{self.base}/{name}") != remote:
+                    raise DataError(f"{self.base}/{name} changed while the model was fetched.")
+
+
+def _wanted(url: str) -> Remote:
+    remote = _ask(url)
+    if remote is None:
+        raise DataError(f"{url} answered 404: there is no such file.")
+    return remote
+
+
+def _ask(url: str) -> Remote | None:
+    """What the hub says of a file; None if there is none.
+
+    The answer for a large file points to where its bytes are, and has its hash in the headers; that
+    for a model which was renamed points to the model's new place.
+    """
+    import requests
+
+    asked = url
+    try:
+        for _ in range(REDIRECTS):
+            headers = {"Accept-Encoding": "identity"}
+            answer = requests.head(asked, headers=headers, timeout=TIMEOUT)
+            if answer.status_code == 404:
+                return None
+            answer.raise_for_status()
+            if "X-Linked-Etag" in answer.headers or not answer.is_redirect:
+                return _described(url, answer)
+            asked = urljoin(asked, answer.headers["Location"])
+            if urlsplit(asked).netloc != urlsplit(url).netloc:
+                raise DataError(f"{url} leads elsewhere without telling its hash: not taken.")
+    except requests.HTTPError as error:
+        said = f"{error.response.status_code} {error.response.reason}"
+        raise DataError(f"{url} answered {said}.") from error
+    except OSError as error:  # requests' own errors, and those of reading certificates
+        raise DataError(f"{url} could not be reached. {network_advice(error) or error}") from error
+    raise DataError(f"{url} leads from one address to the next, {REDIRECTS} times.")
+
+
+def _described(url: str, answer: Response) -> Remote:
+    headers = answer.headers
+    of_link = "X-Linked-Etag" in headers
+    tag = headers.get("X-Linked-Etag" if of_link else "ETag", "")
+    size = headers.get("X-Linked-Size" if of_link else "Content-Length", "")
+    digest = tag.removeprefix("W/").strip('"').lower()
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) or not re.fullmatch("[0-9]+", size):
+        raise DataError(f"{url}: the server does not tell its size and hash, so it is not taken.")
+    commit = headers.get("X-Repo-Commit", "")
+    return Remote(url, int(size), digest, commit if COMMIT.fullmatch(commit) else None)
+
+
+def _large(remote: Remote, path: Path, watch: Watch) -> None:
+    """A file with weights, resumed where it broke off; one that is there already is checked."""
+    if len(remote.digest) != 64:
+        raise DataError(f"{remote.url}: the server does not tell its SHA-256, so it is not taken.")
+    download(
+        remote.url,
+        path,
+        remote.digest,
+        size=remote.size,
+        watch=lambda count: watch(path.name, count, remote.size),
+    )
+
+
+def _content(remote: Remote) -> bytes:
+    """A file that is read in one go."""
+    import requests
+
+    if remote.size > SMALL:
+        raise DataError(f"{remote.url} has {remote.size:,} bytes, far more than such a file needs.")
+    try:
+        with requests.get(remote.url, stream=True, timeout=TIMEOUT) as answer:
+            answer.raise_for_status()
+            content = b"".join(_bounded(answer, remote.size + 1))
+    except OSError as error:
+        advice = network_advice(error) or str(error)
+        raise DataError(f"{remote.url} broke off. {advice} Try again.") from error
+    if _digest(content, len(remote.digest)) != remote.digest:
+        raise DataError(
+            f"{remote.url} is not the file it should be: its hash is not {remote.digest}. "
+            f"Something on the way changed it; nothing was kept."
+        )
+    return content
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as file:
+        file.write(content)
+
+
+def _bounded(answer: Response, limit: int) -> Iterator[bytes]:
+    count = 0
+    for block in answer.iter_content(1 << 16):
+        yield block
+        count += len(block)
+        if count >= limit:
+            return
+
+
+def _digest(content: bytes, length: int) -> str:
+    if length == 64:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _by_hand(name: str, repository: str, error: Exception) -> str:
+    files = f"config.json, {WEIGHTS}, vocab.json and merges.txt"
+    return (
+        f"{name} could not be fetched: {error}\n"
+        f"What has arrived is kept; try again to go on. Or fetch it yourself, on another machine "
+        f"if need be: put {files}\nof {ENDPOINT}/{repository} into a folder, and give that "
+        f"folder in place of the name."
+    )
+
+
+@contextmanager
+def _bar(shown: bool) -> Iterator[Watch]:
+    """A progress bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+        tasks = {}
+
+        def watch(name: str, count: int, size: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=size)
+            bar.update(tasks[name], completed=count)
+
+        yield watch

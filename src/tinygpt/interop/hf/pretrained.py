@@ -1,0 +1,372 @@
+"""GPT-2 as Hugging Face keeps it: a folder with config.json and model.safetensors, read in place.
+
+Their linear layers are ``Conv1D``, whose weight is (in, out); ours are (out, in). Their names may
+begin with ``transformer.``; the causal masks that old versions stored beside the weights
+(``attn.bias``, ``attn.masked_bias``) are left out. Weights may be float32, float16 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinygpt.config import GPTConfig, to_toml
+from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
+from tinygpt.files.atomic import replacing, user_path
+from tinygpt.interop import parity
+from tinygpt.interop.folders import new_folder
+from tinygpt.interop.hf import hub
+from tinygpt.interop.hf.hf_config import read_config, read_end_name, read_ends
+from tinygpt.interop.hf.hf_tokenizer import read_tokenizer
+from tinygpt.interop.hf.shards import INDEX, read_shards
+from tinygpt.interop.hf.weight_files import WEIGHTS, Entry, Floats, read_file, refuse_pickle
+from tinygpt.runs import checkpoint
+from tinygpt.text.names import exists, is_name
+from tinygpt.text.tokenizers import BPETokenizer, Tokenizer
+from tinygpt.untrusted import brief, clip
+
+if TYPE_CHECKING:
+    from tinygpt.model.transformer import Transformer
+
+WEIGHTS_FILE = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+PREFIX = "transformer."
+CACHED = ("snapshots/*/", "models--*/snapshots/*/", "hub/models--*/snapshots/*/")
+"""Where models lie below a model's folder in Hugging Face's cache, the cache, and HF_HOME."""
+WRAPPED = re.compile(r"^(_orig_mod\.|module\.)+")
+"""What torch.compile and DistributedDataParallel put before the names of a model's weights."""
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+"""Causal masks, which are no weights."""
+TURNED = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
+"""Weights that are stored (in, out)."""
+OTHER_TOKENIZER = (
+    "Name the tokenizer that belongs to the model, such as --tokenizer gpt2, or take the weights "
+    "alone: --tokenizer none"
+)
+OF_ANOTHER = "Is the config.json of another model? Fetch both from the same place."
+"""What to do where the weights are not those that config.json describes."""
+MOST_PADDING = 1024
+"""Rows of an embedding beyond the tokens: vocabularies are padded to a multiple of 64, as nanoGPT's
+50,304 rows for GPT-2's 50,257 tokens, or of up to so many. More tell that the tokenizer is not the
+model's."""
+LISTED = 5
+"""Names that an error lists at most."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A GPT-2 that others trained: its shape, and where each of its weights is in a mapped file."""
+
+    source: str
+    folder: Path
+    config: GPTConfig
+    entries: Mapping[str, Entry]
+    """By our names, which are GPT-2's without the prefix."""
+    snapshot: hub.Snapshot | None = None
+    """Where on the hub it is from; None for files that were given."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The one beside the weights, if there is one.
+
+        It ends texts as the model does. InteropError if it has more tokens than the model has rows,
+        or cannot be read.
+        """
+        try:
+            found = read_tokenizer(self.folder)
+        except TokenizerError as error:
+            raise InteropError(f"{error} {OTHER_TOKENIZER}") from error
+        if found is not None:
+            self.check_vocabulary(found)
+        if isinstance(found, BPETokenizer):
+            ends = [i for i in self.ends if i < found.vocab_size] or read_end_name(
+                self.folder, found
+            )
+            return found.with_ends(ends) if ends else found
+        return found
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text, as the files of the folder say; those without a row are none."""
+        return tuple(i for i in read_ends(self.folder) if i < self.config.vocab_size)
+
+    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """InteropError unless the model has a row for each token, and few more that only pad."""
+        if not 0 <= self.config.vocab_size - tokenizer.vocab_size <= MOST_PADDING:
+            raise InteropError(
+                f"{self.source}: the model has a vocabulary of {self.config.vocab_size:,}, and the "
+                f"tokenizer one of {tokenizer.vocab_size:,}. {OTHER_TOKENIZER}"
+            )
+
+    @property
+    def place(self) -> str:
+        """Where they are from, for a person."""
+        if self.snapshot is None:
+            return f"the files in {self.folder}"
+        commit = self.snapshot.commit
+        return f"{self.snapshot.repository} of the hub" + (f", commit {commit}" if commit else "")
+
+    @property
+    def dtypes(self) -> str:
+        """The types of the weights in the files, such as F16."""
+        return ", ".join(sorted({entry.dtype for entry in self.entries.values()}))
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        """A weight as our model has it, in float32, flat, a piece at a time."""
+        entry = self.entries[name]
+        pieces = self._turned(entry) if TURNED.fullmatch(name) else entry.pieces()
+        for piece in pieces:
+            if not np.isfinite(piece).all():
+                raise InteropError(
+                    f"{entry.path}: {name} holds values that are not finite, and nothing can be "
+                    f"computed with them. Fetch the file again, or take an earlier state of it."
+                )
+            yield piece
+
+    def _turned(self, entry: Entry) -> Iterator[Floats]:
+        yield np.ascontiguousarray(entry.floats().T).reshape(-1)  # (in, out) -> (out, in)
+        entry.release()
+
+    def fetch(self, name: str) -> Floats:
+        """A weight as it is stored, by Hugging Face's name: for ``parity.plain_logits``."""
+        entry = self.entries[name.removeprefix(PREFIX)]
+        entry.release()  # of the one before
+        return entry.floats()
+
+
+def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of our model by name, in the order of the forward pass."""
+    C, V = config.n_embd, config.vocab_size
+    linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
+    mlp = {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    found: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C)}
+    for i in range(config.n_layer):
+        for part in ({"ln_1": (C,)}, linear, {"ln_2": (C,)}, mlp):
+            for name, shape in part.items():
+                found |= _layer(f"h.{i}.{name}", shape, config.bias)
+    found |= _layer("ln_f", (C,), config.bias)
+    return found if config.tie_embeddings else found | {"lm_head.weight": (V, C)}
+
+
+def _layer(name: str, shape: tuple[int, ...], bias: bool) -> dict[str, tuple[int, ...]]:
+    weight = {f"{name}.weight": shape}
+    return weight | {f"{name}.bias": shape[:1]} if bias else weight
+
+
+# Finding ----------------------------------------------------------------------------------------
+
+
+def open_pretrained(
+    source: str | Path, progress: bool = False, revision: str | None = None
+) -> Pretrained:
+    """The GPT-2 in a folder, in the folder of a .safetensors file, or of a name on the hub.
+
+    ``gpt2`` and the other short names are always those of the hub, see ``names``; ``owner/name`` is
+    a folder if there is one. ``revision`` is a commit, tag or branch of the hub. Everything is
+    checked but the values. Nothing is read of the weights yet. ``progress`` shows a bar where
+    something has to be fetched. Raises InteropError that says what does not fit.
+    """
+    path, snapshot = user_path(source), None
+    if is_name(source, hub.NAMES) or not exists(path):
+        snapshot = hub.fetch(str(source), progress, revision)
+        folder, files = snapshot.folder, _weight_files(snapshot.folder)
+    elif revision is not None:
+        raise UsageError(
+            f"{source} is here, in no revision but one. Leave revision {brief(revision)} out, or "
+            f"give the name of a model on the hub."
+        )
+    elif path.is_dir():
+        folder, files = path, _weight_files(path)
+    else:
+        folder, files = path.parent, path
+    found = read_shards(files) if files.name == INDEX else read_file(files)
+    if not (folder / "config.json").exists():
+        raise InteropError(f"{files} needs the config.json of the model beside it: its shape.")
+    config = read_config(folder / "config.json")
+    return Pretrained(str(source), folder, config, _matched(files, config, found), snapshot)
+
+
+def _weight_files(folder: Path) -> Path:
+    """The file with the weights in a folder, or the one that says in which they are."""
+    for name in (WEIGHTS_FILE, INDEX):
+        if (folder / name).exists():
+            return folder / name
+    if checkpoint.list_checkpoints(folder):
+        raise UsageError(f"{folder} is a run of TinyGPT's own; there is nothing to import.")
+    for pickle in (PICKLE, f"{PICKLE}.index.json"):
+        if (folder / pickle).exists():
+            raise InteropError(refuse_pickle(folder / pickle))
+    if not (folder / "config.json").exists():
+        raise InteropError(
+            f"{folder} is no folder of Hugging Face's: it has no config.json and no {WEIGHTS_FILE}."
+            f"{_in_cache(folder)}"
+        )
+    raise InteropError(f"{folder} has a config.json, but no weights: {WEIGHTS_FILE} is missing.")
+
+
+def _in_cache(folder: Path) -> str:
+    """The models below a folder of Hugging Face's cache, whose files lie in snapshots."""
+    found = [path.parent for deep in CACHED for path in sorted(folder.glob(f"{deep}config.json"))]
+    if not found:
+        return ""
+    more = f", or one of {len(found) - 1} more" if len(found) > 1 else ""
+    return f" It is a cache; give the folder of one model in it: {quote(str(found[0]))}{more}."
+
+
+def _matched(path: Path, config: GPTConfig, found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries by our names; InteropError for what is missing, too much, or does not fit."""
+    ours = {WRAPPED.sub("", name).removeprefix(PREFIX): entry for name, entry in found.items()}
+    if len(ours) != len(found):
+        raise InteropError(f"{path} holds weights both with and without the prefix {PREFIX!r}.")
+    ours = {name: entry for name, entry in ours.items() if not BUFFERS.fullmatch(name)}
+    if config.tie_embeddings:
+        ours = _without_copy(path, ours)
+    wanted = shapes(config)
+    _check_names(path, wanted, ours)
+    for name, shape in wanted.items():
+        _check_entry(path, name, shape, ours[name])
+    return {name: ours[name] for name in wanted}
+
+
+def _without_copy(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Tied embeddings are stored once, under either name, or twice, and then they are the same."""
+    head = entries.pop("lm_head.weight", None)
+    if head is None:
+        return entries
+    embedding = entries.setdefault("wte.weight", head)
+    if not _same(embedding, head):
+        raise InteropError(
+            f"{path}: lm_head.weight differs from wte.weight, but config.json says that they are "
+            f"one. If they are not, set tie_word_embeddings to false there."
+        )
+    return entries
+
+
+def _same(a: Entry, b: Entry) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or a.dtype not in WEIGHTS:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(a.pieces(), b.pieces(), strict=True))
+
+
+def _check_names(path: Path, wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
+    for names, others, said in ((wanted, found, "lacks"), (found, wanted, "holds")):
+        lost = [name for name in names if name not in others]
+        if lost:
+            listed = clip(", ".join(lost[:LISTED])) + (", …" if len(lost) > LISTED else "")
+            known = list(others) if len(others) < 10_000 else []
+            near = nearest(lost[0][:99], [n for n in known if n not in names])
+            what = "" if said == "lacks" else ", which the GPT-2 of its config.json does not have"
+            raise InteropError(
+                f"{path} {said} {len(lost):,} weight{'s' * (len(lost) > 1)}{what}: {listed}.{near} "
+                f"{OF_ANOTHER}"
+            )
+
+
+def _check_entry(path: Path, name: str, shape: tuple[int, ...], entry: Entry) -> None:
+    stored = shape[::-1] if TURNED.fullmatch(name) else shape
+    if entry.shape != stored:
+        raise InteropError(
+            f"{path}: {name} has shape {entry.shape}, and by config.json it would be {stored}. "
+            f"{OF_ANOTHER}"
+        )
+    if entry.dtype not in WEIGHTS:
+        raise InteropError(
+            f"{path}: {name} is of type {entry.dtype}; weights are {', '.join(WEIGHTS)}."
+        )
+
+
+# Taking it in -----------------------------------------------------------------------------------
+
+
+def load_weights(model: Transformer, pretrained: Pretrained) -> None:
+    """Put the weights into a model of the same shape, one after another."""
+    from tinygpt.machine.transfer import fill
+
+    for name, parameter in model.parameters().items():
+        fill(parameter, pretrained.pieces(name))
+
+
+def check(pretrained: Pretrained) -> float:
+    """The largest difference of our model's logits to those of a plain forward pass in numpy.
+
+    Raises InteropError if it is too large.
+    """
+    from tinygpt.model.transformer import Transformer
+
+    model = Transformer(pretrained.config, seed=None)
+    load_weights(model, pretrained)
+    ids = parity.fixed_prompt(pretrained.config)
+    given = (pretrained.fetch, pretrained.config, ids)
+    plain = parity.plain_logits(*given)
+    return parity.compare(
+        parity.our_logits(model, ids),
+        plain,
+        "A plain forward pass",
+        lambda: parity.rounding_error(*given),
+    ).difference
+
+
+def fetch_from(model: Transformer) -> parity.Fetch:
+    """A model's weights by the names, and in the layout, that they have in a folder.
+
+    Biases that the model lacks are zeros.
+    """
+    from tinygpt.machine.transfer import read
+
+    parameters = model.parameters()
+    biased = shapes(replace(model.config, bias=True))
+
+    def fetch(name: str) -> Floats:
+        ours = name.removeprefix(PREFIX)
+        values = (
+            read(parameters[ours]) if ours in parameters else np.zeros(biased[ours], np.float32)
+        )
+        return values.T if TURNED.fullmatch(ours) else values  # (out, in) -> (in, out)
+
+    return fetch
+
+
+def _origin(pretrained: Pretrained) -> dict[str, str]:
+    """Where weights come from, to be passed on with them: of a path no more than its last name."""
+    snapshot = pretrained.snapshot
+    if snapshot is None:
+        return {"source": f"./{user_path(pretrained.source).resolve().name}"}
+    if snapshot.commit is None:
+        return {"source": pretrained.source}
+    repository = {"repository": snapshot.repository, "commit": snapshot.commit}
+    return {"source": pretrained.source, **repository}
+
+
+def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None) -> Path:
+    """Make a run of it, with one checkpoint, of step 0; -> the checkpoint.
+
+    The folder appears whole or not at all. Weights go from file to file a piece at a time.
+    """
+    folder = user_path(folder)
+    layout = checkpoint.arrange(
+        (f"model.{name}", np.dtype(np.float32), shape)
+        for name, shape in shapes(pretrained.config).items()
+    )
+    meta = checkpoint.Meta(
+        0,
+        pretrained.config,
+        tokenizer=None if tokenizer is None else tokenizer.to_dict(),
+        progress={"imported": {**_origin(pretrained), "types": pretrained.dtypes}},
+    )
+    checkpoint.rehearse(meta, layout)
+    with new_folder(folder) as staging:
+        run = checkpoint.ensure_run(staging)
+        meta, path = replace(meta, run=run), checkpoint.checkpoint_path(staging, 0)
+        checkpoint.stream(path, layout, lambda name: pretrained.pieces(name[len("model.") :]), meta)
+        with replacing(staging / "config.toml") as file:
+            file.write(to_toml({"model": pretrained.config}, comments=True).encode())
+        if tokenizer is not None:
+            tokenizer.save(staging / "tokenizer.json")
+    return checkpoint.checkpoint_path(folder, 0)

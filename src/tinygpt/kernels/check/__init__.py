@@ -1,0 +1,185 @@
+"""The fast kernels, held against their plain twins and against float64, on the device at hand.
+
+``tinygpt check`` prints it. Results and gradients are compared at a handful of shapes, and both
+ways are timed at a typical one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from tinygrad import Device, Tensor, TinyJit
+from tinygrad.helpers import Context
+
+from tinygpt.errors import KernelError
+from tinygpt.kernels.check.cases import KERNELS, Array, Case, Results
+from tinygpt.kernels.fallback import falls_back, obstacle
+from tinygpt.kernels.linear import supported
+
+TOLERANCE = 2e-5
+"""The largest error that passes, as a part of the largest number of a result, or of 1."""
+
+ROUNDS = 3
+"""Timings of each way, of which the median counts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape: the largest absolute errors against float64, of our kernel and of its twin."""
+
+    shape: str
+    forward: float | None
+    """None if nothing could be computed."""
+    twin_forward: float | None
+    gradients: float | None
+    """Of all gradients; None if there are none."""
+    twin_gradients: float | None
+    passed: bool
+    failure: str = ""
+    """Why nothing could be computed."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a typical case, forward and backward, as captured in a jit."""
+
+    shape: str
+    ours: float
+    twin: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the twin."""
+        return self.twin / self.ours
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What was found out about one kernel."""
+
+    kernel: str
+    device: str
+    rows: tuple[Row, ...]
+    speed: Speed | None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every shape passed."""
+        return all(row.passed for row in self.rows)
+
+    @property
+    def worst(self) -> float:
+        """Our largest error of all; NaN if there is one, or nothing to compare."""
+        found = [e for row in self.rows for e in (row.forward, row.gradients) if e is not None]
+        return float(np.max(found)) if found else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return {"ok": self.ok, "tolerance": TOLERANCE, **asdict(self)}
+
+
+def check_kernel(kernel: str, timed: bool = True) -> KernelReport:
+    """Check one of ``KERNELS`` on tinygrad's default device, and time it unless told otherwise.
+
+    Where the device cannot run the kernels there is nothing to check: the note says why, or a
+    KernelError if ``--strict`` is on.
+    """
+    cases, typical = KERNELS[kernel]
+    probe = Tensor([0.0])
+    if falls_back(kernel, why := obstacle(probe)):
+        return KernelReport(kernel, Device.DEFAULT, (), None, f"not checked: {why}")
+    note = ""
+    if kernel == "linear" and not supported(probe):
+        note = "on this device linear layers are tinygrad's own products: both ways are the same"
+    rows = tuple(map(check_case, cases()))
+    good = all(row.passed for row in rows)
+    return KernelReport(
+        kernel, Device.DEFAULT, rows, time_case(typical()) if timed and good else None, note
+    )
+
+
+def check_case(case: Case) -> Row:
+    """Compare one case's three ways."""
+    wanted = case.exact(*map(_wide, case.inputs))
+    try:
+        ours, twin = (_computed(way, case.inputs) for way in (case.ours, case.twin))
+    except KernelError:  # --strict
+        raise
+    except Exception as error:  # whatever a device's compiler or driver raises
+        return Row(case.shape, None, None, None, None, False, _first_line(error))
+    n = case.results
+    return Row(
+        case.shape,
+        _error(ours[:n], wanted[:n]),
+        _error(twin[:n], wanted[:n]),
+        _error(ours[n:], wanted[n:]),
+        _error(twin[n:], wanted[n:]),
+        _near(ours, wanted) and _near(twin, wanted),
+    )
+
+
+def time_case(case: Case) -> Speed:
+    """The medians of several timings of both ways, taken in turns."""
+    timers = [_timer(way, case.inputs) for way in (case.ours, case.twin)]
+    rounds = [[timer() for timer in timers] for _ in range(ROUNDS)]
+    ours, twin = map(statistics.median, zip(*rounds, strict=True))
+    return Speed(case.shape, ours, twin)
+
+
+def _timer(way: Results, inputs: Sequence[Array]) -> Callable[[], float]:
+    """Captures ``way``; -> a function that runs it once and returns the seconds it took."""
+    tensors = [Tensor(x).realize() for x in inputs]
+    jitted = TinyJit(lambda *given: _realized(way(*given)))
+    device = Device[Device.DEFAULT]
+
+    def seconds() -> float:
+        device.synchronize()
+        start = time.perf_counter()
+        jitted(*tensors)
+        device.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(2):  # eagerly, and to capture it
+        seconds()
+    return seconds
+
+
+def _computed(way: Results, inputs: Sequence[Array]) -> list[Array]:
+    # Without its optimiser, tinygrad makes the twins' many kernels several times as quickly.
+    with Context(NOOPT=1):
+        results = _realized(way(*(Tensor(x).realize() for x in inputs)))
+    return [x.numpy() for x in results]
+
+
+def _realized(results: list[Tensor]) -> list[Tensor]:
+    Tensor.realize(*results)  # together: what they share is computed once
+    return results
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(np.float64) if x.dtype == np.float32 else x
+
+
+def _error(found: Sequence[Array], wanted: Sequence[Array]) -> float | None:
+    """The largest absolute error of all; NaN if there is one, None if there is nothing."""
+    errors = [float(np.max(np.abs(a - b))) for a, b in zip(found, wanted, strict=True)]
+    return float(np.max(errors)) if errors else None
+
+
+def _near(found: Sequence[Array], wanted: Sequence[Array]) -> bool:
+    """Whether each result is right, measured by its own largest number; NaN is not."""
+    return all(
+        bool(np.max(np.abs(a - b)) <= TOLERANCE * max(1.0, float(np.max(np.abs(b)))))
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]

@@ -1,0 +1,293 @@
+"""What is checked: for each kernel shapes that are usual, odd and small, and a typical one to time.
+
+A case has the same inputs for three ways to compute: our kernel, its plain twin, and float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Tensor
+
+from tinygpt.kernels import (
+    adamw_update,
+    embedding,
+    layer_norm,
+    linear,
+    loss,
+    quantized_linear,
+    reference,
+    self_attention,
+)
+from tinygpt.kernels.attention import decode_attention, flash_attention
+from tinygpt.kernels.check import exact
+
+Array = npt.NDArray[Any]
+Function = Callable[..., Tensor]
+Results = Callable[..., list[Tensor]]
+Formula = Callable[..., list[exact.Array]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape."""
+
+    shape: str
+    inputs: tuple[Array, ...]
+    ours: Results
+    """Of the inputs as Tensors."""
+    twin: Results
+    exact: Formula
+    """Of the inputs, of which the floating ones are float64."""
+    results: int = 1
+    """How many of the computed arrays are results; the others are gradients."""
+
+
+def attention_cases() -> Iterator[Case]:
+    for B, H, Tq, Tk, D, causal in (
+        (2, 2, 1, 1, 16, True),
+        (1, 3, 7, 7, 32, True),
+        (2, 2, 64, 64, 32, True),
+        (2, 1, 257, 257, 64, True),
+        (1, 2, 1000, 1000, 16, True),
+        (1, 2, 20, 100, 64, True),
+        (1, 2, 33, 50, 128, False),
+    ):
+        sizes = f"T{Tq}" if Tq == Tk else f"Tq{Tq} Tk{Tk}"
+        yield _attention(f"B{B} H{H} {sizes} D{D}", B, H, Tq, Tk, D, causal)
+    yield _packed("packed B2 H4 T40 D32", 2, 4, 40, 32)
+    yield _decoding("decode B2 H4 T300 D64", 2, 4, 300, 64)
+
+
+def attention_timed() -> Case:
+    return _packed("packed B2 H4 T256 D32", 2, 4, 256, 32)
+
+
+def _attention(shape: str, B: int, H: int, Tq: int, Tk: int, D: int, causal: bool) -> Case:
+    q, grad = numbers(B, H, Tq, D), numbers(B, H, Tq, D, seed=3)
+    k, v = numbers(B, H, Tk, D, seed=1), numbers(B, H, Tk, D, seed=2)
+    return Case(
+        f"{shape} causal" if causal else f"{shape} all to all",
+        (q, k, v, grad),
+        with_gradients(lambda q, k, v: flash_attention(q, k, v, causal), 3),
+        with_gradients(lambda q, k, v: reference.attention(q, k, v, causal), 3),
+        lambda q, k, v, grad: exact.attention(q, k, v, causal, grad),
+    )
+
+
+def _packed(shape: str, B: int, H: int, T: int, D: int) -> Case:
+    """As the model calls it."""
+    return Case(
+        f"{shape} causal",
+        (numbers(B, T, 3 * H * D), numbers(B, T, H * D, seed=1)),
+        with_gradients(lambda qkv: self_attention(qkv, H), 1),
+        with_gradients(lambda qkv: reference.packed_attention(qkv, H), 1),
+        lambda qkv, grad: exact.packed_attention(qkv, H, grad),
+    )
+
+
+def _decoding(shape: str, B: int, H: int, T: int, D: int) -> Case:
+    """One query and a cache that is filled up to ``length``, which has no gradients."""
+    length = T * 2 // 3
+    return Case(
+        shape,
+        (numbers(B, H, 1, D), numbers(B, H, T, D, seed=1), numbers(B, H, T, D, seed=2)),
+        lambda q, k, v: [decode_attention(q, k, v, length)],
+        lambda q, k, v: [reference.attention(q, k[:, :, :length], v[:, :, :length])],
+        lambda q, k, v: exact.attention(q, k[:, :, :length], v[:, :, :length], False, q)[:1],
+    )
+
+
+def linear_cases() -> Iterator[Case]:
+    for rows, n_in, n_out in ((1, 64, 192), (24, 96, 160), (65, 33, 17)):
+        yield _linear(rows, n_in, n_out)
+    yield _linear(48, 64, 256, "gelu")
+    yield _linear(300, 128, 64, "residual")
+
+
+def linear_timed() -> Case:
+    return _linear(768, 128, 512, "gelu")
+
+
+def _linear(rows: int, n_in: int, n_out: int, extra: str = "") -> Case:
+    inputs = [numbers(rows, n_in), numbers(n_out, n_in, seed=1), numbers(n_out, seed=2)]
+    inputs += [numbers(rows, n_out, seed=3)] * (extra == "residual")
+    formulas: dict[str, Formula] = {
+        "": exact.linear,
+        "gelu": exact.linear_gelu,
+        "residual": exact.linear_residual,
+    }
+
+    def computed(function: Callable[..., Tensor]) -> Results:
+        def layer(x: Tensor, w: Tensor, b: Tensor, residual: Tensor | None = None) -> Tensor:
+            return function(x, w, b, residual, "gelu" if extra == "gelu" else None)
+
+        return with_gradients(layer, len(inputs))
+
+    return Case(
+        f"{rows}x{n_in} to {n_out} {extra}".rstrip(),
+        (*inputs, numbers(rows, n_out, seed=4)),
+        computed(linear),
+        computed(reference.linear),
+        formulas[extra],
+    )
+
+
+def int8_cases() -> Iterator[Case]:
+    for rows, n_in, n_out in ((1, 64, 192), (3, 33, 17), (24, 96, 160)):
+        yield _int8(rows, n_in, n_out)
+
+
+def int8_timed() -> Case:
+    return _int8(1, 768, 3072)
+
+
+def _int8(rows: int, n_in: int, n_out: int) -> Case:
+    """A layer whose weights are int8, which only generates and has no gradients."""
+    weight = np.random.default_rng(1).integers(-127, 128, (n_out, n_in), np.int8)
+    scale = np.abs(numbers(n_out, seed=2)) / 127
+    return Case(
+        f"{rows}x{n_in} to {n_out}",
+        (numbers(rows, n_in), weight, scale, numbers(n_out, seed=3)),
+        lambda *given: [quantized_linear(*given)],
+        lambda *given: [reference.quantized_linear(*given)],
+        exact.quantized_linear,
+    )
+
+
+def norm_cases() -> Iterator[Case]:
+    for rows, width in ((1, 16), (7, 33), (96, 128), (5, 768)):
+        yield _norm(rows, width)
+
+
+def norm_timed() -> Case:
+    return _norm(768, 128)
+
+
+def _norm(rows: int, width: int) -> Case:
+    x = numbers(rows, width) * 3 + 1
+    inputs = (x, numbers(width, seed=1), numbers(width, seed=2), numbers(rows, width, seed=3))
+    ours, twin = with_gradients(layer_norm, 3), with_gradients(reference.layer_norm, 3)
+    return Case(f"{rows}x{width}", inputs, ours, twin, exact.layer_norm)
+
+
+def embedding_cases() -> Iterator[Case]:
+    for B, T, V, C in ((1, 1, 5, 16), (2, 7, 11, 33), (3, 40, 300, 64)):
+        yield _embedding(B, T, V, C)
+
+
+def embedding_timed() -> Case:
+    return _embedding(12, 64, 512, 128)
+
+
+def _embedding(B: int, T: int, V: int, C: int) -> Case:
+    def computed(function: Callable[..., Tensor]) -> Results:
+        return with_gradients(lambda weight, at, tokens: function(tokens, weight, at), 2)
+
+    tokens = np.random.default_rng(0).integers(0, V, (B, T), np.int32)
+    return Case(
+        f"{B}x{T} of {V}x{C}",
+        (numbers(V, C), numbers(T, C, seed=1), tokens, numbers(B, T, C, seed=2)),
+        computed(embedding),
+        computed(reference.embedding),
+        exact.embedding,
+    )
+
+
+def loss_cases() -> Iterator[Case]:
+    for rows, C, V in ((1, 16, 5), (7, 33, 300), (300, 64, 1000)):
+        yield _loss(rows, C, V)
+
+
+def loss_timed() -> Case:
+    return _loss(768, 128, 1024)
+
+
+def _loss(rows: int, C: int, V: int) -> Case:
+    targets = np.random.default_rng(0).integers(0, V, rows).astype(np.int32)
+    targets[1::5] = -1  # left out
+    scale = np.array([rows], np.float32)  # the gradients of a mean are small; so they are about 1
+    return Case(
+        f"{rows}x{C} to {V}",
+        (numbers(rows, C), numbers(V, C, seed=1), targets, scale),
+        with_gradients(lambda x, weight, targets: loss(x, weight, targets, gradient=True), 2),
+        with_gradients(
+            lambda x, weight, targets: reference.cross_entropy(
+                reference.linear(x, weight), targets
+            ),
+            2,
+        ),
+        exact.loss,
+    )
+
+
+def adamw_cases() -> Iterator[Case]:
+    yield _adamw("one number", (1,))
+    yield _adamw("33x7 and 7", (33, 7), (7,))
+    yield _adamw("three matrices and a vector", (64, 64), (64, 64), (300, 64), (64,))
+
+
+def adamw_timed() -> Case:
+    return _adamw("four layers", *[(384, 128), (128, 128), (512, 128), (128, 512)] * 4)
+
+
+def _adamw(name: str, *shapes: tuple[int, ...]) -> Case:
+    """The third step, with weight decay, and clipped."""
+    n, step = len(shapes), 3
+    rates = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip": 1.0}
+    kinds = [[numbers(*s, seed=4 * i + j) for i, s in enumerate(shapes)] for j in range(4)]
+    kinds[3] = [v**2 for v in kinds[3]]
+    scalars = [np.array([x], np.float32) for x in (0.1, 0.9 ** (step - 1), 0.99 ** (step - 1))]
+
+    def computed(function: Callable[..., Tensor]) -> Results:
+        def results(*inputs: Tensor) -> list[Tensor]:
+            p, g, m, v = (list(inputs[i : i + n]) for i in range(0, 4 * n, n))
+            p, m, v = ([t.clone() for t in ts] for ts in (p, m, v))
+            lr, *powers = (t.clone() for t in inputs[4 * n :])
+            report = function(p, g, m, v, lr, *powers, decay=[0.1] * n, **rates)
+            return [report[1], *(t for part in zip(p, m, v, strict=True) for t in part)]
+
+        return results
+
+    def formula(*inputs: exact.Array) -> list[exact.Array]:
+        parts = list(zip(*(inputs[i : i + n] for i in range(0, 4 * n, n)), strict=True))
+        return exact.adamw(parts, step, lr=0.1, decay=0.1, **rates)
+
+    inputs = (*kinds[0], *kinds[1], *kinds[2], *kinds[3], *scalars)
+    ours, twin = computed(adamw_update), computed(reference.adamw_update)
+    return Case(name, inputs, ours, twin, formula, results=1 + 3 * n)
+
+
+def with_gradients(function: Function, count: int) -> Results:
+    """The function's result and the gradients of its first ``count`` inputs.
+
+    The gradient of the result is one more input, the last.
+    """
+
+    def results(*inputs: Tensor) -> list[Tensor]:
+        *given, gradient = inputs
+        out = function(*given)
+        return [out, *out.gradient(*given[:count], gradient=gradient.reshape(out.shape))]
+
+    return results
+
+
+def numbers(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Normal random numbers."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+KERNELS: dict[str, tuple[Callable[[], Iterator[Case]], Callable[[], Case]]] = {
+    "attention": (attention_cases, attention_timed),
+    "linear": (linear_cases, linear_timed),
+    "int8": (int8_cases, int8_timed),
+    "norm": (norm_cases, norm_timed),
+    "embedding": (embedding_cases, embedding_timed),
+    "loss": (loss_cases, loss_timed),
+    "adamw": (adamw_cases, adamw_timed),
+}
+"""What can be checked: its cases, and the one that is timed."""

@@ -1,0 +1,1 @@
+"""How tinygrad runs here: device, compiler, cores, kernels that last. Knows nothing of models."""

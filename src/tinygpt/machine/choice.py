@@ -1,0 +1,78 @@
+"""The default device, where the user named none with DEV.
+
+tinygrad takes the first device that opens, in the order of its ``ALL_DEVICES``, in which OpenCL
+precedes the processor's own kernels. An OpenCL driver for the processor (pocl) runs a step 11 to 25
+times slower than those kernels, so it is never the default; ``DEV=CL`` still selects it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+from tinygpt.machine import environment
+
+log = logging.getLogger(__name__)
+
+
+def install(device: ModuleType) -> None:
+    """Make ``tinygrad.device`` choose by our rule, unless it has chosen already: that is logged."""
+    chosen = vars(device.Device).get("_select_device", "CPU")
+    if chosen != "CPU":
+        log.warning(
+            "Kernels run on %s, which tinygrad chose before tinygpt was imported. Import tinygpt "
+            "first, or set DEV=CPU for the processor.",
+            chosen,
+        )
+    # Variables such as CUDA=1 once chose a device, and end tinygrad now.
+    environment.instead.update(dict.fromkeys(device.Device._devices, "0"))
+    device.Device.get_available_devices = lambda: available(device)
+
+
+def available(device: ModuleType) -> Iterator[str]:
+    """Names of the devices that open, best first; the first is the default, and is logged."""
+    for name in device.ALL_DEVICES:
+        if name == "CL" and not has_opencl_accelerator():
+            continue
+        opened: Any = None
+        with suppress(Exception):  # backends raise whatever they like where there is no device
+            opened = device.Device[name].device
+        if opened is None:
+            continue
+        if name != "CPU":
+            log.warning(
+                "Kernels run on %s, the first device that was found. DEV=CPU chooses the "
+                "processor; `tinygpt doctor` lists the devices.",
+                opened,
+            )
+        yield opened
+
+
+def has_opencl() -> bool:
+    """Whether OpenCL has any platform."""
+    try:
+        from tinygrad.runtime.autogen import opencl as cl
+
+        count = cl.cl_uint(0)
+        return not cl.clGetPlatformIDs(0, None, count) and count.value > 0
+    except Exception:  # no library, or no driver
+        return False
+
+
+def has_opencl_accelerator() -> bool:
+    """Whether the OpenCL device that tinygrad would open is anything but the processor."""
+    try:
+        from tinygrad.runtime.autogen import opencl as cl
+
+        platforms = (cl.cl_platform_id * 1)()  # tinygrad takes the first one
+        count = cl.cl_uint(0)
+        if cl.clGetPlatformIDs(1, platforms, None):
+            return False
+        kinds = cl.CL_DEVICE_TYPE_GPU | cl.CL_DEVICE_TYPE_ACCELERATOR
+        failed = cl.clGetDeviceIDs(platforms[0], kinds, 0, None, count)
+    except Exception:  # no library, or no driver
+        return False
+    return not failed and count.value > 0

@@ -1,0 +1,146 @@
+"""What tinygrad calls: a graph of kernels inside a ``TinyJit``, and a kernel outside of one."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from tinygrad.device import Buffer, Compiled, Device, TinyELF
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.engine.realize import get_call_arg_uops, resolve_params
+from tinygrad.helpers import NUM_CPU_THREADS, getenv, unwrap
+from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
+from tinygrad.runtime.support.hcq import HCQBuffer
+from tinygrad.uop import Ops
+from tinygrad.uop.ops import UOp
+
+from tinygpt.machine.pool.workers import MAX_ARGS, Pool, command, command_list
+from tinygpt.machine.resources import cores
+
+COMPILERS = ("", "CLANG", "LLVM")
+"""Those of tinygrad's renderers for the CPU whose kernels follow C's calling convention."""
+PIECES = 32
+"""The most that tinygrad makes of a kernel of its own, for any number of threads: one kernel cache
+serves them all."""
+UNSPLIT = 0xFFFF  # the slot of a kernel that takes no number of a piece
+
+
+class Engine:
+    """The pool, and its place in tinygrad's CPU device."""
+
+    def __init__(self) -> None:
+        device = Device["CPU"]
+        if getenv("HCQ2"):
+            raise RuntimeError("HCQ2=1 has queues of its own")
+        if not isinstance(device, CPUDevice) or device.runtime_t is not CPUProgram or device.graph:
+            raise RuntimeError("something else has plugged into tinygrad's CPU device")
+        self.device, self.pool = device, Pool(device)
+        self.stock = device.graph, device.runtime_t, NUM_CPU_THREADS.value
+
+    def plug_in(self, threads: int) -> None:
+        """Run kernels on ``threads`` threads; those that are made from now on come in PIECES."""
+        if threads != self.pool.threads:
+            self.pool.start(threads, cores())
+        self.device.graph = partial(PoolGraph, self.pool)
+        self.device.runtime_t = partial(PoolProgram, self.pool)  # type: ignore[assignment]
+        NUM_CPU_THREADS.value = PIECES
+
+    def unplug(self) -> None:
+        """Put everything back as it was."""
+        self.pool.stop()
+        self.device.graph, self.device.runtime_t, NUM_CPU_THREADS.value = self.stock
+
+
+class PoolGraph(GraphRunner):
+    """Kernels that a ``TinyJit`` captured, as one list for the pool.
+
+    tinygrad makes one for each batch of kernels; this is the place where CUDA and Metal plug in
+    their graphs. A call writes what has changed, inputs and variables, into the list and runs it.
+    """
+
+    def __init__(self, pool: Pool, linear: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
+        super().__init__(linear, input_uops)
+        self.pool = pool
+        self.inputs: list[tuple[int, UOp, int]] = []  # place in the list, call, its argument
+        self.variables: dict[tuple[int, int], int] = {}  # (call, its variable) -> place
+        words: list[int] = []
+        for j, call in enumerate(self.linear.src):
+            info, buffers, place = call.src[0].arg, self.calls[j][2], len(words) + 2
+            core, runtime = info.runtimevars.get("core_id"), unwrap(self.runtimes[j])
+            words += command(
+                runtime.addr,
+                pieces=1 if core is None else info.global_size[0],
+                slot=UNSPLIT if core is None else len(info.globals) + core,
+                arguments=[_pointer(buffers[p]) for p in info.globals] + [0] * len(info.vars),
+            )
+            moving = {p for p, u in enumerate(get_call_arg_uops(call)) if _is_input(u)}
+            for i, p in enumerate(info.globals):
+                if p in moving:
+                    self.inputs.append((place + i, call, p))
+            for i in range(len(info.vars)):
+                self.variables[j, i] = place + len(info.globals) + i
+        self.commands = command_list(words)
+
+    def __call__(
+        self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False
+    ) -> float | None:
+        start = time.perf_counter()
+        for place, call, argument in self.inputs:
+            buffer = resolve_params(call, input_uops)[argument].buffer
+            assert isinstance(buffer, Buffer), "a call on one device has plain buffers"
+            self.commands[place] = _pointer(buffer)
+        for j, i, value in self.updated_vars(var_vals):
+            self.commands[self.variables[j, i]] = value
+        self.pool.run(self.commands, len(self.calls))
+        return time.perf_counter() - start if wait else None
+
+    @staticmethod
+    def supports_uop(batch_devs: list[Compiled], new_call: UOp) -> bool:
+        """A compiled kernel that works on one CPU device and follows C's calling convention."""
+        if not GraphRunner.supports_uop(batch_devs, new_call):
+            return False
+        info = new_call.src[0].arg
+        return (
+            len(info.globals) + len(info.vars) <= MAX_ARGS
+            and info.target.renderer in COMPILERS
+            and all(isinstance(device, CPUDevice) for device in batch_devs)
+        )
+
+
+class PoolProgram(CPUProgram):
+    """A kernel that is launched by itself: its pieces, if it has any, go over the pool."""
+
+    def __init__(self, pool: Pool, device: CPUDevice, obj: TinyELF) -> None:
+        super().__init__(device, obj)
+        self.pool = pool
+        names = [name for name, *_ in obj.signature]
+        callable_from_c = obj.target.renderer in COMPILERS
+        self.core = names.index("core_id") if "core_id" in names and callable_from_c else None
+
+    def __call__(
+        self,
+        *bufs: HCQBuffer,
+        global_size: tuple[int, int, int] = (1, 1, 1),
+        local_size: tuple[int, int, int] = (1, 1, 1),
+        vals: tuple[int | None, ...] = (),
+        wait: bool = False,
+        timeout: int | None = None,
+    ) -> float | None:
+        if self.core is None or self.pool.threads == 1 or len(bufs) + len(vals) > MAX_ARGS:
+            return super().__call__(
+                *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait
+            )
+        start = time.perf_counter()
+        arguments = [int(b.va_addr) for b in bufs] + [value or 0 for value in vals]
+        words = command(self.addr, global_size[0], self.core, arguments)
+        self.pool.run(command_list(words), 1)
+        return time.perf_counter() - start if wait else None
+
+
+def _is_input(argument: UOp) -> bool:
+    """True for an input of the jit, or a view of one."""
+    return any(u.op is Ops.PARAM for u in argument.toposort())
+
+
+def _pointer(buffer: Buffer) -> int:
+    return int(buffer.ensure_allocated()._buf.va_addr)

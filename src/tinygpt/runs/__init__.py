@@ -1,0 +1,1 @@
+"""What stays: a run and its folder."""

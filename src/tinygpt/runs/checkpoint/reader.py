@@ -1,0 +1,255 @@
+"""Reading checkpoints: every byte is checked against its hash before any of it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tinygpt.config import ADAPTERS, GPTConfig
+from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.files.atomic import user_path
+from tinygpt.files.strict_json import to_json
+from tinygpt.runs.checkpoint.folder import checkpoint_path, list_checkpoints, named_step, run_of
+from tinygpt.runs.checkpoint.format import (
+    BROKEN,
+    ZEROS,
+    Array,
+    Header,
+    Layout,
+    Meta,
+    Place,
+    decode,
+    encode,
+)
+from tinygpt.untrusted import clip, is_sparse, open_regular
+
+CHUNK = 2**20
+"""Bytes that are read at a time of tensors that are only checked."""
+
+
+def read_meta(path: str | Path) -> Meta:
+    """What the checkpoint at ``path`` holds, without reading its tensors.
+
+    Raises CheckpointError if there is no such file, or it is damaged, foreign or of a newer format,
+    or is not the checkpoint that its name and its folder say.
+    """
+    path = user_path(path)
+    with _opened(path) as (_, header):
+        return _meta(path, header)
+
+
+def verify(path: str | Path) -> Meta:
+    """Check every byte of a checkpoint against its hash; CheckpointError names what is damaged."""
+    meta, _ = read(path, wanted=())
+    return meta
+
+
+def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta, dict[str, Array]]:
+    """-> what a checkpoint says of itself, and its tensors or those ``wanted``
+
+    All of the file is checked, also what is not wanted. Raises CheckpointError as ``read_meta``
+    does, and if a byte is not what it was.
+    """
+    path = user_path(path)
+    arrays, damaged = {}, []
+    with _opened(path) as (file, header):
+        meta = _meta(path, header)
+        for name, place in header.layout.items():
+            keep = wanted is None or name in wanted
+            array, digest = _read_tensor(file, place) if keep else (None, _hash(file, place))
+            if digest != header.hashes[name]:
+                damaged.append(name)
+            elif array is not None:
+                arrays[name] = array
+    if damaged:
+        listed = clip(", ".join(damaged[:5]))
+        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        raise CheckpointError(_damaged(path, f"{listed}{more}"))
+    return meta, arrays
+
+
+def _damaged(path: Path, names: str) -> str:
+    return (
+        f"{path} is damaged: the bytes of {names} do not match their hash. Use an older checkpoint."
+    )
+
+
+@contextlib.contextmanager
+def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array | None]]]:
+    """-> what a checkpoint says of itself, and a function that reads one tensor by its name
+
+    For those who cannot have all of them in memory. Of a name that is not there it makes None.
+    Raises CheckpointError as ``read`` does, but only for what is asked for.
+    """
+    path = user_path(path)
+    with _opened(path) as (file, header):
+        meta = _meta(path, header)
+
+        def fetch(name: str) -> Array | None:
+            if (place := header.layout.get(name)) is None:
+                return None
+            file.seek(header.data + place.start)
+            array, digest = _read_tensor(file, place)
+            if digest != header.hashes[name]:
+                raise CheckpointError(_damaged(path, name))
+            return array
+
+        yield meta, fetch
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Everything but the values: the metadata, and dtype and shape of every tensor."""
+    path = user_path(path)
+    with _opened(path) as (_, header):
+        _meta(path, header)
+        tensors = {n: {"dtype": p.dtype, "shape": list(p.shape)} for n, p in header.layout.items()}
+        described = {k: v for k, v in header.described.items() if k != "sha256"}
+        return {**described, "tensors": tensors, "bytes": path.stat().st_size}
+
+
+def origin(path: str | Path) -> dict[str, Any]:
+    """What a run that begins with these weights will say of them, in ``Meta.init``.
+
+    The hash is of all weights' hashes: the same for the same weights, wherever they are.
+    """
+    return origin_and_hashes(path)[0]
+
+
+def origin_and_hashes(
+    path: str | Path, without: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """-> ``origin(path)``, and the hash of each weight but those ``without``, by its name"""
+    path = user_path(path)
+    with _opened(path) as (_, header):
+        meta = _meta(path, header)
+        hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
+    digest = hashlib.sha256(to_json(hashes).encode()).hexdigest()
+    where = str(path.resolve())
+    found = {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
+    return found, {name: value for name, value in hashes if name not in without}
+
+
+def rehearse(meta: Meta, layout: Layout) -> None:
+    """UsageError if a checkpoint that says this of itself would be refused when it is read.
+
+    To be called before the first step, since what is learned until then would be lost.
+    """
+    place = Path("A checkpoint of this run")
+    try:
+        header = encode(meta, layout, dict.fromkeys(layout, ZEROS.decode()))
+        size = len(header) + max((place.end for place in layout.values()), default=0)
+        _described(place, decode(io.BytesIO(header), place, size))
+    except CheckpointError as error:
+        raise UsageError(f"{error} It could not be read again, so nothing is written.") from error
+    except BROKEN as error:  # values that JSON cannot hold
+        raise UsageError(f"{place} could not be written: {clip(error)}.") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
+    """An open checkpoint, placed where its data begins, and its header."""
+    if not path.is_file():
+        beside = [p.name for p in list_checkpoints(path.parent)]
+        there = f" In {path.parent}: {', '.join(beside[-5:])}." if beside else ""
+        raise CheckpointError(f"There is no checkpoint at {path}.{there}")
+    try:
+        with open_regular(path) as file:
+            if is_sparse(file):
+                raise CheckpointError(f"{path} is damaged: nearly all of it was never written.")
+            yield file, decode(file, path, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _described(path: Path, header: Header) -> Meta:
+    try:
+        meta = Meta.from_dict(header.described)
+    except BROKEN as error:
+        raise CheckpointError(
+            f"{path} describes itself in a way that cannot be: {clip(error, 300)}."
+        ) from error
+    _check_fits(path, meta.model, header.layout)
+    return meta
+
+
+def _meta(path: Path, header: Header) -> Meta:
+    meta = _described(path, header)
+    step, run = named_step(path), run_of(path.parent)
+    if step is not None and step != meta.iter_num:
+        own = checkpoint_path(path.parent, meta.iter_num)
+        raise CheckpointError(
+            f"{path} is not what its name says: it holds step {meta.iter_num}. If it was renamed, "
+            f"give it back its name: {own.name}."
+        )
+    if step is not None and None not in (run, meta.run) and run != meta.run:
+        raise CheckpointError(
+            f"{path} belongs to another run than its folder does. Move it into a folder of its own "
+            f"to use it."
+        )
+    return meta
+
+
+WEIGHTS, STATE = "model.", "optimizer."
+"""How the names of tensors begin."""
+MOST_STATE = 8
+"""Numbers that optimizer and adapters may keep for each weight, besides ``FEW`` single ones."""
+FEW = 4096
+MOST_CACHE = 64
+"""Keys and values of one full context for each weight."""
+
+
+def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
+    """The file has to hold the weights that its config claims: only then is a model built.
+
+    So whatever is allocated later is no more than a multiple of what somebody had to store.
+    """
+    weights = {name: place for name, place in layout.items() if name.startswith(WEIGHTS)}
+    own = [place for name, place in weights.items() if not name.endswith(ADAPTERS)]
+    count = sum(math.prod(place.shape) for place in own)
+    if count != config.num_params():
+        raise CheckpointError(
+            f"{path} is damaged or made up: its config claims {config.num_params():,} parameters, "
+            f"but it holds {count:,}."
+        )
+    if any(place.numpy_dtype.kind != "f" for place in weights.values()):
+        raise CheckpointError(f"{path} is damaged or made up: its weights are no real numbers.")
+    strange = [name for name in layout if not name.startswith((WEIGHTS, STATE))]
+    if strange:
+        raise CheckpointError(
+            f"{path} is damaged or made up: {clip(strange[0], 40)} is neither a weight nor a state "
+            f"of the optimizer."
+        )
+    rest = sum(math.prod(place.shape) for place in layout.values()) - count
+    if rest > MOST_STATE * count + FEW:
+        raise CheckpointError(f"{path} holds {rest:,} numbers besides its {count:,} weights.")
+    cache = 2 * config.n_layer * config.block_size * config.n_embd
+    if cache > MOST_CACHE * count:
+        raise CheckpointError(
+            f"{path} would need {cache:,} numbers of memory for one text, with only {count:,} "
+            f"weights. No useful model has such a shape."
+        )
+
+
+def _read_tensor(file: BinaryIO, place: Place) -> tuple[Array, str]:
+    array = np.empty(place.shape, place.numpy_dtype)
+    memory = array.reshape(-1).view(np.uint8).data
+    if file.readinto(memory) != len(memory):  # type: ignore[attr-defined]
+        raise OSError("it has become shorter while it was read")
+    return array, hashlib.sha256(memory).hexdigest()
+
+
+def _hash(file: BinaryIO, place: Place) -> str:
+    digest = hashlib.sha256()
+    left = place.end - place.start
+    while left and (chunk := file.read(min(left, CHUNK))):
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Writing checkpoints from memory: no tinygrad in here, so that a thread can do it meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tinygpt.errors import CheckpointError
+from tinygpt.files.atomic import free_space, replacing, write_all
+from tinygpt.runs.checkpoint.format import ZEROS, Array, Layout, Meta, encode
+
+ADVICE = {
+    errno.ENOSPC: "Make some room there, or choose a folder on another disk.",
+    errno.EDQUOT: "Your quota is used up: delete files of yours, or choose a folder elsewhere.",
+    errno.EROFS: "It lies on a disk that can only be read. Choose another folder.",
+    errno.EACCES: "You may not write there. Choose another folder, or change its permissions.",
+    errno.EPERM: "You may not write there. Choose another folder, or change its permissions.",
+    errno.EIO: "The disk itself reports an error: it may be failing. Choose a folder elsewhere.",
+    errno.ENOENT: "The folder has vanished. Was it moved, or its disk unmounted?",
+}
+
+
+class Snapshot:
+    """A copy of tensors in memory of its own, laid out as in the file."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.memory = np.empty(max((p.end for p in layout.values()), default=0), np.uint8)
+
+    def array(self, name: str) -> Array:
+        """The memory of one tensor, of its type and shape."""
+        place = self.layout[name]
+        return self.bytes(name).view(place.numpy_dtype).reshape(place.shape)
+
+    def bytes(self, name: str) -> Array:
+        place = self.layout[name]
+        return self.memory[place.start : place.end]
+
+
+def write(path: Path, snapshot: Snapshot, meta: Meta) -> Path:
+    """Write a checkpoint atomically and return its path.
+
+    Raises CheckpointError if that does not work; what stood at ``path`` stays.
+    """
+    hashes = {
+        name: hashlib.sha256(snapshot.bytes(name).data).hexdigest() for name in snapshot.layout
+    }
+    header = encode(meta, snapshot.layout, hashes)
+    with writing(path):
+        check_space(path.parent, len(header) + snapshot.memory.nbytes)
+        with replacing(path) as file:
+            write_all(file.fileno(), header)
+            write_all(file.fileno(), snapshot.memory.data)
+    return path
+
+
+def stream(
+    path: Path, layout: Layout, pieces: Callable[[str], Iterable[Array]], meta: Meta
+) -> Path:
+    """The same for tensors that come in pieces, flat, so that none has to be in memory whole.
+
+    The header with the hashes of what was written takes the place of one of the same length.
+    """
+    hashes = dict.fromkeys(layout, ZEROS.decode())
+    header = encode(meta, layout, hashes)
+    with writing(path):
+        check_space(path.parent, len(header) + max(place.end for place in layout.values()))
+        with replacing(path) as file:
+            write_all(file.fileno(), header)
+            for name, place in layout.items():
+                digest, left = hashlib.sha256(), place.end - place.start
+                for piece in pieces(name):
+                    data = np.ascontiguousarray(piece, place.numpy_dtype).view(np.uint8).data
+                    digest.update(data)
+                    write_all(file.fileno(), data)
+                    left -= len(data)
+                assert not left, f"the pieces of {name} are not as long as it is"
+                hashes[name] = digest.hexdigest()
+            file.seek(0)
+            write_all(file.fileno(), encode(meta, layout, hashes))
+    return path
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while ``path`` is written into a CheckpointError that advises."""
+    try:
+        yield
+    except OSError as error:
+        general = "Choose a folder with enough space that you may write to."
+        advice = ADVICE.get(error.errno or 0, general)
+        reason = error.strerror or error
+        raise CheckpointError(f"{path} could not be written: {reason}. {advice}") from error
+
+
+def foresee_space(folder: Path, size: int, count: int) -> str | None:
+    """A warning if ``count`` checkpoints of ``size`` bytes, with those there, will fill the disk.
+
+    Raises CheckpointError if there is no room for a single one.
+    """
+    with writing(folder):
+        check_space(folder, size)
+    free = free_space(folder)
+    wanted = size * count - sum(path.stat().st_size for path in folder.glob("ckpt_*"))
+    if free is None or free >= wanted:
+        return None
+    return (
+        f"{folder} has {megabytes(free)} left, but the checkpoints of this run will take "
+        f"{megabytes(wanted)} more. Make some room, or set a smaller keep_last."
+    )
+
+
+def check_space(folder: Path, size: int) -> None:
+    """OSError with the numbers in it if ``size`` bytes are more than the disk has left."""
+    free = free_space(folder)
+    if free is not None and free < size:
+        raise OSError(errno.ENOSPC, f"{megabytes(size)} are needed, and {megabytes(free)} are free")
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,111 @@
+"""The training loop: a generator that takes one step after another.
+
+Nothing here prints or saves: whoever iterates does (see ``runs``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinygrad import Tensor, dtypes
+from tinygrad.nn.optim import Optimizer
+
+from tinygpt.config import TrainConfig
+from tinygpt.errors import TrainingError
+from tinygpt.model.transformer import Transformer, mode
+from tinygpt.text.batches import batch
+from tinygpt.training.diagnose import diagnose
+from tinygpt.training.guard import Guard, why_skipped
+from tinygpt.training.optim import learning_rate
+from tinygpt.training.step import Tokens, evaluate, key_of, make_evaluate, make_train_step
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. Losses are in nats per token, times in seconds."""
+
+    iter: int
+    """Optimizer steps done so far, this one included."""
+    train_loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    elapsed: float
+    """Seconds since the start of this process's part of the run."""
+    val_loss: float | None = None
+    """Set where an evaluation took place."""
+    skipped: str | None = None
+    """Why this step changed nothing, if so: a loss or gradient norm too large or no number."""
+    best: bool = False
+    """The best validation loss so far."""
+    sample: str | None = None
+    checkpoint: Path | None = None
+    notices: tuple[str, ...] = ()
+    """What whoever watches should be told: a checkpoint that could not be written, for example."""
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """The gradient's norm layer by layer, before clipping: ``wte``, ``h.0``, …"""
+
+
+def train_steps(
+    model: Transformer,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    train_tokens: Tokens,
+    val_tokens: Tokens | None = None,
+    start: int = 0,
+    guard: Guard | None = None,
+) -> Iterator[Step]:
+    """Train from step ``start`` to ``config.max_iters``, yielding after every step.
+
+    A batch depends on nothing but the tokens, the step and the seed, so a run that starts again at
+    a step goes on exactly as the one that was never interrupted; ``guard`` then knows the steps
+    before. Raises TrainingError if too many steps in a row had to be skipped.
+
+    >>> for step in train_steps(model, optimizer, config, tokens):
+    ...     print(step.iter, step.train_loss)
+    """
+    block = model.config.block_size
+    rows = config.batch_size * config.grad_accum_steps
+    shape = (config.grad_accum_steps, config.batch_size, block)
+    guard = guard or Guard(config)
+    take_step = make_train_step(model, optimizer, config)
+    evaluate_batch = make_evaluate(model, config.batch_size)
+    began = time.perf_counter()
+    for i in range(start, config.max_iters):
+        before = time.perf_counter()
+        x, y = batch(train_tokens, i, config.seed, rows, block)
+        lr = learning_rate(config, i)
+        x, y, limits = x.reshape(shape), y.reshape(shape), guard.limits()
+        with mode(model, training=True):
+            loss, norm, taken, norms = take_step(x, y, lr, (config.seed, i), limits)
+        guard.see(loss, norm, taken)
+        seconds = time.perf_counter() - before
+        done, val_loss = i + 1, None
+        due = done % config.eval_interval == 0 or done == config.max_iters
+        if val_tokens is not None and due:
+            val_loss = evaluate(
+                evaluate_batch, val_tokens, config.eval_iters, config.batch_size, block
+            )
+        elapsed = time.perf_counter() - began
+        skipped = None if taken else why_skipped(loss, norm, limits)
+        rate = x.size / seconds
+        yield Step(done, loss, lr, norm, rate, elapsed, val_loss, skipped, grad_norms=norms)
+        if skipped and guard.exhausted:
+            raise _given_up(model, config, x, y, done, skipped)
+
+
+def _given_up(
+    model: Transformer, config: TrainConfig, x: Tokens, y: Tokens, done: int, skipped: str
+) -> TrainingError:
+    """What to say when no step is taken any more; ``x``, ``y`` (A, B, T) are of step ``done``."""
+    keys = (key_of(config.seed, (done - 1) * len(x) + i) for i in range(len(x)))
+    with mode(model, training=True):
+        finding = diagnose(model, x, y, [Tensor(key, dtype=dtypes.uint32) for key in keys])
+    steps = f"{config.max_skipped} steps in a row" if config.max_skipped > 1 else "A step"
+    return TrainingError(
+        f"{steps} had to be skipped, the last at step {done}: {skipped}. {finding} "
+        f"The weights are those of the last step that was taken. {finding.advice(config)}"
+    )

@@ -1,0 +1,203 @@
+"""How weights change: the learning rate's schedule, clipping, Adam and decoupled weight decay."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tinygrad import Tensor, dtypes
+from tinygrad.helpers import Context
+from tinygrad.nn.optim import Optimizer
+
+from tinygpt import kernels
+from tinygpt.config import TrainConfig
+from tinygpt.kernels.reference import clip_factor, global_norm, group_norms, verdict
+from tinygpt.machine.transfer import zeros_like
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step, from 0: linear warm-up, then a decay down to min_lr at max_iters."""
+    peak, low = config.learning_rate, config.min_lr
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return peak
+    progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
+    progress = min(progress, 1.0)
+    if config.decay == "linear":
+        return peak + (low - peak) * progress
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
+
+
+class AdamW(Optimizer):
+    """Adam (Kingma and Ba, 2015) with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    ``parameters`` maps names to Tensors, of which frozen ones are left alone. Weight decay applies
+    to matrices and embeddings, not to biases and layer norms. With ``weight_decay=0`` this is Adam.
+    It keeps to tinygrad's optimizer protocol: set each ``.grad``, then ``schedule_step()`` or
+    ``step()``.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        lr: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.params = [p for p in parameters.values() if p.is_param]
+        self.buffers: list[Tensor] = []
+        self.device, self.fused = self.params[0].device, False
+        self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
+        self.lr = _scalar(lr, self.device)
+        self.b1_t, self.b2_t = _scalar(1.0, self.device), _scalar(1.0, self.device)
+        self.m = [zeros_like(p, dtypes.float32) for p in self.params]
+        self.v = [zeros_like(p, dtypes.float32) for p in self.params]
+
+    def update(
+        self,
+        gradients: Sequence[Tensor],
+        clip: float = 0.0,
+        scale: float = 1.0,
+        loss: Tensor | None = None,
+        limits: Tensor | None = None,
+        groups: Sequence[int] = (),
+    ) -> Tensor:
+        """Take one step; -> the loss, the gradients' norm, and whether it was taken: 1 or 0 (3,).
+
+        Loss and gradients are multiplied by ``scale``, the gradients then clipped to ``clip``, if
+        it is not 0. Unless ``loss`` () and norm lie below the ``limits`` (2,), infinity where not
+        given, nothing changes. With ``groups``, see ``by_layer``, the norm of each follows. Realize
+        ``changed()`` together with the result.
+        """
+        decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in self.params]
+        return kernels.adamw_update(
+            self.params, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
+            beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip, scale=scale,
+            loss=loss, limits=limits, groups=groups,
+        )  # fmt: skip
+
+    def changed(self) -> list[Tensor]:
+        """The Tensors that a step changes."""
+        return [self.b1_t, self.b2_t, *self.m, *self.v, *self.params]
+
+    def schedule_step(self) -> list[Tensor]:
+        """One update from the ``.grad`` of each parameter; returns the Tensors to realize."""
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        missing = len(self.params) - len(gradients)
+        if missing:
+            raise RuntimeError(f"{missing} of {len(self.params)} parameters have no gradient.")
+        self.update(gradients)
+        return self.changed()
+
+
+def by_layer(names: Iterable[str]) -> tuple[list[str], list[int]]:
+    """The layers that parameters belong to, and for each parameter the number of its layer.
+
+    >>> by_layer(["wte.weight", "h.0.ln_1.weight", "h.0.ln_1.bias", "h.1.ln_1.weight"])
+    (['wte', 'h.0', 'h.1'], [0, 1, 1, 2])
+    """
+    owners = [".".join(name.split(".")[: 2 if name.startswith("h.") else 1]) for name in names]
+    layers = list(dict.fromkeys(owners))
+    return layers, [layers.index(owner) for owner in owners]
+
+
+def realize_state(optimizer: Optimizer) -> None:
+    """Give an optimizer's state memory of its own.
+
+    tinygrad's own optimizers leave that to their first step; one that is captured would then begin
+    every step with the state of the first.
+    """
+    for tensor in optimizer_state(optimizer, {}).values():
+        if not tensor.uop.has_buffer_identity():
+            tensor.replace(tensor.contiguous().realize())
+
+
+def stock_update(
+    optimizer: Optimizer,
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    clip: float,
+    scale: float,
+    loss: Tensor,
+    limits: Tensor,
+    groups: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """What AdamW.update does, for tinygrad's own optimizers; -> its result, and what changes."""
+    norm = global_norm(gradients) * scale
+    others = group_norms(gradients, groups, scale)
+    report = verdict(loss.reshape(()) * scale, norm, limits, *others)
+    factor = clip_factor(norm, clip) * scale if clip else scale
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g * factor
+    with assigning_only_if(report[2] > 0), Context(TRAINING=1):  # they insist on TRAINING
+        changed = optimizer.schedule_step()
+    for p in params:
+        p.grad = None  # freed as soon as it is used
+    return report, changed
+
+
+@contextmanager
+def assigning_only_if(taken: Tensor) -> Iterator[None]:
+    """In this block every ``Tensor.assign`` keeps the old value unless ``taken`` () is true.
+
+    tinygrad's optimizers know no condition, and all their changes are assignments. One thread at a
+    time is in such a block, which changes settings of the process; other threads assign as ever.
+    """
+    me = threading.get_ident()
+
+    def conditional(tensor: Tensor, value: Any) -> Tensor:
+        if threading.get_ident() == me:
+            value = taken.where(value, tensor.detach())
+        return assign(tensor, value)
+
+    with _one_at_a_time:
+        assign = Tensor.assign
+        setattr(Tensor, "assign", conditional)  # noqa: B010 - for the type checker, a constant
+        try:
+            yield
+        finally:
+            setattr(Tensor, "assign", assign)  # noqa: B010
+
+
+_one_at_a_time = threading.RLock()
+
+
+def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> AdamW:
+    """The optimizer a TrainConfig describes."""
+    return AdamW(
+        parameters,
+        lr=learning_rate(config, 0),
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an optimizer must remember, by name: its moments, step products and learning rate.
+
+    Works for AdamW above and for tinygrad's own Adam, AdamW and SGD.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    state = {"lr": optimizer.lr}
+    for product in ("b1_t", "b2_t"):
+        if isinstance(value := getattr(optimizer, product, None), Tensor):
+            state[product] = value
+    for moments in ("m", "v", "b"):
+        tensors = getattr(optimizer, moments, [])
+        for i, tensor in enumerate(tensors):
+            per_parameter = len(tensors) == len(optimizer.params)
+            owner = names.get(id(optimizer.params[i])) if per_parameter else None
+            state[f"{moments}.{owner or i}"] = tensor
+    return state
+
+
+def _scalar(value: float, device: str | tuple[str, ...]) -> Tensor:
+    return Tensor([value], dtype=dtypes.float32, device=device).contiguous().realize()

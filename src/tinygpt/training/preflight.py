@@ -1,0 +1,250 @@
+"""Before a run starts: what it will need, and whether this machine has it.
+
+Everything is computed from the settings; nothing is allocated. What a step keeps in memory was
+measured for many shapes, and follows from the model: in each block 16 numbers per position and
+channel wait for the backward pass (the block's input, the normalised, three for q, k and v, the
+attention's result, eight in the MLP, and their gradients while they are used), and 8 outside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+from tinygrad import Device, dtypes
+
+from tinygpt.config import Config, GPTConfig, TrainConfig
+from tinygpt.errors import UsageError
+from tinygpt.kernels import linear
+from tinygpt.kernels.linear_cross_entropy import plan_of
+from tinygpt.machine import resources
+from tinygpt.machine.jit import jit
+from tinygpt.machine.transfer import read, zeros
+from tinygpt.model.lora import count_trainable
+
+FLOAT = 4
+"""Bytes of a number."""
+PER_BLOCK, OUTSIDE, EVALUATING = 16, 8, 12
+"""Numbers that are kept for every position and channel: see above."""
+COMPILING = 40_000_000
+"""Bytes that tinygrad takes to compile, and keeps for what it has compiled."""
+ROOM = 0.9
+"""Share of the free memory that what is recommended may take."""
+MATRIX_SHARE = 0.9
+"""Share of a product's pace that a whole step reaches: 0.9 to 1 on one core, less on several."""
+
+LAUNCHING = 2e-4
+"""Seconds that a layer takes however small it is, to launch its kernels."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training will need: bytes, and floating-point operations of a step."""
+
+    parameters: int
+    """Their number."""
+    process: int
+    """What the process has already."""
+    weights: int
+    optimizer: int
+    """Adam's two moments."""
+    gradients: int
+    """Of all parameters, and where they are accumulated."""
+    activations: int
+    """What the backward pass needs of the forward pass."""
+    loss: int
+    """The largest part of the logits that is in memory at once, and the gradients it makes."""
+    evaluation: int
+    saving: int
+    """The copy of weights and moments that is written while training goes on."""
+    layers: int
+    tokens: int
+    """In a step, all micro-batches together."""
+    flops: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the peak that the process does not have yet."""
+        state = self.weights + self.optimizer + self.saving
+        # when the other gradients come, the logits have gone
+        step = self.activations + max(self.loss, self.gradients)
+        return state + step + self.evaluation + COMPILING
+
+    @property
+    def peak(self) -> int:
+        """The process's memory at the peak, in bytes."""
+        return self.process + self.needed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as JSON values."""
+        return {**asdict(self), "needed": self.needed, "peak": self.peak}
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients,
+            "activations": self.activations + self.loss,
+            "evaluation and saving": self.evaluation + self.saving,
+            "process": self.process + COMPILING,
+        }
+        listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
+        return f"about {size(self.peak)} at the peak ({listed})"
+
+
+def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Estimate:
+    """What training a model of this shape will need; ``saves``: checkpoints are written.
+
+    >>> estimate = preflight(GPTConfig(vocab_size=65), TrainConfig(batch_size=12))
+    >>> estimate.parameters, estimate.optimizer
+    (809856, 6478848)
+    """
+    C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
+    N = train.batch_size * T  # positions of a micro-batch
+    learning, adapters = count_trainable(model, train)
+    count = model.num_params() + adapters
+    L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
+    activations = N * C * (PER_BLOCK * L_back + OUTSIDE)
+    if model.attention == "plain":
+        activations += L_back * train.batch_size * model.n_head * T * T
+    chunk = plan_of(N, C, V)
+    powers, dx_parts = prod(chunk.powers), prod(chunk.dx_parts)
+    accumulated = 3 * learning if train.grad_accum_steps > 1 else 0
+    tied = V * C if model.tie_embeddings and learning == count else 0  # a gradient from either end
+    projection = 0 if _output_frozen(model, train) else V * C
+    return Estimate(
+        parameters=count,
+        process=resources.memory(),
+        weights=FLOAT * count,
+        optimizer=FLOAT * 2 * learning,
+        gradients=FLOAT * (learning + accumulated + tied),
+        activations=FLOAT * activations,
+        loss=FLOAT * (powers + dx_parts + projection),
+        evaluation=FLOAT * (N * C * EVALUATING + powers),
+        saving=FLOAT * (count + 2 * learning) if saves else 0,
+        layers=L,
+        tokens=N * train.grad_accum_steps,
+        flops=N * train.grad_accum_steps * flops_per_token(model, train),
+    )
+
+
+def _output_frozen(model: GPTConfig, train: TrainConfig) -> bool:
+    """Whether the weight of the last product, onto the vocabulary, is frozen."""
+    return train.lora_rank is not None or (train.freeze is not None and model.tie_embeddings)
+
+
+def flops_per_token(model: GPTConfig, train: TrainConfig | None = None) -> int:
+    """Floating-point operations of a training step per token, the backward pass included.
+
+    Two for each weight forward, two for the gradient of its input and two for its own, which frozen
+    weights have not, nor the blocks below the first that learns either; attention sees half of the
+    positions on average. Kaplan et al. (2020); Chowdhery et al. (2022), appendix B.
+    """
+    C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
+    train = train or TrainConfig()
+    learning, adapters = count_trainable(model, train)
+    looked_up = T * C + (0 if model.tie_embeddings else V * C)
+    weights = model.num_params() + adapters - looked_up
+    if learning == model.num_params():
+        learning -= looked_up
+    frozen = train.freeze or 0
+    behind = weights - frozen * model.block_params()
+    attention = 2 * L * C * T + 4 * (L - frozen) * C * T
+    return 2 * (weights + behind + learning) + attention
+
+
+def check(
+    model: GPTConfig, train: TrainConfig, *, allow: bool = False, given: bool = False
+) -> Estimate:
+    """The estimate; raises UsageError, with what would fit, if memory will not suffice.
+
+    With ``allow`` it does not. Where nobody tells what is free nothing is refused: that is so for
+    accelerators, which tinygrad does not ask. The weights may be ``given``: then the model cannot
+    be made smaller, but less of it can be trained.
+    """
+    estimate, free = preflight(model, train), resources.available_memory() if on_cpu() else 0
+    if allow or not free or estimate.needed <= free:
+        return estimate
+    raise UsageError(
+        f"This run needs {estimate}, and only {size(free)} are free. "
+        f"{advice(model, train, free, given)} To try nevertheless: --allow-memory."
+    )
+
+
+def advice(model: GPTConfig, train: TrainConfig, free: int, given: bool = False) -> str:
+    """The nearest settings that fit into ``free`` bytes, as flags."""
+    for what, smaller_model, smaller in smaller_runs(model, train, given):
+        estimate = preflight(smaller_model, smaller)
+        if estimate.needed <= ROOM * free:
+            flags = _flags(model, smaller_model, "model") + _flags(train, smaller, "train")
+            return f"{what} would take about {size(estimate.peak)}: {' '.join(flags)}."
+    return "Nothing like it fits; take a much smaller model, or a machine with more memory."
+
+
+def smaller_runs(
+    model: GPTConfig, train: TrainConfig, given: bool = False
+) -> Iterator[tuple[str, GPTConfig, TrainConfig]]:
+    """Ways to need less, the least change first; of a model whose weights are ``given``, or not."""
+    rows = train.batch_size * train.grad_accum_steps
+    for batch in (b for b in range(train.batch_size - 1, 0, -1) if train.batch_size % b == 0):
+        train = replace(train, batch_size=batch, grad_accum_steps=rows // batch)
+        yield "The same steps in smaller micro-batches", model, train
+    if given and train.lora_rank is None:
+        train = replace(train, lora_rank=min(8, model.n_embd), freeze=None)
+        yield "Adapters alone", model, train
+    while model.block_size > 32:
+        model = replace(model, block_size=model.block_size // 2)
+        yield "A shorter block", model, train
+    if given:
+        return
+    while model.n_layer > 1 or model.n_embd // model.n_head > 16:
+        if model.n_layer > 1:
+            model = replace(model, n_layer=model.n_layer // 2)
+            yield "A smaller model", model, train
+        if model.n_embd // model.n_head > 16:
+            width = model.n_embd // 2 // model.n_head * model.n_head
+            model = replace(model, n_embd=width)
+            yield "A smaller model", model, train
+
+
+def _flags(before: Config, after: Config, table: str) -> list[str]:
+    old = before.to_dict()
+    changed = {name: value for name, value in after.to_dict().items() if value != old[name]}
+    return [f"--{table}.{name.replace('_', '-')} {value}" for name, value in changed.items()]
+
+
+def on_cpu() -> bool:
+    """Whether this process's memory is the device's, which these figures were measured for."""
+    return Device.DEFAULT.split(":")[0] == "CPU"
+
+
+def measured_rate() -> float:
+    """Floating-point operations per second of a matrix product on this device, as busy as it is.
+
+    It takes a tenth of a second, more where the kernel has to be compiled first.
+    """
+    n, width = 512, 512
+    x, w = zeros((n, width), dtypes.float32), zeros((width, width), dtypes.float32)
+    product = jit(lambda: linear(x, w).realize())
+    product()
+    seconds = []
+    for _ in range(3):
+        before = time.perf_counter()
+        read(product())
+        seconds.append(time.perf_counter() - before)
+    return 2 * n * width * width / min(seconds)
+
+
+def seconds_per_step(estimate: Estimate, rate: float) -> float:
+    """What a step should take where a matrix product runs at ``rate``."""
+    return estimate.flops / (MATRIX_SHARE * rate) + LAUNCHING * (1 + estimate.layers)
+
+
+def size(count: int) -> str:
+    """``0.3 MB``, ``62 MB``, ``1.3 GB``."""
+    if count >= 1_000_000_000:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 9_950_000 else f"{count / 1e6:.1f} MB"
