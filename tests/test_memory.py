@@ -1,5 +1,6 @@
 """What a run takes of memory is foreseen before it starts, and does not grow while it goes on."""
 
+import importlib
 import itertools
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tinygrad import Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
 from tinygpt.api import GPT
@@ -240,6 +242,19 @@ def test_an_evaluation_takes_less_memory_than_a_step():
         used.append(GlobalCounters.mem_used)
     evaluation, training = np.diff(used)
     assert 0 < evaluation < training / 2
+
+
+def test_what_the_loss_keeps_is_foreseen(monkeypatch):
+    """Most of it is what the parts of a small vocabulary add to the gradient of x."""
+    shape = GPTConfig(vocab_size=300, n_layer=1, n_embd=64, n_head=1, block_size=64)
+    module = importlib.import_module("tinygpt.kernels.linear_cross_entropy")
+    made, empty = [], module.empty
+    monkeypatch.setattr(module, "empty", lambda *a, **o: made.append(empty(*a, **o)) or made[-1])
+    x, w = Tensor.zeros(512, 64).contiguous(), Tensor.zeros(300, 64).contiguous()
+    targets = Tensor.zeros(512, dtype=dtypes.int32).contiguous()
+    module.linear_cross_entropy(x, w, targets, gradient=True)
+    taken = sum(t.nbytes() for t in made)
+    assert 0.8 < preflight.preflight(shape, TrainConfig(batch_size=8)).loss / taken < 1
 
 
 def test_the_model_is_what_was_foreseen():
