@@ -162,7 +162,8 @@ def test_notices_are_in_the_result_whether_shown_or_not(tmp_path, steps, capsys)
 
 CELL = """
 import asyncio, os, signal, numpy as np
-from tinygpt import GPT, GPTConfig, TrainConfig, checkpoint, train
+from tinygpt import GPT, GPTConfig, TrainConfig, train
+from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import list_checkpoints
 from pathlib import Path
 model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
