@@ -14,8 +14,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import read, write, zeros, zeros_like
-from tinygpt.model.transformer import Noise, Transformer
-from tinygpt.model.transformer import mode as mode
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, by_layer, realize_state, stock_update
@@ -55,6 +54,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     With accumulation one jitted function sums the micro-batches into buffers and another applies
     them, so that memory does not depend on their number.
     """
+    model.check_can_learn()
     params = list(model.trainable().values())
     layers, groups = by_layer(model.trainable())
     micro_batches = config.grad_accum_steps
@@ -62,7 +62,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     realize_state(optimizer)
 
     def gradients() -> tuple[Tensor, list[Tensor]]:
-        loss = model.loss(inputs.x, inputs.y, Noise(inputs.key))
+        loss = model.loss(inputs.x, inputs.y, Dropout(model.config.dropout, inputs.key))
         return loss, loss.gradient(*params)
 
     def update(loss: Tensor, grads: list[Tensor]) -> Tensor:
@@ -163,17 +163,16 @@ def _outcome(report: npt.NDArray[Any], layers: Sequence[str]) -> Outcome:
 
 
 def make_evaluate(model: Transformer, batch_size: int) -> Callable[[Tokens, Tokens], float]:
-    """A jitted loss in inference mode: mean cross-entropy in nats of y (B, T) given x (B, T)."""
+    """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T)."""
     inputs = Inputs(batch_size, model.config.block_size)
 
     @jit
     def loss() -> Tensor:
-        return model.loss(inputs.x, inputs.y).realize()
+        return model.loss(inputs.x, inputs.y, INFERENCE).realize()
 
     def evaluate_batch(x: Tokens, y: Tokens) -> float:
         inputs.batch(x, y)
-        with mode(model, training=False):
-            return float(read(loss()))
+        return float(read(loss()))
 
     return evaluate_batch
 

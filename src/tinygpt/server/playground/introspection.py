@@ -15,12 +15,12 @@ import numpy.typing as npt
 from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
-from tinygpt.config import AttentionMethod, SampleConfig
+from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.generation.decoder import Decoder, padded_length
 from tinygpt.generation.sample import next_logits, softmax
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import read, write, zeros
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 
 Ids = Sequence[int]
 Weights = npt.NDArray[np.float32]
@@ -96,8 +96,7 @@ class AttentionLook:
         if length not in self._functions:
             self._functions[length] = self._function(length)
         padded = [*ids, *[0] * (length - len(ids))]
-        with mode(self.model, training=False):
-            qkv = self._functions[length](padded, layer)[0, : len(ids)]  # (T, 3C)
+        qkv = self._functions[length](padded, layer)[0, : len(ids)]  # (T, 3C)
         q, k, _ = (_heads(part, self.model.config.n_head) for part in np.split(qkv, 3, axis=1))
         return q, k
 
@@ -105,7 +104,7 @@ class AttentionLook:
         tokens, layer = zeros((1, length), dtypes.int32), zeros((1, 1, 1), dtypes.int32)
 
         def compute() -> Tensor:
-            seen = _Seen(layer)
+            seen = _Seen(self.model.config, layer)
             self.model.hidden(tokens, seen)
             return seen.qkv.float().realize()
 
@@ -137,18 +136,17 @@ class _Seen:
     The number of the layer is an input, so that one function does for all.
     """
 
-    def __init__(self, layer: Tensor) -> None:
+    def __init__(self, config: GPTConfig, layer: Tensor) -> None:
+        self.config = config
         self.layer = layer
         self.qkv = layer  # until the first one is there
 
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[:T]
 
-    def attend(
-        self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
         self.qkv = qkv if layer == 0 else (self.layer == layer).where(qkv, self.qkv)
-        return kernels.self_attention(qkv, n_head, method)
+        return kernels.self_attention(qkv, self.config.n_head, self.config.attention)
 
 
 def _heads(x: Weights, n_head: int) -> Weights:
