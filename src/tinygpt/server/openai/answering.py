@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from tinygpt.errors import TinyGPTError
-from tinygpt.files.strict_json import to_json
 from tinygpt.server.engine.sequence import Piece, Stream
+from tinygpt.server.http.event_stream import event
 from tinygpt.server.http.refusal import FAILURE, Refusal, closing
 from tinygpt.server.openai.choices import Choice, Delta
 from tinygpt.server.openai.jobs import Job
@@ -103,7 +103,7 @@ class Running:
                 continue
             stream = self.streams[index]
             _raise_failure(stream)
-            if stream.finish_reason == "cancelled" and self._in_time() and not choice.count:
+            if stream.finish_reason == "cancelled" and self._in_time():
                 raise closing()
             yield choice, choice.end(stream.finish_reason)
 
@@ -163,8 +163,3 @@ def _raise_failure(stream: Stream) -> None:
         raise Refusal(500, str(stream.error), code="model_failed") from stream.error
     if stream.error is not None:
         raise FAILURE from stream.error
-
-
-def event(value: object) -> bytes:
-    """One server-sent event with a JSON value."""
-    return f"data: {to_json(value, unicode=True, compact=True)}\n\n".encode()
