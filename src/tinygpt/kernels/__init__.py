@@ -77,8 +77,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU of x, element by element."""
-    if _only_twins.get() or not linear_supported(x):  # on GPUs it is part of tinygrad's product
-        return reference.gelu(x)
+    if _only_twins.get() or falls_back("gelu", obstacle(x)) or not linear_supported(x):
+        return reference.gelu(x)  # on GPUs tinygrad makes it part of its product
     return fast_gelu(x)
 
 
