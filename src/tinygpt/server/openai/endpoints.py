@@ -15,7 +15,7 @@ from tinygpt.server.http.body import check_model, no_model, read_json, unless_go
 from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import DOCUMENT, Refusal
 from tinygpt.server.openai import tokenizing
-from tinygpt.server.openai.answering import Running
+from tinygpt.server.openai.answering import Answer
 from tinygpt.server.openai.document import openapi
 from tinygpt.server.openai.fields import chat_schema, completion_schema
 from tinygpt.server.openai.jobs import Body, Job, chat_job, completion_job
@@ -71,13 +71,13 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
     except TimeoutError:
         message = "The time for this request was over before it had its turn."
         raise Refusal(504, message, code="timeout") from None
-    running = Running(service, job, deadline)
+    answer = Answer(service, job, deadline)
     if job.stream:
-        return _EventStream(running)
+        return _EventStream(answer)
     try:
-        return JSONResponse(await running.whole())
+        return JSONResponse(await answer.whole())
     finally:
-        running.close()
+        answer.close()
 
 
 class _EventStream(StreamingResponse):
@@ -85,15 +85,15 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, running: Running) -> None:
-        super().__init__(running.events(), headers={"x-accel-buffering": "no"})
-        self._running = running
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), headers={"x-accel-buffering": "no"})
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._running.close()
+            self._answer.close()
 
 
 async def _models(service: Service, request: Request) -> Response:
