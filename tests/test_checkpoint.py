@@ -442,6 +442,15 @@ def test_a_file_is_not_read_again_unless_it_changes(tmp_path, monkeypatch):
     assert len(checkpoint.remove_old(tmp_path, 2, verified)) == 1
 
 
+def test_a_file_that_is_gone_is_forgotten(tmp_path):
+    """Or a run that saves every so many steps would keep a name for each of them, for ever."""
+    verified = keeping.Verified()
+    for step in range(1, 6):
+        run_of(tmp_path, (step,))
+        checkpoint.remove_old(tmp_path, 1, verified)
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 1 and len(verified._known) <= 2
+
+
 def test_what_a_run_adds_is_read_back(tmp_path):
     model = GPT(CONFIG)
     meta = checkpoint.Meta(

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import webbrowser
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import unquote
@@ -658,6 +659,45 @@ def test_closing_under_load_is_a_503_for_whoever_was_not_answered():
     for answer in answers:
         assert error_of(answer, 503)["code"] == "shutting_down"
         assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, complete(stream=True, n=2)),
+        (CHATS, chat(stream=True)),
+        ("/api/generate", {"text": "a"}),
+    ],
+)
+def test_a_stream_that_the_end_of_the_server_cuts_off_is_told(path, body):
+    service = fake_service(FakeEngine(pace=0.01), shutdown_seconds=0)
+    body |= {"max_tokens": 4000}
+    with httpx.Client(timeout=PATIENCE) as http, ExitStack() as closes:
+        with running(service) as address:
+            answer = closes.enter_context(http.stream("POST", address + path, json=body))
+            lines = answer.iter_lines()
+            seen = [next(lines) for _ in range(9)]
+        seen += list(lines)  # ends as a whole answer does: httpx would raise otherwise
+    assert seen[-2:] == ["data: [DONE]", ""]
+    told = json.loads(seen[-4].removeprefix("data: "))["error"]
+    assert told["code"] == "shutting_down" and told["type"] == "server_error"
+    assert len([line for line in seen if '"error"' in line]) == 1
+    until(lambda: not service.engine.open())
+
+
+def test_a_client_that_reads_nothing_does_not_hold_up_the_end():
+    service = fake_service(shutdown_seconds=0, write_seconds=1e6)
+    with running(service) as address, connection(address, room=4096) as slow:
+        much = chat(max_tokens=4000, n=4, logprobs=True, top_logprobs=2, stream=True)
+        slow.sendall(post_bytes(much, CHATS))
+        until(lambda: len(service.engine.streams) == 4 and not service.engine.open())
+
+
+def test_a_text_that_an_ended_engine_cuts_off_does_not_look_whole():
+    service = fake_service(FakeEngine(pace=0.01))
+    threading.Timer(0.2, lambda: [s.cancel() for s in service.engine.streams]).start()
+    answer = client(service).post(COMPLETIONS, json=complete(max_tokens=4000))
+    assert error_of(answer, 503)["code"] == "shutting_down"
 
 
 def test_texts_and_looks_that_a_closing_engine_drops_are_503s(model):

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from tinygpt.errors import TinyGPTError
-from tinygpt.files.strict_json import to_json
 from tinygpt.server.engine.sequence import Output, Outputs, Piece, Sequence
+from tinygpt.server.http.event_stream import event
 from tinygpt.server.http.refusal import FAILURE, Refusal, closing
 from tinygpt.server.openai.choices import Choice, Delta
 from tinygpt.server.openai.jobs import Job
@@ -83,6 +83,9 @@ class Answer:
         rest = REST if self.job.stream else math.inf
         async for burst in self._outputs.bursts(rest, self.deadline):
             yield self._deltas(burst)
+            for sequence, piece in burst:
+                if piece is None and (refusal := self._refusal(sequence)):
+                    raise refusal from sequence.error
         if self._outputs.open:  # time is up: the texts end as they are, if there is any of them
             self.close()
             unread = self._outputs.take()
@@ -99,31 +102,23 @@ class Answer:
         deltas = []
         for sequence, pieces in new.items():
             choice = self._choice_of[sequence]
-            if choice.finish_reason is not None:
-                continue
-            delta = choice.take([piece for piece in pieces if piece is not None])
-            if None in pieces:
-                self._check_end(sequence, choice)
-                delta += choice.end(sequence.finish_reason)
-            deltas.append((choice, delta))
+            if choice.finish_reason is None:
+                delta = choice.take([piece for piece in pieces if piece is not None])
+                if None in pieces and self._refusal(sequence) is None:
+                    delta += choice.end(sequence.finish_reason)
+                deltas.append((choice, delta))
         return deltas
 
-    def _check_end(self, sequence: Sequence, choice: Choice) -> None:
-        """A model that computes no numbers is named as the cause; other failures are not public."""
+    def _refusal(self, sequence: Sequence) -> Refusal | None:
+        """Why a sequence ended before its time. Only a model that computes no numbers is named."""
         if isinstance(sequence.error, TinyGPTError):
-            raise Refusal(500, str(sequence.error), code="model_failed") from sequence.error
+            return Refusal(500, str(sequence.error), code="model_failed")
         if sequence.error is not None:
-            raise FAILURE from sequence.error
+            return FAILURE
         in_time = asyncio.get_running_loop().time() < self.deadline
-        if sequence.finish_reason == "cancelled" and in_time and not choice.count:
-            raise closing()
+        return closing() if sequence.finish_reason == "cancelled" and in_time else None
 
     def _usage(self) -> dict[str, int]:
         """Tokens in and out; a prompt counts once, however many texts it gets."""
         prompt, new = self.job.prompt_tokens, sum(choice.count for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-def event(value: object) -> bytes:
-    """One server-sent event with a JSON value."""
-    return f"data: {to_json(value, unicode=True, compact=True)}\n\n".encode()
