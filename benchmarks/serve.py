@@ -189,7 +189,7 @@ class Direct:
 
     def __init__(self, name: str, checkpoint: Path, places: int) -> None:
         from tinygpt import load
-        from tinygpt.server.engine import Engine
+        from tinygpt.server.engine.scheduler import Engine
 
         self.setting = SETTINGS[name]
         self.model, self.tokenizer = load(checkpoint)
@@ -199,7 +199,7 @@ class Direct:
         self.engine.warm_up().result()
 
     def texts_together(self, count: int, temperature: float) -> list[str]:
-        from tinygpt.server.engine import Request
+        from tinygpt.server.engine.sequence import Request
 
         config, prompt = SampleConfig(temperature=temperature), tuple(self.prompt())
         streams = [

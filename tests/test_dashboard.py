@@ -29,24 +29,24 @@ from tests.fuzz.making import fifo, link_to, sparse
 from tests.fuzz.making import folder as a_folder
 from tests.run_script import make_run as make_training
 from tests.serving import PATIENCE, fake_service, until
+from tinygpt import pages
 from tinygpt.cli import main
 from tinygpt.cli.serving import dashboard_beside
 from tinygpt.errors import UsageError, extras
+from tinygpt.runs.history import History, Tail, decode_all
 from tinygpt.runs.lock import FolderLock, Holder, holder
-from tinygpt.server import curves as curves_module
-from tinygpt.server import dashboard, steering, watch, watched
 from tinygpt.server.app import make_app as make_server
-from tinygpt.server.curves import POINTS, Curves, stride_for
-from tinygpt.server.dashboard import Board, make_app
-from tinygpt.server.listening import url
-from tinygpt.server.steering import ByLock, Here
-from tinygpt.server.tail import Tail, parse_rows
-from tinygpt.server.thread import ServerThread, listen_nearby
-from tinygpt.server.watch import Watch, parse_cursor, write_cursor
-from tinygpt.training.metrics import History
+from tinygpt.server.dashboard import board as board_module
+from tinygpt.server.dashboard import curves as curves_module
+from tinygpt.server.dashboard import steering, watch, watched
+from tinygpt.server.dashboard.board import Board, make_app
+from tinygpt.server.dashboard.curves import POINTS, Curves, stride_for
+from tinygpt.server.dashboard.steering import ByLock, Here
+from tinygpt.server.dashboard.watch import Watch, parse_cursor, write_cursor
+from tinygpt.server.http.listening import url
+from tinygpt.server.http.thread import ServerThread, listen_nearby
 
 NODE = Path("/usr/bin/node")
-PAGE = Path(watch.__file__).parent / "page"
 KEY = "a-key-for-the-tests"
 RIGHT = {"authorization": f"Bearer {KEY}"}
 WRITER = "import sys; from tests.run_script import main; main(sys.argv[1], 10**9)"
@@ -120,7 +120,7 @@ def test_what_is_no_ordinary_file_is_not_read(tmp_path):
 
 
 def test_a_line_without_end_is_passed_over_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("tinygpt.server.tail.CHUNK", 1 << 20)
+    monkeypatch.setattr("tinygpt.runs.history.CHUNK", 1 << 20)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"x" * (3 << 20) + b'\n{"iter": 7}\n')
     tail, found = Tail(path), []
@@ -143,7 +143,7 @@ def test_a_line_without_end_is_passed_over_piece_by_piece(tmp_path, monkeypatch)
     ],
 )
 def test_all_lines_at_once_are_the_lines_one_by_one(text, wanted):
-    found, damaged = parse_rows(text)
+    found, damaged = decode_all(text)
     assert found == wanted
     assert len(found) + damaged == len([line for line in text.split(b"\n") if line.strip()])
 
@@ -265,7 +265,7 @@ def test_rows_that_the_page_adds_give_the_curves_that_the_server_gives(tmp_path)
         so_far.add(everything[:end])
         events.append([start, so_far.tail(start), so_far.mark(end), end])
     script = f"""
-        import {{ Series }} from {json.dumps((PAGE / "series.js").as_uri())};
+        import {{ Series }} from {json.dumps((pages.FOLDER / "shared" / "series.js").as_uri())};
         import {{ readFileSync }} from "node:fs";
         const [begun, events] = JSON.parse(readFileSync(0, "utf8"));
         const series = new Series(begun);
@@ -392,7 +392,7 @@ def test_samples_are_bounded_and_the_newest_stays(tmp_path):
     board = board_of(folder)
     samples = client(board).get(f"/dashboard/runs/{only(board).id}/samples").json()["samples"]
     assert samples[-1]["iter"] == 4999 and 100 < len(samples) <= watched.MAX_SAMPLES
-    assert sum(len(sample["text"]) for sample in samples) <= dashboard.SAMPLES_BYTES
+    assert sum(len(sample["text"]) for sample in samples) <= board_module.SAMPLES_BYTES
     assert steps(samples) == sorted(steps(samples))
 
 
@@ -541,7 +541,7 @@ def test_a_folder_that_may_not_be_entered_is_shown_with_the_reason(tmp_path, mon
         return refused
 
     monkeypatch.setattr(Path, "lstat", refusing(lstat))
-    monkeypatch.setattr("tinygpt.server.tail._open", refusing(lambda path: path.open("rb")))
+    monkeypatch.setattr("tinygpt.runs.history._open", refusing(lambda path: path.open("rb")))
     cards = {card["name"]: card for card in board_of(tmp_path).watch.cards()}
     assert (cards["good"]["iter"], cards["good"]["odd"]) == (10, [])
     assert cards["shut"]["iter"] is None
@@ -588,7 +588,7 @@ class Held:
 
 def test_a_look_at_many_runs_holds_the_lock_for_one_slice_at_a_time(tmp_path, monkeypatch):
     size = 1 << 12
-    monkeypatch.setattr("tinygpt.server.tail.CHUNK", size)
+    monkeypatch.setattr("tinygpt.runs.history.CHUNK", size)
     for i in range(6):
         make_run(tmp_path / f"run-{i}", 60)  # about 20 KB each
     watching = Watch([tmp_path])
@@ -708,7 +708,7 @@ def test_events_bring_what_was_missed_and_then_what_comes(served):
 
 def test_pages_that_listen_are_not_too_many(served, monkeypatch):
     board, address = served
-    monkeypatch.setattr(dashboard, "STREAMS", 1)
+    monkeypatch.setattr(board_module, "STREAMS", 1)
     stream = events_of(address)
     next(stream)
     assert httpx.get(f"{address}/dashboard/events", headers=RIGHT).status_code == 503
@@ -990,7 +990,7 @@ def test_the_command_shows_runs_without_tinygrad_and_takes_the_next_port(
         try:
             address, key, said = wait_for_address(process)
             assert f"port {port} is taken" in said and not address.endswith(f":{port}")
-            assert not re.search(r"\| +tinygrad", said) and "tinygpt.server.dashboard" in said
+            assert not re.search(r"\| +tinygrad", said) and "tinygpt.server.dashboard.board" in said
             right = {"authorization": f"Bearer {key}"}
             [run] = httpx.get(f"{address}/dashboard/runs", headers=right).json()["runs"]
             assert run["name"] == "run" and run["iter"] == 20

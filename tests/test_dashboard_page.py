@@ -19,12 +19,12 @@ from tests.browser import axe_violations, overflow
 from tests.dashboard_runs import add, lines, make_run, rows
 from tests.serving import until
 from tinygpt.runs.lock import FolderLock
-from tinygpt.server import watch
-from tinygpt.server.curves import POINTS
-from tinygpt.server.dashboard import Board, make_app
-from tinygpt.server.listening import url
-from tinygpt.server.thread import ServerThread, listen_nearby
-from tinygpt.server.watch import Watch
+from tinygpt.server.dashboard import watch
+from tinygpt.server.dashboard.board import Board, make_app
+from tinygpt.server.dashboard.curves import POINTS
+from tinygpt.server.dashboard.watch import Watch
+from tinygpt.server.http.listening import url
+from tinygpt.server.http.thread import ServerThread, listen_nearby
 
 KEY = "a-key-for-the-tests"
 HOSTILE = '<img src=x onerror="alert(1)"></script>'
@@ -172,7 +172,7 @@ def test_a_run_chosen_while_the_server_is_gone_comes_when_it_is_back(tmp_path, o
 
 
 def test_a_page_whose_first_question_stays_unanswered_asks_again(runs, open_page):
-    page = open_page(f"{runs[1]}/page/icon.svg")
+    page = open_page(f"{runs[1]}/page/shared/icon.svg")
     page.route("**/dashboard/runs", lambda route: route.abort())
     page.goto(runs[1])
     expect(page.locator("#error")).to_contain_text("cannot be reached")
@@ -465,7 +465,7 @@ def test_ten_long_runs_are_sent_in_few_points(tmp_path, open_page, monkeypatch):
         make_run(tmp_path / f"run-{i}", 10_000, seed=i, every=500)
     answers = []
     with serving(tmp_path) as address:
-        page = open_page(address.replace("#", "page/icon.svg#"))
+        page = open_page(address.replace("#", "page/shared/icon.svg#"))
         page.on("response", lambda r: "curves" in r.url and answers.append(r.json()))
         page.goto(address)
         ready(page)

@@ -21,9 +21,10 @@ from tinygpt.config import to_toml
 from tinygpt.generation.sample import next_logits, softmax
 from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
-from tinygpt.server import inspect
-from tinygpt.server.engine import Engine
-from tinygpt.server.service import Service
+from tinygpt.runs.folder import checkpoint_path
+from tinygpt.server.engine.scheduler import Engine
+from tinygpt.server.openai.service import Service
+from tinygpt.server.playground import introspection
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>run'
@@ -57,7 +58,7 @@ def model():
 @pytest.fixture(scope="module")
 def service(model) -> Iterator[Service]:
     tokenizer = ByteTokenizer()
-    with Engine(model, tokenizer, places=2) as engine:
+    with Engine(model, tokenizer, slots=2) as engine:
         yield Service(engine, model, tokenizer, HOSTILE)
 
 
@@ -122,7 +123,7 @@ class Attending(GPT2):
 def test_a_forward_pass_by_the_maps_is_the_models_own():
     model = opinionated_model(GPTConfig(block_size=24, vocab_size=50, n_layer=3, n_embd=32))
     ids = np.random.default_rng(1).integers(0, 50, 21).tolist()
-    look = inspect.AttentionLook(model)
+    look = introspection.AttentionLook(model)
     maps = [look.weights(ids, layer, 24) for layer in range(3)]
     assert np.abs(np.diff(maps[2], axis=0)).max() > 0.1, "the heads differ"
     found = Attending(model, maps).logits([ids])
@@ -132,7 +133,7 @@ def test_a_forward_pass_by_the_maps_is_the_models_own():
 
 def test_only_the_last_positions_are_told_of_all_that_the_model_sees(model):
     ids = np.random.default_rng(1).integers(0, 256, 100).tolist()
-    look = inspect.AttentionLook(model)
+    look = introspection.AttentionLook(model)
     whole = look.weights(ids[-48:], 1, 48)
     part = look.weights(ids, 1, 7)
     assert part.shape == (3, 7, 48)
@@ -150,7 +151,7 @@ def test_only_the_last_positions_are_told_of_all_that_the_model_sees(model):
 )
 def test_candidates_have_the_probabilities_of_the_model_and_of_the_sampler(model, config):
     ids = list(b"and when")
-    found = inspect.next_token(model.decoder, ids, config, 250)
+    found = introspection.next_token(model.decoder, ids, config, 250)
     logits = model(Tensor([ids], dtype="int32")).numpy()[0, -1, :250].astype(np.float64)
     np.testing.assert_allclose(found.model, softmax(logits), atol=1e-5)
     assert found.sampled.sum() == pytest.approx(1)
@@ -163,7 +164,7 @@ def test_candidates_have_the_probabilities_of_the_model_and_of_the_sampler(model
 
 
 def test_the_likeliest_come_in_order_and_of_equals_the_lower_id():
-    found = inspect.NextToken(np.array([0.1, 0.3, 0.1, 0.4, 0.1]), np.ones(5) / 5)
+    found = introspection.NextToken(np.array([0.1, 0.3, 0.1, 0.4, 0.1]), np.ones(5) / 5)
     assert found.likeliest(4) == [3, 1, 0, 2]
     assert found.likeliest(99) == [3, 1, 0, 2, 4]
     assert [found.rank(token) for token in (3, 1, 4)] == [1, 2, 3]
@@ -253,7 +254,7 @@ def test_attention_is_told_in_rows_that_end_at_their_own_token(address, service)
     told = post(address, "/api/attention", text=text, layer=1, last=20)
     assert (told["start"], told["position"]) == (42, 14)
     assert ids_of(told["tokens"]) == list(text[-20:].encode())
-    look = inspect.AttentionLook(service.model)
+    look = introspection.AttentionLook(service.model)
     work = service.engine.run(lambda: look.weights(list(text.encode()), 1, 20))
     expected = work.result()
     for head, rows in enumerate(told["weights"]):
@@ -269,7 +270,7 @@ def test_the_card_says_what_the_checkpoint_knows(tmp_path, model):
     train, source = TrainConfig(max_iters=2), {"source": "/somewhere/secret/book.txt"}
     progress = {"best_val_loss": 1.25, "best_iter": 1, "train_loss": float("inf")}
     meta = checkpoint.Meta(2, CONFIG, train, progress=progress)
-    checkpoint.save(checkpoint.checkpoint_path(folder, 2), model, None, meta)
+    checkpoint.save(checkpoint_path(folder, 2), model, None, meta)
     (folder / "config.toml").write_text(to_toml({"model": CONFIG, "train": train, "data": source}))
     service = Service(Engine(model, ByteTokenizer()), model, ByteTokenizer(), "a run", folder)
     with running(service) as address:
@@ -337,7 +338,7 @@ def test_a_character_that_the_vocabulary_lacks_is_a_refusal_not_a_failure(model)
 
 
 def test_only_so_many_looks_wait_for_the_engine(address, service, monkeypatch):
-    monkeypatch.setattr("tinygpt.server.playground.LOOKS", 0)
+    monkeypatch.setattr("tinygpt.server.playground.page_api.LOOKS", 0)
     status, text = ask(address, "/api/candidates", {"text": "x"})
     assert status == 429 and json.loads(text)["error"]["code"] == "queue_full"
     monkeypatch.undo()
@@ -716,7 +717,7 @@ def test_of_another_model_only_the_text_is_taken_over(playground):
 
 
 def test_without_storage_the_page_works_as_long_as_it_is_open(open_page, address):
-    page = open_page(f"{address}/page/icon.svg")
+    page = open_page(f"{address}/page/shared/icon.svg")
     page.add_init_script(
         "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('no'); } });"
         "Object.defineProperty(window, 'localStorage', { get() { throw new Error('no'); } });"

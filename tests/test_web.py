@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.mixed_text import mixed_text
-from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig
+from tinygpt import GPT, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig, pages
 from tinygpt.cli import main
 from tinygpt.config import SampleConfig
 from tinygpt.errors import InteropError, MissingExtraError, UsageError, extras
@@ -28,7 +28,7 @@ from tinygpt.interop.web.vocabulary import describe
 from tinygpt.machine.transfer import read
 from tinygpt.text.tokenizers import Tokenizer
 
-PAGE = Path(parity.__file__).with_name("page")
+PAGE = pages.FOLDER / "local"
 SMALL = GPTConfig(block_size=24, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
 BARE = GPTConfig(
     block_size=24, vocab_size=300, n_layer=1, n_head=4, n_embd=48, bias=False, tie_embeddings=False

@@ -12,13 +12,13 @@ import pytest
 
 from tests.test_strict_json import strict
 from tests.test_web import SMALL, make, needs_node, node
-from tinygpt import ByteTokenizer
+from tinygpt import ByteTokenizer, pages
 from tinygpt.cli import main
 from tinygpt.errors import InteropError
 from tinygpt.interop.web import export_web
 from tinygpt.interop.web.card import card
 from tinygpt.interop.web.finished import check_finished
-from tinygpt.training.metrics import History
+from tinygpt.runs.history import History
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +86,11 @@ def test_a_file_that_no_browser_reads_is_refused(page: Path, tmp_path: Path, dam
 def test_a_worker_that_does_not_start_leaves_no_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from tinygpt.interop.web import page as pages
-
-    asset = pages._asset
+    bundle = pages.bundle
     monkeypatch.setattr(
         pages,
-        "_asset",
-        lambda name: asset(name) + "\nthrow new Error('broken');" * ("work" in name),
+        "bundle",
+        lambda names: bundle(names) + "throw new Error('broken');" * ("worker" in str(names)),
     )
     with pytest.raises(InteropError, match=r"does not start in node: .*broken"):
         export_web(make(SMALL), ByteTokenizer(), tmp_path / "page.html")

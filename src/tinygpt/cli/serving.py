@@ -23,15 +23,15 @@ from tinygpt.cli.signals import Words, run_signals
 from tinygpt.errors import UsageError, extras
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.display.text import printable
-from tinygpt.server.limits import Limits
+from tinygpt.server.http.limits import Limits
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
     from tinygpt.runs.run import TrainingRun
-    from tinygpt.server.dashboard import Board
-    from tinygpt.server.service import Service
+    from tinygpt.server.dashboard.board import Board
+    from tinygpt.server.openai.service import Service
 
     LimitFlags = dict[str, Any]
 else:
@@ -105,7 +105,7 @@ def serve(
         Open the page in a browser.
     """
     require_extra()
-    from tinygpt.server.listening import Server, listen, url
+    from tinygpt.server.http.listening import Server, listen, url
 
     key = _key(api_key, host, "serve", run)
     check_names(allow_host, cors_origin)
@@ -171,10 +171,10 @@ def dashboard(
         Open the page in a browser.
     """
     require_extra()
-    from tinygpt.server.dashboard import Board, make_app
-    from tinygpt.server.listening import Server, url
-    from tinygpt.server.thread import listen_nearby
-    from tinygpt.server.watch import Watch
+    from tinygpt.server.dashboard.board import Board, make_app
+    from tinygpt.server.dashboard.watch import Watch
+    from tinygpt.server.http.listening import Server, url
+    from tinygpt.server.http.thread import listen_nearby
 
     if not runs and not RUNS.is_dir():
         raise UsageError(f"There is no folder {RUNS} here. Say which runs to watch: their folders.")
@@ -197,7 +197,7 @@ def dashboard(
 def dashboard_listener(port: int) -> socket.socket:
     """A place for a dashboard, on this port or one of the next."""
     require_extra()
-    from tinygpt.server.thread import listen_nearby
+    from tinygpt.server.http.thread import listen_nearby
 
     return listen_nearby("127.0.0.1", port, "--dashboard-port")
 
@@ -210,11 +210,11 @@ def dashboard_beside(
 
     Runs in the usual folder are shown together, for comparison. ``port`` is the one asked for.
     """
-    from tinygpt.server.dashboard import Board, make_app
-    from tinygpt.server.listening import url
-    from tinygpt.server.steering import Here
-    from tinygpt.server.thread import ServerThread
-    from tinygpt.server.watch import Watch
+    from tinygpt.server.dashboard.board import Board, make_app
+    from tinygpt.server.dashboard.steering import Here
+    from tinygpt.server.dashboard.watch import Watch
+    from tinygpt.server.http.listening import url
+    from tinygpt.server.http.thread import ServerThread
 
     assert run.folder is not None
     others = [RUNS] if run.folder.absolute().parent == RUNS.absolute() else []
@@ -257,7 +257,7 @@ def _key(given: str | None, host: str, *words: object) -> str | None:
 
     ``words`` are the command that is to be told with a key.
     """
-    from tinygpt.server.security import is_loopback
+    from tinygpt.server.http.security import is_loopback
 
     key = given if given is not None else os.environ.get(API_KEY) or None
     if key is None:
@@ -277,7 +277,7 @@ def _key(given: str | None, host: str, *words: object) -> str | None:
 
 def check_names(hosts: list[str] | None, origins: list[str] | None = None) -> None:
     """Refuse what is no host or origin before anything is loaded."""
-    from tinygpt.server.security import allowed_origin, allowed_place
+    from tinygpt.server.http.security import allowed_origin, allowed_place
 
     for host in hosts or []:
         allowed_place(host)
@@ -287,7 +287,7 @@ def check_names(hosts: list[str] | None, origins: list[str] | None = None) -> No
 
 def _check_open(no_token: bool, host: str) -> None:
     """Only this machine may see runs without a key."""
-    from tinygpt.server.security import is_loopback
+    from tinygpt.server.http.security import is_loopback
 
     if no_token and not is_loopback(host):
         raise UsageError(
@@ -304,9 +304,9 @@ def _service(
     places: int,
     limits: Limits,
 ) -> Service:
-    from tinygpt.runs.run import choose_checkpoint
-    from tinygpt.server.engine import Engine
-    from tinygpt.server.service import Service
+    from tinygpt.runs.folder import choose_checkpoint
+    from tinygpt.server.engine.scheduler import Engine
+    from tinygpt.server.openai.service import Service
 
     model, own = load_model(run, tokenizer, quantize)
     if quantize is not None:
@@ -319,8 +319,8 @@ def _service(
 
 def _board(run: Path, key: str | None, is_open: bool) -> Board | None:
     """The dashboard of the run that is served; a checkpoint alone has none."""
-    from tinygpt.server.dashboard import Board
-    from tinygpt.server.watch import Watch, last_change
+    from tinygpt.server.dashboard.board import Board
+    from tinygpt.server.dashboard.watch import Watch, last_change
 
     if last_change(run) is None:
         return None

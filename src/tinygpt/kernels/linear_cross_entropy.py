@@ -56,9 +56,7 @@ def linear_cross_entropy(
         return cross_entropy(reference.linear(x, weight), targets)
     (N, C), V = map(int, x.shape), int(weight.shape[0])
     x, weight = contiguous(x), contiguous(weight)
-    chunk = max(CHUNK, -(-N // MOST_CHUNKS))
-    lanes, rows = register_tile(chunk)
-    plan = Plan(N, C, V, lanes, largest_divisor(BLOCK // 2, rows), chunk, frozen)
+    plan = plan_of(N, C, V, frozen)
     work = Work(x, weight, targets, plan)
     statistics = work.run(gradient)
     ready = gradient
@@ -75,6 +73,13 @@ def linear_cross_entropy(
     out, inputs = [work.new(1)], [work.inverse, *statistics, x, weight]
     loss: Tensor = work.launch(loss_kernels.loss, out, inputs, name="loss", backward=backward)[0]
     return loss.reshape(())
+
+
+def plan_of(N: int, C: int, V: int, frozen: bool = False) -> Plan:
+    """How N rows of width C and V rows of weight are cut up on this machine."""
+    chunk = max(CHUNK, -(-N // MOST_CHUNKS))
+    lanes, rows = register_tile(chunk)
+    return Plan(N, C, V, lanes, largest_divisor(BLOCK // 2, rows), chunk, frozen)
 
 
 class Work:
@@ -107,7 +112,7 @@ class Work:
     def run(self, gradient: bool) -> list[Tensor]:
         """Work off all rows; -> each chunk's statistics. With ``gradient`` sets dx and dweight."""
         plan, new, launch = self.plan, self.new, self.launch
-        powers = new(plan.blocks * plan.block, plan.rows)
+        powers = new(*plan.powers)
         self.dx: list[Tensor] = []
         self.dweight = [] if plan.frozen else [new(plan.V, plan.C)]
         found: list[Tensor] = []
@@ -124,7 +129,7 @@ class Work:
             before = launch(loss_kernels.statistics, out, inputs, name=f"loss_rows_{plan.name}")
             found += before
             if gradient:
-                outputs = [new(plan.parts, plan.rows, plan.C), *self.dweight]
+                outputs = [new(*plan.dx_parts), *self.dweight]
                 inputs = [chunk, powers, largest, found[-1], self.targets, self.inverse]
                 parts, *self.dweight = launch(
                     loss_kernels.products,

@@ -69,6 +69,16 @@ class Plan:
         return -(-self.V // (self.block * self.parts)) * self.parts
 
     @property
+    def powers(self) -> tuple[int, int]:
+        """The shape of a chunk's exp(S - m), in numbers."""
+        return self.blocks * self.block, self.rows
+
+    @property
+    def dx_parts(self) -> tuple[int, int, int]:
+        """The shape of what the parts add to a chunk's dx, in numbers."""
+        return self.parts, self.rows, self.C
+
+    @property
     def depth(self) -> int:
         """Steps of the sum over C between two visits to memory."""
         return next((d for d in range(DEPTH, DEPTH // 4, -1) if self.C % d == 0), self.C)

@@ -43,14 +43,18 @@ COPIED_BLOCK = 128
 """The same where ``a`` is copied: a panel and a tile's rows of the copy fit level 1, 32 KB."""
 COPIED_ROWS = 576
 """Most rows of ``a`` in a copied chunk: with its block of depth, 288 KB of level 2."""
-COPY, COPY_ACROSS = 6, 15
+COPY, COPY_ACROSS = 4, 16
 """What it takes to copy a number of an operand, and one that lies across, in multiply-adds."""
 UNIT = 20_000
 """What a unit takes besides, being dealt out for instance; in multiply-adds too."""
 GATED = 1.1
 """How much longer a unit takes whose writes are gated: where chunks reach behind the last row."""
-CORES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Numbers of cores that products are cut up for; few count more, as they take longer."""
+CORES = {1: 25} | dict.fromkeys((2, 3, 4, 6, 8, 12, 16), 1)
+"""Numbers of cores that products are cut up for -> how much a percent of the time counts there.
+
+Cut for many cores a product copies more, which every core pays: one core counts so much that it
+loses 2 % or 3 % of the small products of a model like ``baby``, and 1 % of ``gpt2``'s.
+"""
 LINE = 16
 """Numbers in a cache line of 64 bytes."""
 
@@ -141,7 +145,8 @@ class Plan:
         """(chunks of rows, groups of panels): the units that suit one core, some, and many.
 
         More units copy more, and waste rows where the last chunk is not full; fewer leave cores
-        with nothing to do. What each choice takes on each of CORES is estimated, in multiply-adds.
+        with nothing to do. What each choice takes on each of CORES is estimated, in multiply-adds;
+        logarithms make a percent of it count the same whether the product is large or small.
         """
         tiles = -(-self.m // self.rows)
         fewest = -(-tiles * self.rows // COPIED_ROWS) if self.copies_a else 1
@@ -153,7 +158,8 @@ class Plan:
             copied += COPY * self.copied_rows(height, chunks) if self.copies_a else 0
             unit: float = UNIT + (height * width + copied) * self.depth
             unit *= GATED if tiles % chunks else 1
-            return sum(-(-chunks * groups // cores) * unit for cores in CORES)
+            times = {cores: -(-chunks * groups // cores) * unit for cores in CORES}
+            return sum(weight * math.log(times[cores]) for cores, weight in CORES.items())
 
         chunks = sorted({-(-tiles // height) for height in range(1, tiles + 1)})
         groups = [panels] if not self.copies_a else divisors(panels)

@@ -7,19 +7,22 @@ from typing import Unpack
 
 from starlette.applications import Starlette
 
-from tinygpt.server import api, dashboard, playground
-from tinygpt.server.assembly import assemble
-from tinygpt.server.engine import EngineClosed, QueueFull
-from tinygpt.server.metrics_page import Counting
-from tinygpt.server.refusal import answer_closing, answer_full
-from tinygpt.server.security import GateOptions
-from tinygpt.server.service import Service
+from tinygpt.server.dashboard.board import Board
+from tinygpt.server.dashboard.board import routes as board_routes
+from tinygpt.server.engine.scheduler import EngineClosed, QueueFull
+from tinygpt.server.http.assembly import assemble
+from tinygpt.server.http.refusal import answer_closing, answer_full
+from tinygpt.server.http.security import GateOptions
+from tinygpt.server.openai import endpoints
+from tinygpt.server.openai.metrics_page import Counting
+from tinygpt.server.openai.service import Service
+from tinygpt.server.playground import page_api
 
 
 def make_app(
     service: Service,
     *,
-    board: dashboard.Board | None = None,
+    board: Board | None = None,
     log: Callable[[str], None] | None = None,
     **gate: Unpack[GateOptions],
 ) -> Starlette:
@@ -28,9 +31,9 @@ def make_app(
     With an ``api_key`` everything but the pages themselves and /healthz needs it; the dashboard
     needs its board's. ``log`` gets a line for each answer. For the other options see `Gate`.
     """
-    routes = [*api.routes(service), *playground.routes(service)]
+    routes = [*endpoints.routes(service), *page_api.routes(service)]
     if board is not None:
-        routes += dashboard.routes(board)
+        routes += board_routes(board)
         gate = {"board_key": board.key, "board_is_open": board.is_open, **gate}
     app = assemble(routes, **gate)
     app.add_exception_handler(EngineClosed, answer_closing)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from tinygrad import Device, dtypes
@@ -18,7 +19,7 @@ from tinygrad import Device, dtypes
 from tinygpt.config import Config, GPTConfig, TrainConfig
 from tinygpt.errors import UsageError
 from tinygpt.kernels import linear
-from tinygpt.kernels.linear_cross_entropy import CHUNK, MOST_CHUNKS
+from tinygpt.kernels.linear_cross_entropy import plan_of
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
@@ -55,7 +56,7 @@ class Estimate:
     activations: int
     """What the backward pass needs of the forward pass."""
     loss: int
-    """The largest part of the logits that is in memory at once, and the gradient it makes."""
+    """The largest part of the logits that is in memory at once, and the gradients it makes."""
     evaluation: int
     saving: int
     """The copy of weights and moments that is written while training goes on."""
@@ -109,7 +110,8 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     activations = N * C * (PER_BLOCK * L_back + OUTSIDE)
     if model.attention == "plain":
         activations += L_back * train.batch_size * model.n_head * T * T
-    rows = min(N, max(CHUNK, -(-N // MOST_CHUNKS)))
+    chunk = plan_of(N, C, V)
+    powers, dx_parts = prod(chunk.powers), prod(chunk.dx_parts)
     accumulated = 3 * learning if train.grad_accum_steps > 1 else 0
     tied = V * C if model.tie_embeddings and learning == count else 0  # a gradient from either end
     projection = 0 if _output_frozen(model, train) else V * C
@@ -120,8 +122,8 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
         optimizer=FLOAT * 2 * learning,
         gradients=FLOAT * (learning + accumulated + tied),
         activations=FLOAT * activations,
-        loss=FLOAT * (V * rows + projection),
-        evaluation=FLOAT * (N * C * EVALUATING + V * rows),
+        loss=FLOAT * (powers + dx_parts + projection),
+        evaluation=FLOAT * (N * C * EVALUATING + powers),
         saving=FLOAT * (count + 2 * learning) if saves else 0,
         layers=L,
         tokens=N * train.grad_accum_steps,

@@ -2,7 +2,7 @@
 
 ``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
 makes the same for graphics cards. ``weights`` rounds and cuts the weights, ``vocabulary`` describes
-the tokenizer, ``page`` puts all of it into one file with the scripts in the folder ``page``,
+the tokenizer, ``page`` puts all of it into one file with the scripts in ``pages``,
 ``parity`` sees to it that what is in there computes the same as the model, and ``finished`` that
 the file starts.
 """

@@ -14,9 +14,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tinygpt import pages
 from tinygpt.errors import InteropError
 
-LOAD = Path(__file__).with_name("page") / "load.mjs"
+LOAD = pages.FOLDER / "local" / "load.mjs"
 
 
 def check_finished(path: Path, module: bytes, chunks: int, node: bool = True) -> None:

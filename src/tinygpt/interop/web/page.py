@@ -13,14 +13,14 @@ import hashlib
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
 from typing import Any
 
+from tinygpt import pages
 from tinygpt.files.strict_json import to_json
 from tinygpt.interop.web.weights import Chunk
 
-WORKER = ("model.mjs", "webgpu.mjs", "sampling.mjs", "tokenizer.mjs", "worker.mjs")
-UI = ("curve.mjs", "history.mjs", "ui.mjs")
+WORKER = [f"local/{name}.mjs" for name in ("model", "webgpu", "sampling", "tokenizer", "worker")]
+UI = [f"local/{name}.mjs" for name in ("curve", "history", "ui")]
 """The scripts of each side, in the order in which they need one another."""
 
 
@@ -33,7 +33,7 @@ def render(
     chunks: Iterable[Chunk],
 ) -> Iterator[bytes]:
     """The file, piece by piece. ``about`` is what the scripts know of the model, as JSON values."""
-    worker, ui, style = _scripts(WORKER), _scripts(UI), _asset("style.css")
+    worker, ui, style = pages.bundle(WORKER), pages.bundle(UI), pages.text("local/style.css")
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -55,7 +55,7 @@ def render(
         "worker": _json(worker),
         "ui": ui,
     }
-    head, tail = _asset("template.html").split("{{weights}}")
+    head, tail = pages.text("local/template.html").split("{{weights}}")
     yield _fill(head, parts)
     for chunk in chunks:
         yield (
@@ -68,17 +68,6 @@ def render(
 def _fill(template: str, parts: Mapping[str, str]) -> bytes:
     """In one pass, so that nothing that is filled in is taken for a name."""
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template).encode()
-
-
-def _scripts(names: Iterable[str]) -> str:
-    """Modules as one script: they know each other without being imported."""
-    text = "\n".join(_asset(name) for name in names)
-    text = re.sub(r"^import .*?;\n", "", text, flags=re.MULTILINE)
-    return re.sub(r"^export ", "", text, flags=re.MULTILINE)
-
-
-def _asset(name: str) -> str:
-    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")
 
 
 def _json(value: object) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tinygpt import pages
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import InteropError, extras
 from tinygpt.files.strict_json import to_json
@@ -31,7 +32,7 @@ Logits = npt.NDArray[np.float32]
 
 GREEDY = 100
 """Tokens that both have to choose alike."""
-CHECK = Path(__file__).with_name("page") / "check.mjs"
+CHECK = pages.FOLDER / "local" / "check.mjs"
 
 
 class Ran(NamedTuple):

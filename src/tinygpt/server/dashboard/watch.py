@@ -1,0 +1,181 @@
+"""The runs that a dashboard shows: found in folders, read as they grow, never written to."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinygpt.errors import UsageError
+from tinygpt.files.atomic import user_path
+from tinygpt.runs.folder import CONFIG, METRICS
+from tinygpt.server.dashboard.curves import Curves
+from tinygpt.server.dashboard.watched import MAX_ENTRIES, Run, run_id
+from tinygpt.untrusted import utf8_name
+
+MAX_RUNS = 100
+"""The most runs that are shown of a folder, the newest of them."""
+MAX_TAIL = 1000
+"""New rows that are sent one by one; the curves of more are sent anew."""
+PAUSE = 0.4
+"""Seconds between two looks at the files, however many pages ask."""
+READING = 0.5
+"""Seconds that a look spends on rows; the rest of long files comes with the next."""
+
+Cursor = Mapping[str, tuple[int, str]]
+"""What a page has: by run, the number of rows and what tells them from others."""
+
+
+class Watch:
+    """All runs of some folders. Safe to use from several threads.
+
+    Whoever looks at the files has the turn, and the others wait for what is found, for ``READING``
+    seconds and one slice at most. What pages read changes under ``lock``, which is held for one
+    slice of one run at a time.
+    """
+
+    def __init__(self, places: Iterable[str | Path]) -> None:
+        self.places = [user_path(place) for place in places]
+        for place in self.places:
+            if not place.is_dir():
+                raise UsageError(
+                    f"{place} is no folder. Give run folders, or folders that hold some."
+                )
+        self.lock = threading.RLock()
+        self.runs: dict[str, Run] = {}
+        self._turn = threading.Lock()
+        self._looked = -PAUSE
+        self._next: str | None = None
+        """The run that the last look had no time for."""
+
+    def refresh(self) -> None:
+        """Look at all files again, unless that was done just now."""
+        with self._turn:
+            if time.monotonic() - self._looked < PAUSE:
+                return
+            self._find()
+            for run in self.runs.values():
+                run.glance()
+            self._read(time.monotonic() + READING)
+            self._looked = time.monotonic()
+
+    def changes(self, cursor: Cursor) -> list[dict[str, Any]]:
+        """The card of every run and, for those in the cursor, the rows that are new.
+
+        If there are too many, or the rows that the page has are no longer those of the run, the
+        card says ``reload`` instead.
+        """
+        with self.lock:
+            seen = [(card, self.runs[card["id"]].curves.frozen()) for card in self.cards()]
+        return [card | _new_rows(curves, cursor.get(card["id"])) for card, curves in seen]
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The figures of every run, in the order of ``listed``."""
+        with self.lock:
+            return [
+                {"id": run.id, "name": run.name, "updated": run.updated, **run.card}
+                for run in self.listed()
+            ]
+
+    def listed(self) -> list[Run]:
+        """Those in training first, then by their last change."""
+        return sorted(self.runs.values(), key=lambda run: (run.holder is None, -run.updated))
+
+    def _find(self) -> None:
+        found: dict[str, Run] = {}
+        for place in self.places:
+            changed = last_change(place)
+            for when, folder in _runs_in(place) if changed is None else [(changed, place)]:
+                key = run_id(folder)
+                if key not in found:
+                    found[key] = self.runs.get(key) or Run(folder)
+                    found[key].updated = when
+        for run, name in zip(found.values(), _names(found.values()), strict=True):
+            run.name = name
+        with self.lock:
+            self.runs = found
+
+    def _read(self, deadline: float) -> None:
+        """Slices of all runs in turn until nothing is new or time is up, at least one."""
+        waiting = deque(self.runs.values())
+        if self._next in self.runs:
+            waiting.rotate(-list(self.runs).index(self._next))
+        while waiting:
+            run = waiting.popleft()
+            if run.read(self.lock):
+                waiting.append(run)
+            if time.monotonic() > deadline:
+                break
+        self._next = waiting[0].id if waiting else None
+
+
+def _new_rows(curves: Curves, known: tuple[int, str] | None) -> dict[str, Any]:
+    if known is None or (known[0] == curves.rows and known[1] == curves.mark(curves.rows)):
+        return {}
+    rows, mark = known
+    now = {"rows": curves.rows, "mark": curves.mark(curves.rows)}
+    if rows > curves.rows or mark != curves.mark(rows) or curves.rows - rows > MAX_TAIL:
+        return now | {"reload": True}
+    return now | {"from": rows, "new": curves.tail(rows)}
+
+
+def _runs_in(place: Path) -> list[tuple[float, Path]]:
+    """The run folders right below a folder; no links, which could lead anywhere."""
+    try:
+        with os.scandir(place) as entries:
+            below = [
+                place / entry.name
+                for entry in itertools.islice(entries, MAX_ENTRIES)
+                if entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError:
+        return []
+    runs = [(when, folder) for folder in below if (when := last_change(folder)) is not None]
+    return sorted(runs, key=lambda run: run[0], reverse=True)[:MAX_RUNS]
+
+
+def last_change(folder: Path) -> float | None:
+    """When a run was last written to, in seconds since 1970; None for a folder that is no run.
+
+    A folder is one as soon as it has one of a run's files, of whatever kind that is. One that may
+    not be entered may be a run too, which is then shown with the reason.
+    """
+    for name in (METRICS, CONFIG):
+        try:
+            return (folder / name).lstat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return 0.0
+    return None
+
+
+def _names(runs: Iterable[Run]) -> Iterator[str]:
+    """For every run, as much of the end of its path as tells it from the others."""
+    paths = [run.folder.absolute().parts for run in runs]
+    deepest = max(map(len, paths), default=0)
+    counts = [Counter(path[-n:] for path in paths) for n in range(1, deepest + 1)]
+    for path in paths:
+        ends = (path[-n:] for n in range(1, len(path)) if counts[n - 1][path[-n:]] == 1)
+        yield utf8_name("/".join(next(ends, path)))
+
+
+def parse_cursor(text: str) -> dict[str, tuple[int, str]]:
+    """What a page says that it has: ``RUN:ROWS:MARK,…``; what cannot be read is left out.
+
+    >>> parse_cursor("0123456789ab:500:00c0ffee,nonsense")
+    {'0123456789ab': (500, '00c0ffee')}
+    """
+    found = re.findall(r"\b([0-9a-f]{12}):([0-9]{1,9}):([0-9a-f]{8}|)(?:,|$)", text[:8192])
+    return {run: (int(rows), mark) for run, rows, mark in found[:MAX_RUNS]}
+
+
+def write_cursor(cursor: Cursor) -> str:
+    """The other way round."""
+    return ",".join(f"{run}:{rows}:{mark}" for run, (rows, mark) in cursor.items())

@@ -1,0 +1,1 @@
+"""Many requests decoded together, in one thread that owns tinygrad."""

@@ -1,0 +1,146 @@
+"""What the engine computes beside its streams: calls into the model, and scores of texts.
+
+Such work comes in pieces. While streams run it may take at most `SHARE` of the time that they take:
+each piece is paid for by steps after it, so a stream beside any number of scorers goes on at
+1 / (1 + SHARE) of its pace or more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tinygpt.generation.batching import BatchDecoder
+from tinygpt.server.engine.scoring import Scored, score_texts
+
+T = TypeVar("T")
+
+SHARE = 0.5
+"""Seconds of this work for each second of decoding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A function that is called in the engine's thread."""
+
+    function: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A text of which each token gets its log probability and those of the ``count`` likeliest."""
+
+    ids: Sequence[int]
+    count: int
+    future: Future[Scored] = field(default_factory=Future)
+
+
+class Beside:
+    """The queue of such work, in the order in which it came; texts of one length go together.
+
+    Only ``piece``, ``earn`` and ``cancel_all`` are for the engine's thread alone.
+    """
+
+    def __init__(
+        self,
+        decoder: BatchDecoder,
+        vocab_size: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._decoder, self._vocab_size, self._clock = decoder, vocab_size, clock
+        self._waiting: deque[Call | Text] = deque()
+        self._current: tuple[list[Text], Generator[None, None, list[Scored]]] | None = None
+        self._debt = 0.0  # seconds that streams have to run before the next piece
+
+    def __bool__(self) -> bool:
+        """Whether there is something to do."""
+        return bool(self._waiting or self._current)
+
+    @property
+    def texts(self) -> int:
+        """Texts that wait for their scores."""
+        current = len(self._current[0]) if self._current else 0
+        return current + sum(isinstance(work, Text) for work in list(self._waiting))
+
+    def add(self, work: Call | Text) -> None:
+        self._waiting.append(work)
+
+    def earn(self, seconds: float) -> None:
+        """Streams have run for so long."""
+        self._debt = max(0.0, self._debt - SHARE * seconds)
+
+    def piece(self, streaming: bool) -> None:
+        """Do one piece of work, if there is any and the streams can spare the time."""
+        if not self or (streaming and self._debt > 0):
+            return
+        begin = self._clock()
+        if self._current is None:
+            self._begin()
+        else:
+            self._go_on()
+        spent = self._clock() - begin
+        self._debt = self._debt + spent if streaming else 0.0
+
+    def cancel_all(self, error: Exception) -> None:
+        """The end: what is not done fails with this error."""
+        texts = self._current[0] if self._current else []
+        self._current = None
+        for text in texts:
+            text.future.set_exception(error)
+        while self._waiting:
+            future: Future[Any] = self._waiting.popleft().future
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def _begin(self) -> None:
+        first = self._waiting.popleft()
+        if isinstance(first, Call):
+            _answer(first)
+            return
+        texts = [
+            text for text in self._together(first) if text.future.set_running_or_notify_cancel()
+        ]
+        if texts:
+            asked = [(text.ids, text.count) for text in texts]
+            self._current = texts, score_texts(self._decoder, asked, self._vocab_size)
+            self._go_on()
+
+    def _together(self, first: Text) -> list[Text]:
+        """The text, and others that wait and fit into the same forward pass."""
+        most = self._decoder.together(first.ids)
+        fitting = [first]
+        for work in list(self._waiting):
+            if len(fitting) == most:
+                break
+            if isinstance(work, Text) and self._decoder.together(work.ids) == most > 1:
+                fitting.append(work)
+                self._waiting.remove(work)
+        return fitting
+
+    def _go_on(self) -> None:
+        assert self._current is not None
+        texts, pieces = self._current
+        try:
+            next(pieces)
+        except StopIteration as end:
+            self._current = None
+            for text, scored in zip(texts, end.value, strict=True):
+                text.future.set_result(scored)
+        except Exception as error:
+            self._current = None
+            for text in texts:
+                text.future.set_exception(error)
+
+
+def _answer(call: Call) -> None:
+    if not call.future.set_running_or_notify_cancel():
+        return
+    try:
+        call.future.set_result(call.function())
+    except Exception as error:
+        call.future.set_exception(error)

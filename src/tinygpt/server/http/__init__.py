@@ -1,0 +1,1 @@
+"""Connections and requests, knowing nothing of models: limits, keys, bodies, files, errors."""

@@ -1,0 +1,93 @@
+"""Errors as OpenAI's API tells them: one JSON shape, and nothing of the request repeated in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinygpt.server.http.json_answer import JSONResponse
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""Kinds of errors by status; other refusals are ``invalid_request_error``."""
+GONE = 499
+"""nginx's status for a client that went before its answer."""
+RETRY_SECONDS = 2
+"""When a client should come again that was refused for want of room, or because we restart."""
+DOCUMENT = "/openapi.json"
+ADVICE = {404: f" GET {DOCUMENT} lists what there is.", 405: " The header Allow lists others."}
+
+
+class Refusal(Exception):  # noqa: N818
+    """A request that is not served, and why: what was wanted, and where it was missed.
+
+    ``param`` names the field that is wrong, ``code`` is for programs. The message must hold no
+    text from the request: it may end in a page or a log.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        again = {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else {}
+        self.headers = {**again, **(headers or {})}
+
+    def body(self) -> dict[str, Any]:
+        """The object that OpenAI's clients look for."""
+        usual = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = TYPES.get(self.status, usual)
+        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": told}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def answer_refusal(request: Request, error: Exception) -> Response:
+    """For Starlette's table of exception handlers."""
+    assert isinstance(error, Refusal)
+    return error.response()
+
+
+def answer_closing(request: Request, error: Exception) -> Response:
+    """Whatever failed because the engine has been closed meanwhile."""
+    return closing().response()
+
+
+def answer_full(request: Request, error: Exception) -> Response:
+    """For a queue of the engine that is full."""
+    message = "More requests are waiting than this server takes. Try again soon."
+    return Refusal(429, message, code="queue_full").response()
+
+
+def answer_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: a path that is not there, or a method that it does not have."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    advice = ADVICE.get(error.status_code, "")
+    if DOCUMENT in advice and all(getattr(r, "path", "") != DOCUMENT for r in request.app.routes):
+        advice = ""  # a dashboard has no API that could be described
+    message = f"{phrase}.{advice}"
+    return Refusal(error.status_code, message, headers=error.headers).response()
+
+
+FAILURE = Refusal(
+    500, "The server failed on this request; whoever runs it sees why in its terminal."
+)
+"""A mistake of ours. What it was is not for the client."""
+
+
+def closing() -> Refusal:
+    """The server ends: a program that starts it again, or a proxy, may have another one soon."""
+    return Refusal(503, "The server is shutting down.", code="shutting_down")

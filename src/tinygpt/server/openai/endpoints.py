@@ -1,0 +1,132 @@
+"""The routes of the API: OpenAI's two endpoints, what they serve, and how it goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from tinygpt.server.http.body import check_model, no_model, read_json, unless_gone
+from tinygpt.server.http.event_stream import EventStream, event
+from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.refusal import DOCUMENT, Refusal, closing
+from tinygpt.server.openai import tokenizing
+from tinygpt.server.openai.answering import DONE, Answer
+from tinygpt.server.openai.document import openapi
+from tinygpt.server.openai.fields import chat_schema, completion_schema
+from tinygpt.server.openai.jobs import Body, Job, chat_job, completion_job
+from tinygpt.server.openai.metrics_page import CONTENT_TYPE, metrics_text
+from tinygpt.server.openai.schema import Schema, check, unknown
+from tinygpt.server.openai.service import Service
+
+MakeJob = Callable[[Service, Body], Awaitable[Job]]
+
+
+def routes(service: Service) -> list[Route]:
+    """All of them. Each handler gets the service by hand."""
+    limits, strict = service.limits, service.strict
+    completions = completion_schema(service.name, service.vocab_size, limits, strict)
+    chats = chat_schema(service.name, limits, strict)
+    document = openapi(service, completions, chats)
+
+    def get(path: str, handler: Callable[..., Awaitable[Response]], *given: object) -> Route:
+        return Route(path, partial(handler, *given), methods=["GET"])
+
+    def post(path: str, schema: Schema, make_job: MakeJob) -> Route:
+        return Route(path, partial(generate, service, schema, make_job), methods=["POST"])
+
+    return [
+        post("/v1/completions", completions, completion_job),
+        post("/v1/chat/completions", chats, chat_job),
+        *tokenizing.routes(service),
+        get("/v1/models", _models, service),
+        get("/v1/models/{id:path}", _one_model, service),
+        get("/healthz", _health, service),
+        get("/metrics", _metrics, service),
+        get(DOCUMENT, _document, document),
+    ]
+
+
+async def generate(
+    service: Service, schema: Schema, make_job: MakeJob, request: Request
+) -> Response:
+    """Check, encode, and let the engine write; a client that goes frees its places."""
+    deadline = asyncio.get_running_loop().time() + service.limits.request_seconds
+    body = await read_json(request, service.limits)
+    check_model(service.name, body)
+    check(body, schema)
+    response = await unless_gone(request, _answer(service, make_job, body, deadline))
+    response.headers.update(service.ignored.header(unknown(body, schema)))
+    return response
+
+
+async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: float) -> Response:
+    try:
+        async with asyncio.timeout_at(deadline):
+            job = await make_job(service, body)
+    except TimeoutError:
+        message = "The time for this request was over before it had its turn."
+        raise Refusal(504, message, code="timeout") from None
+    answer = Answer(service, job, deadline)
+    if job.stream:
+        return _EventStream(answer)
+    try:
+        return JSONResponse(await answer.whole())
+    finally:
+        answer.close()
+
+
+class _EventStream(EventStream):
+    """The texts as they are written. However the response ends, the engine's slots are free."""
+
+    last = event(closing().body()) + DONE
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), headers={"x-accel-buffering": "no"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _models(service: Service, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_described(service)]})
+
+
+async def _one_model(service: Service, request: Request) -> Response:
+    if request.path_params["id"] != service.name:
+        raise no_model(service.name)
+    return JSONResponse(_described(service))
+
+
+def _described(service: Service) -> dict[str, object]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "tinygpt",
+        "max_model_len": service.model.config.block_size,
+    }
+
+
+async def _health(service: Service, request: Request) -> Response:
+    if not service.engine.alive:
+        raise Refusal(503, "The engine has ended; the server's terminal says why.", code="ended")
+    return JSONResponse({"status": "ok"})
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    text = metrics_text(service.counts, service.engine.stats(), service.name)
+    return PlainTextResponse(text, headers={"content-type": CONTENT_TYPE})
+
+
+async def _document(document: object, request: Request) -> Response:
+    return JSONResponse(document)

@@ -1,0 +1,226 @@
+"""From a checked request to what the engine has to do: one request of its for every text."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from tinygpt.config import SampleConfig
+from tinygpt.errors import TinyGPTError
+from tinygpt.generation.decoder import Logits
+from tinygpt.generation.sample import Penalties
+from tinygpt.server.engine.scheduler import EngineClosed, QueueFull
+from tinygpt.server.engine.scoring import Score, Scored
+from tinygpt.server.engine.sequence import Piece, Request
+from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.openai.choices import Delta
+from tinygpt.server.openai.fields import MAX_CHAT_TOKENS, MAX_TOKENS
+from tinygpt.server.openai.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
+from tinygpt.server.openai.service import Service
+from tinygpt.server.openai.shapes import ChatShape, CompletionShape
+
+Body = Mapping[str, Any]
+
+LEAST = 5e-324
+"""The smallest number above 0: as top_p it leaves the likeliest token alone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one HTTP request asks for."""
+
+    shape: CompletionShape
+    requests: tuple[Request, ...]
+    """One for every text, in the order of the answer."""
+    echoes: tuple[Delta, ...]
+    """What each text begins with."""
+    prompt_tokens: int
+    stream: bool
+    include_usage: bool
+
+
+async def completion_job(service: Service, body: Body) -> Job:
+    """The work for a body of /v1/completions that its schema has let through."""
+    given = prompts_of(body["prompt"])
+    n = _count(service, body, len(given))
+    if _value(body, "best_of", n) != n:
+        raise _conflict("best_of must be as large as n: nothing is ranked.", "best_of")
+    logprobs = _number(body, "logprobs")
+    prompts = [await encode(service, each, "prompt") for each in given]
+    echoes = [Delta() for _ in prompts]
+    firsts: list[Logits | None] = [None for _ in prompts]
+    if body.get("echo"):
+        echoes, firsts = await _echoes(service, given, prompts, logprobs)
+    return Job(
+        CompletionShape(service.name, service.tokenizer, logprobs),
+        _requests(body, prompts, n, _tokens(service, body, MAX_TOKENS), logprobs, firsts),
+        tuple(echo for echo in echoes for _ in range(n)),
+        sum(map(len, prompts)),
+        *_streaming(body),
+    )
+
+
+async def chat_job(service: Service, body: Body) -> Job:
+    """The work for a body of /v1/chat/completions that its schema has let through."""
+    n = _count(service, body, 1)
+    for offered, chosen in (("tools", "tool_choice"), ("functions", "function_call")):
+        if body.get(offered) and body.get(chosen) != "none":
+            message = f"This model calls nothing: leave {offered} out, or set {chosen} to 'none'."
+            raise _conflict(message, offered)
+    logprobs = _number(body, "top_logprobs")
+    if logprobs and not body.get("logprobs"):
+        raise _conflict("top_logprobs needs logprobs to be true.", "top_logprobs")
+    logprobs = (logprobs or 0) if body.get("logprobs") else None
+    text = chat_text(body["messages"])
+    ids = await encode(service, text, "messages")
+    return Job(
+        ChatShape(service.name, service.tokenizer, logprobs),
+        _requests(
+            body, [ids], n, _tokens(service, body, MAX_CHAT_TOKENS), logprobs, [None], (CHAT_STOP,)
+        ),
+        tuple(Delta() for _ in range(n)),
+        len(ids),
+        *_streaming(body),
+    )
+
+
+def _conflict(message: str, param: str) -> Refusal:
+    """Fields that are right in themselves, and which the schema lets through, but not together."""
+    return Refusal(400, message, param=param, code="conflicting_fields")
+
+
+def _value(body: Body, name: str, default: Any) -> Any:
+    """A field's value, where null is the same as nothing."""
+    value = body.get(name)
+    return default if value is None else value
+
+
+def _number(body: Body, name: str) -> int | None:
+    value = body.get(name)
+    return None if value is None else int(value)
+
+
+def _count(service: Service, body: Body, prompts: int) -> int:
+    """Texts for each prompt, or a refusal if that makes too many."""
+    n, most = int(_value(body, "n", 1)), service.limits.choices
+    if n * prompts > most:
+        message = f"{prompts} prompts with n={n} make {n * prompts} texts; {most} are the most."
+        raise _conflict(message, "n")
+    return n
+
+
+def _tokens(service: Service, body: Body, default: int) -> int:
+    """Tokens of each text: no more than any field says, nor than the limit."""
+    given = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    asked = min((int(n) for n in given if n is not None), default=default)
+    return min(asked, service.limits.max_tokens)
+
+
+def _streaming(body: Body) -> tuple[bool, bool]:
+    """Whether to stream, and whether to count tokens at the end of the stream."""
+    options = body.get("stream_options") or {}
+    return bool(body.get("stream")), bool(options.get("include_usage"))
+
+
+def _requests(
+    body: Body,
+    prompts: Sequence[Ids],
+    n: int,
+    max_tokens: int,
+    logprobs: int | None,
+    firsts: Sequence[Logits | None],
+    stop: tuple[str, ...] = (),
+) -> tuple[Request, ...]:
+    """Every text has a seed of its own: the seed, the seed + 1, and so on. ``firsts`` are logits
+    of the first token, where they are known."""
+    config, penalties, seed = sampling_of(body), _penalties(body), seed_of(body)
+    own = _value(body, "stop", ())
+    stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
+    texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
+    seeds = [None if seed is None else seed + i for i in range(len(texts))]
+    on = bool(body.get("ignore_eos"))
+    return tuple(
+        Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, on)
+        for (ids, first), seed in zip(texts, seeds, strict=True)
+    )
+
+
+def sampling_of(body: Body) -> SampleConfig:
+    """The settings, of which some have values that stand for nothing in other servers."""
+    penalty, top_k, top_p = (body.get(k) for k in ("repetition_penalty", "top_k", "top_p"))
+    return SampleConfig(
+        temperature=float(_value(body, "temperature", 1)),
+        top_k=None if top_k in (None, 0, -1) else int(top_k),
+        top_p=None if top_p is None else top_p or LEAST,
+        min_p=body.get("min_p") or None,  # 0 is none
+        repetition_penalty=None if penalty == 1 else penalty,
+    )
+
+
+def seed_of(body: Body) -> int | None:
+    """The seed; -1 stands for a random one, as in other servers. Ours begin with 0."""
+    seed = _number(body, "seed")
+    if seed is None or seed >= 0:
+        return seed
+    return None if seed == -1 else seed + (1 << 64)
+
+
+def _penalties(body: Body) -> Penalties | None:
+    bias = {int(token): float(value) for token, value in (body.get("logit_bias") or {}).items()}
+    presence, frequency = (
+        float(_value(body, f"{name}_penalty", 0)) for name in ("presence", "frequency")
+    )
+    return Penalties(presence, frequency, bias) if presence or frequency or bias else None
+
+
+async def _echoes(
+    service: Service, given: Sequence[str | list[int]], prompts: Sequence[Ids], logprobs: int | None
+) -> tuple[list[Delta], list[Logits | None]]:
+    """Each prompt as the beginning of its texts; if it is scored, logits of the next token."""
+    texts = [
+        each if isinstance(each, str) else service.tokenizer.decode(ids)
+        for each, ids in zip(given, prompts, strict=True)
+    ]
+    if logprobs is None:
+        return [Delta(text) for text in texts], [None] * len(texts)
+    scored = await _scored(service, prompts, logprobs)
+    echoes = [
+        Delta(text, _pieces(service, text, ids, each.tokens))
+        for text, ids, each in zip(texts, prompts, scored, strict=True)
+    ]
+    return echoes, [each.following for each in scored]
+
+
+async def _scored(service: Service, prompts: Sequence[Ids], count: int) -> list[Scored]:
+    """The scores of all prompts, or of none."""
+    block_size = service.model.config.block_size
+    if max(map(len, prompts)) > block_size:
+        message = f"Log probabilities of a prompt (echo) are for {block_size} tokens at most."
+        raise Refusal(400, message, param="logprobs", code="context_length_exceeded")
+    work: list[Future[Scored]] = []
+    try:
+        for ids in prompts:
+            work.append(service.engine.score(ids, count))
+        return await asyncio.gather(*map(asyncio.wrap_future, work))
+    except (EngineClosed, QueueFull):
+        raise
+    except TinyGPTError as error:
+        raise Refusal(500, str(error), code="model_failed") from error
+    finally:
+        for future in work:
+            future.cancel()  # where it is not done
+
+
+def _pieces(service: Service, text: str, ids: Ids, scores: Sequence[Score]) -> list[Piece]:
+    """The tokens of a prompt, which begin before the generated text: at negative offsets."""
+    decoder, begins = codecs.getincrementaldecoder("utf-8")(errors="replace"), -len(text)
+    pieces = []
+    for token, (logprob, top) in zip(ids, scores, strict=True):
+        raw = service.tokenizer.decode_bytes([token])
+        pieces.append(Piece(token, "", logprob, top, raw, begins))
+        begins += len(decoder.decode(raw))
+    return pieces

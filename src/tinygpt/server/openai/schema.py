@@ -1,0 +1,174 @@
+"""JSON Schema, the part of it that we use: one description both checks requests and documents them.
+
+What /openapi.json says of a request body is what is checked here, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tinygpt.errors import nearest
+from tinygpt.server.http.refusal import Refusal
+
+Schema = Mapping[str, Any]
+
+NOUNS = {
+    "string": "a string",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def check(value: Any, schema: Schema, path: str = "") -> None:
+    """Refuse a value that is not as the schema says, naming the field and what was wanted there."""
+    problem = next(problems(value, schema, path), None)
+    if problem is not None:
+        where, message, code = problem
+        raise Refusal(400, message, param=where or None, code=code)
+
+
+def problems(value: Any, schema: Schema, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """(path, message, code) for what is wrong with a value; nothing of the value is repeated."""
+    if not _fits(value, schema):
+        name = path or "The body"
+        yield path, f"{name} must be {wanted(schema)}.", "invalid_value"
+    elif isinstance(value, dict) and "properties" in schema:
+        yield from _problems_of_object(value, schema, path)
+    elif isinstance(value, list) and "items" in schema:
+        for i, item in enumerate(value):
+            yield from problems(item, schema["items"], f"{path}[{i}]")
+
+
+def _problems_of_object(
+    value: dict[str, Any], schema: Schema, path: str
+) -> Iterator[tuple[str, str, str]]:
+    known, others = schema["properties"], schema.get("additionalProperties", True)
+    names = schema.get("propertyNames", {}).get("pattern", "")
+    inside = f"{path}." if path else ""
+    for name in schema.get("required", ()):
+        if name not in value:
+            yield inside + name, f"{inside}{name} is missing.", "missing_required_parameter"
+    for name, inner in value.items():
+        if name in known:
+            yield from problems(inner, known[name], inside + name)
+        elif names and not re.search(names, name):
+            yield path, f"{path or 'The body'} has a name that is not allowed.", "invalid_value"
+        elif isinstance(others, Mapping):
+            for _, _, code in problems(inner, others, path):
+                yield path, f"Each value of {path} must be {wanted(others)}.", code
+        elif others is False:
+            hint = nearest(name[:64], list(known))
+            message = f"{path or 'The body'} has a field that is not known here.{hint}"
+            yield path, message, "unknown_parameter"
+
+
+def unknown(value: Any, schema: Schema, path: str = "") -> Iterator[str]:
+    """Paths of fields, within a value that fits the schema, which it says nothing of.
+
+    >>> list(unknown({"a": [{"b": 1}]}, {"properties": {"a": {"items": {"properties": {}}}}}))
+    ['a[].b']
+    """
+    for option in schema.get("anyOf", ()):
+        if next(problems(value, option), None) is None:
+            yield from unknown(value, option, path)
+            return
+    if isinstance(value, list) and "items" in schema:
+        for item in value:
+            yield from unknown(item, schema["items"], f"{path}[]")
+    elif isinstance(value, dict) and "properties" in schema:
+        known = schema["properties"]
+        inside = f"{path}." if path else ""
+        for name, inner in value.items():
+            if name in known:
+                yield from unknown(inner, known[name], inside + name)
+            elif inner is not None and "propertyNames" not in schema:
+                yield inside + name
+
+
+def _fits(value: Any, schema: Schema) -> bool:
+    """Whether the value itself is right; what lies within lists and objects is looked at later.
+
+    An ``anyOf`` has to look at everything at once.
+    """
+    if "anyOf" in schema:
+        return any(next(problems(value, s), None) is None for s in schema["anyOf"])
+    types = schema.get("type", ())
+    if types and not any(_is(value, t) for t in ([types] if isinstance(types, str) else types)):
+        return False
+    if "enum" in schema and not any(_same(value, allowed) for allowed in schema["enum"]):
+        return False
+    if isinstance(value, str | list):
+        kind = "Length" if isinstance(value, str) else "Items"
+        return bool(schema.get(f"min{kind}", 0) <= len(value) <= schema.get(f"max{kind}", math.inf))
+    if _is(value, "number"):
+        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+        return bool(low <= value <= high and value > schema.get("exclusiveMinimum", -math.inf))
+    return True
+
+
+def _is(value: Any, kind: str) -> bool:
+    """JSON's types: true is no number, and 2.0 is a whole one."""
+    match kind:
+        case "null":
+            return value is None
+        case "boolean":
+            return isinstance(value, bool)
+        case "number":
+            return type(value) in (int, float) and math.isfinite(value)
+        case "integer":
+            return type(value) is int or (type(value) is float and value.is_integer())
+        case "string":
+            return isinstance(value, str)
+        case "array":
+            return isinstance(value, list)
+        case _:
+            return isinstance(value, dict)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def wanted(schema: Schema) -> str:
+    """What a schema asks for, in words.
+
+    >>> wanted({"type": ["integer", "null"], "minimum": 1, "maximum": 16})
+    'a whole number from 1 to 16, or null'
+    """
+    if "anyOf" in schema:
+        return ", or ".join(map(wanted, schema["anyOf"]))
+    if "enum" in schema:
+        return " or ".join(_literal(value) for value in schema["enum"])
+    types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    noun = NOUNS[types[0]] + _extent(schema)
+    if "items" in schema:
+        noun += f", each {wanted(schema['items'])}"
+    return noun + (", or null" if "null" in types[1:] else "")
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}'"
+    return "null" if value is None else str(value).lower().replace("'", '"')
+
+
+def _extent(schema: Schema) -> str:
+    for low, high, unit in (
+        ("minimum", "maximum", ""),
+        ("exclusiveMinimum", "maximum", ""),
+        ("minLength", "maxLength", " characters"),
+        ("minItems", "maxItems", " items"),
+    ):
+        if high in schema and (low in schema or unit):
+            of = " of" if unit else " above" if low.startswith("exclusive") else " from"
+            least = schema.get(low, 0)
+            between = " and up to" if low.startswith("exclusive") else " to"
+            return f"{of} {least}{between} {schema[high]}{unit}"
+    return ""

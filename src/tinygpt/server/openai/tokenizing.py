@@ -1,0 +1,100 @@
+"""POST /tokenize and /detokenize, as vLLM and llama.cpp have them, and GET /tokenizer_info."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinygpt.errors import TokenizerError
+from tinygpt.server.http.body import check_model, read_json
+from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
+from tinygpt.server.openai.prompts import chat_text, strange
+from tinygpt.server.openai.schema import check
+from tinygpt.server.openai.service import Service
+
+Json = dict[str, Any]
+
+
+def routes(service: Service) -> list[Route]:
+    """The three of them."""
+    return [
+        Route("/tokenize", partial(_tokenize, service), methods=["POST"]),
+        Route("/detokenize", partial(_detokenize, service), methods=["POST"]),
+        Route("/tokenizer_info", partial(_info, service), methods=["GET"]),
+    ]
+
+
+async def _tokenize(service: Service, request: Request) -> Response:
+    body = await read_json(request, service.limits)
+    check_model(service.name, body)
+    check(body, tokenize_schema(service.name, service.limits))
+    name, text = _text(body)
+    try:
+        ids = await asyncio.to_thread(service.tokenizer.encode, text)
+    except TokenizerError as error:
+        raise Refusal(400, strange(service, name), param=name, code="bad_text") from error
+    answer: Json = {
+        "tokens": ids,
+        "count": len(ids),
+        "max_model_len": service.model.config.block_size,
+    }
+    if body.get("return_token_strs"):
+        answer["token_strs"] = [_raw(service, token).decode(errors="replace") for token in ids]
+    if body.get("with_pieces"):
+        answer["tokens"] = [{"id": token, "piece": _piece(_raw(service, token))} for token in ids]
+    return JSONResponse(answer)
+
+
+def _text(body: Json) -> tuple[str, str]:
+    """The field that was given, and its text."""
+    given = [name for name in ("prompt", "content", "messages") if body.get(name) is not None]
+    if len(given) != 1:
+        message = "Give one text to cut into tokens: as prompt, as content, or as messages."
+        raise Refusal(400, message, param="prompt", code="conflicting_fields")
+    [name] = given
+    return name, chat_text(body[name]) if name == "messages" else body[name]
+
+
+def _raw(service: Service, token: int) -> bytes:
+    return service.tokenizer.decode_bytes([token])
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    """A token's text, or its bytes where they are no whole characters, as llama.cpp tells them."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+async def _detokenize(service: Service, request: Request) -> Response:
+    body = await read_json(request, service.limits)
+    check_model(service.name, body)
+    check(body, detokenize_schema(service.name, service.vocab_size, service.limits))
+    try:
+        text = await asyncio.to_thread(service.tokenizer.decode, [int(i) for i in body["tokens"]])
+    except TokenizerError as error:
+        message = "tokens holds an id that the vocabulary leaves out."
+        raise Refusal(400, message, param="tokens", code="invalid_value") from error
+    return JSONResponse({"prompt": text, "content": text})  # vLLM's name for it, and llama.cpp's
+
+
+async def _info(service: Service, request: Request) -> Response:
+    """What lm-evaluation-harness asks for before it uses a tokenizer from afar."""
+    return JSONResponse(
+        {
+            "tokenizer_class": service.tokenizer.kind,
+            "vocab_size": service.vocab_size,
+            "model_max_length": service.model.config.block_size,
+            "bos_token": None,
+            "eos_token": None,
+            "chat_template": None,
+        }
+    )
