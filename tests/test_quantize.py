@@ -261,7 +261,7 @@ def test_the_loss_of_one_block_after_another_is_that_of_the_whole_model() -> Non
         weights = {name: p.numpy() for name, p in model.parameters().items()}
         x = tensor(np.arange(48, dtype=np.int32).reshape(2, 24))
         y = tensor(np.arange(1, 49, dtype=np.int32).reshape(2, 24))
-        found = streamed_loss(config, weights.__getitem__, x, y)
+        found = streamed_loss(config, weights.__getitem__, x.numpy(), y.numpy())
         assert found == pytest.approx(model.loss(x, y).item(), abs=1e-6)
 
 

@@ -75,7 +75,7 @@ def test_inference_and_evaluation_switch_no_mode_that_another_thread_could_see()
     for training in (True, False):
         model = Watched(MODEL.config).train(training)
         Decoder(model).next_logits(ids, object())
-        make_evaluate(model, 1)(ids, ids)
+        make_evaluate(model)(ids, ids)
         make_train_step(model, optim.make_optimizer(model.parameters(), ONE), ONE)(
             ids[None], ids[None], 0.1, (0, 0)
         )
