@@ -220,8 +220,10 @@ class Notebook:
                     interrupt_at = None
             if kind == "status" and content["execution_state"] == "idle":
                 break
-        reply = self.client.get_shell_msg(timeout=120)["content"]
-        return reply.get("ename"), text["stdout"], text["stderr"]
+        while True:  # answers to wait_for_ready, which asks time and again, may still come
+            reply = self.client.get_shell_msg(timeout=120)
+            if reply["parent_header"].get("msg_id") == sent:
+                return reply["content"].get("ename"), text["stdout"], text["stderr"]
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def model():
 @pytest.fixture(scope="module")
 def service(model) -> Iterator[Service]:
     tokenizer = ByteTokenizer()
-    with Engine(model, tokenizer, places=2) as engine:
+    with Engine(model, tokenizer, slots=2) as engine:
         yield Service(engine, model, tokenizer, HOSTILE)
 
 
