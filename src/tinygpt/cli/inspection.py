@@ -11,6 +11,7 @@ from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Switch, Values, flags
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.files.disk import size
 from tinygpt.machine import device
 from tinygpt.machine.doctor import clear_caches, examine, time_devices
 
@@ -99,7 +100,7 @@ def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object
     rows: list[tuple[str, object]] = [
         ("checkpoint", found["path"]),
         ("format", found["format_version"]),
-        ("size", f"{found['bytes'] / 1e6:,.1f} MB in {len(tensors)} tensors"),
+        ("size", f"{size(found['bytes'])} in {len(tensors)} tensors"),
         ("step", f"{found['iter_num']:,}"),
         ("parameters", f"{config.num_params():,}"),
         ("optimizer", "yes" if any(n.startswith("optimizer.") for n in tensors) else "no"),
@@ -170,7 +171,7 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
     """
     if clear_cache:
         freed, failed = clear_caches()
-        say(f"cleared {freed / 1e6:,.1f} MB of kernels and token files")
+        say(f"cleared {size(freed)} of kernels and token files")
         for path in failed:
             say(f"could not delete {path}")
     checks = [*examine(), *time_devices()]

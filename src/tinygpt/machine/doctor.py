@@ -15,7 +15,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from tinygpt.errors import DeviceError, extras
-from tinygpt.files import folders
+from tinygpt.files import disk, folders
 from tinygpt.machine import device, disk_cache, pace, resources
 
 NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
@@ -119,13 +119,13 @@ def _compiler() -> Iterator[Check]:
 
 def _machine() -> Iterator[Check]:
     yield Check("cores", True, f"{resources.cores()} usable of {os.cpu_count()}")
-    yield Check("memory", True, f"{_size(resources.total_memory())}")
+    yield Check("memory", True, f"{disk.size(resources.total_memory())}")
 
 
 def _caches() -> Iterator[Check]:
     wanted, used = folders.wanted_cache_dir(), folders.cache_dir()
     size = sum(f.stat().st_size for f in used.rglob("*") if f.is_file())
-    found = f"{used} ({_size(size)})"
+    found = f"{used} ({disk.size(size)})"
     if used != wanted:
         found = f"{wanted} cannot be written; using {found}"
     cure = None if used == wanted else "set TINYGPT_CACHE to a folder of yours"
@@ -133,10 +133,10 @@ def _caches() -> Iterator[Check]:
     clear = "tinygpt doctor --clear-cache"
     kernels = Path(os.environ.get("CACHEDB") or device.kernel_database())
     trouble = disk_cache.trouble(kernels)
-    found = f"{kernels} {trouble or f'({_size(disk_cache.size_of(kernels))})'}"
+    found = f"{kernels} {trouble or f'({disk.size(disk_cache.size_of(kernels))})'}"
     yield Check("kernel cache", not trouble, found, clear if trouble else None, optional=True)
     size, limit = sum(p.stat().st_size for p in folders.token_files()), folders.cache_limit()
-    found = f"{folders.token_folders()[0]} ({_size(size)}, kept below {_size(limit)})"
+    found = f"{folders.token_folders()[0]} ({disk.size(size)}, kept below {disk.size(limit)})"
     yield Check("token cache", True, found, optional=True)
 
 
@@ -236,10 +236,3 @@ def _first_line(command: list[str]) -> str:
 
 def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _size(count: int) -> str:
-    """Bytes as people read them."""
-    if count < 1_000_000:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / 1e6:.0f} MB" if count < 1_000_000_000 else f"{count / 1e9:.1f} GB"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tinygpt.cli.console import say
 from tinygpt.cli.models import load_model
+from tinygpt.files.disk import size
 
 
 def export_web(
@@ -68,10 +69,6 @@ def export_web(
         f"the same text"
     )
     say(
-        f"wrote {made.path}, {_size(made.size)} ({_size(made.weights)} of weights, "
-        f"{_size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
+        f"wrote {made.path}, {size(made.size)} ({size(made.weights)} of weights, "
+        f"{size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.0f} KB"
