@@ -21,6 +21,7 @@ from tinygpt.cli.streams import standard_streams
 from tinygpt.config import __version__
 from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.files.atomic import user_path
+from tinygpt.machine import start
 from tinygpt.runs.display.text import printable
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         given = _take_threads(given)
         if strict:
             os.environ[STRICT] = "1"
+        start()
         code = _run(program, given)
         sys.stdout.flush()  # a pipe that broke is found here, not when the interpreter ends
         return code

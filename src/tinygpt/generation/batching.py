@@ -15,12 +15,12 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tinygrad.dtype import DType
 
 from tinygpt import kernels
 from tinygpt.errors import TinyGPTError
 from tinygpt.generation.decoder import Logits, padded_length
 from tinygpt.machine.jit import jit
+from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.machine.transfer import Port, zeros
 from tinygpt.model.cache import OnePlace, Places, Rows
 from tinygpt.model.transformer import Transformer, mode

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, Variable, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, UOp, Variable, dtypes
 
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import read, write, zeros

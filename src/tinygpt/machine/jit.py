@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from tinygrad import Tensor, TinyJit
-from tinygrad.helpers import Context
+from tinygrad import Context, Tensor, TinyJit
 
 from tinygpt.machine.gradients import all_gradients_taken
 

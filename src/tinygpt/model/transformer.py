@@ -15,11 +15,11 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import sint
 
 from tinygpt import kernels
 from tinygpt.config import AttentionMethod, GPTConfig
 from tinygpt.errors import UsageError
+from tinygpt.machine.tinygrad_internals import sint
 from tinygpt.machine.transfer import write
 from tinygpt.model.cache import Cache
 
