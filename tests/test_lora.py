@@ -330,7 +330,7 @@ def test_a_checkpoint_of_adapters_is_loaded_as_the_merged_model(whole):
 
 
 def test_samples_are_those_of_the_adapted_model(whole):
-    from tinygpt.training.metrics import read
+    from tinygpt.runs.history import read
 
     run = make_run(None, config=LORA)
     checkpoint.load(whole / "ckpt_12.safetensors", run.model)

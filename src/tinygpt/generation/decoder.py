@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, UOp, Variable, dtypes
+from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes
 
-from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import read, write, zeros
 from tinygpt.model.cache import KVCache
 from tinygpt.model.transformer import Transformer, mode
@@ -147,7 +146,8 @@ class _Forward:
     def __init__(self, compute: Compute, size: int, length: int, position: UOp) -> None:
         ids = zeros((size, length), dtypes.int32)
         self._ids, self._position = ids, cache(position.bind)
-        self._logits = jit(lambda position: compute(ids, position), short=True)
+        self._logits = TinyJit(lambda position: compute(ids, position))
+        self._logits.cnt = 1  # captured at the first call
 
     def __call__(self, ids: Ids, position: int) -> Logits:
         write(self._ids, ids)

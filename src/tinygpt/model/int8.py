@@ -23,7 +23,7 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import DataError
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import read, write, zeros
+from tinygpt.machine.transfer import read, write
 from tinygpt.model import lora
 from tinygpt.model.transformer import Embedding, Linear, Transformer, mode
 
@@ -179,37 +179,41 @@ def compare(model: Transformer, fetch: Fetch, tokens: Array) -> Comparison:
     """The loss of a quantised model and of the weights it was made of, on the text's beginning."""
     T = min(model.config.block_size, len(tokens) - 1)
     B = min(max(1, MEASURED // T), (len(tokens) - 1) // T)
-    x, y = (
-        write(zeros((B, T), dtypes.int32), np.reshape(part, (B, T)))
-        for part in (tokens[: B * T], tokens[1 : B * T + 1])
-    )
+    x, y = np.reshape(tokens[: B * T], (B, T)), np.reshape(tokens[1 : B * T + 1], (B, T))
     with mode(model, training=False):
-        after = jit(lambda: model.loss(x, y).realize())().item()
+        after = float(jit(model.loss)(x, y))
     before = streamed_loss(model.config, fetch, x, y)
     _free_unused(model)
     return Comparison(B * T, before, after)
 
 
-def streamed_loss(config: GPTConfig, fetch: Fetch, tokens: Tensor, targets: Tensor) -> float:
+def streamed_loss(config: GPTConfig, fetch: Fetch, tokens: Array, targets: Array) -> float:
     """The loss of float32 weights of which one block at a time is in memory, and the embeddings.
 
     tokens and targets are (B, T).
     """
     model = Transformer(replace(config, n_layer=1), seed=None).eval()
-    [block], (B, T) = model.h, map(int, tokens.shape)
+    [block], T = model.h, tokens.shape[1]
     for name, parameter in model.parameters().items():
         if not name.startswith("h."):
             write(parameter, fetch(name))
-    x = zeros((B, T, config.n_embd), dtypes.float32)
 
-    def end() -> Tensor:
-        rows = model.ln_f(x).reshape(B * T, config.n_embd)
-        return model.output().loss(rows, targets.reshape(-1), gradient=False).realize()
+    @jit  # which plans its memory
+    def embed(tokens: Tensor) -> Tensor:
+        return model.wte.rows(tokens, model.wpe.weight[:T])  # (B, T) -> (B, T, C)
 
-    step = jit(lambda: block(x, None, None).realize())  # a jit plans its memory
-    write(x, read(model.wte.rows(tokens, model.wpe.weight[:T]).realize()))
+    @jit
+    def one_block(x: Tensor) -> Tensor:
+        return block(x, None, None)
+
+    @jit
+    def loss(x: Tensor, targets: Tensor) -> Tensor:
+        rows = model.ln_f(x).reshape(-1, config.n_embd)  # (B, T, C) -> (B T, C)
+        return model.output().loss(rows, targets.reshape(-1), gradient=False)
+
+    x = embed(tokens)
     for i in range(config.n_layer):
         for name, parameter in block.parameters(f"h.{i}").items():
             write(parameter, fetch(name))
-        write(x, read(step()))
-    return float(jit(end)().item())
+        x = one_block(x)
+    return float(loss(x, targets))

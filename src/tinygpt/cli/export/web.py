@@ -46,7 +46,7 @@ def export_web(
     model, own = load_model(run, tokenizer)
 
     from tinygpt.interop.web.card import card
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.folder import choose_checkpoint
 
     told = card(choose_checkpoint(run))
     if description is None:

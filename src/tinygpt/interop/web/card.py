@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.runs import checkpoint
-from tinygpt.training import metrics
+from tinygpt.runs.folder import METRICS, text_of
+from tinygpt.runs.history import read
 
 POINTS = 200
 """Points of a curve: as many as a small picture can show."""
@@ -26,13 +27,13 @@ def card(path: Path) -> dict[str, Any]:
     told: dict[str, Any] = {
         "steps": meta.iter_num,
         "parameters": meta.model.num_params(),
-        "data": checkpoint.text_of(path.parent),
+        "data": text_of(path),
         "val_loss": meta.progress.get("best_val_loss"),
         "train_loss": meta.progress.get("train_loss"),
         "seconds": meta.progress.get("elapsed"),
     }
     known = {name: value for name, value in told.items() if value is not None}
-    return known | _curves(path.parent / "metrics.jsonl", meta.iter_num)
+    return known | _curves(path.parent / METRICS, meta.iter_num)
 
 
 def _curves(path: Path, last: int) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def _curves(path: Path, last: int) -> dict[str, Any]:
     val: list[Point] = []
     if not path.is_file():
         return {}
-    for row in metrics.read(path):
+    for row in read(path):
         step = row.get("iter")
         if type(step) is not int or step > last:
             continue

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tinygpt.errors import CheckpointError
-from tinygpt.runs.checkpoint.folder import best_checkpoint, list_checkpoints, named_step
 from tinygpt.runs.checkpoint.reader import verify
+from tinygpt.runs.folder import best_checkpoint, list_checkpoints, named_step
 
 
 class Verified:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tinygpt.errors import CheckpointError
 from tinygpt.runs import checkpoint
-from tinygpt.runs.run import choose_checkpoint
+from tinygpt.runs.folder import choose_checkpoint, text_of
 from tinygpt.server.openai.service import Service
 
 
@@ -41,5 +41,5 @@ def _history(folder: Path | None) -> dict[str, Any]:
         "best_val_loss": meta.progress.get("best_val_loss"),
         "best_iter": meta.progress.get("best_iter"),
         "train": None if meta.train is None else meta.train.to_dict(),
-        "data": checkpoint.text_of(folder if folder.is_dir() else folder.parent),
+        "data": text_of(folder),
     }
