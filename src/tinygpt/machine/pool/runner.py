@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from tinygrad import Device, UOp
+from tinygrad import Device, UOp, getenv
 
 from tinygpt.machine.pool.workers import MAX_ARGS, Pool, command, command_list
 from tinygpt.machine.resources import cores
@@ -20,7 +20,6 @@ from tinygpt.machine.tinygrad_internals import (
     Ops,
     TinyELF,
     get_call_arg_uops,
-    getenv,
     resolve_params,
 )
 
