@@ -18,7 +18,6 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import UsageError
-from tinygpt.machine.tinygrad_internals import sint
 from tinygpt.machine.transfer import write
 from tinygpt.model.cache import Cache
 
