@@ -21,7 +21,7 @@ from tinygpt.errors import TinyGPTError
 from tinygpt.generation.decoder import Logits, padded_length
 from tinygpt.machine.jit import jit
 from tinygpt.model.cache import OnePlace, Places, Rows
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 
 ROWS = (1, 2, 4, 8, 16)
 """Sizes of a step; surplus rows are padding. With more rows linear layers would round otherwise."""
@@ -97,11 +97,10 @@ class BatchDecoder:
         A new line is prefilled by itself. One that has outgrown block_size slides: it takes a
         forward pass of the last block_size tokens. All others take a step together.
         """
-        with mode(self.model, training=False):
-            parts = [
-                (indices, compute([lines[i] for i in indices]))
-                for compute, indices in self._groups(lines)
-            ]
+        parts = [
+            (indices, compute([lines[i] for i in indices]))
+            for compute, indices in self._groups(lines)
+        ]
         if len(parts) == 1:  # they are in their order
             return parts[0][1][: len(lines)]
         out = np.empty((len(lines), self.model.config.vocab_size), np.float32)
@@ -118,12 +117,11 @@ class BatchDecoder:
         what follows; nothing is kept. The texts, none longer than block_size, are at most as many
         as ``together`` says of each.
         """
-        with mode(self.model, training=False):
-            if len(texts) > 1:
-                return self._read(texts)
-            line = Line(texts[0], self.places)
-            logits, states = self._prefill_one(line)
-            return [states[0, : len(line.ids)]], logits
+        if len(texts) > 1:
+            return self._read(texts)
+        line = Line(texts[0], self.places)
+        logits, states = self._prefill_one(line)
+        return [states[0, : len(line.ids)]], logits
 
     def _read(self, texts: Sequence[Sequence[int]]) -> tuple[list[States], Logits]:
         """``states`` of several texts; surplus rows are padding."""
@@ -141,8 +139,7 @@ class BatchDecoder:
         n = ROWS[-1] if len(rows) <= ROWS[-1] else CHUNK
         padded = np.zeros((n, self.model.config.n_embd), np.float32)
         padded[: len(rows)] = rows
-        with mode(self.model, training=False):
-            return self._logits(padded)[: len(rows)]
+        return self._logits(padded)[: len(rows)]
 
     def _groups(self, lines: Sequence[Line]) -> Iterator[tuple[Compute, list[int]]]:
         """Which of the lines are computed together, and how."""

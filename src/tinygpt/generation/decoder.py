@@ -13,7 +13,7 @@ from tinygrad.uop.ops import UOp
 
 from tinygpt.machine.transfer import read, write, zeros
 from tinygpt.model.cache import KVCache
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -52,14 +52,13 @@ class Decoder:
         """
         block_size = self.model.config.block_size
         n = context.shape[1]
-        with mode(self.model, training=False):
-            batch = self._batches.get(len(context))
-            if batch is not None and batch.holds(owner, n - 1) and n <= block_size:
-                logits = batch.decode_step(context[:, -1:], n - 1)
-            else:
-                self._forget_replaced_weights()
-                batch = self._batch(len(context))
-                logits = batch.prefill(context[:, -block_size:])
+        batch = self._batches.get(len(context))
+        if batch is not None and batch.holds(owner, n - 1) and n <= block_size:
+            logits = batch.decode_step(context[:, -1:], n - 1)
+        else:
+            self._forget_replaced_weights()
+            batch = self._batch(len(context))
+            logits = batch.prefill(context[:, -block_size:])
         batch.owner, batch.length = owner, n
         return logits
 

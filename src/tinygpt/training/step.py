@@ -14,7 +14,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros, zeros_like
-from tinygpt.model.transformer import Noise, Transformer, mode
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, by_layer, realize_state, stock_update
@@ -55,6 +55,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     With accumulation one jitted function adds the micro-batches' gradients to buffers and another
     applies their sum, so that memory does not depend on the number of micro-batches.
     """
+    model.check_can_learn()
     params = list(model.trainable().values())
     layers, groups = by_layer(model.trainable())
     micro_batches = config.grad_accum_steps
@@ -62,7 +63,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
 
     def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter."""
-        loss = model.loss(x, y, Noise(key))
+        loss = model.loss(x, y, Dropout(model.config.dropout, key))
         return loss, loss.gradient(*params)
 
     def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
@@ -116,15 +117,14 @@ def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
 
 
 def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
-    """A jitted loss in inference mode: mean cross-entropy in nats of y (B, T) given x (B, T)."""
+    """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T)."""
 
     @jit
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return model.loss(x, y)
+        return model.loss(x, y, INFERENCE)
 
     def evaluate_batch(x: Tokens, y: Tokens) -> float:
-        with mode(model, training=False):
-            return float(loss(x, y))
+        return float(loss(x, y))
 
     return evaluate_batch
 

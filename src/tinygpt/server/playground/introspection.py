@@ -15,11 +15,11 @@ import numpy.typing as npt
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.config import AttentionMethod, SampleConfig
+from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.generation.decoder import Decoder, padded_length
 from tinygpt.generation.sample import next_logits, softmax
 from tinygpt.machine.jit import jit
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 
 Ids = Sequence[int]
 Weights = npt.NDArray[np.float32]
@@ -93,14 +93,13 @@ class AttentionLook:
         """
         length = padded_length(len(ids), self.model.config.block_size)
         padded = [*ids, *[0] * (length - len(ids))]
-        with mode(self.model, training=False):
-            qkv = self._qkv([padded], [[[layer]]])[0, : len(ids)]  # (T, 3C)
+        qkv = self._qkv([padded], [[[layer]]])[0, : len(ids)]  # (T, 3C)
         q, k, _ = (_heads(part, self.model.config.n_head) for part in np.split(qkv, 3, axis=1))
         return q, k
 
     def _qkv_of(self, tokens: Tensor, layer: Tensor) -> Tensor:
         """Queries, keys and values (1, T, 3C) of one layer (1, 1, 1), for tokens (1, T)."""
-        seen = _Seen(layer)
+        seen = _Seen(self.model.config, layer)
         self.model.hidden(tokens, seen)
         return seen.qkv.float()
 
@@ -122,18 +121,17 @@ class _Seen:
     The number of the layer is an input, so that one function does for all.
     """
 
-    def __init__(self, layer: Tensor) -> None:
+    def __init__(self, config: GPTConfig, layer: Tensor) -> None:
+        self.config = config
         self.layer = layer
         self.qkv = layer  # until the first one is there
 
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[:T]
 
-    def attend(
-        self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
         self.qkv = qkv if layer == 0 else (self.layer == layer).where(qkv, self.qkv)
-        return kernels.self_attention(qkv, n_head, method)
+        return kernels.self_attention(qkv, self.config.n_head, self.config.attention)
 
 
 def _heads(x: Weights, n_head: int) -> Weights:
