@@ -76,7 +76,6 @@ def open_and_write(browser: Any, path: Path, **settings: object) -> dict[str, An
 PRESS = """async ({text, count}) => {
   const find = (id) => document.getElementById(id);
   find("random").checked = false;
-  find("temperature").value = 0;
   find("max_tokens").value = count;
   find("text").value = text;
   find("text").dispatchEvent(new InputEvent("input"));

@@ -29,6 +29,7 @@ from tinygpt.generation.sample import next_logits, softmax
 from tinygpt.interop.web import export_web
 from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import checkpoint_path
 from tinygpt.server.engine.scheduler import Engine
 from tinygpt.server.openai.service import Service
 from tinygpt.server.playground import introspection
@@ -66,7 +67,7 @@ def model():
 @pytest.fixture(scope="module")
 def service(model) -> Iterator[Service]:
     tokenizer = ByteTokenizer()
-    with Engine(model, tokenizer, places=2) as engine:
+    with Engine(model, tokenizer, slots=2) as engine:
         yield Service(engine, model, tokenizer, HOSTILE, beginnings=lambda: BEGINNINGS)
 
 
@@ -278,7 +279,7 @@ def test_the_card_says_what_the_checkpoint_knows(tmp_path, model):
     train, source = TrainConfig(max_iters=2), {"source": "/somewhere/secret/book.txt"}
     progress = {"best_val_loss": 1.25, "best_iter": 1, "train_loss": float("inf")}
     meta = checkpoint.Meta(2, CONFIG, train, progress=progress)
-    checkpoint.save(checkpoint.checkpoint_path(folder, 2), model, None, meta)
+    checkpoint.save(checkpoint_path(folder, 2), model, None, meta)
     (folder / "config.toml").write_text(to_toml({"model": CONFIG, "train": train, "data": source}))
     service = Service(Engine(model, ByteTokenizer()), model, ByteTokenizer(), "a run", folder)
     with running(service) as address:

@@ -68,7 +68,7 @@ def info(path: Path, /, *, json: Switch = False) -> None:
         Print everything as JSON, the tensors' names, types and shapes included.
     """
     from tinygpt.runs import checkpoint
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.folder import best_checkpoint, choose_checkpoint, list_checkpoints
 
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint and no run at {path}.")
@@ -84,8 +84,8 @@ def info(path: Path, /, *, json: Switch = False) -> None:
             print(aligned([(name, _shown(value)) for name, value in found[title].items()]))
     if path.is_dir():
         print("\n[checkpoints]")
-        best = checkpoint.best_checkpoint(path)
-        print(aligned([(p, "best" * (p == best)) for p in checkpoint.list_checkpoints(path)]))
+        best = best_checkpoint(path)
+        print(aligned([(p, "best" * (p == best)) for p in list_checkpoints(path)]))
 
 
 def _shown(value: object) -> object:

@@ -20,6 +20,7 @@ from tinygpt.config import (
     to_toml,
 )
 from tinygpt.errors import ConfigError, nearest
+from tinygpt.runs.folder import CONFIG
 from tinygpt.untrusted import clip
 
 Values = Mapping[str, Any]
@@ -156,6 +157,12 @@ def file_tables(path: Path | None) -> Tables:
     for name, values in tables.items():
         _check_table(path, name, values)
     return tables
+
+
+def run_tables(folder: Path) -> Tables:
+    """The settings of the run in a folder; none if there is no such file."""
+    file = folder / CONFIG
+    return file_tables(file if file.is_file() else None)
 
 
 def _check_table(path: Path, name: str, values: Any) -> None:

@@ -16,13 +16,23 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinygpt.cli.console import aligned, say, show_json
-from tinygpt.cli.options import Settings, Switch, Tables, file_tables, flags, preset_tables, resolve
+from tinygpt.cli.options import (
+    Settings,
+    Switch,
+    Tables,
+    file_tables,
+    flags,
+    preset_tables,
+    resolve,
+    run_tables,
+)
 from tinygpt.cli.running import Material, gather, make_run
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import children
 from tinygpt.machine.device import require_device
+from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER
 from tinygpt.text.corpus import NAMES
 from tinygpt.text.names import is_name
 
@@ -136,10 +146,9 @@ def verify_resume(
 def _tables_of_run(source: str | None) -> Tables:
     """The settings of a run folder, its tokenizer included; none if ``source`` is no run."""
     folder = user_path(source or "")
-    if source is None or is_name(source, NAMES) or not (folder / "config.toml").is_file():
+    if source is None or is_name(source, NAMES) or not (tables := run_tables(folder)):
         return {}
-    tables = file_tables(folder / "config.toml")
-    saved = folder / "tokenizer.json"
+    saved = folder / TOKENIZER
     if saved.is_file():
         tables.setdefault("data", {})["tokenizer"] = str(saved.resolve())
     return tables
@@ -213,7 +222,7 @@ def go_on(folder: Path) -> None:
 def compare(one: Path, two: Path) -> list[Compared]:
     """What two run folders hold, from their newest checkpoints and their histories."""
     from tinygpt.runs import checkpoint
-    from tinygpt.runs.run import latest_checkpoint
+    from tinygpt.runs.folder import latest_checkpoint
 
     (a, first), (b, second) = (checkpoint.read(latest_checkpoint(path)) for path in (one, two))
     names = sorted({*first, *second})
@@ -234,14 +243,14 @@ def compare(one: Path, two: Path) -> list[Compared]:
     ]
     return [
         *tensors,
-        _compare_rows("metrics", one / "metrics.jsonl", two / "metrics.jsonl"),
-        _compare_rows("samples", one / "samples.jsonl", two / "samples.jsonl"),
+        _compare_rows("metrics", one / METRICS, two / METRICS),
+        _compare_rows("samples", one / SAMPLES, two / SAMPLES),
         _compare_values("state", _state(a), _state(b)),
     ]
 
 
 def _compare_rows(what: str, one: Path, two: Path) -> Compared:
-    from tinygpt.training.metrics import read
+    from tinygpt.runs.history import read
 
     first, second = (list(read(path)) for path in (one, two))
     found = []

@@ -81,7 +81,7 @@ def make_run(
 ) -> TrainingRun:
     """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
     from tinygpt.api import GPT
-    from tinygpt.runs.checkpoint import list_checkpoints
+    from tinygpt.runs.folder import list_checkpoints
     from tinygpt.runs.run import TrainingRun
 
     source, model = _lasting(settings.data, material.name), GPT(material.shape, settings.train.seed)
@@ -180,7 +180,7 @@ def _lasting(data: DataConfig, chosen: str) -> DataConfig:
 
 def new_folder(name: str) -> Path:
     """Make the folder of a run; of several that begin in one second each gets its own."""
-    from tinygpt.runs.checkpoint import writing
+    from tinygpt.files.disk import writing
 
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:40] or "text"
     folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"

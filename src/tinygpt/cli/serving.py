@@ -306,7 +306,7 @@ def _service(
     places: int,
     limits: Limits,
 ) -> Service:
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.folder import choose_checkpoint
     from tinygpt.server.engine.scheduler import Engine
     from tinygpt.server.openai.service import Service
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.runs import checkpoint
-from tinygpt.training import metrics
+from tinygpt.runs.folder import METRICS, text_of
+from tinygpt.runs.history import read
 
 POINTS = 200
 """Points of a curve: as many as a small picture can show."""
@@ -26,14 +27,14 @@ def run_card(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "step": meta.iter_num,
         "parameters": meta.model.num_params(),
-        "data": checkpoint.text_of(path.parent),
+        "data": text_of(path),
         "best_val_loss": meta.progress.get("best_val_loss"),
         "best_iter": meta.progress.get("best_iter"),
         "seconds": meta.progress.get("elapsed"),
         "train": None if meta.train is None else meta.train.to_dict(),
     }
     known = {name: value for name, value in found.items() if value is not None}
-    return known | _curves(path.parent / "metrics.jsonl", meta.iter_num)
+    return known | _curves(path.parent / METRICS, meta.iter_num)
 
 
 def _curves(path: Path, last: int) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _curves(path: Path, last: int) -> dict[str, Any]:
     val: list[Point] = []
     if not path.is_file():
         return {}
-    for row in metrics.read(path):
+    for row in read(path):
         step = row.get("iter")
         if type(step) is not int or step > last:
             continue

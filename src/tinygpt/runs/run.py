@@ -35,12 +35,23 @@ from tinygpt.errors import (
     UsageError,
 )
 from tinygpt.files.atomic import remove_stale, replacing, user_path
+from tinygpt.files.disk import writing
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
 from tinygpt.machine import resources
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
 from tinygpt.runs import changes, checkpoint
+from tinygpt.runs.folder import (
+    CONFIG,
+    METRICS,
+    SAMPLES,
+    TOKENIZER,
+    latest_checkpoint,
+    list_checkpoints,
+    run_of,
+)
+from tinygpt.runs.history import Cut, History
 from tinygpt.runs.lock import FolderLock, check_free
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
@@ -48,7 +59,7 @@ from tinygpt.text.tokens import data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
-from tinygpt.training.metrics import Cut, History, short
+from tinygpt.training.metrics import short
 from tinygpt.training.optim import make_optimizer
 from tinygpt.untrusted import clip, is_number
 
@@ -173,9 +184,9 @@ class TrainingRun:
 
     def _check_optimizer(self) -> None:
         """UsageError if it was given, and would train other weights than the config says."""
-        learning, found = lora.learning(self.model, self.config), self.model.trainable()
+        learning, found = lora.learning(self.model.config, self.config), self.model.trainable()
         held = {id(p) for p in self.optimizer.params}
-        if learning != found.keys() or not held <= {id(p) for p in found.values()}:
+        if learning.keys() != found.keys() or not held <= {id(p) for p in found.values()}:
             raise UsageError(
                 "The optimizer holds weights that the config freezes, or lacks adapters. Call "
                 "lora.prepare(model, config), then make it from model.trainable(); or give none."
@@ -333,7 +344,7 @@ class TrainingRun:
         if self.folder is None:
             return
         check_free(self.folder)
-        self._found = checkpoint.list_checkpoints(self.folder)
+        self._found = list_checkpoints(self.folder)
         if self._found and not resume:
             raise UsageError(
                 f"{self.folder} holds a run already. Resume it, or choose another folder: nothing "
@@ -361,11 +372,11 @@ class TrainingRun:
             return
         self._take_folder()
         checkpoint.check_claim(self.folder)
-        if checkpoint.list_checkpoints(self.folder) != self._found:
+        if list_checkpoints(self.folder) != self._found:
             raise UsageError(f"{self.folder} was being trained until just now: try again.")
         remove_stale(self.folder)
-        self.history = History(self.folder / "metrics.jsonl")
-        self.samples = History(self.folder / "samples.jsonl")
+        self.history = History(self.folder / METRICS)
+        self.samples = History(self.folder / SAMPLES)
         self._set_aside(anew and not self._found)
         self._write_settings()
         own = self.newest is not None and self.newest.parent == self.folder
@@ -404,7 +415,7 @@ class TrainingRun:
 
     def _take_folder(self) -> None:
         if self._lock is not None and self.folder is not None:
-            with checkpoint.writing(self.folder):
+            with writing(self.folder):
                 if warning := self._lock.acquire():
                     self.notice(warning)
 
@@ -428,10 +439,10 @@ class TrainingRun:
         assert self.folder is not None
         text = self._settings()
         checkpoint.ensure_run(self.folder)
-        with checkpoint.writing(self.folder), replacing(self.folder / "config.toml") as file:
+        with writing(self.folder), replacing(self.folder / CONFIG) as file:
             file.write(text.encode())
         if self.tokenizer is not None:
-            self.tokenizer.save(self.folder / "tokenizer.json")
+            self.tokenizer.save(self.folder / TOKENIZER)
 
     def _make_saver(self) -> checkpoint.Saver | None:
         """What writes the checkpoints. Raises CheckpointError if the disk has no room for one."""
@@ -521,7 +532,7 @@ class TrainingRun:
             return
         if resume is True and self.folder is None:
             raise UsageError("To resume, say which run: give its folder or a checkpoint.")
-        begun = self.folder is not None and (self.folder / "config.toml").is_file()
+        begun = self.folder is not None and (self.folder / CONFIG).is_file()
         if resume is True and begun and not self._found:
             self.notice(f"{self.folder} has no checkpoint yet: it starts from its first step.")
             return
@@ -541,7 +552,7 @@ class TrainingRun:
         """UsageError if the run would go on in the folder of another one."""
         if self.folder is None or path.resolve().parent == self.folder.resolve():
             return
-        same = meta.run in (None, checkpoint.run_of(self.folder)) and meta.train is not None
+        same = meta.run in (None, run_of(self.folder)) and meta.train is not None
         if self._found and not same:  # None: one that could only be saved to another place
             raise UsageError(
                 f"{self.folder} holds another run than {path}, and nothing there is overwritten. "
@@ -580,25 +591,3 @@ def _lost(path: Path | None, cut: Cut) -> Iterator[str]:
     if cut.missing:
         steps = f"{len(cut.missing):,} of its steps, from {cut.missing[0]} to {cut.missing[-1]}"
         yield f"{path} lacks {steps}: they were lost, but not what was learned in them."
-
-
-def latest_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run folder; a file is itself, also without its suffix."""
-    if (file := checkpoint.named_checkpoint(path)).is_file():
-        return file
-    found = checkpoint.list_checkpoints(path)
-    if not found:
-        raise CheckpointError(f"There is no checkpoint in {path}. {_runs_nearby(path)}")
-    return found[-1]
-
-
-def choose_checkpoint(path: Path) -> Path:
-    """The checkpoint to use of a run folder: the best one, or else the newest."""
-    return checkpoint.best_checkpoint(path) or latest_checkpoint(path)
-
-
-def _runs_nearby(path: Path) -> str:
-    parent = path.parent if path.parent.is_dir() else Path()
-    runs = [p for p in sorted(parent.iterdir()) if p.is_dir() and checkpoint.list_checkpoints(p)]
-    names = ", ".join(str(run) for run in runs[-5:])
-    return f"Runs nearby: {names}." if names else "Train one first: tinygpt train YOUR_TEXT.txt"

@@ -51,7 +51,7 @@ def export_web(
     model, own = load_model(run, tokenizer)
 
     from tinygpt.pages.card import run_card
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.folder import choose_checkpoint
 
     told = run_card(choose_checkpoint(run))
     if beginnings:

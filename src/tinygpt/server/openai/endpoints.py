@@ -16,7 +16,7 @@ from tinygpt.server.http.event_stream import EventStream, event
 from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import DOCUMENT, Refusal, closing
 from tinygpt.server.openai import tokenizing
-from tinygpt.server.openai.answering import DONE, Running
+from tinygpt.server.openai.answering import DONE, Answer
 from tinygpt.server.openai.document import openapi
 from tinygpt.server.openai.fields import chat_schema, completion_schema
 from tinygpt.server.openai.jobs import Body, Job, chat_job, completion_job
@@ -72,29 +72,29 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
     except TimeoutError:
         message = "The time for this request was over before it had its turn."
         raise Refusal(504, message, code="timeout") from None
-    running = Running(service, job, deadline)
+    answer = Answer(service, job, deadline)
     if job.stream:
-        return _EventStream(running)
+        return _EventStream(answer)
     try:
-        return JSONResponse(await running.whole())
+        return JSONResponse(await answer.whole())
     finally:
-        running.close()
+        answer.close()
 
 
 class _EventStream(EventStream):
-    """The texts as they are written. However the response ends, the engine's places are free."""
+    """The texts as they are written. However the response ends, the engine's slots are free."""
 
     last = event(closing().body()) + DONE
 
-    def __init__(self, running: Running) -> None:
-        super().__init__(running.events(), headers={"x-accel-buffering": "no"})
-        self._running = running
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), headers={"x-accel-buffering": "no"})
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._running.close()
+            self._answer.close()
 
 
 async def _models(service: Service, request: Request) -> Response:

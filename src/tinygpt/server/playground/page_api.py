@@ -280,16 +280,15 @@ class _TokenShape(CompletionShape):
     def opening(self, choice: Choice) -> Json:
         return {"prompt": pieces(self.tokenizer, self._text)}
 
-    def part(self, choice: Choice, delta: Delta) -> Json:
+    def part(self, choice: Choice, delta: Delta, reason: str | None = None) -> Json:
+        if reason is not None:
+            return {"finish_reason": reason}
         return {
             "tokens": [
-                piece(self.tokenizer, token.id) | {"logprob": finite(token.logprob)}
+                described(token.token, token.raw) | {"logprob": finite(token.logprob)}
                 for token in delta.tokens
             ]
         }
-
-    def closing(self, choice: Choice) -> Json:
-        return {"finish_reason": choice.finish_reason}
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Json]:
@@ -305,7 +304,10 @@ def piece(tokenizer: Tokenizer, token: int) -> Json:
     {'id': 65, 'text': 'A', 'bytes': [65]}
     """
     try:
-        raw = tokenizer.decode_bytes([token])
+        return described(token, tokenizer.decode_bytes([token]))
     except TokenizerError:  # an id that the vocabulary leaves out
-        raw = b""
+        return described(token, b"")
+
+
+def described(token: int, raw: bytes) -> Json:
     return {"id": token, "text": raw.decode(errors="replace"), "bytes": list(raw)}
