@@ -14,6 +14,8 @@ FOLDER = Path(__file__).parent
 SERVED = ("shared", "playground", "dashboard")
 """Folders of which a server shows the files."""
 
+_COMMENT = re.compile(r"^ *(?://[^\n]*|/\*\*(?:[^*]|\*(?!/))*\*/)\n", re.MULTILINE)
+_INDENT = re.compile(r"^ +", re.MULTILINE)
 _IMPORT = re.compile(r"^import (?:\* as (\w+)|\{([^}]*)\}) from \"([^\"]+)\";\n", re.MULTILINE)
 _EXPORT = re.compile(
     r"^export ((?:async )?function\*?|class|const|let) (\w+)", re.MULTILINE
@@ -38,7 +40,8 @@ def served() -> dict[str, bytes]:
 def bundle(entry: str) -> str:
     """A module and all that it imports as one script, in the order in which a browser runs them.
 
-    Each becomes a function of its own, so that two modules may use the same name.
+    Each becomes a function of its own, so that two modules may use the same name. Comments and
+    indentation are left out: no string of ours goes over several lines.
     """
     done: set[str] = set()
     parts: list[str] = ["const modules = {};\n"]
@@ -47,7 +50,7 @@ def bundle(entry: str) -> str:
         if name in done:
             return
         done.add(name)
-        source = text(name)
+        source = _INDENT.sub("", _COMMENT.sub("", text(name)))
         for found in _IMPORT.finditer(source):
             add(_beside(name, found[3]))
         exports = ", ".join(export[2] for export in _EXPORT.finditer(source))

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import html
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -66,8 +67,8 @@ def render(
         "title": html.escape(title),
         "description": html.escape(description),
         "about": _json(about),
-        "module": _base64(module),
-        "worker": _json(worker),
+        "module": _base64(zlib.compress(module, 9)),
+        "worker": _base64(zlib.compress(worker.encode(), 9)),
         "ui": ui,
     }
     template = _STYLE.sub(lambda found: f"<style>{pages.text(found[1])}</style>", template)

@@ -25,9 +25,9 @@ document.addEventListener("securitypolicyviolation", ({ effectiveDirective: what
     `the server of this page, or the browser, forbids what it needs (${what}). Save the file and open it from your disk.`,
   ),
 );
-const lacking = globalThis.WebAssembly ? !globalThis.Worker && "workers" : "WebAssembly";
+const lacking = ["WebAssembly", "Worker", "DecompressionStream"].find((name) => !globalThis[name]);
 if (lacking) {
   failStart(
-    `this browser has no ${lacking}, or has them switched off, as Safari's lockdown mode does. A current Firefox, Chrome, Edge or Safari has them.`,
+    `this browser has no ${lacking}, or has it switched off, as Safari's lockdown mode does. A current Firefox, Chrome, Edge or Safari has it.`,
   );
 }

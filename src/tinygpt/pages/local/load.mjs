@@ -4,6 +4,7 @@
 import fs from 'node:fs';
 import vm from 'node:vm';
 import { Worker } from 'node:worker_threads';
+import zlib from 'node:zlib';
 
 const page = fs.readFileSync(process.argv[2]);
 const DEADLINE = 120_000; // milliseconds until a worker that says nothing is given up
@@ -18,8 +19,9 @@ function element(head, from = 0) {
 }
 
 const about = JSON.parse(element('<script type="application/json" id="about"').text);
-const code = JSON.parse(element('<script type="application/json" id="worker"').text);
-const module = Uint8Array.from(Buffer.from(element('<script type="text/plain" id="module"').text, 'base64'));
+const inflated = (id) => zlib.inflateSync(Buffer.from(element(`<script type="text/plain" id="${id}"`).text, 'base64'));
+const code = inflated('worker').toString();
+const module = Uint8Array.from(inflated('module'));
 for (let at = 0; page.indexOf('<script>', at) >= 0; ) {
   const script = element('<script>', at);
   new vm.Script(script.text); // what is seen needs a document, but must be JavaScript

@@ -3,10 +3,9 @@
 import { byId } from "../shared/dom.js";
 
 const about = JSON.parse(byId("about").textContent);
-const code = JSON.parse(byId("worker").textContent);
-const worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
 const listeners = new Map(); // by id of a question
 let asked = 0;
+let worker = null; // until the page starts
 
 /** The answer to a question, part by part. */
 async function* ask(path, body, signal) {
@@ -53,10 +52,18 @@ export const local = {
 const bytesOf = (base64) =>
   Uint8Array.fromBase64?.(base64) ?? Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 
+/** The bytes of an element that holds them compressed. */
+function inflated(id) {
+  const stream = new Blob([bytesOf(byId(id).textContent)]).stream();
+  return new Response(stream.pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
+}
+
 /** Starts the worker and hands it the weights as they are read; -> the card. */
-function start() {
+async function start() {
   const { config, tokenizer, shaders, card, title, ...more } = about;
-  worker.postMessage({ start: { module: bytesOf(byId("module").textContent), config, tokenizer, shaders } });
+  const [code, module] = await Promise.all([inflated("worker"), inflated("module")]);
+  worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
+  worker.postMessage({ start: { module, config, tokenizer, shaders } });
   const ready = new Promise((resolve, reject) => {
     worker.onmessage = ({ data }) => {
       if (data.ready) resolve(data.ready);
@@ -66,7 +73,8 @@ function start() {
     worker.onerror = ({ message }) => reject(new Error(message || "the browser starts no worker for this page."));
     takeWeights(reject);
   });
-  return ready.then((where) => ({
+  const where = await ready;
+  return {
     ...card,
     ...more,
     config,
@@ -75,7 +83,7 @@ function start() {
     tokenizer: { kind: tokenizer.kind, vocab_size: config.vocab_size, ends: Boolean(tokenizer.ends) },
     limits: { max_tokens: 100_000, prompt_tokens: 8192 },
     can: {},
-  }));
+  };
 }
 
 /** Weights arrive as elements while the file is read; each goes to the worker and is removed. */
@@ -98,11 +106,13 @@ function takeWeights(reject) {
   };
   const watching = new MutationObserver(takeWhole);
   watching.observe(document.body, { childList: true });
-  document.addEventListener("DOMContentLoaded", () => {
+  const finish = () => {
     watching.disconnect();
     takeWhole();
     if (loaded !== about.chunks) {
       reject(new Error("this file is not whole: weights are missing at its end. Fetch it again."));
     }
-  });
+  };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", finish);
+  else finish();
 }
