@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, UOp
 
 from tinygpt import kernels
 from tinygpt.machine.jit import jit
