@@ -162,7 +162,8 @@ def test_notices_are_in_the_result_whether_shown_or_not(tmp_path, steps, capsys)
 
 CELL = """
 import asyncio, os, signal, numpy as np
-from tinygpt import GPT, GPTConfig, TrainConfig, checkpoint, train
+from tinygpt import GPT, GPTConfig, TrainConfig, train
+from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import list_checkpoints
 from pathlib import Path
 model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
@@ -219,8 +220,10 @@ class Notebook:
                     interrupt_at = None
             if kind == "status" and content["execution_state"] == "idle":
                 break
-        reply = self.client.get_shell_msg(timeout=120)["content"]
-        return reply.get("ename"), text["stdout"], text["stderr"]
+        while True:  # answers to wait_for_ready, which asks time and again, may still come
+            reply = self.client.get_shell_msg(timeout=120)
+            if reply["parent_header"].get("msg_id") == sent:
+                return reply["content"].get("ename"), text["stdout"], text["stderr"]
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ def test_an_evaluation_takes_less_memory_than_a_step():
     shape = GPTConfig(vocab_size=16, n_layer=4, n_embd=32, n_head=2, block_size=32)
     model = GPT(shape)
     config = TrainConfig(batch_size=16)
-    evaluate = make_evaluate(model, config.batch_size)
+    evaluate = make_evaluate(model)
     step = make_train_step(model, make_optimizer(model.parameters(), config), config)
     x = np.zeros((16, 32), np.int32)
     used = [GlobalCounters.mem_used]

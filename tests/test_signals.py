@@ -107,7 +107,7 @@ def test_the_closing_of_a_terminal_is_a_reason_to_save(text, capsys):
     ours, theirs = pty.openpty()
     flags = [*TINY, *new_kernel(), "--train.max-iters", "4", "--out", folder]
     process = start(
-        *(text, "step:0:none", "train", text, *flags), text=False,
+        *(text, "step:1:AWAITED", "train", text, *flags), text=False,
         stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm"},
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip

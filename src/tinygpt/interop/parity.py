@@ -53,10 +53,9 @@ def our_logits(model: Transformer, ids: Ids) -> Floats:
     """Logits (T, V) of our model for ids (1, T), without dropout."""
     from tinygrad import Tensor
 
-    from tinygpt.model.transformer import mode
+    from tinygpt.model.transformer import INFERENCE
 
-    with mode(model, training=False):
-        logits: Floats = model(Tensor(ids, dtype="int32")).numpy()[0]
+    logits: Floats = model(Tensor(ids, dtype="int32"), drop=INFERENCE).numpy()[0]
     return logits
 
 

@@ -20,6 +20,7 @@ from tinygrad.uop.ops import UOp
 from tinygpt.config import AttentionMethod
 from tinygpt.errors import KernelError
 from tinygpt.kernels import reference
+from tinygpt.kernels.activation import activate as fast_gelu
 from tinygpt.kernels.adamw import adamw_update as fast_adamw_update
 from tinygpt.kernels.attention import decode_attention, flash_attention
 from tinygpt.kernels.attention import packed_attention as fast_packed_attention
@@ -30,6 +31,7 @@ from tinygpt.kernels.dropout import dropout as fast_dropout
 from tinygpt.kernels.embedding import embedding as fast_embedding
 from tinygpt.kernels.fallback import falls_back, obstacle
 from tinygpt.kernels.linear import linear as fast_linear
+from tinygpt.kernels.linear import supported as linear_supported
 from tinygpt.kernels.linear_cross_entropy import linear_cross_entropy
 from tinygpt.kernels.masks import next_key as next_key
 from tinygpt.kernels.norm import layer_norm as fast_layer_norm
@@ -71,6 +73,13 @@ def linear(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The last axis of x (..., C) with mean 0 and variance 1, scaled and shifted."""
     return (reference.layer_norm if _only_twins.get() else fast_layer_norm)(x, weight, bias)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU of x, element by element."""
+    if _only_twins.get() or falls_back("gelu", obstacle(x)) or not linear_supported(x):
+        return reference.gelu(x)  # on GPUs tinygrad makes it part of its product
+    return fast_gelu(x)
 
 
 def embedding(tokens: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:

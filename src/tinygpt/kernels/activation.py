@@ -1,12 +1,13 @@
-"""GELU inside kernels: its value, its slope, and the gradient kernel of a fused layer."""
+"""GPT-2's GELU: x Φ(x), the tanh approximation of Hendrycks and Gimpel (2016)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from tinygrad import Tensor, UOp
 
-from tinygpt.kernels.phases import Array, Kernel, exp2, minimum, run
+from tinygpt.kernels.phases import Array, Kernel, contiguous, exp2, minimum, run
 
 
 def gate_of_gelu(x: UOp) -> UOp:
@@ -24,6 +25,34 @@ def gelu_slope(x: UOp) -> UOp:
     """The derivative of `gelu`: s + x s (1 - s) 2 du/dx for the gate s."""
     s = gate_of_gelu(x)
     return s + x * s * (1.0 - s) * (x * x * (3 * 0.044715) + 1.0) * (2 * math.sqrt(2 / math.pi))
+
+
+def forward(k: Kernel, y: Array, x: Array, *, n: int, units: int) -> None:
+    """y = GELU of x, over n elements."""
+    steps = -(-n // (units * k.lanes))
+    first = k.units(units) * (steps * k.lanes)
+    with k.loop(steps) as i, k.phase() as lane:
+        at = minimum(first + i * k.lanes, n - k.lanes) + lane  # the last ones may be done twice
+        y[at] = gelu(x[at])
+
+
+def activate(x: Tensor) -> Tensor:
+    """GELU of x, element by element."""
+    x, n = contiguous(x), int(x.numel())
+
+    def backward(gradient: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
+        return [gelu_backward(contiguous(gradient), x)]
+
+    return run(
+        forward,
+        [Tensor.empty(*x.shape, dtype=x.dtype, device=x.device)],
+        [x],
+        lanes=min(n, 32),
+        ops=20 * n,
+        backward=backward,
+        n=n,
+        units=min(64, -(-n // 32)),
+    )[0]
 
 
 def gelu_gradient(k: Kernel, du: Array, dy: Array, u: Array, *, n: int, units: int) -> None:

@@ -184,9 +184,9 @@ class TrainingRun:
 
     def _check_optimizer(self) -> None:
         """UsageError if it was given, and would train other weights than the config says."""
-        learning, found = lora.learning(self.model, self.config), self.model.trainable()
+        learning, found = lora.learning(self.model.config, self.config), self.model.trainable()
         held = {id(p) for p in self.optimizer.params}
-        if learning != found.keys() or not held <= {id(p) for p in found.values()}:
+        if learning.keys() != found.keys() or not held <= {id(p) for p in found.values()}:
             raise UsageError(
                 "The optimizer holds weights that the config freezes, or lacks adapters. Call "
                 "lora.prepare(model, config), then make it from model.trainable(); or give none."

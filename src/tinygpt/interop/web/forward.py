@@ -61,11 +61,10 @@ class Forward:
 
 def forward(config: GPTConfig, plain: bool = False) -> Forward:
     """Capture both functions; ``plain`` takes tinygrad's own operations instead of our kernels."""
-    from tinygrad import Variable, dtypes
+    from tinygrad import TinyJit, Variable, dtypes
     from tinygrad.helpers import Context
 
     from tinygpt import kernels
-    from tinygpt.machine.jit import jit
     from tinygpt.machine.transfer import zeros
     from tinygpt.model.cache import KVCache
     from tinygpt.model.transformer import Transformer
@@ -85,7 +84,8 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
     functions = []
     with Context(JIT=2, NUM_CPU_THREADS=1):  # each kernel by itself, and whole
         for function, name in ((step, "position"), (window, "last")):
-            captured: Any = jit(function)
+            captured: Any = TinyJit(function)
+            captured.cnt = 1  # captured at the first call
             with kernels.plain() if plain else nullcontext():
                 captured(Variable(name, 0, config.block_size - 1).bind(0))
             calls = tuple(_calls(captured.captured.linear.src))

@@ -16,6 +16,7 @@ from tinygrad import Tensor
 from tinygpt.kernels import (
     adamw_update,
     embedding,
+    gelu,
     layer_norm,
     linear,
     loss,
@@ -159,6 +160,21 @@ def _int8(rows: int, n_in: int, n_out: int) -> Case:
     )
 
 
+def gelu_cases() -> Iterator[Case]:
+    for rows, width in ((1, 1), (3, 33), (24, 512)):
+        yield _gelu(rows, width)
+
+
+def gelu_timed() -> Case:
+    return _gelu(768, 512)
+
+
+def _gelu(rows: int, width: int) -> Case:
+    inputs = (numbers(rows, width) * 3, numbers(rows, width, seed=1))
+    ours, twin = with_gradients(gelu, 1), with_gradients(reference.gelu, 1)
+    return Case(f"{rows}x{width}", inputs, ours, twin, exact.gelu)
+
+
 def norm_cases() -> Iterator[Case]:
     for rows, width in ((1, 16), (7, 33), (96, 128), (5, 768)):
         yield _norm(rows, width)
@@ -285,6 +301,7 @@ KERNELS: dict[str, tuple[Callable[[], Iterator[Case]], Callable[[], Case]]] = {
     "attention": (attention_cases, attention_timed),
     "linear": (linear_cases, linear_timed),
     "int8": (int8_cases, int8_timed),
+    "gelu": (gelu_cases, gelu_timed),
     "norm": (norm_cases, norm_timed),
     "embedding": (embedding_cases, embedding_timed),
     "loss": (loss_cases, loss_timed),

@@ -61,6 +61,12 @@ def linear_residual(
     return [residual + y, *gradients, grad]
 
 
+def gelu(x: Array, grad: Array) -> list[Array]:
+    """GPT-2's GELU."""
+    y, dx, *_ = linear_gelu(x, np.eye(x.shape[1]), np.zeros(x.shape[1]), grad)
+    return [y, dx]
+
+
 def quantized_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[Array]:
     """x Wᵀ + b with W = weight scale"""
     return [x @ (weight * scale[:, None]).T + bias]
