@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 import tomllib
@@ -51,7 +52,10 @@ def test_a_run_folder_holds_everything(whole):
     assert TrainConfig.from_dict(config["train"]) == TRAIN
     history = rows(whole)
     assert [row["iter"] for row in history] == list(range(1, 13))
-    assert [row["iter"] for row in history if "val_loss" in row] == [3, 6, 9, 12]
+    evaluated = [row for row in history if "val_loss" in row]
+    assert [row["iter"] for row in evaluated] == [3, 6, 9, 12]
+    for row in evaluated:  # a token of this tokenizer is a byte
+        assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2))
     assert {"train_loss", "lr", "grad_norm"} <= set(history[0])
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert [sample["iter"] for sample in samples] == [3, 6, 9, 12]
@@ -147,7 +151,7 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path):
 
 def test_early_stopping_waits_for_its_patience_and_saves(tmp_path, monkeypatch):
     worse = iter([2.0, 1.0, 1.5, 1.2, 9.0, 9.0])
-    module = importlib.import_module("tinygpt.training.step")
+    module = importlib.import_module("tinygpt.training.loop")
     monkeypatch.setattr(module, "evaluate", lambda *_: next(worse))
     config = TrainConfig(
         **{**TRAIN.to_dict(), "early_stop_patience": 2, "eval_interval": 1, "max_iters": 6}
