@@ -114,7 +114,7 @@ export class Chart extends Plot {
     if (!low) return;
     context.fillStyle = ink(color);
     context.globalAlpha = 0.16;
-    for (const [from, to] of runs(high)) {
+    for (const [from, to] of stretches(high)) {
       path(context, [...this.#places(x, high, from, to), ...this.#places(x, low, from, to).reverse()]).fill();
     }
     context.globalAlpha = 1;
@@ -126,7 +126,7 @@ export class Chart extends Plot {
     context.lineJoin = "round";
     context.globalAlpha = faint ? 0.35 : 1;
     context.setLineDash(dash);
-    for (const [from, to] of runs(y)) path(context, this.#places(x, y, from, to)).stroke();
+    for (const [from, to] of stretches(y)) path(context, this.#places(x, y, from, to)).stroke();
     context.setLineDash([]);
     if (dots || y.length === 1) this.#dots(context, x, y, ink);
     context.globalAlpha = 1;
@@ -333,7 +333,7 @@ function* visible({ x, y, low, high }, [from, to]) {
 }
 
 /** Stretches without a gap: [first, end). */
-function runs(values) {
+export function stretches(values) {
   const found = [];
   let from = 0;
   for (let i = 0; i <= values.length; i++) {
