@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit, Variable, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes
 
 from tinygpt.machine.transfer import read, write, zeros
 from tinygpt.model.cache import KVCache

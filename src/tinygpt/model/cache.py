@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import GPTConfig

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
-from tinygrad.dtype import DType
 
 from tinygpt.kernels.masks import keeps, stream
 from tinygpt.kernels.matmul import register_tiles
 from tinygpt.kernels.phases import Array, Index, Kernel, Tile, Value, as_index, as_uop, exp2
+from tinygpt.machine.tinygrad_internals import DType
 
 BLOCK = 32
 """Rows of the other side that meet a tile at once: with them, all of a unit stays in a 32 KB L1."""
