@@ -17,7 +17,7 @@ from typing import Any
 
 from tinygpt import pages
 from tinygpt.files.strict_json import to_json
-from tinygpt.interop.web.weights import Chunk
+from tinygpt.interop.web.payload import Chunk
 
 WORKER = [f"local/{name}.mjs" for name in ("model", "webgpu", "sampling", "tokenizer", "worker")]
 UI = [f"local/{name}.mjs" for name in ("curve", "history", "ui")]
