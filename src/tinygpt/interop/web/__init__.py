@@ -19,9 +19,9 @@ from tinygpt.errors import InteropError, UsageError
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
 from tinygpt.interop.web import page, payload, vocabulary
 from tinygpt.interop.web.capture import Source, capture
+from tinygpt.interop.web.payload import KINDS, Kind
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
 from tinygpt.interop.web.wasm import compile_wasm
-from tinygpt.interop.web.payload import KINDS, Kind
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.untrusted import utf8_name
 
