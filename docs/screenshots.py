@@ -110,8 +110,8 @@ def take_trained(folder: Path, browser: Browser) -> None:
 
 
 def train_briefly(out: Path, rate: str) -> None:
-    words = ["train", "auto", "--preset", "baby", "--out", str(out), "--train.max-iters", "500"]
-    words += ["--train.learning-rate", rate, "--train.eval-interval", "50"]
+    words = ["train", "auto", "--preset", "baby", "--out", str(out), "--max-iters", "500"]
+    words += ["--learning-rate", rate, "--eval-interval", "50"]
     subprocess.run([*PROGRAM, *words], check=True, stderr=subprocess.PIPE)
 
 

@@ -64,7 +64,7 @@ def follow(run, at=()):
     """Take all steps, doing ``at[step]`` after some of them; -> what was noticed"""
     noticed = []
     for step in run:
-        run._saver.wait()  # so that what went wrong is noticed with the very next step
+        run.output.saver.wait()  # so that what went wrong is noticed with the very next step
         noticed += step.notices
         dict(at).get(step.iter, lambda: None)()
     return noticed

@@ -535,8 +535,8 @@ def test_the_advised_command_repeats_every_kind_of_flag():
     words = _same_command(tables, {"--out": Path("a run"), "--preset": None})
     assert list(map(str, words)) == [
         "train", "my text.txt", "--resume", "--out", "a run", "--val-fraction", "0.2",
-        "--model.no-bias", "--model.tie-embeddings", "--model.dropout", "0.5",
-        "--train.max-iters", "7", "--train.sample-prompt", "a b",
+        "--no-bias", "--tie-embeddings", "--dropout", "0.5",
+        "--max-iters", "7", "--sample-prompt", "a b",
     ]  # fmt: skip
     app, kept = make_app("tinygpt", "train"), words[:3] + words[5:]
     _, bound, _ = app.parse_args([str(word) for word in kept], exit_on_error=False)

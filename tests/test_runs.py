@@ -147,7 +147,7 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path):
 
 def test_early_stopping_waits_for_its_patience_and_saves(tmp_path, monkeypatch):
     worse = iter([2.0, 1.0, 1.5, 1.2, 9.0, 9.0])
-    module = importlib.import_module("tinygpt.training.step")
+    module = importlib.import_module("tinygpt.training.loop")
     monkeypatch.setattr(module, "evaluate", lambda *_: next(worse))
     config = TrainConfig(
         **{**TRAIN.to_dict(), "early_stop_patience": 2, "eval_interval": 1, "max_iters": 6}

@@ -1,4 +1,4 @@
-"""``tinygpt verify-resume``: the proof that a run which was stopped goes on bit for bit."""
+"""``tinygpt doctor --resume``: the proof that a run which was stopped goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import (
+    Flat,
     Settings,
     Switch,
     Tables,
@@ -76,8 +77,8 @@ def verify_resume(
     glob: str | None = None,
     steps: int = 4,
     json: Switch = False,
-    model: ModelFlags | None = None,
-    train: TrainFlags | None = None,
+    model: Annotated[ModelFlags | None, Flat] = None,
+    train: Annotated[TrainFlags | None, Flat] = None,
 ) -> int:
     """Prove on this machine that a run which is stopped and resumed is the run never stopped.
 
@@ -116,7 +117,7 @@ def verify_resume(
     if kept:
         tables["data"].pop("source")
     if "max_iters" in tables["train"]:
-        raise UsageError("--train.max-iters is what --steps says here: give that.")
+        raise UsageError("--max-iters is what --steps says here: give that.")
     resolved = resolve(kept, preset_tables(preset), file_tables(config), tables)
     settings = _short(resolved, steps, tables["train"])
     device = require_device()

@@ -48,7 +48,7 @@ def gather(settings: Settings, own: Tokenizer | None = None) -> Material:
     if tokenizer is None and "vocab_size" not in settings.model and vocab_size > LARGEST_VOCAB:
         raise DataError(
             f"{name} has a token of number {vocab_size - 1:,}, and the model would need a row for "
-            f"each below it. If that is right, say so: --model.vocab-size {vocab_size}"
+            f"each below it. If that is right, say so: --vocab-size {vocab_size}"
         )
     shape = settings.model_config(vocab_size)
     training, held_out = batches.split(tokens, settings.data.val_fraction, shape.block_size)

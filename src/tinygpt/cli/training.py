@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
+    Flat,
     Settings,
     Switch,
     Tables,
@@ -64,8 +64,8 @@ def train(
     no_token: Switch = False,
     print_config: Switch = False,
     json: Switch = False,
-    model: ModelFlags | None = None,
-    train: TrainFlags | None = None,
+    model: Annotated[ModelFlags | None, Flat] = None,
+    train: Annotated[TrainFlags | None, Flat] = None,
 ) -> int:
     """Train a GPT on a text and keep the run in a folder.
 
@@ -238,11 +238,11 @@ def _same_command(
     words: list[object] = ["train", *([source] if source else []), "--resume"]
     given = {**others, **{f"--{name}": value for name, value in data.items()}}
     for table in ("model", "train"):
-        given |= {f"--{table}.{name}": value for name, value in tables[table].items()}
+        given |= {f"--{name}": value for name, value in tables[table].items()}
     for name, value in given.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else re.sub(r"([^.]+)$", r"no-\1", flag))
+            words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
             words += [flag, value]
     return words

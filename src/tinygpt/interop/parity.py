@@ -92,7 +92,7 @@ def compare(
         raise InteropError(
             f"{reader} computes something else from the same weights: the logits differ by up to "
             f"{difference:.3g}, and {allowed:.3g} is allowed. Nothing was written. Is a weight not "
-            f"finite? tinygpt check tells whether the kernels are right on this machine."
+            f"finite? tinygpt doctor --kernels tells whether the kernels are right on this machine."
         )
     return Comparison(difference, allowed)
 
