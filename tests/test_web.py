@@ -176,7 +176,7 @@ def test_a_wrong_weight_leaves_no_page(tmp_path: Path, monkeypatch: pytest.Monke
         damaged = {n: v + np.float32(0.01) * (n == "h.1.mlp.c_fc.bias") for n, v in arrays.items()}
         return right(damaged, places, kind)
 
-    monkeypatch.setattr(weights, "chunks", wrong)
+    monkeypatch.setattr(payload, "chunks", wrong)
     with pytest.raises(InteropError, match=r"computes something else .* Nothing was written"):
         export_web(make(SMALL), ByteTokenizer(), tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
