@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from tinygpt.interop.web.card import card
+
 from tinygpt import load
 from tinygpt.interop.web import export_web
-from tinygpt.interop.web.card import card
 from tinygpt.runs.folder import choose_checkpoint
 
 run = Path("runs/demo")

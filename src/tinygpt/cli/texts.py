@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt.cli.options import DataConfig, run_tables
-from tinygpt.errors import UsageError
+from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.runs.folder import choose_checkpoint, folder_of
 
 if TYPE_CHECKING:
@@ -58,3 +58,25 @@ def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> 
         raise UsageError(f"{run} kept no text for validation. {advice}")
     changed = unlike_training(run, "val", held_out)
     return f"{name}, its last {source.val_fraction:.0%}{changed}", held_out
+
+
+def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> list[str]:
+    """First lines from a run's own validation text, from places far apart; [] without that text.
+
+    Only a text that is known to be the run's is read from: the folder may come from elsewhere, and
+    name a file that its author has never seen.
+    """
+    from tinygpt.runs import checkpoint
+    from tinygpt.text.tokens import data_fingerprint
+
+    try:
+        _, tokens = own_validation(run, model, tokenizer, "")
+        known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get("val")
+        if known != data_fingerprint(tokens):
+            return []
+        starts = [len(tokens) * i // count for i in range(count)]
+        passages = [tokenizer.decode(tokens[at : at + 200].tolist()) for at in starts]
+    except TinyGPTError:
+        return []
+    lines = ["".join(passage.splitlines(keepends=True)[1:3]) for passage in passages]
+    return [line[:80].rstrip() for line in lines if line.strip()]

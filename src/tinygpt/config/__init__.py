@@ -329,6 +329,10 @@ def check_together(model: GPTConfig, train: TrainConfig) -> None:
     )
 
 
+MAX_TOKENS = 200
+"""Tokens of a text, where neither the command line nor the page is given a number."""
+
+
 @dataclass(frozen=True)
 class SampleConfig(Config):
     """How the next token is chosen from the logits."""

@@ -138,8 +138,7 @@ def _requests(
     """Every text has a seed of its own: the seed, the seed + 1, and so on. ``firsts`` are logits
     of the first token, where they are known."""
     config, penalties, seed = sampling_of(body), _penalties(body), seed_of(body)
-    own = _value(body, "stop", ())
-    stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
+    stops = stops_of(body) + stop
     texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
     seeds = [None if seed is None else seed + i for i in range(len(texts))]
     on = bool(body.get("ignore_eos"))
@@ -147,6 +146,12 @@ def _requests(
         Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, on)
         for (ids, first), seed in zip(texts, seeds, strict=True)
     )
+
+
+def stops_of(body: Body) -> tuple[str, ...]:
+    """The strings before which a text ends."""
+    own = _value(body, "stop", ())
+    return (own,) if isinstance(own, str) else tuple(own)
 
 
 def sampling_of(body: Body) -> SampleConfig:

@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tinygpt.config import MAX_TOKENS
 from tinygpt.errors import TinyGPTError, TokenizerError
-from tinygpt.generation.decoder import Decoder
 from tinygpt.server.engine.scheduler import EngineClosed
 from tinygpt.server.engine.sequence import Request as TextRequest
 from tinygpt.server.http import static
@@ -29,7 +29,7 @@ from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.choices import Choice, Delta, finite
 from tinygpt.server.openai.endpoints import generate
 from tinygpt.server.openai.fields import completion_schema
-from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of
+from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of, stops_of
 from tinygpt.server.openai.prompts import Ids, encode
 from tinygpt.server.openai.schema import Schema, check
 from tinygpt.server.openai.service import Service
@@ -46,8 +46,6 @@ CANDIDATES = 50
 """Tokens that are told of a distribution at most."""
 WINDOW = 128
 """Tokens of which attention is told at most."""
-MAX_TOKENS = 100
-"""Tokens that are written where the page does not say how many."""
 LOOKS = 16
 """Looks inside the model that may wait for the engine; each is a forward pass."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -78,6 +76,7 @@ def routes(service: Service) -> list[Route]:
             partial(generate, service, schemas["generate"], _generation),
             methods=["POST"],
         ),
+        post("/api/beginnings", _body({}), looking.beginnings),
         post("/api/tokens", schemas["tokens"], looking.tokens),
         post("/api/candidates", schemas["candidates"], looking.candidates),
         post("/api/attention", schemas["attention"], looking.attention),
@@ -101,6 +100,8 @@ def _schemas(service: Service) -> dict[str, Schema]:
     writing = {
         "max_tokens": {**fields["max_tokens"], "maximum": service.limits.max_tokens},
         "seed": {**fields["seed"], "minimum": 0},
+        "stop": fields["stop"],
+        "ignore_eos": fields["ignore_eos"],
     }
     return {
         "tokens": _body({"text": text}, "text"),
@@ -137,8 +138,12 @@ class _Looking:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._decoder, self._attention = Decoder(service.model), AttentionLook(service.model)
+        self._attention = AttentionLook(service.model)
         self._waiting = 0
+
+    async def beginnings(self, body: Body) -> Json:
+        """Texts to begin with, from the run's own validation text."""
+        return {"beginnings": await asyncio.to_thread(self.service.beginnings)}
 
     async def tokens(self, body: Body) -> Json:
         """How the tokenizer cuts a text, or the end of one that is too long."""
@@ -148,7 +153,7 @@ class _Looking:
     async def candidates(self, body: Body) -> Json:
         """The likeliest tokens after a text; of one token, its rank as well."""
         ids, config = await _context(self.service, body), sampling_of(body)
-        size, decoder = self.service.vocab_size, self._decoder
+        size, decoder = self.service.vocab_size, self.service.engine.decoder
         found = await self._look(lambda: introspection.next_token(decoder, ids, config, size))
 
         def told(token: int) -> Json:
@@ -248,7 +253,15 @@ async def _generation(service: Service, body: Body) -> Job:
     ids, text = await _ids_and_text(service, body)
     asked = body.get("max_tokens")
     max_tokens = MAX_TOKENS if asked is None else int(asked)
-    request = TextRequest(ids, max_tokens, sampling_of(body), seed_of(body), logprobs=0)
+    request = TextRequest(
+        ids,
+        max_tokens,
+        sampling_of(body),
+        seed_of(body),
+        stops_of(body),
+        logprobs=0,
+        ignore_eos=bool(body.get("ignore_eos")),
+    )
     shape = _TokenShape(service, text)
     return Job(shape, (request,), (Delta(),), len(ids), stream=True, include_usage=False)
 
