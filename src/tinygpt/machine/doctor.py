@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -62,8 +63,7 @@ def examine() -> list[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    version = ".".join(map(str, sys.version_info[:3]))
-    yield Check("python", True, f"{version} ({sys.executable})")
+    yield Check("python", True, f"{platform.python_version()} ({sys.executable})")
     yield Check("tinygpt", True, f"{__version__} ({Path(__file__).parents[1]})")
     for requirement in extras.requirements(None):
         name, version = _installed(requirement)

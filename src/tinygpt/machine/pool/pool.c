@@ -12,8 +12,8 @@
  * argument `slot`. The pieces are independent. They lie in a few shares in a row; each thread, the
  * caller or a worker, takes one piece after another of its own share, and then of the others (work
  * stealing). So a core mostly works on the same part of the data from one command to the next, which
- * is in its cache, and yet no command waits for a slow core while another is idle. All of a command's
- * pieces are done before the next command starts.
+ * is in its cache, and no command waits for a slow core while another is idle. All pieces of a
+ * command are done before the next one starts.
  */
 
 typedef unsigned long long word;
@@ -35,7 +35,7 @@ struct share {
 };
 
 struct pool {
-  /* Filled in before the first call, in this order, by pool.py. */
+  /* Filled in before the first call, in this order, by workers.py. */
   int (*init_mutex)(void *mutex, const void *attributes);
   int (*lock)(void *mutex);
   int (*unlock)(void *mutex);
@@ -100,7 +100,7 @@ static void relax(void) {
 
 /* Wait until the event's value is no longer `seen`, and return the new one.
  *
- * The clock is read once for 16 looks: it takes 20 ns, a look takes 1. relax() tells the core that
+ * The clock costs more than a look, so it is read once for 16. relax() tells the core that
  * it is spinning, so that it leaves the execution units to the other thread of the same core. */
 static word await_change(struct pool *pool, struct event *event, word seen) {
   word value, start = now(pool);
@@ -110,9 +110,9 @@ static word await_change(struct pool *pool, struct event *event, word seen) {
       relax();
     }
   while (now(pool) - start < pool->patience);
-  /* advance() changes the value and then reads `sleepers`; a waiter adds itself to `sleepers` and then
-   * reads the value. With sequentially consistent atomics at least one of the two sees the other
-   * (Dekker's argument), so no change is slept through. */
+  /* advance() changes the value and then reads `sleepers`; a waiter adds itself to `sleepers` and
+   * then reads the value. With sequentially consistent atomics at least one of the two sees the
+   * other (Dekker's argument), so no change is slept through. */
   pool->lock(pool->mutex);
   __atomic_add_fetch(&event->sleepers, 1, __ATOMIC_SEQ_CST);
   while ((value = load(&event->value)) == seen) pool->wait(event->condition, pool->mutex);
