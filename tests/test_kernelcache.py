@@ -375,4 +375,4 @@ def test_doctor_looks_at_the_kernel_cache(damage: str | None, own: Path) -> None
     check = found["kernel cache"]
     assert check.ok is (damage is None) and check.optional
     assert check.cure == (damage and "tinygpt doctor --clear-cache")
-    assert "1 MB" in found["token cache"].found and "10.0 GB" in found["token cache"].found
+    assert "1.0 MB" in found["token cache"].found and "10.0 GB" in found["token cache"].found
