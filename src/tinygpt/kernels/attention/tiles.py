@@ -254,9 +254,11 @@ def block_size(T: int) -> int:
 def at_most(x: UOp, most: int) -> UOp:
     """An index read from memory, of which it is known that it is from 0 to ``most``.
 
-    That keeps the arithmetic with it in 32 bits, where addresses fit: WebGPU has no others.
+    That keeps the arithmetic with it in 32 bits, where addresses fit: WebGPU has no others. It is
+    at least one bit, even where ``most`` is 0: were the input not read at all, tinygrad would give
+    its number to a variable of the kernel, and the two would collide.
     """
-    return as_index(x & (2 ** most.bit_length() - 1))
+    return as_index(x & (2 ** max(1, most.bit_length()) - 1))
 
 
 @contextmanager
