@@ -169,5 +169,5 @@ def _at_home(value: Any) -> Any:
 
 def _restore_sigchld() -> None:
     """Undo an ignored SIGCHLD, which some launchers leave: no exit code would arrive."""
-    if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

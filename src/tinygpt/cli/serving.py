@@ -281,10 +281,10 @@ def _key(given: str | None, host: str, *words: object) -> str | None:
 
 def check_names(hosts: list[str] | None, origins: list[str] | None = None) -> None:
     """Refuse what is no host or origin before anything is loaded."""
-    from tinygpt.server.http.security import allowed_origin, allowed_place
+    from tinygpt.server.http.security import allowed_host, allowed_origin
 
     for host in hosts or []:
-        allowed_place(host)
+        allowed_host(host)
     for origin in origins or []:
         allowed_origin(origin)
 
