@@ -31,7 +31,7 @@ from tests.conftest import CUTS
 from tinygpt import GPT, kernels, load
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ConfigError, KernelError, UsageError
-from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.kernels import reference
 from tinygpt.kernels.attention import backward, decode_attention, flash_attention, packed_attention
 from tinygpt.kernels.attention.decode import decode
@@ -374,7 +374,12 @@ def results(**options: Any) -> list[np.ndarray]:
     found = [loss, *loss.gradient(*model.parameters().values())]
     Tensor.realize(*found)
     decoder = Decoder(model)
-    cached = [decoder.next_logits(IDS[:, :n], owner=model) for n in (3, 4, 5)]
+    sequences = [Sequence(row[:2].tolist()) for row in IDS]
+    cached = []
+    for n in (2, 3, 4):
+        for sequence, row in zip(sequences, IDS, strict=True):
+            sequence.ids.append(int(row[n]))
+        cached.append(decoder.next_logits(sequences))
     return [x.numpy() for x in found] + cached
 
 

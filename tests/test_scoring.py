@@ -14,7 +14,7 @@ from tinygrad import Tensor
 from tests.serving import PATIENCE, TINY, until
 from tinygpt.api import GPT
 from tinygpt.config import SampleConfig
-from tinygpt.generation.batching import CHUNK, WINDOW_TOKENS, BatchDecoder
+from tinygpt.generation.decoder import CHUNK, WINDOW_TOKENS, Decoder
 from tinygpt.generation.sample import log_probabilities
 from tinygpt.server.engine.beside import SHARE, Beside, Call, Text
 from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull
@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return BatchDecoder(model, places=2)
+    return Decoder(model, slots=2)
 
 
 def scored(decoder, *asked, vocab_size=250):

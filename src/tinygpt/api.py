@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
 
+from tinygpt import machine
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.files.atomic import user_path
@@ -40,6 +41,7 @@ class GPT(Transformer):
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
+        machine.start()
         super().__init__(config, seed)
         self.decoder = decoder.Decoder(self)
         self.limit: int | None = None

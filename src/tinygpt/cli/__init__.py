@@ -18,6 +18,7 @@ from tinygpt.cli.options import Switch, undotted
 from tinygpt.cli.streams import standard_streams
 from tinygpt.config import __version__
 from tinygpt.files.atomic import user_path
+from tinygpt.machine import start
 from tinygpt.runs.display.text import printable
 
 STRICT = "TINYGPT_STRICT"
@@ -144,6 +145,7 @@ def make_app(program: str = PROGRAMS[0], verb: str | None = None) -> App:
             os.environ["TINYGPT_THREADS"] = str(threads)
         if strict:
             os.environ[STRICT] = "1"
+        start()
         command, given, _ = _parse(app, undotted(words))
         options = {name: _at_home(value) for name, value in given.kwargs.items()}
         return command(*map(_at_home, given.args), **options)

@@ -19,7 +19,7 @@ from tinygpt.errors import TinyGPTError, UsageError
 
 Logits = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer]
-Sampler = Callable[[npt.ArrayLike, Ids], npt.NDArray[np.int32]]
+Sampler = Callable[[npt.ArrayLike, Ids | Sequence[Sequence[int]]], npt.NDArray[np.int32]]
 """(logits (B, V), all ids so far (B, n)) -> the next ids (B,)."""
 
 
@@ -241,7 +241,7 @@ def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
     root = np.random.SeedSequence(_checked_seed(seed))
     choices: list[Choice] = []
 
-    def pick(logits: npt.ArrayLike, seen: Ids) -> npt.NDArray[np.int32]:
+    def pick(logits: npt.ArrayLike, seen: Ids | Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
         n = len(np.asarray(logits))
         while len(choices) < n:
             choices.append(Choice(config, root.spawn(1)[0]))

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-from tinygrad import Tensor
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, UOp
 
 from tinygpt.config import AttentionMethod
 from tinygpt.errors import KernelError
@@ -37,10 +36,6 @@ from tinygpt.kernels.masks import next_key as next_key
 from tinygpt.kernels.norm import layer_norm as fast_layer_norm
 from tinygpt.kernels.quantized import embedding as fast_quantized_embedding
 from tinygpt.kernels.quantized import linear as fast_quantized_linear
-from tinygpt.machine import kernel_store, pool
-
-kernel_store.install()
-pool.install()  # every core, unless TINYGPT_THREADS says otherwise
 
 _only_twins = ContextVar("only_twins", default=False)  # of each thread, not of the process
 

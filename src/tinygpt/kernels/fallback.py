@@ -12,9 +12,9 @@ import os
 from collections.abc import Sequence
 
 from tinygrad import Device, Tensor, dtypes
-from tinygrad.renderer.cstyle import CStyleLanguage
 
 from tinygpt.errors import KernelError
+from tinygpt.machine.tinygrad_internals import CStyleLanguage
 
 log = logging.getLogger(__name__)
 

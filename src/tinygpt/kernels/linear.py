@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.dtype import least_upper_dtype
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.activation import gelu, gelu_backward
@@ -41,6 +40,7 @@ from tinygpt.kernels.phases import (
     on_gpu,
     run,
 )
+from tinygpt.machine.tinygrad_internals import least_upper_dtype
 
 FEW = 16
 """Up to so many rows of x, `few_rows` is the faster."""

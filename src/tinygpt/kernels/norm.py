@@ -21,11 +21,11 @@ from functools import partial
 from math import prod
 
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.dtype import DType
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.fallback import falls_back, obstacle
 from tinygpt.kernels.phases import Array, Kernel, Tile, as_uop, contiguous, minimum, run
+from tinygpt.machine.tinygrad_internals import DType
 
 LANES = 16
 ROWS = 4  # rows at a time: the additions of one row wait for each other, those of four overlap

@@ -13,8 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Device, Tensor, TinyJit
-from tinygrad.helpers import Context
+from tinygrad import Context, Device, Tensor, TinyJit
 
 from tinygpt.machine.gradients import all_gradients_taken
 from tinygpt.machine.transfer import Array, memory, read, write

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor
-from tinygrad.device import Buffer
-from tinygrad.dtype import DType, _to_np_dtype
+
+from tinygpt.machine.tinygrad_internals import Buffer, DType, _to_np_dtype
 
 Array = npt.NDArray[Any]
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit, dtypes
-from tinygrad.helpers import Context
+from tinygrad import Context, Tensor, TinyJit, dtypes
 
 from tinygpt.errors import UsageError
 from tinygpt.machine.transfer import write

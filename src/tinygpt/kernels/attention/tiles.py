@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
-from tinygrad.dtype import DType
 
 from tinygpt.kernels.masks import keeps, stream
 from tinygpt.kernels.matmul import register_tiles
 from tinygpt.kernels.phases import Array, Index, Kernel, Tile, Value, as_index, as_uop, exp2
+from tinygpt.machine.tinygrad_internals import DType
 
 BLOCK = 32
 """Rows of the other side that meet a tile at once: with them, all of a unit stays in a 32 KB L1."""
@@ -254,9 +254,11 @@ def block_size(T: int) -> int:
 def at_most(x: UOp, most: int) -> UOp:
     """An index read from memory, of which it is known that it is from 0 to ``most``.
 
-    That keeps the arithmetic with it in 32 bits, where addresses fit: WebGPU has no others.
+    That keeps the arithmetic with it in 32 bits, where addresses fit: WebGPU has no others. It is
+    at least one bit, even where ``most`` is 0: were the input not read at all, tinygrad would give
+    its number to a variable of the kernel, and the two would collide.
     """
-    return as_index(x & (2 ** most.bit_length() - 1))
+    return as_index(x & (2 ** max(1, most.bit_length()) - 1))
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit
-from tinygrad.helpers import Context
+from tinygrad import Context, Device, Tensor, TinyJit
 
 from tinygpt.errors import KernelError
 from tinygpt.kernels.check.cases import KERNELS, Array, Case, Results

@@ -148,6 +148,7 @@ class Run:
             "best_val_loss": None if best is None else best[1],
             "best_iter": None if best is None else best[0],
             "steps_per_second": self._pace(),
+            "bits_per_nat": curves.bits_per_nat,
             "skips": curves.skips,
             "damaged": self._metrics.damaged,
             "samples": len(self.samples),

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.decoder import Decoder
 from tinygpt.server.engine.scoring import Scored, score_texts
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Beside:
 
     def __init__(
         self,
-        decoder: BatchDecoder,
+        decoder: Decoder,
         vocab_size: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.errors import TinyGPTError
-from tinygpt.generation.batching import CHUNK, BatchDecoder
-from tinygpt.generation.decoder import Logits
+from tinygpt.generation.decoder import CHUNK, Decoder, Logits
 from tinygpt.generation.sample import likeliest
 
 Score = tuple[float | None, tuple[tuple[int, float], ...]]
@@ -30,7 +29,7 @@ class Scored:
 
 
 def score_texts(
-    decoder: BatchDecoder, asked: Sequence[Asked], vocab_size: int
+    decoder: Decoder, asked: Sequence[Asked], vocab_size: int
 ) -> Generator[None, None, list[Scored]]:
     """Scores of texts that fit into one forward pass; ids from vocab_size on are out.
 

@@ -58,9 +58,9 @@ class NextToken:
 
 def next_token(decoder: Decoder, ids: Ids, config: SampleConfig, vocab_size: int) -> NextToken:
     """What may follow ``ids``, of which there is at least one; ids from vocab_size on are out."""
-    context = np.array(ids, np.int32)
-    logits = decoder.next_logits(context[None], object())[0, :vocab_size]
-    filtered = next_logits(logits, context, config)
+    _, [logits] = decoder.states([ids[-decoder.model.config.block_size :]])
+    logits = logits[:vocab_size]
+    filtered = next_logits(logits, np.array(ids), config)
     if config.temperature == 0:
         sampled = np.zeros(vocab_size)
         sampled[filtered.argmax()] = 1

@@ -20,7 +20,6 @@ from starlette.routing import Route
 
 from tinygpt.config import MAX_TOKENS
 from tinygpt.errors import TinyGPTError, TokenizerError
-from tinygpt.generation.decoder import Decoder
 from tinygpt.server.engine.scheduler import EngineClosed
 from tinygpt.server.engine.sequence import Request as TextRequest
 from tinygpt.server.http import static
@@ -139,7 +138,7 @@ class _Looking:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._decoder, self._attention = Decoder(service.model), AttentionLook(service.model)
+        self._attention = AttentionLook(service.model)
         self._waiting = 0
 
     async def beginnings(self, body: Body) -> Json:
@@ -154,7 +153,7 @@ class _Looking:
     async def candidates(self, body: Body) -> Json:
         """The likeliest tokens after a text; of one token, its rank as well."""
         ids, config = await _context(self.service, body), sampling_of(body)
-        size, decoder = self.service.vocab_size, self._decoder
+        size, decoder = self.service.vocab_size, self.service.engine.decoder
         found = await self._look(lambda: introspection.next_token(decoder, ids, config, size))
 
         def told(token: int) -> Json:
