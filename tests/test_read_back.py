@@ -18,7 +18,7 @@ from tinygpt.interop.gguf import gguf_file as ours
 from tinygpt.interop.gguf.gguf_tokens import tokens_of
 from tinygpt.interop.web import page
 from tinygpt.interop.web.finished import check_finished
-from tinygpt.interop.web.weights import Chunk
+from tinygpt.interop.web.payload import Chunk
 from tinygpt.runs import checkpoint
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from tinygpt.untrusted import utf8_name

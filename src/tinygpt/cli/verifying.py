@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinygpt.cli.console import aligned, say, show_json
+from tinygpt.cli.newest import newest_runs
 from tinygpt.cli.options import Switch, file_tables
-from tinygpt.errors import CheckpointError, TinyGPTError, UsageError
+from tinygpt.errors import CheckpointError, TinyGPTError
 from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import (
     BEST,
@@ -37,14 +38,13 @@ def verify(*paths: Path, json: Switch = False) -> int:
     Parameters
     ----------
     paths
-        Checkpoints, or run folders, of which all files are read.
+        Checkpoints, or run folders, of which all files are read. [default: the newest run in
+        runs/]
     json
         Print the findings as JSON.
     """
-    if not paths:
-        raise UsageError("Say what to verify: a checkpoint, or the folder of a run.")
     findings: list[Finding] = []
-    for path in paths:
+    for path in paths or newest_runs(1):
         for finding in _findings(path):
             findings.append(finding)
             if not json:  # at once, since large files take their time

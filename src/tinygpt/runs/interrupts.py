@@ -16,14 +16,13 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
-STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-"""Ctrl-C; kill, Slurm and containers; a terminal that was closed; Ctrl-Break on Windows."""
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Ctrl-C; kill, Slurm and containers; a terminal that was closed."""
 SAVING = ("SIGUSR1",)
 """What Slurm sends ahead of time if asked to: ``#SBATCH --signal=USR1@120``."""
 ECHO = 0.2
@@ -75,15 +74,13 @@ class Stopper:
 def receiving(numbers: Iterable[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
     """Hand these signals to ``receive`` instead of what they do otherwise, which is put back."""
     wanted = list(numbers)
-    threaded = bool(wanted) and sys.platform != "win32"
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if not threaded:  # else the thread for signals has read it from the pipe
-            receive(number)
+    def handled(number: int, frame: FrameType | None) -> None:
+        """Do nothing: the thread for signals has read it from the pipe."""
 
-    before = {number: signal.signal(number, handle) for number in wanted}
+    before = {number: signal.signal(number, handled) for number in wanted}
     try:
-        with _own_thread(wanted, receive) if threaded else contextlib.nullcontext():
+        with _own_thread(wanted, receive) if wanted else contextlib.nullcontext():
             yield
     finally:
         for number, earlier in before.items():

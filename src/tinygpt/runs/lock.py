@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import weakref
 from dataclasses import asdict, dataclass
@@ -52,7 +52,7 @@ class Holder:
 
     def may_be_alive(self) -> bool:
         """False only where it is certain: a process of this machine that has gone."""
-        if not self.is_here or sys.platform == "win32":
+        if not self.is_here:
             return True
         try:
             os.kill(self.pid, 0)
@@ -210,15 +210,7 @@ def _let_go(handle: int, path: Path, name: str, pid: int) -> None:
 def _lock(handle: int) -> bool | None:
     """Ask the kernel; -> whether it agreed, None where it has no locks to give."""
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(handle, MAX_BYTES, os.SEEK_SET)  # what is locked there cannot be read
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return None if error.errno in UNSUPPORTED else False
     return True

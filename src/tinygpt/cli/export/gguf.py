@@ -7,11 +7,12 @@ from typing import Literal
 
 from tinygpt.cli.console import say, show_json
 from tinygpt.cli.models import load_model
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
 
 
 def export_gguf(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     out: Path,
@@ -26,7 +27,8 @@ def export_gguf(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     out
         File to write, such as model.gguf.
     type
@@ -36,6 +38,7 @@ def export_gguf(
     json
         Print a summary as JSON.
     """
+    run = run_or_newest(run)
     from tinygpt.interop.gguf.gguf_file import check_target, export
 
     check_target(out)

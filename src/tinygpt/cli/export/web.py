@@ -9,11 +9,12 @@ from typing import Literal
 from tinygpt.cli import texts
 from tinygpt.cli.console import say
 from tinygpt.cli.models import load_model
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
 
 
 def export_web(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     out: Path,
@@ -30,7 +31,8 @@ def export_web(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     out
         File to write, such as page.html.
     weights
@@ -44,6 +46,7 @@ def export_web(
     beginnings
         Offer lines of the run's validation text on an empty page; they stand in the file.
     """
+    run = run_or_newest(run)
     from tinygpt.interop import web
 
     web.check_target(out)
