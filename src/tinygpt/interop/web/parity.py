@@ -24,9 +24,9 @@ from tinygpt.files.strict_json import to_json
 from tinygpt.generation import decoder
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
-from tinygpt.interop.hf.pretrained import fetch_from
+from tinygpt.interop.hf.layout import fetch_from
 from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
-from tinygpt.interop.web.weights import Chunk, values
+from tinygpt.interop.web.payload import Chunk, values
 from tinygpt.model.transformer import Transformer
 
 Logits = npt.NDArray[np.float32]
