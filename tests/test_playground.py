@@ -26,7 +26,7 @@ from tests.serving import running, until
 from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.cli.texts import beginnings
 from tinygpt.config import MAX_TOKENS, to_toml
-from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.generation.sample import filter_logits, softmax
 from tinygpt.interop.web import export_web
 from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
@@ -168,7 +168,7 @@ def test_candidates_have_the_probabilities_of_the_model_and_of_the_sampler(model
     logits = model(Tensor([ids], dtype="int32")).numpy()[0, -1, :250].astype(np.float64)
     np.testing.assert_allclose(found.model, softmax(logits), atol=1e-5)
     assert found.sampled.sum() == pytest.approx(1)
-    filtered = next_logits(logits, np.array(ids), config)
+    filtered = filter_logits(logits, np.array(ids), config)
     if config.temperature:
         np.testing.assert_allclose(found.sampled, softmax(filtered), atol=1e-4)
         assert found.kept == np.isfinite(filtered).sum()
