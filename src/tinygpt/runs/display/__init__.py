@@ -8,7 +8,6 @@ screen or hide behind direction marks.
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
 from tinygpt.runs.display.stream import Forgiving
