@@ -20,7 +20,7 @@ from tinygpt.cli import main
 from tinygpt.config import SampleConfig
 from tinygpt.errors import InteropError, MissingExtraError, UsageError, extras
 from tinygpt.generation.generate import generate
-from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.generation.sample import filter_logits, softmax
 from tinygpt.interop.parity import TOLERANCE, fixed_prompt, our_logits
 from tinygpt.interop.web import Kind, export_web, parity, payload, wasm
 from tinygpt.interop.web.capture import capture
@@ -279,7 +279,7 @@ def test_the_page_samples_from_the_same_distribution(config: SampleConfig) -> No
             "settings": config.to_dict(),
         },
     )
-    ours = next_logits(logits.astype(np.float32), np.array([0]), config)
+    ours = filter_logits(logits.astype(np.float32), np.array([0]), config)
     expected = np.eye(40)[ours.argmax()] if config.temperature == 0 else softmax(ours)
     counts = np.bincount(drawn, minlength=40)
     assert not counts[expected == 0].any()

@@ -10,6 +10,7 @@ from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError
+from tinygpt.files.disk import size
 
 
 def info(path: Path | None = None, /, *, json: Switch = False) -> None:
@@ -55,7 +56,7 @@ def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object
     rows: list[tuple[str, object]] = [
         ("checkpoint", found["path"]),
         ("format", found["format_version"]),
-        ("size", f"{found['bytes'] / 1e6:,.1f} MB in {len(tensors)} tensors"),
+        ("size", f"{size(found['bytes'])} in {len(tensors)} tensors"),
         ("step", f"{found['iter_num']:,}"),
         ("parameters", f"{config.num_params():,}"),
         ("optimizer", "yes" if any(n.startswith("optimizer.") for n in tensors) else "no"),

@@ -10,6 +10,7 @@ from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.newest import newest_runs
 from tinygpt.cli.options import Switch, file_tables
 from tinygpt.errors import CheckpointError, TinyGPTError
+from tinygpt.files.disk import size
 from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import (
     BEST,
@@ -84,7 +85,7 @@ def _look(path: Path, read: Callable[[Path], str]) -> Finding:
 
 def _checkpoint(path: Path) -> str:
     meta = checkpoint.verify(path)
-    return f"step {meta.iter_num:,}, {path.stat().st_size / 1e6:,.1f} MB"
+    return f"step {meta.iter_num:,}, {size(path.stat().st_size)}"
 
 
 def _settings(path: Path) -> str:

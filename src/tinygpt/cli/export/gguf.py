@@ -9,6 +9,7 @@ from tinygpt.cli.console import say, show_json
 from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
+from tinygpt.files.disk import size
 
 
 def export_gguf(
@@ -59,7 +60,7 @@ def export_gguf(
     say(f"largest logit difference to what is read from the file: {done.difference:.2g}")
     if type != "f32":
         say(f"rounding the weights changes logits by up to {done.rounding:.2g}")
-    say(f"wrote {out}: {model.num_params():,} parameters, {done.size / 1e6:,.1f} MB")
+    say(f"wrote {out}: {model.num_params():,} parameters, {size(done.size)}")
     if model.config.block_size % 256:
         # llama.cpp rounds the context up, and there are no positions behind the last one
         say(f"llama.cpp breaks off behind token {model.config.block_size}: limit it with -n")

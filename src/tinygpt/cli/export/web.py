@@ -11,6 +11,7 @@ from tinygpt.cli.console import say
 from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
+from tinygpt.files.disk import size
 
 
 def export_web(
@@ -78,10 +79,6 @@ def export_web(
         f"the same text"
     )
     say(
-        f"wrote {made.path}, {_size(made.size)} ({_size(made.weights)} of weights, "
-        f"{_size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
+        f"wrote {made.path}, {size(made.size)} ({size(made.weights)} of weights, "
+        f"{size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.0f} KB"

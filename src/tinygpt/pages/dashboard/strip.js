@@ -4,7 +4,7 @@ import { linear } from "../shared/axes.js";
 import { placeOf, UNITS } from "../shared/chart.js";
 import { byId, h } from "../shared/dom.js";
 import * as format from "../shared/format.js";
-import { Plot, tickText } from "../shared/plot.js";
+import { Plot, shades, tickText } from "../shared/plot.js";
 import { nearest } from "../shared/series.js";
 
 const ROW = 18;
@@ -34,7 +34,8 @@ export class Strip extends Plot {
     const [from, to] = this.range ?? [this.x[0] ?? 0, Math.max(this.x.at(-1) ?? 1, (this.x[0] ?? 0) + 1)];
     this.axis = linear(from, to, this.left, width - 10, Math.floor((width - this.left) / 80), UNITS[this.unit].parts);
     const [low, high] = this.#extent();
-    const color = shades(ink, low, high);
+    const shade = shades(ink);
+    const color = (norm) => shade(Math.log(Math.max(norm, low) / low) / Math.log(high / low));
     context.textBaseline = "middle";
     this.layers.forEach(([, norms], row) => {
       context.textAlign = "right";
@@ -122,15 +123,3 @@ export class Strip extends Plot {
 }
 
 const clip = (name) => (name.length > 14 ? `${name.slice(0, 13)}…` : name);
-
-/** norm -> colour, by its logarithm. */
-function shades(ink, low, high) {
-  const stops = [0, 1, 2, 3].map((i) => ink(`--shade-${i}`).match(/[\d.]+/g).map(Number));
-  return (norm) => {
-    const part = Math.log(Math.max(norm, low) / low) / Math.log(high / low);
-    const at = Math.min(Math.max(part, 0), 1) * (stops.length - 1);
-    const i = Math.min(Math.floor(at), stops.length - 2);
-    const mixed = [0, 1, 2].map((c) => Math.round(stops[i][c] + (stops[i + 1][c] - stops[i][c]) * (at - i)));
-    return `rgb(${mixed.join(" ")})`;
-  };
-}

@@ -54,3 +54,14 @@ export function tickText(context, text, at, y, low, high) {
   context.textAlign = "center";
   context.fillText(text, Math.min(Math.max(at, low + half), high - half), y);
 }
+
+/** A share from 0 to 1 -> its colour, between four that ``ink`` gives. */
+export function shades(ink) {
+  const stops = [0, 1, 2, 3].map((i) => ink(`--heat-${i}`).match(/[\d.]+/g).map(Number)); // "rgb(11, 107, 95)"
+  return (share) => {
+    const at = Math.min(Math.max(share, 0), 1) * (stops.length - 1);
+    const i = Math.min(Math.floor(at), stops.length - 2);
+    const mixed = stops[i].map((from, c) => Math.round(from + (stops[i + 1][c] - from) * (at - i)));
+    return `rgb(${mixed.join(" ")})`;
+  };
+}
