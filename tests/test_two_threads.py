@@ -14,7 +14,7 @@ from tinygrad.helpers import TRAINING
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.kernels import phases
+from tinygpt.kernels import dispatch, phases
 from tinygpt.model.transformer import Transformer, mode
 from tinygpt.training import optim
 
@@ -55,7 +55,7 @@ def crossing(
 
 
 def test_plain_twins_are_those_of_one_thread() -> None:
-    assert crossing(kernels.plain, kernels._only_twins.get) == [True, True, False, False]
+    assert crossing(kernels.plain, dispatch._way.get) == ["plain", "plain", "auto", "auto"]
 
 
 def test_the_mode_of_a_model_is_that_of_one_thread() -> None:

@@ -30,7 +30,7 @@ DEBUG = "TINYGPT_DEBUG"
 """Set to 1, this environment variable does what --debug does: errors come with their traceback."""
 
 STRICT = "TINYGPT_STRICT"
-"""Set to 1, this environment variable does what --strict does: see ``kernels.fallback``."""
+"""Set to 1, this environment variable does what --strict does: see ``kernels.dispatch``."""
 
 VERBS = {
     "train": ("training:train", "Train a GPT on a text and keep the run in a folder."),

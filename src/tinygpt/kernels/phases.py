@@ -79,29 +79,37 @@ def as_index(value: Index) -> UOp:
 
 
 def minimum(a: Index, b: Index) -> UOp:
-    """The smaller of two indices."""
+    """The smaller of two indices; where a's range ends before a number b, just a (trap 9)."""
     a, b = as_index(a), as_index(b)
-    return (a < b).where(a, b)
+    return (b < a).where(b, a)
+
+
+def wide(dtype: DType) -> DType:
+    """The type in which numbers of type ``dtype`` are added up: float32, float64 for float64."""
+    return dtypes.float64 if dtype == dtypes.float64 else dtypes.float32
+
+
+LOG2E = 1 / math.log(2)
+"""exp(x) = 2 ** (x LOG2E)"""
+_EXP2_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
 
 
 def exp2(x: UOp) -> UOp:
     """2 ** x without branches, so that it vectorises; float32, relative error 2e-7.
 
-    Exactly 0 below -126, infinite from 127.5 on, NaN for NaN. Other types: tinygrad's own.
+    Exactly 0 up to -126.5, infinite from 127.5 on, NaN for NaN. Other types: tinygrad's own.
     """
     if x.dtype != dtypes.float32:
         return x.exp2()
-    low = x < -126.0
-    x = low.where(-126.0, (x > 128.0).where(128.0, x))
+    x = x.maximum(-127.0)
+    x = (x > 128.0).where(128.0, x)
     whole = (x + 150.5).cast(dtypes.int32) - 150  # round to nearest, by truncating above zero
     rest = x - whole.cast(dtypes.float32)  # |rest| <= 1/2: the series of 2 ** rest is short
     power = as_uop(_EXP2_SERIES[0], dtypes.float32)
     for coefficient in _EXP2_SERIES[1:]:
         power = power * rest + coefficient
-    return low.where(0.0, power * ((whole + 127) * (1 << 23)).bitcast(dtypes.float32))
-
-
-_EXP2_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
+    # a float's exponent is stored as whole + 127 from bit 23 on; for whole = -127 all bits are 0
+    return power * ((whole + 127) * (1 << 23)).bitcast(dtypes.float32)
 
 
 class Array:
@@ -304,6 +312,15 @@ def contiguous(x: Tensor) -> Tensor:
     return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
 
 
+def empty(like: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
+    """Memory for a kernel's output, on the devices of ``like`` and cut along the same axis."""
+    new = functools.partial(Tensor.empty, dtype=dtype or like.dtype, device=like.device)
+    if isinstance(like.device, tuple) and (axis := like.uop.axis) is not None:
+        local = [n // len(like.device) if i == axis else n for i, n in enumerate(shape)]
+        return Tensor(new(*local).uop.unshard(axis))
+    return new(*shape)
+
+
 @functools.lru_cache(maxsize=4096)
 def build(
     fn: Callable[..., None],
@@ -366,6 +383,16 @@ def run(
     gradient = Gradient(backward, len(outputs)) if backward else None
     filled = Tensor.custom_kernel(*outputs, *inputs, fxn=body, grad_fxn=gradient)
     return filled[: len(outputs)]
+
+
+def together(last: Tensor, *others: Tensor) -> list[Tensor]:
+    """The same Tensors, of which none is realized without the others (trap 13).
+
+    ``last`` is an output of the last launch of all.
+    """
+    launch, states = last.uop.src[1], [t.uop for t in others]
+    joined = [u.after(launch, *(s for s in states if s is not u)) for u in states]
+    return [Tensor(u) for u in (last.uop.src[0].after(launch, *states), *joined)]
 
 
 class Gradient:

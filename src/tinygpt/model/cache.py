@@ -12,8 +12,8 @@ from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
 from tinygpt import kernels
-from tinygpt.config import AttentionMethod, GPTConfig
-from tinygpt.kernels.reference import merge_heads, split_heads
+from tinygpt.config import GPTConfig
+from tinygpt.kernels.attention import merge_heads, split_heads
 from tinygpt.machine.transfer import zeros
 
 
@@ -23,9 +23,7 @@ class Cache(Protocol):
     def positions(self, table: Tensor, T: int) -> Tensor:
         """The rows of ``table``, the positions' embeddings, that belong to the T tokens."""
 
-    def attend(
-        self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
         """Keep the tokens' keys and values; -> attention (B, T, C) of their qkv (B, T, 3C)."""
 
 
@@ -61,13 +59,11 @@ class KVCache:
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[self.position : self.position + T]
 
-    def attend(
-        self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
         q, k, v = (split_heads(part, n_head) for part in qkv.chunk(3, dim=2))  # (B, H, T, D)
         keys, values = self.layers[layer].append(k, v, self.position)  # (B, H, block_size, D)
         length = self.position + q.shape[2]
-        return merge_heads(kernels.cached_attention(q, keys, values, length, method))
+        return merge_heads(kernels.cached_attention(q, keys, values, length))
 
 
 class Places:
@@ -91,12 +87,10 @@ class OnePlace:
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[:T]
 
-    def attend(
-        self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
         cache = self._layers[layer]
         self.kept += kernels.keep(qkv[0], cache.keys, cache.values, self._place)
-        return kernels.self_attention(qkv, n_head, method)
+        return kernels.self_attention(qkv, n_head)
 
 
 class Rows:
@@ -111,10 +105,8 @@ class Rows:
     def positions(self, table: Tensor, T: int) -> Tensor:
         return kernels.embedding(self._at.reshape(1, T), table).squeeze(0)
 
-    def attend(
-        self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
         cache = self._layers[layer]
         return kernels.rows_attention(
-            qkv.squeeze(0), cache.keys, cache.values, self._places, self._at, method
+            qkv.squeeze(0), cache.keys, cache.values, self._places, self._at
         ).unsqueeze(0)

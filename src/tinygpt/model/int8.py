@@ -147,7 +147,7 @@ class QuantizedEmbedding(QuantizedLinear, Embedding):
     """A row of W = scale q for each id; as a layer it compares x with every row."""
 
     def rows(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        return kernels.quantized_embedding(tokens, self.weight, self.scale, positions)
+        return kernels.embedding(tokens, self.weight, positions, self.scale)
 
 
 def sizes(model: Transformer) -> tuple[int, int]:

@@ -18,13 +18,13 @@ from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import sint
 
 from tinygpt import kernels
-from tinygpt.config import AttentionMethod, GPTConfig
+from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
 from tinygpt.machine.transfer import write
 from tinygpt.model.cache import Cache
 
-Attend = Callable[[Tensor, int, AttentionMethod], Tensor]
-"""A layer's part of a cache: attention (B, T, C) of qkv (B, T, 3C), n_head and the method."""
+Attend = Callable[[Tensor, int], Tensor]
+"""A layer's part of a cache: attention (B, T, C) of qkv (B, T, 3C) and n_head."""
 
 
 class Noise:
@@ -101,12 +101,13 @@ class CausalSelfAttention:
         self, x: Tensor, residual: Tensor, noise: Noise | None, attend: Attend | None
     ) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C)
-        if attend is not None:
-            y = attend(qkv, self.n_head, self.method)
-        elif noise is not None:
-            y = kernels.self_attention(qkv, self.n_head, self.method, self.p, noise.draw())
-        else:
-            y = kernels.self_attention(qkv, self.n_head, self.method)  # (B, T, C)
+        with kernels.use(self.method):
+            if attend is not None:
+                y = attend(qkv, self.n_head)
+            elif noise is not None:
+                y = kernels.self_attention(qkv, self.n_head, self.p, noise.draw())
+            else:
+                y = kernels.self_attention(qkv, self.n_head)  # (B, T, C)
         return add(self.c_proj, y, residual, self.p, noise)
 
 

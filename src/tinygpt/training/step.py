@@ -18,7 +18,7 @@ from tinygpt.model.transformer import Noise, Transformer
 from tinygpt.model.transformer import mode as mode
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
-from tinygpt.training.optim import AdamW, by_layer, realize_state, stock_update
+from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 
 Tokens = npt.NDArray[np.integer]
 
@@ -56,7 +56,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     them, so that memory does not depend on their number.
     """
     params = list(model.trainable().values())
-    layers, groups = by_layer(model.trainable())
+    layers = list(map(layer_of, model.trainable()))
     micro_batches = config.grad_accum_steps
     inputs = Inputs(config.batch_size, model.config.block_size)
     realize_state(optimizer)
@@ -66,9 +66,9 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return loss, loss.gradient(*params)
 
     def update(loss: Tensor, grads: list[Tensor]) -> Tensor:
-        """Take the step or skip it; -> loss, norm, which it was, norms of the layers (3 + L,)."""
+        """Take the step or skip it; -> AdamW.update's report."""
         optimizer.lr.assign(inputs.lr)
-        judged = (config.grad_clip, 1 / micro_batches, loss, inputs.limits, groups)
+        judged = (config.grad_clip, 1 / micro_batches, loss, inputs.limits)
         if isinstance(optimizer, AdamW):
             report, changed = optimizer.update(grads, *judged), optimizer.changed()
         else:
@@ -159,7 +159,10 @@ def key_of(seed: int, number: int) -> tuple[int, int]:
 
 def _outcome(report: npt.NDArray[Any], layers: Sequence[str]) -> Outcome:
     loss, norm, taken, *norms = report.tolist()
-    return Outcome(loss, norm, taken > 0, dict(zip(layers, norms, strict=True)))
+    by_layer: dict[str, float] = {}
+    for layer, other in zip(layers, norms, strict=True):
+        by_layer[layer] = math.hypot(by_layer.get(layer, 0.0), other)
+    return Outcome(loss, norm, taken > 0, by_layer)
 
 
 def make_evaluate(model: Transformer, batch_size: int) -> Callable[[Tokens, Tokens], float]:

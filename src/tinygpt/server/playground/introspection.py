@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
-from tinygpt.config import AttentionMethod, SampleConfig
+from tinygpt.config import SampleConfig
 from tinygpt.generation.decoder import Decoder, padded_length
 from tinygpt.generation.sample import next_logits, softmax
 from tinygpt.machine.jit import jit
@@ -144,11 +144,9 @@ class _Seen:
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[:T]
 
-    def attend(
-        self, layer: int, qkv: Tensor, n_head: int, method: AttentionMethod = "auto"
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
         self.qkv = qkv if layer == 0 else (self.layer == layer).where(qkv, self.qkv)
-        return kernels.self_attention(qkv, n_head, method)
+        return kernels.self_attention(qkv, n_head)
 
 
 def _heads(x: Weights, n_head: int) -> Weights:
