@@ -26,7 +26,10 @@ from typing import Any
 from tinygpt.errors import UsageError
 from tinygpt.files import strict_json
 from tinygpt.files.atomic import check_overwritable, user_path
+from tinygpt.machine import start
 from tinygpt.machine.resources import cores, total_memory
+
+start()  # every side runs as the product does; before it imports tinygrad
 
 PAUSE = 0.02
 """Seconds between two turns, in which the threads of the one before fall asleep."""

@@ -132,8 +132,8 @@ class Listener:
 
 def watched(rounds: int, threads: int, cpu_time: bool, folder: Path) -> dict[str, list[float]]:
     """Milliseconds of a step, alone and watched, in turns; processor time counts the server's."""
-    words = ["train", "auto", "--preset", "baby", "--train.max-iters", "1000000"]
-    words += ["--train.eval-interval", "100000", "--out", folder, "--dashboard"]
+    words = ["train", "auto", "--preset", "baby", "--max-iters", "1000000"]
+    words += ["--eval-interval", "100000", "--out", folder, "--dashboard"]
     times: dict[str, list[float]] = {"alone": [], "watched": []}
     with said_address(*words, "--dashboard-port", "0", threads=threads) as (address, process):
         metrics = folder / "metrics.jsonl"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from common import arguments, write_json
 
-import tinygpt.machine.pool as multicore  # chooses the compiler, so before tinygrad
+import tinygpt.machine.pool as multicore
 from tinygpt.machine.resources import cores, peak_memory
 
 # isort: split

@@ -199,7 +199,7 @@ class Direct:
         self.engine.warm_up().result()
 
     def texts_together(self, count: int, temperature: float) -> list[str]:
-        from tinygpt.server.engine.scheduler import Request
+        from tinygpt.server.engine.sequence import Request
 
         config, prompt = SampleConfig(temperature=temperature), tuple(self.prompt())
         streams = [

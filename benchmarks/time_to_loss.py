@@ -80,7 +80,7 @@ class Ours(Recipe):
         for step in train_steps(model, optimizer, self.config, self.train_tokens, self.val_tokens):
             if step.val_loss is not None:
                 self.curve.append(step.val_loss)
-        self.evaluate = make_evaluate(model, self.config.batch_size)
+        self.evaluate = make_evaluate(model)
 
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
         return self.evaluate(x, y)

@@ -75,12 +75,13 @@ def open_and_write(browser: Any, path: Path, **settings: object) -> dict[str, An
 
 PRESS = """async ({text, count}) => {
   const find = (id) => document.getElementById(id);
-  find("fresh").checked = false;
-  find("count").value = count;
+  find("random").checked = false;
+  find("max_tokens").value = count;
   find("text").value = text;
-  const busy = () => find("go").disabled;
+  find("text").dispatchEvent(new InputEvent("input"));
+  const busy = () => find("text").readOnly;
   const began = performance.now();
-  find("go").click();
+  find("continue").click();
   const change = (done) => new Promise((resolve) => {
     const look = () => done() ? resolve(performance.now() - began) : setTimeout(look, 1);
     look();

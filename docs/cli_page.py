@@ -26,6 +26,10 @@ def cli_page() -> str:
     """The page as Markdown, one section for each verb."""
     text = make_app("tinygpt").generate_docs(output_format="markdown", usage_name="tinygpt")
     verbs = text[text.index("\n## tinygpt ") :]  # the title and the contents are what Sphinx makes
+    verbs = re.sub(
+        r"\*\*Every command\*\*:\n\n(\* .*\n)+\n*", "", verbs
+    )  # the introduction has them
+    verbs = re.sub(r"(#tinygpt-doctor)-", r"\1---", verbs)  # the anchor of a heading with --
     verbs = re.sub(r"\\?\[default: ([^]]+)\]", _default, verbs)
     return INTRODUCTION.format(version=version("cyclopts")) + verbs.rstrip() + "\n"
 

@@ -43,9 +43,11 @@ def write_some(page: Page, address: str) -> None:
     """The same text each time: the seed is held."""
     page.goto(address)
     page.get_by_label("Text to continue").fill(PROMPT)
+    page.locator(".more summary").click()
     page.locator("#random").uncheck()
     for name, value in {"seed": 12, "max_tokens": 56, "temperature": 0.8}.items():
         page.locator(f"#{name}").fill(str(value))
+    page.locator(".more summary").click()
     page.get_by_role("button", name="Continue").click()
     expect(page.locator("#status")).to_have_text("56 tokens written.", timeout=60_000)
 
@@ -110,8 +112,8 @@ def take_trained(folder: Path, browser: Browser) -> None:
 
 
 def train_briefly(out: Path, rate: str) -> None:
-    words = ["train", "auto", "--preset", "baby", "--out", str(out), "--train.max-iters", "500"]
-    words += ["--train.learning-rate", rate, "--train.eval-interval", "50"]
+    words = ["train", "auto", "--preset", "baby", "--out", str(out), "--max-iters", "500"]
+    words += ["--learning-rate", rate, "--eval-interval", "50"]
     subprocess.run([*PROGRAM, *words], check=True, stderr=subprocess.PIPE)
 
 
@@ -121,8 +123,8 @@ def take_exported(run: str, picture: Path, browser: Browser) -> None:
         page_file = Path(name) / "page.html"
         command = [*PROGRAM, "export", "web", run, "--out", str(page_file)]
         subprocess.run([*command, "--title", "A very small GPT"], check=True)
-        page = browser.new_page(viewport={"width": 900, "height": 760})
-        settings = {"prompt": "The ", "seed": 4, "count": 120, "temperature": 0.8}
+        page = browser.new_page(viewport=WINDOW, reduced_motion="reduce")
+        settings = {"prompt": "The ", "seed": 4, "max_tokens": 120, "temperature": 0.8}
         query = urllib.parse.urlencode(settings, quote_via=urllib.parse.quote)
         page.goto(f"{page_file.as_uri()}#{query}")
         page.wait_for_selector("html[data-pace]", state="attached", timeout=60_000)

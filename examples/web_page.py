@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from tinygpt.interop.web.card import card
+
 from tinygpt import load
 from tinygpt.interop.web import export_web
-from tinygpt.interop.web.card import card
-from tinygpt.runs.run import choose_checkpoint
+from tinygpt.runs.folder import choose_checkpoint
 
 run = Path("runs/demo")
 model, tokenizer = load(run)

@@ -14,12 +14,14 @@ import hypothesis
 import numpy as np
 import pytest
 
-# Importing tinygpt chooses the compiler and its kernel cache, which stays the user's own: kernels
-# compiled in the last run are used again. Everything else is cached in a folder of this run.
-import tinygpt  # noqa: F401
 from tests.browser import browser, open_page
+from tinygpt import machine
 
 __all__ = ["browser", "open_page"]
+
+# The kernel cache that this chooses stays the user's own: kernels compiled in the last run are used
+# again. Everything else is cached in a folder of this run.
+machine.start()
 
 CUTS = (1, 2, 5)
 """For ``cut``: numbers of pieces that must not matter."""

@@ -19,6 +19,7 @@ from tinygpt.config import GPTConfig
 from tinygpt.files.atomic import remove_stale
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint.format import arrange
+from tinygpt.runs.folder import best_checkpoint, list_checkpoints
 
 CONFIG = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=2, n_embd=64)
 SIZE = CONFIG.num_params()
@@ -49,10 +50,10 @@ def resume(folder):
     assert problems == [], problems
     if path is None:
         return 0
-    for other in checkpoint.list_checkpoints(folder):
+    for other in list_checkpoints(folder):
         meta, arrays = checkpoint.read(other)
         assert all((array == meta.iter_num).all() for array in arrays.values())
-    best = checkpoint.best_checkpoint(folder)
+    best = best_checkpoint(folder)
     assert (best is None) == (not (folder / "best.json").exists()), "the best one is gone"
     remove_stale(folder)
     assert not list(folder.glob(".*"))

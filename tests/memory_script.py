@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad import Tensor
 from tinygrad.helpers import GlobalCounters
 
-from tinygpt.api import GPT
+from tinygpt import GPT
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.machine import resources
 from tinygpt.runs.run import TrainingRun

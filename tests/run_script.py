@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from tinygpt.api import GPT
+from tinygpt import GPT
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.runs.run import TrainingRun
 from tinygpt.text.tokenizers import ByteTokenizer

@@ -18,7 +18,7 @@ from tinygpt.generation.batching import BatchDecoder
 from tinygpt.server.app import make_app
 from tinygpt.server.engine.scheduler import EngineClosed, EngineStats, QueueFull
 from tinygpt.server.engine.scoring import score_texts
-from tinygpt.server.engine.sequence import Piece, Stream, wake
+from tinygpt.server.engine.sequence import Piece, Sequence, wake
 from tinygpt.server.http.limits import Limits
 from tinygpt.server.http.listening import Server, listen, url
 from tinygpt.server.openai.service import Service
@@ -47,12 +47,12 @@ class FakeEngine:
         """Texts that are not at their end: those that hold a place."""
         return [s for s in self.streams if s.finish_reason is None]
 
-    def submit(self, request):
+    def submit(self, request, outputs=None):
         if self.closed:
             raise EngineClosed("closed")
         if len(self.open()) >= self.queue:
             raise QueueFull("full")
-        stream = Stream(request)
+        stream = Sequence(request, outputs)
         self.streams.append(stream)
         threading.Thread(target=self._write, args=(stream,), daemon=True).start()
         return stream
@@ -67,12 +67,13 @@ class FakeEngine:
                 break
             token = ord(ALPHABET[i % 26])
             top = ((token, -0.5), (255, float("-inf")))[: stream.request.logprobs or 0]
-            stream.put(Piece(token, chr(token), -0.5, top))
-            wake([stream])
+            piece = Piece(token, chr(token), -0.5, top, bytes([token]), i)
+            stream.outputs.put(stream, piece)
+            wake([stream.outputs])
             if self.pace:
                 time.sleep(self.pace)
         stream.finish(reason, self.error)
-        wake([stream])
+        wake([stream.outputs])
 
     def run(self, function):
         future = Future()
@@ -97,7 +98,8 @@ class FakeEngine:
 
     def stats(self):
         n, ended = len(self.streams), dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
-        return EngineStats(len(self.open()), 0, 4, self.queue, n, ended, 0, 0, 12345678, 0, 1.5)
+        counts = {"requests": n, "tokens": 12345678, "seconds": 1.5}
+        return EngineStats(4, self.queue, active=len(self.open()), ended=ended, **counts)
 
 
 def fake_service(engine=None, name="tiny", **limits):

@@ -1,7 +1,7 @@
 """The program, with signals to its whole process group at chosen moments: MOMENTS ARGUMENT…
 
 MOMENTS are phase:number:signal, divided by commas: save:2:SIGTERM is when the second checkpoint is
-being written.
+being written; with AWAITED in place of a signal, it is sent by the test.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from tinygpt.cli import main
 from tinygpt.runs.checkpoint import background
 from tinygpt.runs.run import TrainingRun
 
-train = importlib.import_module("tinygpt.training.step")
+train = importlib.import_module("tinygpt.training.loop")
 MOMENTS = [moment.split(":") for moment in sys.argv[1].split(",")]
 seen = dict.fromkeys(["compile", "step", "evaluation", "save"], 0)
 
@@ -31,7 +31,7 @@ def passes(phase):
     for name in due:
         if phase == "compile":  # the compiler does it, see test_signals.py
             Path(os.environ["ARMED"]).write_text(name + "\n")
-        else:
+        elif name != "AWAITED":
             os.killpg(0, signal.Signals[name])
     if due and phase != "compile":
         assert known.wait(60)

@@ -43,7 +43,7 @@ from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.phases import build, empty
-from tinygpt.model.transformer import Noise, Transformer
+from tinygpt.model.transformer import Dropout, Transformer
 from tinygpt.training.loop import train_steps
 from tinygpt.training.optim import make_optimizer
 
@@ -373,8 +373,8 @@ QUICKLY = Context(NOOPT=1)
 def results(**options: Any) -> list[np.ndarray]:
     """Loss and gradients of training, then logits of a prompt and of decoding behind it."""
     model = Transformer(GPTConfig(**SMALL | options))
-    noise = Noise(Tensor([1, 2], dtype=dtypes.uint32))
-    loss = model.loss(Tensor(IDS), Tensor(np.roll(IDS, 1)), noise)
+    drop = Dropout(model.config.dropout, Tensor([1, 2], dtype=dtypes.uint32))
+    loss = model.loss(Tensor(IDS), Tensor(np.roll(IDS, 1)), drop)
     found = [loss, *loss.gradient(*model.parameters().values())]
     Tensor.realize(*found)
     decoder = Decoder(model)

@@ -28,7 +28,8 @@ from tinygpt.kernels.attention.rows import (
     plain_rows_attention,
     rows_attention,
 )
-from tinygpt.machine.transfer import Port
+from tinygpt.machine.jit import jit
+from tinygpt.machine.transfer import memory, read, write
 from tinygpt.model.int8 import quantize
 from tinygpt.model.transformer import Transformer
 
@@ -263,12 +264,14 @@ def test_places_are_given_back_and_no_more_than_there_are_are_given(model):
 def test_what_was_prepared_is_not_made_again(batch, wanted):
     for prepare in batch.preparations():
         prepare()
-    made = dict(batch._functions)
+    captures = [f.captures for f in (batch._prefilled, batch._stepped, batch._slid)]
+    captures += [f.captures for f in (batch._looked, batch._logits)]
     # Prompts, steps of up to 8 rows, windows; texts that are only read; logits of 16 rows and 64.
-    assert len(made) == 2 + 4 + 3 + 2 + 2
+    assert list(map(len, captures)) == [2, 4, 3, 2, 2]
+    made = [dict(found) for found in captures]
     got = together(batch, PROMPTS, 12, [0, 0, 1, 2, 5, 5, 9])
     np.testing.assert_array_equal(got, wanted)  # preparing leaves nothing behind
-    assert batch._functions == made  # the very same: nothing is compiled for a request
+    assert captures == made  # the very same: nothing is compiled for a request
 
 
 def test_the_caches_are_hidden_from_tinygrad(model):
@@ -295,25 +298,25 @@ def test_a_line_keeps_its_own_ids():
 # Numbers in and out
 
 
-def test_a_port_is_a_tensors_memory():
+def test_memory_is_where_a_tensors_values_are():
     x = Tensor.zeros(2, 3, dtype=dtypes.int32).contiguous().realize()
-    port = Port(x)
-    port.write([[1, 2, 3], [4, 5, 6]])
+    values = memory(x)
+    values[...] = [[1, 2, 3], [4, 5, 6]]
     assert x.tolist() == [[1, 2, 3], [4, 5, 6]]
-    copy = port.read()
-    port.write(7)
+    copy = read(x)
+    values[...] = 7
     assert copy.tolist() == [[1, 2, 3], [4, 5, 6]] and x.tolist() == [[7] * 3] * 2
     x.assign(x + 1).realize()
-    assert port.read().tolist() == [[8] * 3] * 2
+    assert read(x).tolist() == [[8] * 3] * 2
 
 
-def test_a_port_to_memory_out_of_reach_copies():
+def test_memory_out_of_reach_is_copied(monkeypatch):
+    monkeypatch.setattr("tinygpt.machine.transfer.memory", lambda tensor: None)
+    monkeypatch.setattr("tinygpt.machine.jit.memory", lambda tensor: None)
     x = Tensor.zeros(3, dtype=dtypes.int32).contiguous().realize()
-    port = Port(x)
-    port._memory = None
-    port.write([1, 2, 3])
-    port.write(4)
-    assert port.read().tolist() == x.tolist() == [4, 4, 4]
+    assert read(write(x, [1, 2, 3])).tolist() == [1, 2, 3]
+    double = jit(lambda x: x * 2)
+    assert [double([n, 4]).tolist() for n in range(3)] == [[0, 8], [2, 8], [4, 8]]
 
 
 # Choosing for many

@@ -162,8 +162,8 @@ FORMULAS: dict[str, tuple[Callable[..., list[Any]], list[np.ndarray], tuple[int,
     ),
     "linear": (exact.linear, THREE, (3, 5)),
     "gelu": (exact.linear_gelu, THREE, (3, 5)),
-    "residual": (exact.linear_residual, [*THREE, wide(3, 5, seed=3)], (3, 5)),
     "gelu alone": (exact.gelu, [wide(3, 5)], (3, 5)),
+    "residual": (exact.linear_residual, [*THREE, wide(3, 5, seed=3)], (3, 5)),
     "norm": (exact.layer_norm, [wide(3, 5), wide(5, seed=1), wide(5, seed=2)], (3, 5)),
     "embedding": (
         lambda weight, at, grad: exact.embedding(weight, at, TOKENS, grad),
@@ -266,6 +266,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     settings = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": [0.0]}
     return {
         "linear": lambda: kernels.linear(x, w),
+        "gelu": lambda: kernels.gelu(x),
         "norm": lambda: kernels.layer_norm(x, w[0], None),
         "embedding": lambda: kernels.embedding(ids.reshape(4, 1), w),
         "attention": lambda: kernels.self_attention(qkv(), 2),

@@ -27,6 +27,7 @@ from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import background, keeping, state
 from tinygpt.runs.checkpoint.format import arrange
+from tinygpt.runs.folder import best_checkpoint, checkpoint_path, list_checkpoints, mark_best
 from tinygpt.training.optim import AdamW
 
 CONFIG = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
@@ -380,20 +381,20 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     model = GPT(CONFIG)
     for step in (100, 20, 3):
         model.save_checkpoint(step, None, tmp_path)
-    checkpoint.mark_best(checkpoint.checkpoint_path(tmp_path, 3), 1.5)
+    mark_best(checkpoint_path(tmp_path, 3), 1.5)
     checkpoint.remove_old(tmp_path, keep_last=1)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
         "ckpt_3.safetensors",
         "ckpt_100.safetensors",
     ]
-    assert checkpoint.best_checkpoint(tmp_path) == tmp_path / "ckpt_3.safetensors"
+    assert best_checkpoint(tmp_path) == tmp_path / "ckpt_3.safetensors"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best.json", "ckpt_100.safetensors", "ckpt_3.safetensors",
     ]  # fmt: skip
 
 
 def names(folder):
-    return [path.name.removesuffix(".safetensors") for path in checkpoint.list_checkpoints(folder)]
+    return [path.name.removesuffix(".safetensors") for path in list_checkpoints(folder)]
 
 
 def test_damaged_checkpoints_neither_count_as_kept_nor_are_deleted(tmp_path):
@@ -412,20 +413,20 @@ def test_whatever_is_damaged_the_newest_whole_checkpoints_stay(steps):
         folder, keep_last = Path(name), 2
         whole, damaged, best = [], [], None
         for step, (is_whole, is_best) in enumerate(steps, start=1):
-            path = checkpoint.checkpoint_path(folder, step)
+            path = checkpoint_path(folder, step)
             made = checkpoint.Snapshot(arrange([("model.w", np.dtype("f4"), (SIZE,))]))
             made.memory[:] = step
             checkpoint.write(path, made, checkpoint.Meta(step, CONFIG))
             if is_best:
                 best = path
-                checkpoint.mark_best(path, 1.0)
+                mark_best(path, 1.0)
             if is_whole:
                 whole.append(path)
             else:
                 path.write_bytes(path.read_bytes()[:-1])
                 damaged.append(path)
             checkpoint.remove_old(folder, keep_last)
-            there = set(checkpoint.list_checkpoints(folder))
+            there = set(list_checkpoints(folder))
             assert set(whole[-keep_last:]) | set(damaged) | {best} - {None} <= there
             assert len(there) <= keep_last + len(damaged) + 1
 
@@ -440,6 +441,15 @@ def test_a_file_is_not_read_again_unless_it_changes(tmp_path, monkeypatch):
     assert read == ["ckpt_2.safetensors", "ckpt_1.safetensors"]
     damage(tmp_path / "ckpt_2.safetensors")
     assert len(checkpoint.remove_old(tmp_path, 2, verified)) == 1
+
+
+def test_a_file_that_is_gone_is_forgotten(tmp_path):
+    """Or a run that saves every so many steps would keep a name for each of them, for ever."""
+    verified = keeping.Verified()
+    for step in range(1, 6):
+        run_of(tmp_path, (step,))
+        checkpoint.remove_old(tmp_path, 1, verified)
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 1 and len(verified._known) <= 2
 
 
 def test_what_a_run_adds_is_read_back(tmp_path):
@@ -509,7 +519,7 @@ def test_a_save_waits_for_the_one_before(tmp_path, held):
     saver.wait()
     assert held.written == ["ckpt_1.safetensors", "ckpt_2.safetensors"]
     assert names(tmp_path) == ["ckpt_1", "ckpt_2"]  # the best one and the last one
-    assert checkpoint.best_checkpoint(tmp_path).name == "ckpt_1.safetensors"
+    assert best_checkpoint(tmp_path).name == "ckpt_1.safetensors"
 
 
 def test_the_end_waits_for_what_is_being_written_an_error_too(tmp_path, held):

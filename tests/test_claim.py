@@ -22,10 +22,15 @@ from tinygpt.errors import CheckpointError, TokenizerError, UsageError
 from tinygpt.files import atomic
 from tinygpt.files.atomic import building, remove_stale, replacing
 from tinygpt.runs import checkpoint
-from tinygpt.runs.checkpoint import folder as folders
-from tinygpt.runs.run import latest_checkpoint
+from tinygpt.runs import folder as folders
+from tinygpt.runs.folder import (
+    best_checkpoint,
+    checkpoint_path,
+    latest_checkpoint,
+    list_checkpoints,
+)
+from tinygpt.runs.history import read
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
-from tinygpt.training.metrics import read
 from tinygpt.untrusted import parse_toml
 
 EVERY = replace(TRAIN, max_iters=6, eval_interval=2, checkpoint_interval=2)
@@ -182,7 +187,7 @@ def test_what_is_refused_changes_nothing_in_a_run(run):
 
 def test_the_rows_of_a_run_whose_checkpoints_are_gone_are_kept(run):
     rows = (run / "metrics.jsonl").read_bytes()
-    for path in checkpoint.list_checkpoints(run):
+    for path in list_checkpoints(run):
         path.unlink()
     new = make_run(run, config=EVERY)
     assert any("set aside" in notice for notice in new.take_notices())
@@ -294,7 +299,7 @@ def test_going_back_sets_the_later_checkpoints_aside(run):
     assert result.checkpoint == run / "ckpt_5.safetensors" and result.checkpoint.is_file()
     assert checkpoint.newest_good(run) == (result.checkpoint, [])
     aside = run / "left-after-2"
-    assert [p.name for p in checkpoint.list_checkpoints(aside)] == [
+    assert [p.name for p in list_checkpoints(aside)] == [
         "ckpt_4.safetensors", "ckpt_6.safetensors",
     ]  # fmt: skip
     assert (aside / "ckpt_6.safetensors").read_bytes() == last
@@ -311,8 +316,8 @@ def test_it_is_set_aside_before_the_first_step_and_said(run):
     back = make_run(run, resume=run / "ckpt_2.safetensors", config=EVERY)
     assert any("left-after-2" in notice for notice in back.take_notices())
     back.close()
-    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["ckpt_2.safetensors"]
-    assert checkpoint.best_checkpoint(run) == run / "ckpt_2.safetensors"
+    assert [p.name for p in list_checkpoints(run)] == ["ckpt_2.safetensors"]
+    assert best_checkpoint(run) == run / "ckpt_2.safetensors"
     meta = checkpoint.read_meta(run / "ckpt_2.safetensors")
     found = json.loads((run / "best.json").read_text())["val_loss"]
     assert found == meta.progress["best_val_loss"]
@@ -333,9 +338,9 @@ def test_what_was_just_written_is_never_removed(tmp_path):
     model = GPT(MODEL)
     for step in (4, 6, 5):
         model.save_checkpoint(step, None, tmp_path)
-    written = checkpoint.checkpoint_path(tmp_path, 5)
+    written = checkpoint_path(tmp_path, 5)
     checkpoint.remove_old(tmp_path, 1, written=written)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
         "ckpt_5.safetensors", "ckpt_6.safetensors",
     ]  # fmt: skip
 
@@ -380,7 +385,7 @@ def test_the_command_line_goes_on_from_the_checkpoint_that_is_named(said, tmp_pa
         "--train.max-iters", 4, "--allow-change", "max_iters",
     )  # fmt: skip
     assert code == 0 and state(run) == before
-    assert checkpoint.list_checkpoints(tmp_path / "new")[-1].name == "ckpt_4.safetensors"
+    assert list_checkpoints(tmp_path / "new")[-1].name == "ckpt_4.safetensors"
     code, err = said("train", "--resume", run)  # as --out would
     assert code == 0 and "from step 6" in err
     code, err = said("train", "--resume", run / "ckpt_3")
@@ -398,7 +403,7 @@ def test_a_checkpoint_is_named_without_its_suffix_in_one_way(said, tmp_path):
     ):
         assert latest_checkpoint(word) == meant
     said("train", "--resume", run / "mine", "--out", tmp_path / "new")
-    assert checkpoint.list_checkpoints(tmp_path / "new")[-1].name == "ckpt_6.safetensors"
+    assert list_checkpoints(tmp_path / "new")[-1].name == "ckpt_6.safetensors"
     shutil.copy(own, tmp_path / "cli.safetensors")  # a folder is what is there under its own name
     assert latest_checkpoint(run) == run / "ckpt_6.safetensors"
     for missing in (run / "ckpt_3", tmp_path / "none"):

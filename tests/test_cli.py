@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tinygpt.api import GPT
-from tinygpt.cli import VERBS, main, make_app
+from tinygpt.cli import GROUPS, VERBS, main, make_app
 from tinygpt.cli.console import command
-from tinygpt.cli.options import DataConfig, file_tables, preset_tables, resolve
+from tinygpt.cli.options import CONFIGS, DataConfig, file_tables, preset_tables, resolve, undotted
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig, __version__, field_docs
 from tinygpt.errors import ConfigError, DeviceError
 from tinygpt.generation.stream import first_prompt
@@ -26,10 +26,10 @@ from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\n" * 40
 TINY = shlex.split(
-    "--tokenizer char --model.n-layer 1 --model.n-embd 8 --model.n-head 1 --model.block-size 8"
-    " --train.batch-size 2 --train.eval-iters 1 --train.warmup-steps 0"
+    "--tokenizer char --n-layer 1 --n-embd 8 --n-head 1 --block-size 8"
+    " --batch-size 2 --eval-iters 1 --warmup-steps 0"
 )
-SHORT = [*TINY, "--train.max-iters", "4", "--train.eval-interval", "2"]
+SHORT = [*TINY, "--max-iters", "4", "--eval-interval", "2"]
 
 
 @pytest.fixture
@@ -103,11 +103,15 @@ def test_the_program_goes_by_the_name_it_was_called_with(run_cli, monkeypatch, n
 def test_help_lists_every_verb(run_cli):
     code, out, _ = run_cli("--help")
     assert code == 0
-    verbs = ["train", "generate", "eval", "compare", "memorization", "import", "export", "serve"]
-    verbs += ["dashboard", "plot", "tokenizer", "gradcheck", "check", "info"]
-    verbs += ["verify", "verify-resume", "doctor"]
-    assert list(VERBS) == verbs
-    assert [v for v in verbs if re.search(rf"│ {v}\s", out)] == verbs
+    parts = [part.split(maxsplit=1) for part in out.split("╭─ ")[1:]]
+    shown = {head: re.findall(r"^│ (\S+) ", rest, re.M) for head, rest in parts}
+    assert shown == shown | {
+        "Everyday": ["train", "generate", "serve", "dashboard"],
+        "Runs": ["info", "compare", "plot", "eval", "verify"],
+        "Exchange": ["import", "export", "tokenizer"],
+        "Proofs": ["doctor", "memorization"],
+    }
+    assert all(verb in VERBS for group in GROUPS for verb in shown[group])
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -120,29 +124,66 @@ def test_every_verb_has_help_and_keeps_the_promise_of_its_summary(run_cli, verb)
 def test_every_config_field_is_a_flag_with_its_documentation(run_cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     out = run_cli("train", "--help")[1]
-    for prefix, config in (("model", GPTConfig), ("train", TrainConfig)):
+    for config in (GPTConfig, TrainConfig):
         for name, doc in field_docs(config).items():
-            flag = f"--{prefix}.{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
             assert re.search(rf"{flag} .*{re.escape(doc)}", out), flag
     assert all(preset in out for preset in PRESETS)
+
+
+def test_no_two_settings_share_a_name_and_the_dotted_flags_are_other_names_of_them():
+    names = [name for config in CONFIGS.values() for name in field_docs(config)]
+    assert len(names) == len(set(names))
+    words = ["--train.max-iters", "5", "--model.no-bias", "--model.n-layer=3", "--train.max-iter"]
+    assert undotted([*words, "--", "--train.seed"]) == [
+        *("--max-iters", "5", "--no-bias", "--n-layer=3", "--train.max-iter", "--", "--train.seed")
+    ]
+
+
+def test_the_options_of_every_command_are_in_the_help_of_each(run_cli):
+    for words in (["--help"], ["train", "--help"], ["export", "web", "--help"]):
+        out = run_cli(*words)[1]
+        assert all(re.search(rf"│ {flag} ", out) for flag in ("--threads", "--strict", "--debug"))
+
+
+PROOFS = {"--kernels": "check", "--gradients": "gradcheck", "--resume": "verify-resume"}
+
+
+@pytest.mark.parametrize("proof, verb", PROOFS.items())
+def test_a_proof_has_two_names(run_cli, proof, verb):
+    new, old = run_cli("doctor", proof, "--help")[1], run_cli(verb, "--help")[1]
+    assert new.startswith(f"Usage: tinygpt doctor {proof} ")
+    assert new.split("\n")[1:] == old.split("\n")[1:]
 
 
 # Wrong use --------------------------------------------------------------------------------------
 
 WRONG_USE = {
-    "train a.txt --model.n-layr 3": "Did you mean --model.n-layer?",
+    "train a.txt --n-layr 3": "Did you mean --n-layer?",
+    "train a.txt --model.n-layr 3": "Did you mean --n-layer?",
+    "train a.txt --lr 3": "Unknown option: --lr. Did you mean --learning-rate?",
+    "train a.txt --epochs=3": "Unknown option: --epochs. Did you mean --max-iters?",
+    "train a.txt --steps 3": "Did you mean --max-iters?",
+    "train a.txt --layers 3": "Did you mean --n-layer?",
+    "train a.txt --dropout_rate 0.1": "Did you mean --dropout?",
+    "generate run --max-new-tokens 5": "Did you mean --max-tokens?",
+    "generate run --lr 3": "Unknown option: --lr.",
+    "sample run": "Unknown command 'sample'. Did you mean 'generate'?",
+    "train a.txt --threads": "--threads needs a value.",
+    "train a.txt --threads many": 'unable to convert "many" into int',
+    "train a.txt --threads -1": "Must be >= 0",
     "train a.txt --optimizer sgd": "Unknown option: --optimizer",
     "trian a.txt": 'Did you mean "train"?',
     "train a.txt b.txt": "Unexpected argument 'b.txt'.",
     "generate": "RUN is missing.",
-    "train a.txt --train.seed": "--train.seed needs a value.",
-    "train a.txt --train.max-iters many": 'unable to convert "many" into int',
-    "train a.txt --train.decay exponential": '"cosine", "linear", "constant"',
-    "train a.txt --model.n-embd 130": "n_embd=130 is not divisible by n_head=4. Try n_embd=128",
-    "train a.txt --model.n-layer 0": "n_layer=0 is too small",
-    "train a.txt --model.n-layer -2": "n_layer=-2 is too small",
-    "train a.txt --model.n-embd 1000000000": "more than the",
-    "train a.txt --train.learning-rate nan": "learning_rate=nan is not a finite number",
+    "train a.txt --seed": "--seed needs a value.",
+    "train a.txt --max-iters many": 'unable to convert "many" into int',
+    "train a.txt --decay exponential": '"cosine", "linear", "constant"',
+    "train a.txt --n-embd 130": "n_embd=130 is not divisible by n_head=4. Try n_embd=128",
+    "train a.txt --n-layer 0": "n_layer=0 is too small",
+    "train a.txt --n-layer -2": "n_layer=-2 is too small",
+    "train a.txt --n-embd 1000000000": "more than the",
+    "train a.txt --learning-rate nan": "learning_rate=nan is not a finite number",
     "train a.txt --val-fraction 1.5": "val_fraction=1.5 is out of range",
     "train a.txt --preset demmo": "There is no preset 'demmo'. Did you mean 'demo'?",
     "train": "There is no text to learn from. Try: tinygpt train auto",
@@ -196,7 +237,7 @@ def test_bad_text_is_a_failure_that_says_why(run_cli, tmp_path, content, message
     "error, code, message",
     [
         (DeviceError("no compiler: install one"), 1, "tinygpt: error: no compiler: install one\n"),
-        (MemoryError(), 1, "--train.batch-size"),
+        (MemoryError(), 1, "--batch-size"),
         (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied.\n"),
         (OSError(28, "No space left on device"), 1, "error: No space left on device.\n"),
         (ZeroDivisionError("by zero\x1b[2J"), 1, "ZeroDivisionError: by zero␛[2J\nThis should not"),
@@ -245,7 +286,7 @@ def test_later_settings_win_over_earlier_ones(run_cli, tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[model]\nn_layer = 7\nn_head = 2\n[train]\nmax_iters = 77\nseed = 5\n")
     found, _ = printed_config(
-        run_cli, "--preset", "baby", "--config", file, "--train.seed", "9", "--model.n-head", "1"
+        run_cli, "--preset", "baby", "--config", file, "--seed", "9", "--n-head", "1"
     )
     assert found["train"]["seed"] == 9 and found["model"]["n_head"] == 1  # flags
     assert found["train"]["max_iters"] == 77 and found["model"]["n_layer"] == 7  # the file
@@ -263,18 +304,18 @@ def test_a_flag_can_unset_what_a_file_has_set(run_cli, tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[train]\nearly_stop_patience = 3\n")
     assert printed_config(run_cli, "--config", file)[0]["train"]["early_stop_patience"] == 3
-    found, _ = printed_config(run_cli, "--config", file, "--train.early-stop-patience", "none")
+    found, _ = printed_config(run_cli, "--config", file, "--early-stop-patience", "none")
     assert "early_stop_patience" not in found["train"]
 
 
 def test_switches_can_be_turned_off(run_cli):
-    assert printed_config(run_cli, "--model.no-bias")[0]["model"]["bias"] is False
+    assert printed_config(run_cli, "--no-bias")[0]["model"]["bias"] is False
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_a_printed_config_is_complete_and_means_the_same_when_read(run_cli, tmp_path, preset):
     flags = ["--preset", preset] if preset else []
-    flags += ["--train.sample-prompt", 'Once "upon"\n\t\\ 😀 a\x7ftime', "--field", "body"]
+    flags += ["--sample-prompt", 'Once "upon"\n\t\\ 😀 a\x7ftime', "--field", "body"]
     found, text = printed_config(run_cli, "corpus.jsonl", *flags)
     assert found["train"]["sample_prompt"] == 'Once "upon"\n\t\\ 😀 a\x7ftime'
     file = tmp_path / "c.toml"
@@ -287,7 +328,7 @@ def test_a_printed_config_is_complete_and_means_the_same_when_read(run_cli, tmp_
 def test_the_vocabulary_size_comes_from_the_tokenizer_unless_it_is_given(run_cli):
     found, text = printed_config(run_cli)
     assert "vocab_size" not in found["model"] and "# vocab_size = from the tokenizer" in text
-    assert printed_config(run_cli, "--model.vocab-size", "99")[0]["model"]["vocab_size"] == 99
+    assert printed_config(run_cli, "--vocab-size", "99")[0]["model"]["vocab_size"] == 99
     settings = resolve({"model": {"vocab_size": 99}})
     assert settings.model_config(65).vocab_size == 99
     assert resolve().model_config(65).vocab_size == 65
@@ -375,7 +416,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(run_cli, text_file, tmp_p
 
     folder = tmp_path / "a run"
     monkeypatch.setattr(PlainDisplay, "update", interrupting)
-    flags = [*TINY, "--train.max-iters", "8", "--train.eval-interval", "4"]
+    flags = [*TINY, "--max-iters", "8", "--eval-interval", "4"]
     code, out, err = run_cli("train", text_file, *flags, "--out", folder, "--json")
     summary = json.loads(out)
     assert code == 130 and summary["stopped"] is True
@@ -543,7 +584,7 @@ def test_gradcheck_fails_past_the_tolerance(run_cli, monkeypatch):
 
         return check
 
-    flags = ["gradcheck", "--model.n-layer", "1", "--batch-size", "3", "--seed", "5"]
+    flags = ["gradcheck", "--n-layer", "1", "--batch-size", "3", "--seed", "5"]
     monkeypatch.setattr(import_module("tinygpt.training.gradcheck"), "gradcheck", report(1e-4))
     code, out, _ = run_cli(*flags)
     assert code == 1 and "WRONG" in out

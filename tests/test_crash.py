@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from tests.run_script import make_run
 from tinygpt.files.atomic import remove_stale, replacing
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import list_checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,10 +173,10 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tm
     while not (folder / "ckpt_12.safetensors").exists():
         resume = ["resume"] if (folder / "config.toml").exists() else []
         process = subprocess.Popen([*command, folder, "12", *resume], cwd=ROOT)
-        seen = set(checkpoint.list_checkpoints(folder))
+        seen = set(list_checkpoints(folder))
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
-            if set(checkpoint.list_checkpoints(folder)) != seen:  # it got on, so it may die
+            if set(list_checkpoints(folder)) != seen:  # it got on, so it may die
                 time.sleep(chance.uniform(0, 0.1))
                 break
             time.sleep(0.005)

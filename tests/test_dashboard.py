@@ -33,6 +33,7 @@ from tinygpt import pages
 from tinygpt.cli import main
 from tinygpt.cli.serving import dashboard_beside
 from tinygpt.errors import UsageError, extras
+from tinygpt.runs.history import History, Tail, decode_all
 from tinygpt.runs.lock import FolderLock, Holder, holder
 from tinygpt.server.app import make_app as make_server
 from tinygpt.server.dashboard import board as board_module
@@ -41,11 +42,9 @@ from tinygpt.server.dashboard import steering, watch, watched
 from tinygpt.server.dashboard.board import Board, make_app
 from tinygpt.server.dashboard.curves import POINTS, Curves, stride_for
 from tinygpt.server.dashboard.steering import ByLock, Here
-from tinygpt.server.dashboard.tail import Tail, parse_rows
 from tinygpt.server.dashboard.watch import Watch, parse_cursor, write_cursor
 from tinygpt.server.http.listening import url
 from tinygpt.server.http.thread import ServerThread, listen_nearby
-from tinygpt.training.metrics import History
 
 NODE = Path("/usr/bin/node")
 KEY = "a-key-for-the-tests"
@@ -121,7 +120,7 @@ def test_what_is_no_ordinary_file_is_not_read(tmp_path):
 
 
 def test_a_line_without_end_is_passed_over_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("tinygpt.server.dashboard.tail.CHUNK", 1 << 20)
+    monkeypatch.setattr("tinygpt.runs.history.CHUNK", 1 << 20)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"x" * (3 << 20) + b'\n{"iter": 7}\n')
     tail, found = Tail(path), []
@@ -144,7 +143,7 @@ def test_a_line_without_end_is_passed_over_piece_by_piece(tmp_path, monkeypatch)
     ],
 )
 def test_all_lines_at_once_are_the_lines_one_by_one(text, wanted):
-    found, damaged = parse_rows(text)
+    found, damaged = decode_all(text)
     assert found == wanted
     assert len(found) + damaged == len([line for line in text.split(b"\n") if line.strip()])
 
@@ -542,9 +541,7 @@ def test_a_folder_that_may_not_be_entered_is_shown_with_the_reason(tmp_path, mon
         return refused
 
     monkeypatch.setattr(Path, "lstat", refusing(lstat))
-    monkeypatch.setattr(
-        "tinygpt.server.dashboard.tail._open", refusing(lambda path: path.open("rb"))
-    )
+    monkeypatch.setattr("tinygpt.runs.history._open", refusing(lambda path: path.open("rb")))
     cards = {card["name"]: card for card in board_of(tmp_path).watch.cards()}
     assert (cards["good"]["iter"], cards["good"]["odd"]) == (10, [])
     assert cards["shut"]["iter"] is None
@@ -591,7 +588,7 @@ class Held:
 
 def test_a_look_at_many_runs_holds_the_lock_for_one_slice_at_a_time(tmp_path, monkeypatch):
     size = 1 << 12
-    monkeypatch.setattr("tinygpt.server.dashboard.tail.CHUNK", size)
+    monkeypatch.setattr("tinygpt.runs.history.CHUNK", size)
     for i in range(6):
         make_run(tmp_path / f"run-{i}", 60)  # about 20 KB each
     watching = Watch([tmp_path])

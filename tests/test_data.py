@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tinygpt import machine
 from tinygpt.errors import DataError, TokenizerError
+from tinygpt.files import folders
 from tinygpt.text import tokens as tokens_module
 from tinygpt.text.batches import batch, sequential, split
 from tinygpt.text.corpus import Corpus, open_corpus
@@ -110,8 +110,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def homes(monkeypatch: Any, tmp_path: Path) -> tuple[Path, Path]:
     """The user's cache folder, and the one among the temporary files."""
     first, second = tmp_path / "cache", tmp_path / "temporary"
-    monkeypatch.setattr(machine.folders, "cache_dir", lambda: first)
-    monkeypatch.setattr(machine.folders, "private_temp", lambda: second)
+    monkeypatch.setattr(folders, "cache_dir", lambda: first)
+    monkeypatch.setattr(folders, "private_temp", lambda: second)
     return first, second
 
 

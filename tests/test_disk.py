@@ -25,6 +25,7 @@ from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
 from tinygpt.runs import run as runs
 from tinygpt.runs.checkpoint import background
+from tinygpt.runs.folder import list_checkpoints
 from tinygpt.training.loop import Step
 
 CONFIG = TrainConfig(
@@ -63,7 +64,7 @@ def follow(run, at=()):
     """Take all steps, doing ``at[step]`` after some of them; -> what was noticed"""
     noticed = []
     for step in run:
-        run._saver.wait()  # so that what went wrong is noticed with the very next step
+        run.output.saver.wait()  # so that what went wrong is noticed with the very next step
         noticed += step.notices
         dict(at).get(step.iter, lambda: None)()
     return noticed
@@ -110,7 +111,7 @@ def test_a_run_goes_on_when_a_save_fails_and_saves_again(tmp_path, monkeypatch, 
     kept = []
 
     def look():
-        kept.append([state(path) for path in checkpoint.list_checkpoints(tmp_path / "run")])
+        kept.append([state(path) for path in list_checkpoints(tmp_path / "run")])
         faulty.turn(on=False)
 
     noticed = follow(run, {3: lambda: faulty.turn(on=True), 5: look})
@@ -119,7 +120,7 @@ def test_a_run_goes_on_when_a_save_fails_and_saves_again(tmp_path, monkeypatch, 
     assert len(failed) == 2 == faulty.failures
     assert "ckpt_4" in failed[0] and os.strerror(number) in failed[0]
     assert sum("works again" in line for line in noticed) == 1
-    assert [state(path) for path in checkpoint.list_checkpoints(tmp_path / "run")] == [7, 8]
+    assert [state(path) for path in list_checkpoints(tmp_path / "run")] == [7, 8]
     assert not list((tmp_path / "run").glob(".*"))
     assert [row["iter"] for row in run.history] == list(range(1, 9))
 
@@ -212,7 +213,7 @@ def test_an_error_keeps_its_name_and_tells_where_the_weights_are(tmp_path, monke
 
 
 def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
-    metrics = importlib.import_module("tinygpt.training.metrics")
+    metrics = importlib.import_module("tinygpt.runs.history")
     broken = []
 
     def fail(*args):
@@ -264,7 +265,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_an_error(tmp_path):
 def test_a_run_without_a_whole_checkpoint_is_not_resumed(tmp_path):
     folder = tmp_path / "run"
     follow(begin(folder, max_iters=3))
-    for path in checkpoint.list_checkpoints(folder):
+    for path in list_checkpoints(folder):
         damage(path)
     with pytest.raises(CheckpointError, match=r"No checkpoint is whole(.|\n)*ckpt_3(.|\n)*ckpt_2"):
         begin(folder, resume=True, max_iters=3)
@@ -273,10 +274,10 @@ def test_a_run_without_a_whole_checkpoint_is_not_resumed(tmp_path):
 def test_a_checkpoint_that_is_damaged_during_the_run_does_not_count_as_kept(tmp_path):
     folder = tmp_path / "run"
     noticed = follow(begin(folder, keep_last=1), {7: lambda: damage(folder / "ckpt_7.safetensors")})
-    assert [path.name[5] for path in checkpoint.list_checkpoints(folder)] == ["7", "8"]
+    assert [path.name[5] for path in list_checkpoints(folder)] == ["7", "8"]
     noticed = follow(begin(tmp_path / "b", keep_last=2),
                      {6: lambda: damage(tmp_path / "b" / "ckpt_6.safetensors")})  # fmt: skip
-    assert [path.name[5] for path in checkpoint.list_checkpoints(tmp_path / "b")] == ["6", "7", "8"]
+    assert [path.name[5] for path in list_checkpoints(tmp_path / "b")] == ["6", "7", "8"]
     assert sum("ckpt_6" in line and "is left there" in line for line in noticed) == 1
 
 
@@ -319,7 +320,7 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
     folder = tmp_path / "run"
     noticed = follow(begin(folder), {4: lambda: shutil.rmtree(folder)})
     assert sum("VANISHED" in line for line in noticed) == 1
-    assert [state(path) for path in checkpoint.list_checkpoints(folder)] == [7, 8]
+    assert [state(path) for path in list_checkpoints(folder)] == [7, 8]
     resumed = begin(folder, resume=True)
     assert resumed.iter_num == 8
     names = {path.name for path in folder.iterdir()}
@@ -382,7 +383,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_of_1_mb(small_disk, monkeypatch):
     place, _ = small_disk
-    monkeypatch.setattr("tinygpt.runs.checkpoint.writer.free_space", lambda _: None)  # nobody warns
+    monkeypatch.setattr("tinygpt.files.disk.free_space", lambda _: None)  # nobody warns
     folder, filler = place / "run", place / "filler"
 
     def fill():
@@ -393,7 +394,7 @@ def test_a_full_disk_of_1_mb(small_disk, monkeypatch):
     kept = []
 
     def look():
-        kept.append([state(path) for path in checkpoint.list_checkpoints(folder)])
+        kept.append([state(path) for path in list_checkpoints(folder)])
         filler.unlink()
 
     run = begin(folder)
@@ -401,7 +402,7 @@ def test_a_full_disk_of_1_mb(small_disk, monkeypatch):
     assert kept == [[2, 3]]
     failed = [line for line in noticed if "NOT SAVED" in line]
     assert len(failed) == 3 and all("No space left" in line for line in failed)
-    assert [state(path) for path in checkpoint.list_checkpoints(folder)] == [7, 8]
+    assert [state(path) for path in list_checkpoints(folder)] == [7, 8]
     assert [row["iter"] for row in run.history] == list(range(1, 9))
     assert main(["verify", str(folder)]) == 0
 
@@ -417,7 +418,7 @@ def test_a_full_disk_at_the_end_leaves_the_old_checkpoint_and_a_rescued_one(smal
 
     with pytest.raises(CheckpointError, match="MB are needed"):
         follow(begin(folder), {3: fill})
-    assert [state(path) for path in checkpoint.list_checkpoints(folder)] == [2, 3]
+    assert [state(path) for path in list_checkpoints(folder)] == [2, 3]
     [rescued] = tmp_path.glob("tinygpt-rescued-*/ckpt_8.safetensors")
     assert state(rescued) == 8
 
@@ -432,5 +433,5 @@ def test_a_disk_that_becomes_read_only(small_disk):
             [*news] = saver.news()
             assert [("only be read" in line) for line in news] == [options == "ro"] * len(news)
             assert bool(news) == (step > 1)  # the last says that it works again
-    steps = [checkpoint.verify(path).iter_num for path in checkpoint.list_checkpoints(place)]
+    steps = [checkpoint.verify(path).iter_num for path in list_checkpoints(place)]
     assert steps == [1, 4]

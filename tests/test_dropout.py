@@ -27,7 +27,7 @@ from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.dropout import dropout, mix, plain_mask
 from tinygpt.model.cache import KVCache
-from tinygpt.model.transformer import Noise, Transformer
+from tinygpt.model.transformer import Dropout, Transformer
 from tinygpt.training.gradcheck import gradcheck
 
 dropout_module = importlib.import_module("tinygpt.kernels.dropout")  # kernels.dropout: a function
@@ -129,11 +129,11 @@ def test_the_corners_of_rectangles_are_independent() -> None:
 
 def test_layers_steps_and_seeds_have_masks_of_their_own() -> None:
     first, second = KEY
-    noise = Noise(key_of(first, second))
+    drop = Dropout(P, key_of(first, second))
     keys = {(first, second), (first, second + 1), (first + 1, second), (second, first)}
     keys |= {(first ^ 1 << bit, second) for bit in (8, 16, 31)}
     keys |= {(first, second ^ 1 << bit) for bit in (8, 16, 31)}
-    keys |= {tuple(map(int, noise.draw().numpy())) for _ in range(3)}
+    keys |= {tuple(map(int, drop.draw().numpy())) for _ in range(3)}
     masks = [(key, mask_of(512, 512, P, *key)) for key in sorted(keys)]
     assert len(masks) == 13
     for i, (a, left) in enumerate(masks):
@@ -154,9 +154,9 @@ def test_each_bit_of_a_number_changes_each_bit_of_its_hash_half_of_the_time() ->
 
 
 def test_keys_of_a_step_follow_one_another_and_do_not_depend_on_the_process() -> None:
-    noise = Noise(key_of(2**32 - 1, 5))
-    assert noise.draw().tolist() == [0x9E3779B8, 0x9E3779BE]
-    assert noise.draw().tolist() == [0x3C6EF371, 0x3C6EF377]
+    drop = Dropout(P, key_of(2**32 - 1, 5))
+    assert drop.draw().tolist() == [0x9E3779B8, 0x9E3779BE]
+    assert drop.draw().tolist() == [0x3C6EF371, 0x3C6EF377]
 
 
 # Dropout of activations
@@ -310,8 +310,8 @@ def test_results_are_bitwise_the_same_for_any_number_of_pieces(
 
 def test_a_jitted_step_equals_an_eager_one() -> None:
     def step(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        noise = Noise(key)
-        y = dropout(self_attention(x, 2, P, noise.draw()), P, noise.draw(), x[:, :, :32])
+        drop = Dropout(P, key)
+        y = dropout(self_attention(x, 2, P, drop.draw()), P, drop.draw(), x[:, :, :32])
         found = y, y.gradient(x, gradient=x[:, :, 32:64].contiguous())[0]
         Tensor.realize(*found)
         return found
@@ -386,7 +386,7 @@ def test_a_model_with_dropout_trains_by_the_kernels(monkeypatch: pytest.MonkeyPa
     weights = [model.wte.weight, model.h[0].attn.c_attn.weight, model.h[0].mlp.c_fc.weight]
 
     def loss_and_gradients() -> list[np.ndarray]:
-        loss = model.loss(x, y, Noise(key_of(*KEY)))
+        loss = model.loss(x, y, Dropout(P, key_of(*KEY)))
         found = [loss, *loss.gradient(*weights)]
         Tensor.realize(*found)
         return [t.numpy() for t in found]
@@ -423,7 +423,8 @@ def test_inference_and_decoding_know_nothing_of_dropout(monkeypatch: pytest.Monk
     with_it, without = model_of(P).eval(), model_of(0.0).eval()
     x = tokens(1, 8)
     np.testing.assert_array_equal(with_it(x).numpy(), without(x).numpy())
-    monkeypatch.delattr(Noise, "draw")
+    monkeypatch.delattr(kernels, "dropout")
+    monkeypatch.delattr(kernels, "next_key")
     assert decoded(with_it) == decoded(without)
 
 
@@ -442,7 +443,7 @@ def test_every_gradient_agrees_with_finite_differences_under_dropout() -> None:
     assert all(row.gradient_norm > 0 for row in report.rows)
     quiet = gradcheck(model, x, y, samples=0)
     assert quiet.loss != report.loss
-    assert report.loss == pytest.approx(model.loss(x, y, Noise(key_of(*KEY))).item(), rel=1e-4)
+    assert report.loss == pytest.approx(model.loss(x, y, Dropout(P, key_of(*KEY))).item(), rel=1e-4)
 
 
 def test_what_does_not_fit_is_refused_with_advice() -> None:

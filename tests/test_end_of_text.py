@@ -18,7 +18,8 @@ from tinygpt.errors import TokenizerError
 from tinygpt.generation.stream import generate_text
 from tinygpt.interop.gguf.gguf_tokens import tokens_of
 from tinygpt.interop.web.vocabulary import describe
-from tinygpt.server.engine.scheduler import Engine, Request
+from tinygpt.server.engine.scheduler import Engine
+from tinygpt.server.engine.sequence import Request
 from tinygpt.text.tokenizers import END, tokenizer_from_dict
 
 CONFIG = GPTConfig(block_size=16, vocab_size=264, n_layer=1, n_head=1, n_embd=16)
@@ -144,7 +145,7 @@ def test_what_is_searched_for_passages_ends_too(
 def test_a_stream_of_the_server(
     tokenizer: BPETokenizer, ending: GPT, ignore: bool, reason: str, text: str
 ):
-    with Engine(ending, tokenizer, places=1) as engine:
+    with Engine(ending, tokenizer, slots=1) as engine:
         stream = engine.submit(Request((97,), 2, GREEDY, ignore_eos=ignore))
         assert "".join(piece.text for piece in stream) == text
         assert stream.finish_reason == reason

@@ -17,9 +17,8 @@ from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.stream import generate_text
 from tinygpt.model.transformer import Transformer
-from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull, Request
-from tinygpt.server.engine.sequence import Piece, Stream, wake
-from tinygpt.server.engine.writer import Writer
+from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull
+from tinygpt.server.engine.sequence import Outputs, Piece, Request, Sequence, wake
 from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz .,")
@@ -38,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def shared(model):
-    with Engine(model, TOKENIZER, places=4) as engine:
+    with Engine(model, TOKENIZER, slots=4) as engine:
         yield engine
 
 
@@ -177,7 +176,7 @@ def test_as_many_likeliest_tokens_come_as_were_asked_for(count, engine):
 
 def test_text_that_ends_within_a_character_says_so():
     script = iter([97, *"😀".encode()[:2]])
-    with Engine(byte_model(), ByteTokenizer(), places=1) as engine:
+    with Engine(byte_model(), ByteTokenizer(), slots=1) as engine:
         engine._decoder.__class__ = Scripted
         Scripted.script = script
         stream = engine.submit(Request((1,), 3, GREEDY))
@@ -188,7 +187,7 @@ def byte_model():
     return Transformer(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=4))
 
 
-BatchDecoder = type(Engine(byte_model(), ByteTokenizer(), places=1)._decoder)
+BatchDecoder = type(Engine(byte_model(), ByteTokenizer(), slots=1)._decoder)
 
 
 class Scripted(BatchDecoder):
@@ -213,7 +212,7 @@ def test_a_second_request_does_not_wait_for_the_first_to_end(engine, expected):
     assert len(list(first)) > 12 and first.finish_reason == "cancelled"
 
 
-def test_more_requests_than_places_take_turns(engine):
+def test_more_requests_than_slots_take_turns(engine):
     hogs = [endless(engine) for _ in range(3)]
     streams = [engine.submit(request("a", 5)) for _ in range(10)]  # one place for all of them
     assert len({text_of(s) for s in streams}) == 1
@@ -252,7 +251,7 @@ def test_a_consumer_that_does_not_read_blocks_nobody(engine, expected):
 
 
 def test_a_full_queue_refuses_and_says_what_to_do(model):
-    with Engine(model, TOKENIZER, places=1, queue=2) as engine:
+    with Engine(model, TOKENIZER, slots=1, queue=2) as engine:
         streams = [endless(engine), *(engine.submit(request("a", 2)) for _ in range(2))]
         with pytest.raises(QueueFull, match=r"2 are waiting.*Try again"):
             engine.submit(request("a", 2))
@@ -263,13 +262,13 @@ def test_a_full_queue_refuses_and_says_what_to_do(model):
 
 
 def test_the_engine_counts(model):
-    with Engine(model, TOKENIZER, places=2) as engine:
+    with Engine(model, TOKENIZER, slots=2) as engine:
         list(engine.submit(request("hello", 4)))
         list(engine.submit(request("a", 3, stop=tuple(TOKENIZER.chars))))
         hog = endless(engine, "abc")
         settle(engine)
         now = engine.stats()
-        assert (now.active, now.waiting, now.places, now.requests) == (1, 0, 2, 3)
+        assert (now.active, now.waiting, now.slots, now.requests) == (1, 0, 2, 3)
         hog.cancel()
         count = len(list(hog)) + 1
         settle(engine)
@@ -330,7 +329,8 @@ def test_streams_are_read_from_an_event_loop(engine, expected):
     async def consume(case):
         prompt, count, config, seed = case
         stream = engine.submit(request(prompt, count, config, seed=seed))
-        return "".join([piece.text async for piece in stream])
+        bursts = [burst async for burst in stream.outputs.bursts()]
+        return "".join(piece.text for burst in bursts for _, piece in burst if piece)
 
     async def everybody():
         return await asyncio.gather(*map(consume, CASES))
@@ -342,7 +342,7 @@ def test_a_reader_that_goes_away_harms_nobody(engine, expected):
     hog = endless(engine)
 
     async def reader():
-        async for _ in hog:
+        async for _ in hog.outputs.bursts():
             pass
 
     async def leave():
@@ -358,18 +358,19 @@ def test_a_reader_that_goes_away_harms_nobody(engine, expected):
 
 
 def test_a_closed_loop_is_not_woken():
-    stream, loop = Stream(request("a", 1)), asyncio.new_event_loop()
-    stream._waiter = loop.create_future()
+    outputs, loop = Outputs(), asyncio.new_event_loop()
+    outputs._waiter = loop.create_future()
     loop.close()
-    wake([stream])
+    wake([outputs])
 
 
 def test_pieces_that_have_come_can_be_taken_together():
-    stream = Stream(request("a", 3))
+    stream = Sequence(request("a", 3))
     pieces = [Piece(token, str(token)) for token in range(3)]
     for piece in pieces:
-        stream.put(piece)
-    assert stream.taken() == pieces and stream.taken() == []
+        stream.outputs.put(stream, piece)
+    taken = stream.outputs.take()
+    assert taken == [(stream, piece) for piece in pieces] and stream.outputs.take() == []
     stream.finish("length")
     assert list(stream) == []
 
@@ -377,32 +378,73 @@ def test_pieces_that_have_come_can_be_taken_together():
 @pytest.mark.parametrize("rest", [0.0, 0.001, math.inf])
 def test_bursts_are_all_pieces_and_the_end_does_not_wait(rest, engine, expected):
     async def bursts():
-        stream = engine.submit(request("a", 40))
-        return [pieces async for pieces in stream.bursts(rest)]
+        outputs = Outputs()
+        engine.submit(request("a", 40), outputs)
+        return [burst async for burst in outputs.bursts(rest)]
 
     found = asyncio.run(asyncio.wait_for(bursts(), SECONDS))
-    assert "".join(piece.text for pieces in found for piece in pieces) == expected("a", 40)
+    text = "".join(piece.text for burst in found for _, piece in burst if piece is not None)
+    assert text == expected("a", 40)
     assert all(found) and (rest < math.inf or len(found) <= 2)  # the first, and all the others
 
 
 def test_who_rests_is_woken_by_the_end_alone():
     async def rest():
-        stream = Stream(request("a", 3))
-        stream.put(Piece(1, "a"))
-        bursts = stream.bursts(math.inf)
-        assert [p.text for p in await anext(bursts)] == ["a"]
+        stream = Sequence(request("a", 3))
+        outputs = stream.outputs
+        outputs.put(stream, Piece(1, "a"))
+        bursts = outputs.bursts(math.inf)
+        assert [p.text for _, p in await anext(bursts)] == ["a"]
         following = asyncio.create_task(anext(bursts))
         for text in "bc":
             await asyncio.sleep(0.01)
-            stream.put(Piece(1, text))
-            wake([stream])
+            outputs.put(stream, Piece(1, text))
+            wake([outputs])
         await asyncio.sleep(0.01)
         assert not following.done()
         stream.finish("length")
-        wake([stream])
+        wake([outputs])
         return await asyncio.wait_for(following, SECONDS)
 
-    assert [p.text for p in asyncio.run(rest())] == ["b", "c"]
+    assert [p and p.text for _, p in asyncio.run(rest())] == ["b", "c", None]
+
+
+def test_an_error_does_not_wait_for_the_other_texts_of_its_answer():
+    async def failing():
+        outputs = Outputs()
+        broken, other = (Sequence(request("a", 3), outputs) for _ in range(2))
+        outputs.put(other, Piece(1, "a"))
+        bursts = outputs.bursts(math.inf)
+        await anext(bursts)
+        following = asyncio.create_task(anext(bursts))
+        await asyncio.sleep(0.01)
+        broken.finish("error", ValueError())
+        wake([outputs])
+        return await asyncio.wait_for(following, SECONDS), broken, other
+
+    burst, broken, other = asyncio.run(failing())
+    assert burst == [(broken, None)] and other.finish_reason is None
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_step_wakes_each_event_loop_once(n, monkeypatch):
+    async def step():
+        loop, woken = asyncio.get_running_loop(), []
+        queues = [Outputs() for _ in range(n)]
+        for outputs in queues:
+            Sequence(request("a", 3), outputs)
+        firsts = [asyncio.create_task(anext(outputs.bursts())) for outputs in queues]
+        await asyncio.sleep(0.01)
+        for outputs in queues:
+            outputs.put(None, Piece(1, "a"))
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: woken.append(a) or call(*a))
+        wake(queues)
+        monkeypatch.undo()
+        return len(woken), await asyncio.wait_for(asyncio.gather(*firsts), SECONDS)
+
+    woken, firsts = asyncio.run(step())
+    assert woken == 1 and len(firsts) == n
 
 
 # Calls between steps
@@ -435,7 +477,7 @@ def test_a_call_that_was_cancelled_is_not_made(engine):
 
 
 def test_warming_up_makes_all_that_requests_need(model):
-    with Engine(model, TOKENIZER, places=2) as engine:
+    with Engine(model, TOKENIZER, slots=2) as engine:
         engine.warm_up().result(SECONDS)
         made = dict(engine._decoder._functions)
         streams = [engine.submit(request("hello"[:n], 40)) for n in range(1, 6)]
@@ -444,7 +486,7 @@ def test_warming_up_makes_all_that_requests_need(model):
 
 
 def test_requests_and_calls_go_before_warming_up(model):
-    with Engine(model, TOKENIZER, places=2) as engine:
+    with Engine(model, TOKENIZER, slots=2) as engine:
         warm = engine.warm_up()
         assert len(list(engine.submit(request("a", 3)))) == 3
         assert engine.run(lambda: 1).result(SECONDS) == 1
@@ -503,28 +545,28 @@ def test_settings_that_nobody_has_checked_are_an_error_of_their_own(wrong, engin
 def test_a_model_that_diverged_is_an_error_that_says_so(model):
     broken = Transformer(model.config)
     broken.ln_f.weight.assign(broken.ln_f.weight * float("nan")).realize()
-    with Engine(broken, TOKENIZER, places=1) as engine:
+    with Engine(broken, TOKENIZER, slots=1) as engine:
         stream = engine.submit(request("a", 5))
         assert list(stream) == [] and isinstance(stream.error, TinyGPTError)
         assert "diverged" in str(stream.error)
 
 
 def test_a_token_that_cannot_be_passed_on_ends_its_own_request_alone(engine, expected, monkeypatch):
-    advance = Writer.advance
+    advance = Sequence.advance
 
     def fail_for_one(self, token, logits):
-        if self.stream.request.max_tokens == 7:
+        if self.request.max_tokens == 7:
             raise ValueError("this one")
         return advance(self, token, logits)
 
-    monkeypatch.setattr(Writer, "advance", fail_for_one)
+    monkeypatch.setattr(Sequence, "advance", fail_for_one)
     streams = [engine.submit(request("hello", n)) for n in (12, 7, 9)]
     assert [text_of(streams[i]) for i in (0, 2)] == [expected("hello", n) for n in (12, 9)]
     assert list(streams[1]) == [] and str(streams[1].error) == "this one"
 
 
 def test_an_engine_says_whether_it_lives(model):
-    engine = Engine(model, TOKENIZER, places=1)
+    engine = Engine(model, TOKENIZER, slots=1)
     assert not engine.alive
     engine.start()
     assert engine.alive
@@ -536,7 +578,7 @@ def test_an_engine_says_whether_it_lives(model):
 
 
 def test_closing_finishes_what_there_is_time_for_and_cancels_the_rest(model):
-    engine = Engine(model, TOKENIZER, places=2)
+    engine = Engine(model, TOKENIZER, slots=2)
     engine.start()
     streams = [engine.submit(request("a", 10)) for _ in range(5)]
     engine.close(drain_seconds=SECONDS)
@@ -546,7 +588,7 @@ def test_closing_finishes_what_there_is_time_for_and_cancels_the_rest(model):
 
 @pytest.mark.parametrize("drain", [0.0, 0.05])
 def test_closing_cancels_what_does_not_end(drain, model):
-    engine = Engine(model, TOKENIZER, places=1)
+    engine = Engine(model, TOKENIZER, slots=1)
     engine.start()
     hog, waiting = endless(engine), engine.submit(request("a", 3))
     engine.close(drain)
@@ -556,7 +598,7 @@ def test_closing_cancels_what_does_not_end(drain, model):
 
 
 def test_a_call_that_waits_at_the_end_hears_of_it(model):
-    engine, go = Engine(model, TOKENIZER, places=1), threading.Event()
+    engine, go = Engine(model, TOKENIZER, slots=1), threading.Event()
     engine.start()
     engine.run(lambda: go.wait(SECONDS))
     never = engine.run(lambda: None)

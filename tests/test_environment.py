@@ -74,7 +74,8 @@ OTHERS = {
 
 REPORT = """
 import json, os, sys
-import tinygpt.kernels
+from tinygpt.machine import start
+start()
 from tinygrad import Tensor, helpers
 sum = (Tensor([1.0, 2.0]) * 3).sum().item()
 names = "DEBUG NO_COLOR PROFILE IMAGE JIT NOOPT PARALLEL LRU CACHELEVEL".split()

@@ -59,7 +59,7 @@ def test_the_loss_of_a_whole_text_weighs_every_token_alike(
     tokens = np.arange(count) % 7
     model = SimpleNamespace(config=SimpleNamespace(block_size=4))
 
-    def make_evaluate(model, batch_size):  # a "loss" that is the mean of the targets that count
+    def make_evaluate(model):  # a "loss" that is the mean of the targets that count
         return lambda x, y: float(y[y >= 0].mean())
 
     monkeypatch.setattr(evaluation, "make_evaluate", make_evaluate)

@@ -16,7 +16,7 @@ from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig, fine_tuning
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.machine import resources
-from tinygpt.model.lora import LAYERS
+from tinygpt.model.lora import linear
 from tinygpt.runs import checkpoint
 from tinygpt.training import preflight
 
@@ -109,7 +109,7 @@ def test_adapters_learn_the_other_text_and_every_command_takes_the_merged_model(
         )
         if p.numpy().tobytes() != q.numpy().tobytes()
     }
-    assert changed == {f"h.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
+    assert changed == {weight.name for weight in linear(model.config)}
     prompt = ["--prompt", "a log", "--max-tokens", "20", "--temperature", "0"]
     written = run_cli("generate", tuned, *prompt)[1]
     assert written.startswith("a log") and written != run_cli("generate", base, *prompt)[1]

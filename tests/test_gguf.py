@@ -26,7 +26,6 @@ from tinygpt.interop.gguf.gguf_file import export
 from tinygpt.interop.gguf.gguf_tokens import CONTROL, NORMAL, UNUSED, tokens_of
 from tinygpt.interop.gguf.gguf_types import store
 from tinygpt.machine.transfer import read, write
-from tinygpt.runs import checkpoint
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, vocabulary
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
@@ -361,7 +360,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     for name in ("pipe", "link"):  # as /dev/null and /dev/stdout are, which root could replace
         refused(CheckpointError, "it is no ordinary file", tmp_path / name)
         assert (tmp_path / name).is_fifo()
-    monkeypatch.setattr(checkpoint.writer, "free_space", lambda _: 1000)
+    monkeypatch.setattr("tinygpt.files.disk.free_space", lambda _: 1000)
     refused(CheckpointError, r"0\.1 MB are needed, and 0\.0 MB are free", tmp_path / "m.gguf")
 
 

@@ -64,15 +64,13 @@ def test_the_model_is_left_as_it_was():
 
 def plant(monkeypatch, name, factor=0.01):
     """Make one operation's gradient wrong by a factor, its value staying what it is."""
-    function = "linear" if name == "gelu" else name
-    right = getattr(kernels, function)
+    right = getattr(kernels, name)
 
     def wrong(x, *args):
         y = right(x, *args)
-        planted = name != "gelu" or "gelu" in [a for a in args if isinstance(a, str)]
-        return y + factor * (y - y.detach()) if planted else y
+        return y + factor * (y - y.detach())
 
-    monkeypatch.setattr(kernels, function, wrong)
+    monkeypatch.setattr(kernels, name, wrong)
 
 
 @pytest.mark.parametrize("name", ["gelu", "layer_norm"])

@@ -27,6 +27,7 @@ from tinygpt.cli import main
 from tinygpt.cli.options import file_tables, resolve
 from tinygpt.errors import CheckpointError, DataError, TinyGPTError
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import best_checkpoint
 from tinygpt.runs.plots import read_curves
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.tokenizers import ByteTokenizer, load_tokenizer
@@ -53,7 +54,7 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "jsonl": read_text,
     "text": read_text,
     "metrics": read_curves,
-    "best": lambda path: checkpoint.best_checkpoint(path.parent),
+    "best": lambda path: best_checkpoint(path.parent),
 }
 COMMANDS: dict[str, list[list[str]]] = {
     "checkpoint": [["info", "{file}"], ["generate", "{file}"], ["verify", "{file}"]],

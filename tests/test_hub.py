@@ -18,7 +18,7 @@ from tinygpt import GPT
 from tinygpt.cli import main
 from tinygpt.errors import InteropError, UsageError
 from tinygpt.files import folders
-from tinygpt.interop.hf import hub
+from tinygpt.interop.hf import hub, hub_cache
 
 REPOSITORY = "openai-community/gpt2"
 BLOCK = 1 << 13
@@ -30,13 +30,14 @@ def sha1_of_git(content):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Files of one repository; those of weights are told of with a redirect, as on the hub."""
+    """Files of one repository; a request for weights is redirected, as on the hub."""
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.asked = []
+        self.tokens = set()
         self.break_after = None
         self.breaks = 0
         self.tags = {}
@@ -76,6 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, head):
         hub, name = self.server, self.path.rsplit("/", 1)[1]
         hub.asked.append((self.command, self.path, self.headers["Range"]))
+        hub.tokens.add(self.headers["Authorization"])
         if status := hub.status.get(name):
             self.send_error(status)
             return
@@ -128,6 +130,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture(autouse=True)
+def others(tmp_path, monkeypatch):
+    """What Hugging Face's own tools keep: nothing yet."""
+    for name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "others"))
+    return tmp_path / "others"
 
 
 @pytest.fixture
@@ -439,3 +450,65 @@ def test_files_that_were_put_there_by_hand_are_found(tmp_path, monkeypatch):
     make_folder(folder, random_model())
     assert GPT.from_pretrained("distilgpt2").config == SMALL
     assert np.isfinite(GPT.from_pretrained("distilgpt2").wte.weight.numpy()).all()
+
+
+# What Hugging Face's own tools keep ---------------------------------------------------------------
+
+
+def kept_by_others(others, commit, *names):
+    """The folder of a commit as ``huggingface_hub`` lays it out, with links to the contents."""
+    model = others / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    made = model / "made"
+    made.mkdir(parents=True)
+    make_folder(made, random_model(seed=2))
+    (made / "tokenizer.json").write_text("{}")
+    snapshot = model / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for path in made.iterdir():
+        if path.name in names or not names:
+            (snapshot / path.name).symlink_to(path)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_a_model_that_transformers_has_is_not_fetched_again(server, others):
+    snapshot = kept_by_others(others, "a" * 40)
+    found = hub.fetch("gpt2")
+    assert (found.folder, found.commit) == (snapshot, "a" * 40) and not server.asked
+    assert hub.fetch("gpt2", revision="a" * 40) == found and not server.asked
+    assert hub.fetch("gpt2", revision="main") == found and not server.asked
+
+
+@pytest.mark.parametrize("names", [["config.json"], ["config.json", "model.safetensors"]])
+def test_what_others_have_in_part_is_fetched(server, others, names):
+    kept_by_others(others, "a" * 40, *names)
+    assert is_ours(GPT.from_pretrained("gpt2")) and server.asked
+
+
+def test_the_layout_is_that_of_huggingface_hub(others):
+    huggingface_hub = pytest.importorskip("huggingface_hub", reason="it is not installed")
+    snapshot = kept_by_others(others, "a" * 40)
+    found = huggingface_hub.try_to_load_from_cache(
+        REPOSITORY, "config.json", cache_dir=others / "hub"
+    )
+    assert Path(found).parent == snapshot == hub_cache.snapshot(REPOSITORY, "main")
+
+
+@pytest.mark.parametrize("at", ["HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME"])
+def test_the_token_goes_to_the_hub_with_every_request(server, others, monkeypatch, tmp_path, at):
+    if at == "HF_TOKEN":
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    else:
+        path = others / "token" if at == "HF_HOME" else tmp_path / "somewhere"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("hf_secret\n")
+        if at == "HF_TOKEN_PATH":
+            monkeypatch.setenv("HF_TOKEN_PATH", str(path))
+    hub.fetch("gpt2")
+    assert server.tokens == {"Bearer hf_secret"}
+
+
+def test_without_a_token_none_is_sent(server):
+    hub.fetch("gpt2")
+    assert server.tokens == {None}

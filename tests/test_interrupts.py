@@ -15,8 +15,9 @@ import pytest
 from tinygpt import GPT, GPTConfig, TrainConfig, train
 from tinygpt.runs import checkpoint, interrupts
 from tinygpt.runs import run as runs
+from tinygpt.runs.folder import list_checkpoints
+from tinygpt.runs.history import read
 from tinygpt.training.loop import Step
-from tinygpt.training.metrics import read
 
 MODEL = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8)
 CONFIG = TrainConfig(max_iters=6, batch_size=2, checkpoint_interval=100, eval_interval=100)
@@ -71,7 +72,7 @@ def go(folder, **options):
 def test_ctrl_c_is_an_interrupt_after_the_step_and_its_checkpoint(tmp_path, steps, capsys):
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run")
-    [path] = checkpoint.list_checkpoints(tmp_path / "run")
+    [path] = list_checkpoints(tmp_path / "run")
     assert checkpoint.read_meta(path).iter_num == 3 == steps.seen[-1]
     err = capsys.readouterr().err
     assert "stopping after this step; once more stops at once" in err
@@ -161,8 +162,9 @@ def test_notices_are_in_the_result_whether_shown_or_not(tmp_path, steps, capsys)
 
 CELL = """
 import asyncio, os, signal, numpy as np
-from tinygpt import GPT, GPTConfig, TrainConfig, checkpoint, train
-from tinygpt.runs.checkpoint import list_checkpoints
+from tinygpt import GPT, GPTConfig, TrainConfig, train
+from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import list_checkpoints
 from pathlib import Path
 model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
 tokens = np.arange(200, dtype=np.uint16) % 16
@@ -218,8 +220,10 @@ class Notebook:
                     interrupt_at = None
             if kind == "status" and content["execution_state"] == "idle":
                 break
-        reply = self.client.get_shell_msg(timeout=120)["content"]
-        return reply.get("ename"), text["stdout"], text["stderr"]
+        while True:  # answers to wait_for_ready, which asks time and again, may still come
+            reply = self.client.get_shell_msg(timeout=120)
+            if reply["parent_header"].get("msg_id") == sent:
+                return reply["content"].get("ename"), text["stdout"], text["stderr"]
 
 
 @pytest.fixture
@@ -245,11 +249,11 @@ def test_a_notebook_shows_training_and_loses_nothing_to_its_stop_button(notebook
     error, _, err = notebook.run(LONG, interrupt_at="step 1/")
     assert error == "KeyboardInterrupt"
     assert "stopping after this step" in err and "all of it kept" in err
-    [path] = checkpoint.list_checkpoints(tmp_path / "run")
+    [path] = list_checkpoints(tmp_path / "run")
     done = checkpoint.read_meta(path).iter_num
     error, _, err = notebook.run(LONG)  # the cell is run again: nothing is lost, or locked
     assert error == "UsageError"
-    assert checkpoint.list_checkpoints(tmp_path / "run") == [path]
+    assert list_checkpoints(tmp_path / "run") == [path]
     error, out, err = notebook.run(REST)
     assert (error, out) == (None, "3 True\n")
     assert "changed from here on, as allowed: max_iters" in err and f"step {done + 3}/" in err

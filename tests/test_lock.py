@@ -13,7 +13,8 @@ import pytest
 
 from tinygpt.errors import UsageError
 from tinygpt.runs import lock
-from tinygpt.runs.lock import LOCK, FolderLock, Holder
+from tinygpt.runs.folder import LOCK
+from tinygpt.runs.lock import FolderLock, Holder
 
 HOLD = """
 import sys, time

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tinygpt.training.metrics as module
+import tinygpt.runs.history as module
 from tinygpt.errors import DataError
-from tinygpt.training.metrics import Cut, History, bits_per_byte, perplexity, read, smooth
+from tinygpt.runs.history import Cut, History, read
+from tinygpt.training.metrics import bits_per_byte, perplexity, smooth
 
 quick = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -220,7 +221,7 @@ def test_what_stays_is_not_written_again(tmp_path):
 WRITER = """
 import itertools, os, sys
 from pathlib import Path
-from tinygpt.training.metrics import History
+from tinygpt.runs.history import History
 path, mark = Path(sys.argv[1]), Path(sys.argv[2])
 saved = int(mark.read_text()) if mark.exists() else 0
 history = History(path)

@@ -12,7 +12,7 @@ from tests.numpy_gpt2 import GPT2
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
-from tinygpt.model.transformer import Noise, Transformer
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 
 V, BLOCK = 17, 8
 TIED = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=16)
@@ -53,13 +53,17 @@ def dropping():
 
     @TinyJit
     def loss(x, y, key):
-        return model.loss(x, y, Noise(key)).realize()
+        return model.loss(x, y, dropout(key)).realize()
 
     return model, loss
 
 
 def key(*values):
     return Tensor(list(values), dtype=dtypes.uint32).realize()
+
+
+def dropout(key):
+    return Dropout(DROPPING.dropout, key)
 
 
 def batch(x=X, y=Y):
@@ -157,8 +161,8 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(dropping):
     assert loss(*batch(), key(1, 0)).item() == first
     assert loss(*batch(), key(2, 0)).item() != first
     try:
-        quiet = model.eval().loss(*batch(), Noise(key(1, 0))).item()
-        assert quiet == model.loss(*batch()).item()
+        quiet = model.loss(*batch(), INFERENCE).item()
+        assert quiet == model.eval().loss(*batch()).item()
     finally:
         model.train()
     assert abs(quiet - first) > 1e-3
@@ -176,7 +180,7 @@ def test_the_jitted_loss_equals_the_eager_one(dropping):
     model, loss = dropping
     for i in range(4):  # captured on the second call, replayed from the third
         x, y = np.roll(X, i, 0), np.roll(Y, i, 0)
-        eager = model.loss(*batch(x, y), Noise(key(7, i))).item()
+        eager = model.loss(*batch(x, y), dropout(key(7, i))).item()
         assert loss(*batch(x, y), key(7, i)).item() == pytest.approx(eager, rel=1e-6)
 
 
@@ -200,9 +204,9 @@ def test_dropout_zeroes_its_share_and_scales_the_rest():
     assert (out == 0).mean() == pytest.approx(0.25, abs=0.015)
 
 
-def test_draws_of_one_noise_are_independent():
-    noise, x = Noise(key(5, 6)), Tensor.ones(64, 64).contiguous()
-    a, b = (kernels.dropout(x, 0.5, noise.draw()) for _ in range(2))
+def test_draws_of_one_dropout_are_independent():
+    drop, x = Dropout(0.5, key(5, 6)), Tensor.ones(64, 64).contiguous()
+    a, b = (drop(x) for _ in range(2))
     agreement = (a == b).float().mean().item()
     assert agreement == pytest.approx(0.5, abs=0.04)
 

@@ -16,6 +16,7 @@ from tinygpt.cli.texts import own_validation
 from tinygpt.config import GPTConfig, to_toml
 from tinygpt.errors import TokenizerError
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import checkpoint_path, text_of
 from tinygpt.text import corpus, tokenizers
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.names import is_name, lasting
@@ -94,9 +95,7 @@ def make_run(folder: Path, source: str) -> Path:
     folder.mkdir()
     weights = np.zeros(CONFIG.num_params(), np.float32)
     layout = checkpoint.arrange([("model.x", weights.dtype, weights.shape)])
-    checkpoint.stream(
-        checkpoint.checkpoint_path(folder, 0), layout, lambda _: iter([weights]), meta
-    )
+    checkpoint.stream(checkpoint_path(folder, 0), layout, lambda _: iter([weights]), meta)
     (folder / "config.toml").write_text(to_toml({"model": CONFIG, "data": written}))
     return folder
 
@@ -117,7 +116,7 @@ def test_what_was_trained_on_is_measured_wherever_one_stands(
     before = {source: measured(run) for source, run in runs.items()}
     assert before["pydocs"][0].startswith("the Python language reference")
     assert before["./pydocs"][0].startswith(f"{here / 'pydocs'} (1 file")
-    assert {source: checkpoint.text_of(run) for source, run in runs.items()} == {
+    assert {source: text_of(run) for source, run in runs.items()} == {
         source: source for source in NAMES
     }
     elsewhere = here / "elsewhere"

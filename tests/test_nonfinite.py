@@ -22,9 +22,10 @@ from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, TrainingError
 from tinygpt.machine.transfer import write
-from tinygpt.runs import checkpoint, plots
+from tinygpt.runs import plots
 from tinygpt.runs.display.live import LiveDisplay
 from tinygpt.runs.display.plain import PlainDisplay
+from tinygpt.runs.folder import list_checkpoints
 from tinygpt.runs.run import TrainingRun
 from tinygpt.text.batches import batch
 from tinygpt.training.diagnose import diagnose
@@ -46,8 +47,8 @@ class Poisoned(GPT):
         super().__init__(CONFIG, seed)
         self.where, self.what = where, what
 
-    def loss(self, tokens, targets, noise=None):
-        loss = super().loss(tokens, targets, noise)
+    def loss(self, tokens, targets, drop=None):
+        loss = super().loss(tokens, targets, drop)
         bad = (tokens == BAD).any()
         if self.where == "loss":
             return loss + bad.where(self.what, 0.0)
@@ -309,7 +310,7 @@ def test_damaged_weights_are_not_saved(tmp_path):
         for step in run:
             if step.iter == 5:
                 write(weight, np.full(weight.shape, np.inf, np.float32))
-    assert max(checkpoint.list_checkpoints(tmp_path)).name == "ckpt_5.safetensors"
+    assert max(list_checkpoints(tmp_path)).name == "ckpt_5.safetensors"
 
 
 def test_a_validation_loss_of_nan_is_never_the_best(tmp_path):

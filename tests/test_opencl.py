@@ -45,9 +45,13 @@ def test_kernels_are_right_on_opencl() -> None:
 @pytest.mark.parametrize(
     ("code", "device", "told"),
     [
-        ("import tinygpt, tinygrad; print(tinygrad.Device.DEFAULT)", "CPU", ""),
-        ("import tinygrad, tinygpt; print(tinygrad.Device.DEFAULT)", "CPU", ""),
-        ("import tinygrad; print(tinygrad.Device.DEFAULT); import tinygpt", "CL", "DEV=CPU"),
+        ("from tinygpt import GPT; import tinygrad; print(tinygrad.Device.DEFAULT)", "CPU", ""),
+        ("import tinygrad; from tinygpt import GPT; print(tinygrad.Device.DEFAULT)", "CPU", ""),
+        (
+            "from tinygrad import Device; print(Device.DEFAULT); from tinygpt import GPT",
+            "CL",
+            "DEV=CPU",
+        ),
     ],
 )
 def test_it_is_not_the_default_in_whatever_order_things_are_imported(

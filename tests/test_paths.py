@@ -19,8 +19,8 @@ from tinygpt.errors import UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.interop.hf import hf_export, pretrained
 from tinygpt.runs import checkpoint, plots
+from tinygpt.runs import history as metrics
 from tinygpt.text import corpus, tokenizers, tokens
-from tinygpt.training import metrics
 
 MODEL = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8)
 

@@ -1,8 +1,15 @@
-"""The playground: what its endpoints answer, and what the page does in a browser."""
+"""The playground: what its endpoints answer, and what the page does in a browser.
+
+The page is one, and so are its tests: `playground` is the page of a server, and then the exported
+one, where the same model answers from a worker. `served` is the first of them alone.
+"""
 
 import contextlib
 import http.client
 import json
+import re
+import shlex
+import urllib.parse
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,10 +24,12 @@ from tests.browser import axe_violations, overflow
 from tests.numpy_gpt2 import GPT2
 from tests.serving import running, until
 from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig
-from tinygpt.config import to_toml
+from tinygpt.config import MAX_TOKENS, to_toml
 from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.interop.web import export_web
 from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import checkpoint_path
 from tinygpt.server.engine.scheduler import Engine
 from tinygpt.server.openai.service import Service
 from tinygpt.server.playground import introspection
@@ -29,6 +38,7 @@ from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>run'
 CONFIG = GPTConfig(block_size=48, vocab_size=256, n_layer=2, n_head=3, n_embd=24)
 GREEDY = {"temperature": 0}
+BEGINNINGS = ["It was a dark and stormy night", "Once <b>upon</b> a time"]
 
 
 def opinionated_model(config=CONFIG, seed=3):
@@ -57,8 +67,8 @@ def model():
 @pytest.fixture(scope="module")
 def service(model) -> Iterator[Service]:
     tokenizer = ByteTokenizer()
-    with Engine(model, tokenizer, places=2) as engine:
-        yield Service(engine, model, tokenizer, HOSTILE)
+    with Engine(model, tokenizer, slots=2) as engine:
+        yield Service(engine, model, tokenizer, HOSTILE, beginnings=lambda: BEGINNINGS)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +217,7 @@ def test_a_stream_tells_the_cuts_of_the_prompt_and_then_every_token(address, ser
 
 
 @pytest.mark.parametrize(
-    "asked, written", [({}, 100), ({"max_tokens": None}, 100), ({"max_tokens": 0}, 0)]
+    "asked, written", [({}, MAX_TOKENS), ({"max_tokens": None}, MAX_TOKENS), ({"max_tokens": 0}, 0)]
 )
 def test_no_tokens_are_none_and_only_what_is_not_said_has_a_default(address, asked, written):
     told = events(address, text="So", **asked, **GREEDY)
@@ -269,7 +279,7 @@ def test_the_card_says_what_the_checkpoint_knows(tmp_path, model):
     train, source = TrainConfig(max_iters=2), {"source": "/somewhere/secret/book.txt"}
     progress = {"best_val_loss": 1.25, "best_iter": 1, "train_loss": float("inf")}
     meta = checkpoint.Meta(2, CONFIG, train, progress=progress)
-    checkpoint.save(checkpoint.checkpoint_path(folder, 2), model, None, meta)
+    checkpoint.save(checkpoint_path(folder, 2), model, None, meta)
     (folder / "config.toml").write_text(to_toml({"model": CONFIG, "train": train, "data": source}))
     service = Service(Engine(model, ByteTokenizer()), model, ByteTokenizer(), "a run", folder)
     with running(service) as address:
@@ -283,7 +293,7 @@ def test_the_card_says_what_the_checkpoint_knows(tmp_path, model):
 
 def test_a_model_without_a_folder_has_a_card_too(address):
     card = post(address, "/api/model")
-    assert card["name"] == HOSTILE and card["step"] is None and card["data"] is None
+    assert card["name"] == HOSTILE and card.get("step") is None and card.get("data") is None
     assert card["dashboard"] is False
 
 
@@ -367,12 +377,26 @@ class Playground:
     def button(self, name):
         return self.page.get_by_role("button", name=name, exact=False)
 
+    def ready(self):
+        """Wait until the model has started."""
+        self.page.wait_for_selector("html[data-ready]", state="attached")
+        return self
+
+    def highlights(self):
+        """Tokens that are coloured as the model's."""
+        script = (
+            "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
+        )
+        return self.page.evaluate(script)
+
     def tab(self, name):
         self.page.get_by_role("tab", name=name).click()
 
     def set(self, **fields):
         """Settings by the ids of their fields."""
-        self.page.locator("#settings").evaluate("(element) => { element.open = true; }")
+        self.page.evaluate(
+            "document.querySelectorAll('#settings, .more').forEach((e) => { e.open = true; })"
+        )
         for name, value in fields.items():
             self.page.locator(f"#{name}").fill(str(value))
 
@@ -402,11 +426,30 @@ def asks_for_candidates(answer, behind):
     return len(request.post_data_json["ids"]) == behind
 
 
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """The address of a page that holds the model."""
+    path = tmp_path_factory.mktemp("exported") / "page.html"
+    points = [[step, 5 - step / 20] for step in range(1, 41)]
+    card = {"curves": {"train": points, "val": points[9::10]}, "beginnings": BEGINNINGS}
+    export_web(model, ByteTokenizer(), path, kind="float32", title=HOSTILE, card=card)
+    return path.as_uri()
+
+
+@pytest.fixture(params=["address", "exported"])
+def place(request):
+    """The address of the page, with the one engine and with the other."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
-def playground(open_page, address):
-    page = open_page(address)
-    page.get_by_text(HOSTILE, exact=True).first.wait_for()  # the card has come
-    return Playground(page)
+def playground(open_page, place):
+    return Playground(open_page(place)).ready()
+
+
+@pytest.fixture
+def served(open_page, address):
+    return Playground(open_page(address)).ready()
 
 
 def continuation(address, prompt, count):
@@ -421,17 +464,14 @@ def test_the_continuation_streams_in_after_the_prompt(playground, address):
     text = playground.write(12, prompt)
     assert text == prompt + continuation(address, prompt, 12)
     assert playground.page.locator("img, b").count() == 0
-    highlighted = playground.page.evaluate(
-        "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
-    )
-    assert highlighted == 12
+    assert playground.highlights() == 12
     playground.expect(playground.page.locator("#meter")).to_contain_text(
         f"{len(prompt) + 12} tokens"
     )
 
 
 def test_the_run_is_named_in_text_wherever_it_stands(playground):
-    assert playground.page.title() == f"{HOSTILE} · TinyGPT"
+    assert playground.page.title().removesuffix(" · TinyGPT") == HOSTILE
     assert playground.page.locator("#run").text_content() == HOSTILE
     playground.tab("Model")
     card = playground.page.locator("#card")
@@ -566,10 +606,7 @@ def test_an_edit_keeps_the_tokens_before_it_and_cuts_what_follows_anew(playgroun
     playground.expect(cuts).to_have_count(9)  # é has two bytes
     pieces = cuts.locator(".piece").all_text_contents()
     assert pieces == [*text[:5], r"\xC3", r"\xA9", *text[6:]]
-    sizes = playground.page.evaluate(
-        "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
-    )
-    assert sizes == 3
+    assert playground.highlights() == 3
 
 
 def test_the_cuts_show_what_cannot_be_seen_and_can_be_walked_through(playground):
@@ -590,25 +627,25 @@ def test_the_cuts_show_what_cannot_be_seen_and_can_be_walked_through(playground)
     playground.expect(playground.title).to_contain_text("Token 2 of 9: ␣")
 
 
-def test_the_attention_picture_has_the_weights_that_the_model_has(playground, address):
-    text = playground.write(6, "the cat sat")
-    playground.tab("Attention")
-    page, picture = playground.page, playground.page.locator(".map canvas")
+def test_the_attention_picture_has_the_weights_that_the_model_has(served, address):
+    text = served.write(6, "the cat sat")
+    served.tab("Attention")
+    page, picture = served.page, served.page.locator(".map canvas")
     named = page.locator("#pair")
-    playground.expect(named).to_contain_text("looks at")
+    served.expect(named).to_contain_text("looks at")
     page.get_by_label("Layer").select_option("0")
     told = post(address, "/api/attention", text=text, layer=0, last=48)
     for head in (1, 2):  # nobody has pointed at a pair: each head shows its own strongest
         page.get_by_role("button", name=f"Head {head}").click()
         row = told["weights"][head][-1]
-        playground.expect(page.locator("#attention")).to_contain_text(f"Layer 0, head {head}.")
-        playground.expect(named).to_have_text(expected_pair(text, row, int(np.argmax(row))))
+        served.expect(page.locator("#attention")).to_contain_text(f"Layer 0, head {head}.")
+        served.expect(named).to_have_text(expected_pair(text, row, int(np.argmax(row))))
     page.locator(".map").focus()
     page.keyboard.press("ArrowUp")
     for _ in range(20):
         page.keyboard.press("ArrowLeft")
     row = told["weights"][2][-2]
-    playground.expect(named).to_have_text(expected_pair(text[:-1], row, 0))
+    served.expect(named).to_have_text(expected_pair(text[:-1], row, 0))
     shades = page.evaluate(
         """() => {
           const canvas = document.querySelector(".map canvas");
@@ -631,7 +668,7 @@ def test_the_attention_picture_has_the_weights_that_the_model_has(playground, ad
         box["x"] + shades["margin"] + 5 * 26 + 9, box["y"] + shades["margin"] + 9 * 26 + 9
     )
     row = told["weights"][2][9]
-    playground.expect(named).to_have_text(expected_pair(text[:10], row, 5))
+    served.expect(named).to_have_text(expected_pair(text[:10], row, 5))
 
 
 def expected_pair(text, row, column):
@@ -645,17 +682,17 @@ def expected_pair(text, row, column):
     return f"{shown(text[-1])} looks at {shown(text[column])}: {percent}"
 
 
-def test_a_refusal_is_told_in_words(playground):
-    playground.page.route(
+def test_a_refusal_is_told_in_words(served):
+    served.page.route(
         "**/api/tokens",
         lambda route: route.fulfill(status=400, json={"error": {"message": "No such character."}}),
         times=1,
     )
-    playground.text.fill("x")
-    error = playground.page.get_by_role("alert")
-    playground.expect(error).to_have_text("No such character.")
-    playground.text.fill("y")
-    playground.expect(error).to_be_hidden()
+    served.text.fill("x")
+    error = served.page.get_by_role("alert")
+    served.expect(error).to_have_text("No such character.")
+    served.text.fill("y")
+    served.expect(error).to_be_hidden()
 
 
 LONG = ["x" * 9000, "語" * 3000 + "é", "word " * 24_000 + "\U0001f642"]
@@ -672,8 +709,9 @@ def test_a_text_that_is_too_long_stays_whole_and_the_model_is_given_its_end(play
     playground.expect(page.get_by_role("alert")).to_be_hidden()
     playground.tab("Tokens")
     playground.expect(page.locator("#cuts")).to_contain_text("The text begins before them.")
-    playground.tab("Attention")
-    playground.expect(page.locator("#pair")).to_contain_text("looks at")
+    if page.get_by_role("tab", name="Attention").is_visible():
+        playground.tab("Attention")
+        playground.expect(page.locator("#pair")).to_contain_text("looks at")
     playground.tab("Candidates")
     playground.text.press("Control+Home")
     playground.expect(playground.title).to_contain_text("Token 1 of")
@@ -686,44 +724,42 @@ def test_the_text_outlives_a_reload_and_the_way_back(playground, address):
     page = playground.page
     text = playground.write(6, "Once 語")
     playground.tab("Tokens")
-    model = "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
     for place in (None, "about:blank"):
         page.reload() if place is None else (page.goto(place), page.go_back())
         playground.expect(playground.text).to_have_value(text)
-        page.get_by_text(HOSTILE, exact=True).first.wait_for()
+        playground.ready()
         playground.expect(page.locator("#meter")).to_contain_text(f"{len(text.encode())} tokens")
-        assert page.evaluate(model) == 6  # what the model wrote is still the model's
+        assert playground.highlights() == 6  # what the model wrote is still the model's
     assert playground.write(2) == text + continuation(address, text, 2)
     playground.text.fill("")
     page.reload()
-    page.get_by_text(HOSTILE, exact=True).first.wait_for()
+    playground.ready()
     assert playground.value() == ""
 
 
 def test_of_another_model_only_the_text_is_taken_over(playground):
     page = playground.page
     text = playground.write(6, "Once")
-    until(lambda: page.evaluate("sessionStorage.getItem('tinygpt-text')?.includes('model')"))
+    until(lambda: page.evaluate("sessionStorage.getItem(sessionStorage.key(0))?.includes('model')"))
     page.add_init_script(
-        "const kept = JSON.parse(sessionStorage.getItem('tinygpt-text'));"
-        "sessionStorage.setItem('tinygpt-text', JSON.stringify({ ...kept, model: 'another' }));"
+        "const key = sessionStorage.key(0), kept = JSON.parse(sessionStorage.getItem(key));"
+        "sessionStorage.setItem(key, JSON.stringify({ ...kept, model: 'another' }));"
     )
     page.reload()
     playground.expect(page.locator("#meter")).to_have_text("10 tokens")
     assert playground.value() == text
-    size = "[...Array(5).keys()].reduce((n, i) => n + CSS.highlights.get(`model-${i}`).size, 0)"
-    until(lambda: page.evaluate(size) == 0)
+    until(lambda: playground.highlights() == 0)
 
 
-def test_without_storage_the_page_works_as_long_as_it_is_open(open_page, address):
-    page = open_page(f"{address}/page/shared/icon.svg")
+def test_without_storage_the_page_works_as_long_as_it_is_open(open_page, place):
+    page = open_page(place)
     page.add_init_script(
         "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('no'); } });"
         "Object.defineProperty(window, 'localStorage', { get() { throw new Error('no'); } });"
     )
-    page.goto(address)
+    page.reload()
     playground = Playground(page)
-    page.get_by_text(HOSTILE, exact=True).first.wait_for()
+    playground.ready()
     text = playground.write(3, "if")
     playground.button("Undo").click()
     playground.button("Redo").click()
@@ -759,15 +795,139 @@ def test_reset_gives_every_field_its_first_value(playground):
         "[...document.querySelectorAll('#sampling input')].map((i) => [i.id, i.value, i.checked])"
     )
     before = playground.page.evaluate(first)
+    playground.set()
     playground.page.get_by_label("New each time").uncheck()
     playground.set(
         temperature=1.5, top_k=7, top_p=0.5, min_p=0.1, repetition_penalty=1.3, max_tokens=7, seed=9
     )
-    assert all(a != b for a, b in zip(before, playground.page.evaluate(first), strict=True))
+    playground.set(**{"sample-count": 3})
+    pairs = zip(before, playground.page.evaluate(first), strict=True)
+    assert all(a != b for a, b in pairs if a[0] != "ignore_eos")
     playground.button("Reset").click()
-    playground.expect(playground.page.locator("#temperature-value")).to_have_text("0.80")
+    playground.expect(playground.page.locator("#temperature-value")).to_have_text("1.00")
     assert playground.page.evaluate(first) == before
     assert playground.page.locator("#seed").get_attribute("readonly") is not None
+
+
+def test_an_empty_page_offers_beginnings(playground):
+    page = playground.page
+    offered = page.locator("#beginnings button")
+    playground.expect(offered).to_have_text(BEGINNINGS)
+    offered.nth(1).click()
+    assert playground.value() == BEGINNINGS[1] and page.locator("b").count() == 0
+    playground.expect(offered.first).to_be_hidden()
+    playground.button("Undo").click()
+    playground.expect(offered.first).to_be_visible()
+
+
+def test_a_text_ends_before_a_stop_string(playground, address):
+    whole = continuation(address, "a tree", 12)
+    at = 5
+    assert whole.index(whole[at : at + 2]) == at, "the test needs one that occurs once"
+    playground.set(temperature=0, max_tokens=12, stop=f"nowhere\n{whole[at : at + 2]}")
+    playground.text.fill("a tree")
+    playground.button("Continue").click()
+    playground.expect(playground.status).to_have_text("5 tokens written. The text ends here.")
+    assert playground.value() == "a tree" + whole[:at]
+
+
+def test_several_samples_stand_side_by_side_and_one_is_taken(playground):
+    page = playground.page
+    playground.set()
+    page.get_by_label("New each time").uncheck()
+    playground.set(temperature=2, max_tokens=9, seed=3, **{"sample-count": 3})
+    playground.text.fill("then")
+    playground.button("Continue").click()
+    playground.expect(playground.status).to_contain_text("3 samples written.")
+    assert playground.value() == "then"
+    texts = page.locator(".sample-text").all_text_contents()
+    assert len(set(texts)) == 3
+    playground.button("Take sample 2").click()
+    taken = playground.value()
+    assert taken == "then" + texts[1] and page.locator("#samples").is_hidden()
+    playground.button("Undo").click()
+    assert playground.value() == "then"
+    playground.set(seed=4, **{"sample-count": 1})  # the seed of the second of them
+    playground.button("Continue").click()
+    playground.expect(playground.text).to_have_value(taken)
+
+
+def test_colours_can_be_switched_off_and_new_tokens_fade_in_where_motion_is_wanted(
+    open_page, place
+):
+    playground = Playground(open_page(place, reduced_motion="no-preference")).ready()
+    page = playground.page
+    playground.write(6, "once")
+    assert playground.highlights() == 6
+    playground.set(max_tokens=4096)
+    playground.button("Continue").click()
+    until(lambda: page.evaluate("CSS.highlights.get('fresh')?.size") is not None)
+    page.keyboard.press("Escape")
+    page.get_by_label("Colours").uncheck()
+    assert playground.highlights() == 0
+    page.get_by_label("Colours").check()
+    assert playground.highlights() > 6
+
+
+def test_the_story_says_how_a_token_comes_about(playground):
+    page, story = playground.page, playground.page.locator("#story")
+    playground.write(3, "once")
+    assert re.sub(r"\s+", " ", story.inner_text()).startswith("Text 7 characters Tokens 7 Layers")
+    playground.expect(story).to_contain_text("2 layers, 3 heads")
+    playground.expect(story).to_contain_text("1 of 256")  # greedily
+    story.get_by_role("button", name="Draw").click()
+    playground.expect(playground.status).to_have_text("1 token written.")
+    assert len(playground.value()) == 8
+    story.get_by_role("button", name="Tokens").click()
+    playground.expect(page.locator(".cut")).to_have_count(8)
+
+
+def test_a_text_can_be_copied_saved_and_linked_to(open_page, place):
+    playground = Playground(
+        open_page(place, permissions=["clipboard-read", "clipboard-write"])
+    ).ready()
+    page = playground.page
+    playground.set(temperature=1, max_tokens=20, top_k=50)
+    playground.text.fill("诗 & <b>")
+    playground.button("Continue").click()
+    playground.expect(playground.status).to_have_text("20 tokens written.")
+    text = playground.value()
+    playground.button("Copy").click()
+    playground.expect(playground.status).to_have_text("Text copied.")
+    with page.expect_download() as saving:
+        playground.button("Download").click()
+    assert saving.value.path().read_text(encoding="utf-8") == text
+    playground.set(temperature=2)  # for the next text, not for the one that is there
+    page.get_by_role("button", name="Link", exact=True).click()
+    playground.expect(playground.status).to_contain_text("ink")
+    link = page.evaluate("location.href")
+    again = Playground(open_page(link)).ready()
+    again.expect(again.status).to_have_text("20 tokens written.")
+    assert again.value() == text
+    seed = urllib.parse.parse_qs(link.split("#")[1])["seed"][0]
+    other = Playground(open_page(link.replace(f"seed={seed}", f"seed={int(seed) ^ 1}"))).ready()
+    other.expect(other.status).to_have_text("20 tokens written.")
+    assert other.value() != text
+    playground.text.fill("abcd")  # was typed, not written: the link goes on from it
+    page.get_by_role("button", name="Link", exact=True).click()
+    until(lambda: page.evaluate("location.hash").startswith("#prompt=abcd"))
+
+
+def test_the_same_text_as_a_program(served, address, service):
+    page = served.page
+    served.set(temperature=0, max_tokens=7, stop="zz")
+    served.text.fill("it's 诗")
+    served.button("curl").click()
+    curl, python = page.locator("dialog pre").all_inner_texts()
+    assert axe_violations(page) == []
+    words = shlex.split(curl.replace("\\\n", " "))
+    assert words[1] == f"{address}/v1/completions"
+    status, answer = ask(address, "/v1/completions", words[-1].encode())
+    assert status == 200, answer
+    assert json.loads(answer)["choices"][0]["text"] == continuation(address, "it's 诗", 7)
+    compile(python, "program", "exec")
+    assert "base_url=" in python and "max_tokens=7" in python
+    page.get_by_role("button", name="Close").click()
 
 
 def test_what_the_page_says_is_so(playground):
@@ -785,6 +945,8 @@ def test_what_the_page_says_is_so(playground):
     playground.button("Continue").click()
     for tab, said in (("Candidates", "its candidates"), ("Attention", "where it looks"),
                       ("Tokens", "its tokens")):  # fmt: skip
+        if page.get_by_role("tab", name=tab).is_hidden():
+            continue
         playground.tab(tab)
         playground.expect(page.get_by_role("tabpanel")).to_contain_text(f"is writing; {said} come")
     playground.tab("Candidates")
@@ -801,29 +963,31 @@ def test_what_the_page_says_is_so(playground):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_on_a_phone_or_a_desk_in_light_or_dark(open_page, address, scheme):
+def test_axe_finds_nothing_on_a_phone_or_a_desk_in_light_or_dark(open_page, place, scheme):
     width = 360 if scheme == "dark" else 1200
-    page = open_page(
-        address,
-        color_scheme=scheme,
-        viewport={"width": width, "height": 740},
-        device_scale_factor=1,
-    )
-    playground = Playground(page)
-    page.locator("#pages").evaluate(
-        "(element) => { element.hidden = false; }"
-    )  # beside a dashboard
-    with page.expect_response(lambda answer: asks_for_candidates(answer, behind=26)):
-        playground.write(20, "It was")
+    size = {"width": width, "height": 740}
+    page = open_page(place, color_scheme=scheme, viewport=size, device_scale_factor=1)
+    playground = Playground(page).ready()
+    assert axe_violations(page) == [], "with beginnings"
+    page.evaluate("document.querySelector('#pages')?.removeAttribute('hidden')")  # with a dashboard
+    playground.write(20, "It was")
     playground.expect(playground.candidates()).to_have_count(10)
+    playground.expect(page.locator("#story")).to_contain_text("1 of 256")
     assert overflow(page) <= 0
     assert axe_violations(page) == []
     for tab in ("Attention", "Tokens", "Model"):
+        if page.get_by_role("tab", name=tab).is_hidden():
+            continue
         playground.tab(tab)
         if tab == "Attention":
             playground.expect(page.locator("#pair")).to_contain_text("looks at")
         assert axe_violations(page) == [], tab
         assert overflow(page) <= 0, tab
+    playground.set(max_tokens=9, **{"sample-count": 3})
+    playground.button("Continue").click()
+    playground.expect(playground.status).to_contain_text("3 samples written.")
+    assert axe_violations(page) == [], "with samples"
+    assert overflow(page) <= 0, "with samples"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -844,8 +1008,8 @@ def test_candidates_stay_legible_while_others_are_asked_for(open_page, address, 
     playground.expect(page.locator(".candidates .bars").first).to_have_css("opacity", "1")
 
 
-def test_the_theme_can_be_chosen_and_is_kept(open_page, address):
-    page = open_page(address, color_scheme="light")
+def test_the_theme_can_be_chosen_and_is_kept(open_page, place):
+    page = open_page(place, color_scheme="light")
     theme = page.get_by_role("button", name="Theme")
 
     def paper():
@@ -869,28 +1033,27 @@ def test_a_server_with_a_key_is_asked_for_it_once(open_page, service):
         for wrong in ("not-that-one", key):
             page.get_by_label("Key", exact=True).fill(wrong)
             page.get_by_role("dialog").get_by_role("button", name="Continue").click()
-        page.get_by_text(HOSTILE, exact=True).first.wait_for()
+        playground = Playground(page).ready()
         assert page.evaluate("sessionStorage.length") == 1
         page.reload()
-        page.get_by_text(HOSTILE, exact=True).first.wait_for()
-        playground = Playground(page)
+        playground.ready()
         assert len(playground.write(3, "if")) == 5
         page.goto("about:blank")
 
 
-def test_a_half_written_character_can_be_gone_on_from(playground):
-    page = playground.page
-    playground.text.fill("caf")
+def test_a_half_written_character_can_be_gone_on_from(served):
+    page = served.page
+    served.text.fill("caf")
     for byte, expected in ((0xC3, "caf\ufffd"), (0xA9, "café")):
         only = {"id": byte, "bytes": [byte], "probability": 0.5, "sampled": 0.5}
         answer = {"candidates": [only], "chosen": None, "kept": 1, "vocabulary": 256}
         with offering(page, answer):
             page.locator("#candidates li button", has_text=f"\\x{byte:X}").click()
-        playground.expect(playground.text).to_have_value(expected)
-    playground.tab("Tokens")
+        served.expect(served.text).to_have_value(expected)
+    served.tab("Tokens")
     ids = page.locator(".cut .id")
-    playground.expect(ids).to_have_text(["99", "97", "102", "195", "169"])
-    text = playground.write(2)
+    served.expect(ids).to_have_text(["99", "97", "102", "195", "169"])
+    text = served.write(2)
     assert text.startswith("café") and len(text) == 6
 
 

@@ -20,8 +20,9 @@ from tinygpt.machine.kernel_store import WORTH_A_FORK, Forks
 
 SCRIPT = """
 import sys
+from tinygpt import kernels, machine
 from tinygrad import Tensor, codegen
-from tinygpt import kernels
+machine.start()
 
 lowered, lower = [], codegen.do_to_program
 def counted(ast, renderer):

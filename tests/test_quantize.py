@@ -29,9 +29,9 @@ from tinygpt.kernels.embedding import embedding, plain_embedding
 from tinygpt.kernels.quantized import dequantized, plain_quantized_linear, quantized_linear
 from tinygpt.machine.transfer import read, write
 from tinygpt.model.int8 import (
+    QuantizedEmbedding,
     QuantizedLinear,
     compare,
-    layers,
     quantize,
     rounded,
     sizes,
@@ -40,6 +40,7 @@ from tinygpt.model.int8 import (
 from tinygpt.model.lora import prepare
 from tinygpt.model.transformer import Linear, Transformer
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import list_checkpoints
 from tinygpt.text.tokenizers import make_tokenizer
 
 CONFIG = GPTConfig(vocab_size=67, block_size=24, n_layer=2, n_head=2, n_embd=20)
@@ -260,7 +261,7 @@ def test_the_loss_of_one_block_after_another_is_that_of_the_whole_model() -> Non
         weights = {name: p.numpy() for name, p in model.parameters().items()}
         x = tensor(np.arange(48, dtype=np.int32).reshape(2, 24))
         y = tensor(np.arange(1, 49, dtype=np.int32).reshape(2, 24))
-        found = streamed_loss(config, weights.__getitem__, x, y)
+        found = streamed_loss(config, weights.__getitem__, x.numpy(), y.numpy())
         assert found == pytest.approx(model.loss(x, y).item(), abs=1e-6)
 
 
@@ -272,8 +273,9 @@ def test_every_linear_layer_is_rounded_and_the_rest_is_not() -> None:
     before = {name: p.numpy() for name, p in model.parameters().items()}
     quantize(model)
     named = model.parameters()
-    kinds = [type(getattr(owner, attribute)) for _, owner, attribute in layers(model)]
-    assert len(kinds) == 2 + 4 and all(issubclass(kind, QuantizedLinear) for kind in kinds)
+    names = [n.removesuffix(".scale") for n in model.parameters() if n.endswith(".scale")]
+    assert len(names) == 2 + 4 and type(model.layer(names[0])) is QuantizedEmbedding
+    assert all(type(model.layer(name)) is QuantizedLinear for name in names[1:])
     for name, value in before.items():
         if name == "wpe.weight" or ".ln_" in f".{name}":
             np.testing.assert_array_equal(named[name].numpy(), value)
@@ -443,7 +445,7 @@ def test_generate_says_what_rounding_saves_and_costs(
 def test_a_text_can_be_given_and_a_run_without_one_still_writes(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [*_, newest] = checkpoint.list_checkpoints(run)
+    [*_, newest] = list_checkpoints(run)
     alone = tmp_path / newest.name
     alone.write_bytes(newest.read_bytes())
     flags = ["--quantize", "int8", "--max-tokens", "3"]

@@ -24,8 +24,9 @@ from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import Snapshot
 from tinygpt.runs.checkpoint.format import arrange
+from tinygpt.runs.folder import list_checkpoints, named_step
+from tinygpt.runs.history import read
 from tinygpt.text.tokenizers import CharTokenizer
-from tinygpt.training.metrics import read
 
 ROOT = Path(__file__).parents[1]
 EVERY = replace(
@@ -49,7 +50,7 @@ def stopped_at(whole, k, folder):
     """The folder of a run as it was after step k, but for rows that were not on the disk yet."""
     folder.mkdir()
     for path in whole.iterdir():
-        number = checkpoint.folder.named_step(path)
+        number = named_step(path)
         if number is None or number <= k:
             shutil.copy(path, folder / path.name)
     return folder
@@ -295,7 +296,7 @@ def test_rows_that_were_lost_are_told_and_the_rest_is_kept(whole, tmp_path):
 
 
 def test_metrics_that_cannot_be_written_stop_nothing(tmp_path, monkeypatch):
-    from tinygpt.training import metrics
+    from tinygpt.runs import history as metrics
 
     opened, notices = metrics._open_for_append, []
 
@@ -328,7 +329,7 @@ def test_a_run_that_is_trained_is_not_trained_by_another(tmp_path):
         make_run(folder, resume=True, config=BRIEF)
     with pytest.raises(UsageError, match="being trained already"):
         make_run(folder, config=BRIEF)
-    reading = checkpoint.list_checkpoints(folder)  # but reading is for everybody
+    reading = list_checkpoints(folder)  # but reading is for everybody
     assert checkpoint.verify(reading[0]).iter_num == 1
     assert main(["info", str(folder)]) == 0
     steps.close()
@@ -534,8 +535,8 @@ def test_the_advised_command_repeats_every_kind_of_flag():
     words = _same_command(tables, {"--out": Path("a run"), "--preset": None})
     assert list(map(str, words)) == [
         "train", "my text.txt", "--resume", "--out", "a run", "--val-fraction", "0.2",
-        "--model.no-bias", "--model.tie-embeddings", "--model.dropout", "0.5",
-        "--train.max-iters", "7", "--train.sample-prompt", "a b",
+        "--no-bias", "--tie-embeddings", "--dropout", "0.5",
+        "--max-iters", "7", "--sample-prompt", "a b",
     ]  # fmt: skip
     app, kept = make_app("tinygpt", "train"), words[:3] + words[5:]
     _, bound, _ = app.parse_args([str(word) for word in kept], exit_on_error=False)

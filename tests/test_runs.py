@@ -15,6 +15,7 @@ from tinygpt.api import load
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, DataError, TrainingError, UsageError
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import best_checkpoint, list_checkpoints
 
 SCRIPT = Path(__file__).with_name("run_script.py")
 VARYING = {"elapsed", "tokens_per_second", "memory"}
@@ -60,7 +61,7 @@ def test_a_run_folder_holds_everything(whole):
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(whole, tmp_path):
     folder = tmp_path / "parts"
     in_new_process(folder, 6)
-    assert [p.name for p in checkpoint.list_checkpoints(folder)][-1] == "ckpt_6.safetensors"
+    assert [p.name for p in list_checkpoints(folder)][-1] == "ckpt_6.safetensors"
     in_new_process(folder, 12, "resume")
     assert rows(folder) == rows(whole)
     one = load_file(whole / "ckpt_12.safetensors")
@@ -139,14 +140,14 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path):
     config = TrainConfig(**{**TRAIN.to_dict(), "keep_last": 1, "checkpoint_interval": 1})
     for _ in make_run(tmp_path, config=config):
         pass
-    best = checkpoint.best_checkpoint(tmp_path)
+    best = best_checkpoint(tmp_path)
     newest = tmp_path / "ckpt_12.safetensors"
-    assert set(checkpoint.list_checkpoints(tmp_path)) == {best, newest}
+    assert set(list_checkpoints(tmp_path)) == {best, newest}
 
 
 def test_early_stopping_waits_for_its_patience_and_saves(tmp_path, monkeypatch):
     worse = iter([2.0, 1.0, 1.5, 1.2, 9.0, 9.0])
-    module = importlib.import_module("tinygpt.training.step")
+    module = importlib.import_module("tinygpt.training.loop")
     monkeypatch.setattr(module, "evaluate", lambda *_: next(worse))
     config = TrainConfig(
         **{**TRAIN.to_dict(), "early_stop_patience": 2, "eval_interval": 1, "max_iters": 6}
@@ -155,7 +156,7 @@ def test_early_stopping_waits_for_its_patience_and_saves(tmp_path, monkeypatch):
     assert [step.iter for step in run] == [1, 2, 3, 4]
     assert run.result.stopped
     assert run.result.best_val_loss == 1.0
-    assert checkpoint.best_checkpoint(tmp_path).name == "ckpt_2.safetensors"
+    assert best_checkpoint(tmp_path).name == "ckpt_2.safetensors"
     assert (tmp_path / "ckpt_4.safetensors").exists()
 
 

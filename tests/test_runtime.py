@@ -28,6 +28,8 @@ importlib.util.find_spec = lambda name, *rest: None if name == "ziglang" else fi
 """
 """Run first, this makes a machine with the ``offline`` extra look like one without it."""
 
+START = "from tinygpt.machine import start; start(); "
+
 COMPUTE = """
 from tinygrad import Tensor
 print((Tensor([1.0, 2.0, 3.0]) * 3.5).sum().item())
@@ -66,7 +68,7 @@ def a_clang(folder: Path) -> Path:
 @needs_zig
 def test_a_machine_without_clang_computes_with_the_offline_extra(bare: dict[str, str]) -> None:
     report = "\nimport os; print(os.environ['CC']); print(os.environ['CACHEDB'])"
-    result, cc, kernels = output("import tinygpt" + COMPUTE + report, bare).splitlines()
+    result, cc, kernels = output(START + COMPUTE + report, bare).splitlines()
     assert result == "21.0"
     assert Path(cc).parent == Path(kernels).parent == Path(bare["TINYGPT_CACHE"])
     assert Path(cc).stat().st_mode & 0o777 == 0o700
@@ -101,7 +103,7 @@ def test_a_damaged_shim_is_written_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_clang_on_path_is_used_as_it_is(bare: dict[str, str]) -> None:
     a_clang(Path(bare["PATH"]))
-    code = "import os, tinygpt; print(os.environ.get('CC'), os.environ['CACHEDB'])"
+    code = START + "import os; print(os.environ.get('CC'), os.environ['CACHEDB'])"
     cc, kernels = output(code, bare).split(maxsplit=1)
     assert cc == "None"
     assert kernels.startswith(bare["TINYGPT_CACHE"])
@@ -109,7 +111,7 @@ def test_a_clang_on_path_is_used_as_it_is(bare: dict[str, str]) -> None:
 
 def test_what_the_user_has_set_stays(bare: dict[str, str]) -> None:
     chosen = {"CC": "my-clang", "CACHEDB": "/my/kernels.db", "PARALLEL": "3"}
-    code = f"import os, tinygpt; print(*[os.environ[n] for n in {list(chosen)}])"
+    code = START + f"import os; print(*[os.environ[n] for n in {list(chosen)}])"
     assert output(code, bare | chosen) == "my-clang /my/kernels.db 3"
 
 
@@ -159,13 +161,13 @@ def test_a_temporary_folder_of_someone_else_is_not_trusted(
 
 def test_a_machine_where_nothing_can_be_written_still_imports(bare: dict[str, str]) -> None:
     nowhere = {"TINYGPT_CACHE": "/proc/x", "TMPDIR": "/proc/x", "HOME": "/proc/x"}
-    code = "import tempfile; tempfile.mkdtemp = None; import tinygpt; print('imported')"
+    code = "import tempfile; tempfile.mkdtemp = None; " + START + "print('started')"
     code = code.replace("None", "lambda **_: (_ for _ in ()).throw(OSError('full'))")
-    assert output(code, bare | nowhere) == "imported"
+    assert output(code, bare | nowhere) == "started"
 
 
 def test_no_compiler_is_an_error_that_names_the_cure(bare: dict[str, str]) -> None:
-    done = run(NO_ZIG + "import tinygpt.machine.device as r; r.require_device()", bare)
+    done = run(NO_ZIG + START + "from tinygpt.machine.device import *; require_device()", bare)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("tinygpt.errors.DeviceError: ")
     assert extras.cure("offline") in last and "clang" in last
@@ -176,7 +178,7 @@ def test_a_lost_compiler_is_noticed_although_the_kernel_cache_could_open_the_dev
     bare: dict[str, str], tmp_path: Path
 ) -> None:
     kernels = {"CACHEDB": str(tmp_path / "kernels.db")}
-    code = "import tinygpt.machine.device as r; print(r.require_device())"
+    code = START + "from tinygpt.machine.device import *; print(require_device())"
     assert output(code, bare | kernels) == "CPU"
     done = run(NO_ZIG + code, bare | kernels)
     assert extras.cure("offline") in done.stderr.splitlines()[-1]
@@ -185,13 +187,17 @@ def test_a_lost_compiler_is_noticed_although_the_kernel_cache_could_open_the_dev
 def test_a_compiler_that_is_not_clang_is_named(bare: dict[str, str]) -> None:
     false = shutil.which("false")
     assert false
-    done = run("import tinygpt.machine.device as r; r.require_device()", bare | {"CC": false})
+    done = run(
+        START + "from tinygpt.machine.device import *; require_device()", bare | {"CC": false}
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert f"CC={false!r} does not work" in last and "unset CC" in last
 
 
 def test_an_unknown_device_is_named(bare: dict[str, str]) -> None:
-    done = run("import tinygpt.machine.device as r; r.require_device()", bare | {"DEV": "TOASTER"})
+    done = run(
+        START + "from tinygpt.machine.device import *; require_device()", bare | {"DEV": "TOASTER"}
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("tinygpt.errors.DeviceError: The device DEV=TOASTER")
     assert "set DEV=CPU" in last
@@ -199,7 +205,7 @@ def test_an_unknown_device_is_named(bare: dict[str, str]) -> None:
 
 @needs_zig
 def test_tinygrad_may_be_imported_first(bare: dict[str, str]) -> None:
-    assert output("import tinygrad, tinygpt" + COMPUTE, bare) == "21.0"
+    assert output("import tinygrad; " + START + COMPUTE, bare) == "21.0"
 
 
 @needs_zig
@@ -208,7 +214,8 @@ def test_tinygrad_used_before_tinygpt_is_told_from_a_missing_compiler(bare: dict
 from tinygrad import Device
 try: Device.DEFAULT
 except RuntimeError: pass
-from tinygpt.machine import device
+from tinygpt.machine import device, start
+start()
 device.require_device()
 """
     no_kernels = {"CACHEDB": str(Path(bare["PATH"], "kernels.db"))}

@@ -17,8 +17,9 @@ from tinygpt.config import SampleConfig
 from tinygpt.generation.batching import CHUNK, WINDOW_TOKENS, BatchDecoder
 from tinygpt.generation.sample import log_probabilities
 from tinygpt.server.engine.beside import SHARE, Beside, Call, Text
-from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull, Request
+from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull
 from tinygpt.server.engine.scoring import score_texts
+from tinygpt.server.engine.sequence import Request
 from tinygpt.text.tokenizers import ByteTokenizer
 
 
@@ -163,7 +164,7 @@ def test_texts_of_one_length_go_together_in_the_order_of_the_queue(decoder):
 
 
 def test_scores_have_a_queue_with_a_limit_and_an_end(model):
-    engine, go = Engine(model, ByteTokenizer(), places=1, queue=2), threading.Event()
+    engine, go = Engine(model, ByteTokenizer(), slots=1, queue=2), threading.Event()
     with engine:
         engine.run(lambda: go.wait(PATIENCE))
         until(lambda: not engine._beside._waiting)
@@ -187,7 +188,7 @@ def test_scores_have_a_queue_with_a_limit_and_an_end(model):
 
 def test_the_token_behind_a_scored_text_needs_no_place_and_is_the_one_that_is_written(model):
     ids, settings = (72, 101, 108, 108, 111), SampleConfig(temperature=0.8, top_k=20)
-    with Engine(model, ByteTokenizer(), places=1) as engine:
+    with Engine(model, ByteTokenizer(), slots=1) as engine:
         [wanted] = [p.token for p in engine.submit(Request(ids, 1, settings, seed=5))]
         following = engine.score(ids, 0).result(PATIENCE).following
         hog = engine.submit(Request((1,), 10**6, settings))

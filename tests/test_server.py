@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import webbrowser
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import unquote
@@ -42,13 +43,13 @@ from tinygpt.cli.serving import _name as name_of
 from tinygpt.cli.serving import browser
 from tinygpt.config import SampleConfig
 from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError, extras
-from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.batching import BatchDecoder, Line
 from tinygpt.generation.sample import Penalties, softmax
 from tinygpt.generation.stream import generate_text
 from tinygpt.server.app import assemble, make_app
 from tinygpt.server.engine.scheduler import Engine
 from tinygpt.server.engine.scoring import score_texts
-from tinygpt.server.engine.sequence import Piece, wake
+from tinygpt.server.engine.sequence import Piece, Request, Sequence, wake
 from tinygpt.server.http import listening
 from tinygpt.server.http.limits import Limits
 from tinygpt.server.http.listening import HOOKS, Server, check_hooks, listen
@@ -57,7 +58,7 @@ from tinygpt.server.openai.choices import Choice, Delta
 from tinygpt.server.openai.prompts import chat_text
 from tinygpt.server.openai.schema import check
 from tinygpt.server.openai.service import Service
-from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer, TextStream
+from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MARK = "<script>alert('MARK')</script>"
@@ -231,13 +232,13 @@ def test_log_probabilities_stand_beside_the_text_they_belong_to():
 
 @pytest.mark.parametrize("together", [1, 2, 3])
 def test_tokens_that_a_stop_string_cuts_off_are_not_told(together):
-    pieces = [Piece(97, "a", -1.0), Piece(98, "", -1.0), Piece(99, "", -1.0)]  # stop: "bc"
+    pieces = [Piece(97, "a"), Piece(98, "", begins=1), Piece(99, "", begins=2)]  # stop: "bc"
     told, choice = taken(pieces, together)
-    assert [t.id for t in told.tokens + choice.end("stop").tokens] == [97]
+    assert [t.token for t in told.tokens + choice.end("stop").tokens] == [97]
 
 
 def test_tokens_of_half_a_character_are_told_with_the_whole():
-    choice = Choice(0, ByteTokenizer(), Delta(), tells_tokens=True)
+    choice = Choice(0, Delta(), with_tokens=True)
     told = [choice.take([Piece(*each, -1.0)]).tokens for each in [(0xC3, ""), (0xA9, "é")]]
     assert [len(tokens) for tokens in told] == [0, 2]
 
@@ -245,25 +246,26 @@ def test_tokens_of_half_a_character_are_told_with_the_whole():
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_a_stream_brings_the_same_however_its_tokens_come(logprobs):
     text = "h\u00e9 \u8bd7\U0001f642!"
-    stream, pieces = TextStream(ByteTokenizer()), []
-    for i, byte in enumerate(text.encode()):
-        pieces.append(Piece(byte, stream.push(byte), -i / 8 if logprobs else None))
+    sequence = Sequence(Request((1,), 99, SampleConfig(), logprobs=0 if logprobs else None))
+    sequence.line = Line((1,), 0)
+    sequence.begin(ByteTokenizer())
+    for byte in text.encode():
+        sequence.advance(byte, np.zeros(256, np.float32))
+    pieces = [piece for _, piece in sequence.outputs.take()]
     for together in range(1, len(pieces) + 1):
         delta, choice = taken(pieces, together, logprobs)
         assert delta.text == text and choice.count == len(pieces)
         assert not choice.end("length").tokens
-        assert [t.id for t in delta.tokens] == (list(text.encode()) if logprobs else [])
+        assert [t.token for t in delta.tokens] == (list(text.encode()) if logprobs else [])
         begins = [0, 1, 1, 2, 3, 3, 3, 4, 4, 4, 4, 5]  # of each byte's character
-        assert [t.offset for t in delta.tokens] == (begins if logprobs else [])
+        assert [t.begins for t in delta.tokens] == (begins if logprobs else [])
 
 
-def taken(pieces, together, tells_tokens=True):
+def taken(pieces, together, with_tokens=True):
     """What a choice makes of pieces that come so many at a time, and the choice."""
-    choice, whole = Choice(0, ByteTokenizer(), Delta(), tells_tokens), Delta()
+    choice, whole = Choice(0, Delta(), with_tokens), Delta()
     for i in range(0, len(pieces), together):
-        delta = choice.take(pieces[i : i + together])
-        whole.text += delta.text
-        whole.tokens += delta.tokens
+        whole += choice.take(pieces[i : i + together])
     return whole, choice
 
 
@@ -275,10 +277,10 @@ def test_tokens_that_are_there_together_are_one_event():
         sock.sendall(post_bytes(body))
         until(lambda: service.engine.streams)
         [stream] = service.engine.streams
-        until(lambda: stream._waiter is not None)  # from now on it looks when it is woken
-        for letter in "xyz":
-            stream.put(Piece(ord(letter), letter, -1.0))
-        wake([stream])
+        until(lambda: stream.outputs._waiter is not None)  # from now on it looks when it is woken
+        for i, letter in enumerate("xyz"):
+            stream.outputs.put(stream, Piece(ord(letter), letter, -1.0, (), letter.encode(), i))
+        wake([stream.outputs])
         content = b""
         while b"data: " not in content or not content.endswith(b"\n\n\r\n"):
             content += sock.recv(4096)
@@ -659,9 +661,48 @@ def test_closing_under_load_is_a_503_for_whoever_was_not_answered():
         assert int(answer.headers["retry-after"]) > 0
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, complete(stream=True, n=2)),
+        (CHATS, chat(stream=True)),
+        ("/api/generate", {"text": "a"}),
+    ],
+)
+def test_a_stream_that_the_end_of_the_server_cuts_off_is_told(path, body):
+    service = fake_service(FakeEngine(pace=0.01), shutdown_seconds=0)
+    body |= {"max_tokens": 4000}
+    with httpx.Client(timeout=PATIENCE) as http, ExitStack() as closes:
+        with running(service) as address:
+            answer = closes.enter_context(http.stream("POST", address + path, json=body))
+            lines = answer.iter_lines()
+            seen = [next(lines) for _ in range(9)]
+        seen += list(lines)  # ends as a whole answer does: httpx would raise otherwise
+    assert seen[-2:] == ["data: [DONE]", ""]
+    told = json.loads(seen[-4].removeprefix("data: "))["error"]
+    assert told["code"] == "shutting_down" and told["type"] == "server_error"
+    assert len([line for line in seen if '"error"' in line]) == 1
+    until(lambda: not service.engine.open())
+
+
+def test_a_client_that_reads_nothing_does_not_hold_up_the_end():
+    service = fake_service(shutdown_seconds=0, write_seconds=1e6)
+    with running(service) as address, connection(address, room=4096) as slow:
+        much = chat(max_tokens=4000, n=4, logprobs=True, top_logprobs=2, stream=True)
+        slow.sendall(post_bytes(much, CHATS))
+        until(lambda: len(service.engine.streams) == 4 and not service.engine.open())
+
+
+def test_a_text_that_an_ended_engine_cuts_off_does_not_look_whole():
+    service = fake_service(FakeEngine(pace=0.01))
+    threading.Timer(0.2, lambda: [s.cancel() for s in service.engine.streams]).start()
+    answer = client(service).post(COMPLETIONS, json=complete(max_tokens=4000))
+    assert error_of(answer, 503)["code"] == "shutting_down"
+
+
 def test_texts_and_looks_that_a_closing_engine_drops_are_503s(model):
     """The engine itself, closed while a request waits for its place and a look for its turn."""
-    engine = Engine(model, ByteTokenizer(), places=1)
+    engine = Engine(model, ByteTokenizer(), slots=1)
     service = Service(engine, model, ByteTokenizer(), "tiny")
     held, entered = threading.Event(), threading.Event()
     answers = {}
@@ -1163,7 +1204,7 @@ def expected(model):
 
 @pytest.fixture(scope="module")
 def real(model, expected):
-    with Engine(model, ByteTokenizer(), places=4) as engine:
+    with Engine(model, ByteTokenizer(), slots=4) as engine:
         yield client(Service(engine, model, ByteTokenizer(), "tiny"))
 
 

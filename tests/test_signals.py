@@ -19,7 +19,8 @@ from tinygpt.cli import main
 from tinygpt.cli.signals import run_signals
 from tinygpt.machine.device import compiler
 from tinygpt.runs import checkpoint
-from tinygpt.training.metrics import read
+from tinygpt.runs.folder import list_checkpoints
+from tinygpt.runs.history import read
 
 ROOT = Path(__file__).parents[1]
 TINY = shlex.split(
@@ -64,7 +65,7 @@ def new_kernel():
 
 def check_whole_and_going_on(folder, steps):
     """All checkpoints are whole, and --resume takes the steps that are left."""
-    for path in checkpoint.list_checkpoints(folder):
+    for path in list_checkpoints(folder):
         checkpoint.verify(path)
     assert main(["train", "--resume", "--out", str(folder)]) == 0
     assert [row["iter"] for row in read(folder / "metrics.jsonl")] == list(range(1, steps + 1))
@@ -91,7 +92,7 @@ def test_a_signal_to_the_whole_group_costs_nothing(text, capsys, moments, code, 
     assert f"tinygpt train --resume --out {folder}" in err
     if "compile" in moments:
         assert (text.parent / "armed").read_text() == ""  # the compiler was there
-    last = checkpoint.list_checkpoints(folder)[-1]
+    last = list_checkpoints(folder)[-1]
     done = checkpoint.read_meta(last).iter_num
     assert done == reached if reached else done < 8
     if "SIGUSR1" in moments:
@@ -106,7 +107,7 @@ def test_the_closing_of_a_terminal_is_a_reason_to_save(text, capsys):
     ours, theirs = pty.openpty()
     flags = [*TINY, *new_kernel(), "--train.max-iters", "4", "--out", folder]
     process = start(
-        *(text, "step:0:none", "train", text, *flags), text=False,
+        *(text, "step:1:AWAITED", "train", text, *flags), text=False,
         stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm"},
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
@@ -116,7 +117,7 @@ def test_the_closing_of_a_terminal_is_a_reason_to_save(text, capsys):
         seen += os.read(ours, 4096)
     os.close(ours)
     assert process.wait(timeout=300) == 129
-    assert [p.name for p in checkpoint.list_checkpoints(folder)] == ["ckpt_1.safetensors"]
+    assert [p.name for p in list_checkpoints(folder)] == ["ckpt_1.safetensors"]
     check_whole_and_going_on(folder, 4)
 
 

@@ -17,9 +17,10 @@ from tinygpt.cli import generating, main
 from tinygpt.cli.streams import _Descriptor, _text, standard_streams
 from tinygpt.errors import StreamError
 from tinygpt.runs import checkpoint, run
+from tinygpt.runs.folder import list_checkpoints
+from tinygpt.runs.history import read
 from tinygpt.training import preflight
 from tinygpt.training.loop import Step
-from tinygpt.training.metrics import read
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -184,7 +185,7 @@ def train(tmp_path, monkeypatch):
     def call(stderr, *words):
         monkeypatch.setattr(sys, "stderr", stderr)
         code = main(["train", "a.txt", "--config", "c.toml", "--out", "run", *words])
-        last = checkpoint.list_checkpoints(Path("run"))[-1]
+        last = list_checkpoints(Path("run"))[-1]
         checkpoint.verify(last)
         steps = [row["iter"] for row in read("run/metrics.jsonl")]
         assert steps == list(range(1, checkpoint.read_meta(last).iter_num + 1))

@@ -80,7 +80,7 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_the_mode_is_put_back():
     config = GPTConfig(**{**CONFIG.to_dict(), "dropout": 0.5})
     model = Transformer(config).eval()
     x, y = TOKENS[:16].reshape(2, 8), TOKENS[1:17].reshape(2, 8)
-    evaluate_batch = make_evaluate(model, 2)
+    evaluate_batch = make_evaluate(model)
     once = [evaluate_batch(x, y) for _ in range(4)]
     assert len(set(once)) == 1
     settings = TrainConfig(max_iters=5, warmup_steps=0, learning_rate=1e-9, batch_size=4, seed=3)
@@ -97,11 +97,11 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_the_mode_is_put_back():
 
 def test_an_evaluation_is_the_mean_loss_of_fixed_batches():
     model = Transformer(CONFIG)
-    evaluate_batch = make_evaluate(model, 2)
+    evaluate_batch = make_evaluate(model)
     first = evaluate(evaluate_batch, TOKENS, 3, 2, 8)
     assert first == evaluate(evaluate_batch, TOKENS, 3, 2, 8)
     from tinygpt.text.batches import batch
-    from tinygpt.training.loop import EVAL_SEED
+    from tinygpt.training.step import EVAL_SEED
 
     batches = [batch(TOKENS, i, EVAL_SEED, 2, 8) for i in range(3)]
     plain = [model.loss(Tensor(x), Tensor(y)).item() for x, y in batches]

@@ -7,18 +7,23 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import pytest
 from tinygrad import Tensor
 from tinygrad.helpers import TRAINING
 
 from tinygpt import kernels
-from tinygpt.config import GPTConfig
+from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import UsageError
+from tinygpt.generation.decoder import Decoder
 from tinygpt.kernels import dispatch, phases
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.machine.gradients import all_gradients_taken
+from tinygpt.model.transformer import Transformer
 from tinygpt.training import optim
+from tinygpt.training.step import make_evaluate, make_train_step
 
 WAIT = 20
+ONE = TrainConfig(batch_size=1)
 MODEL = Transformer(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8))
 
 
@@ -58,25 +63,32 @@ def test_plain_twins_are_those_of_one_thread() -> None:
     assert crossing(kernels.plain, dispatch._way.get) == ["plain", "plain", "auto", "auto"]
 
 
-def test_the_mode_of_a_model_is_that_of_one_thread() -> None:
-    seen = crossing(lambda: mode(MODEL, training=False), lambda: MODEL.training)
-    assert seen == [False, False, True, True]
+def test_inference_and_evaluation_switch_no_mode_that_another_thread_could_see() -> None:
+    seen = []
 
+    class Watched(Transformer):
+        def hidden(self, *given: Any, **named: Any) -> Tensor:
+            seen.append(self.training)
+            return super().hidden(*given, **named)
 
-def test_modes_nest_and_are_those_of_one_model() -> None:
-    other = Transformer(MODEL.config).eval()
-    with mode(MODEL, training=False), mode(other, training=True):
-        assert (MODEL.training, other.training) == (False, True)
-        with mode(MODEL, training=True):
-            assert (MODEL.training, other.training) == (True, True)
-        assert not MODEL.training
-    assert (MODEL.training, other.training) == (True, False)
+    ids = np.ones((1, 8), np.int32)
+    for training in (True, False):
+        model = Watched(MODEL.config).train(training)
+        Decoder(model).next_logits(ids, object())
+        make_evaluate(model)(ids, ids)
+        make_train_step(model, optim.make_optimizer(model.parameters(), ONE), ONE)(
+            ids[None], ids[None], 0.1, (0, 0)
+        )
+        assert seen == [training] * 3 and model.training is training
+        seen.clear()
 
 
 def test_a_model_of_int8_weights_has_no_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODEL, "quantized", True)
-    with pytest.raises(UsageError, match="quantised"), mode(MODEL, training=True):
-        pass
+    with pytest.raises(UsageError, match="quantised"):
+        MODEL.train()
+    with pytest.raises(UsageError, match="quantised"):
+        make_train_step(MODEL, optim.make_optimizer(MODEL.parameters(), ONE), ONE)
 
 
 def test_gradients_are_let_go_by_the_block_of_their_own_thread() -> None:
@@ -86,7 +98,7 @@ def test_gradients_are_let_go_by_the_block_of_their_own_thread() -> None:
         made.append(phases.Gradient(lambda *_: (), 1))
         return made[-1].backward is not None
 
-    assert crossing(phases.all_gradients_taken, look) == [True] * 4
+    assert crossing(all_gradients_taken, look) == [True] * 4
     first, third, second, last = made
     assert first.backward is None and second.backward is None
     assert third.backward is not None and last.backward is not None

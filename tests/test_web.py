@@ -124,7 +124,7 @@ def test_nothing_that_a_run_says_becomes_html(tmp_path: Path) -> None:
     assert "<img" not in text
     assert parts(text)["about"]["card"]["data"] == hostile
     assert parts(text)["about"]["title"] == hostile.replace("\udce9", r"\xe9")
-    assert text.count("</script>") == 4 + text.count('class="weights" data-')
+    assert text.count("</script>") == 5 + text.count('class="weights" data-')
 
 
 def test_the_policy_allows_the_page_s_own_scripts_and_no_request(tmp_path: Path) -> None:
@@ -259,6 +259,8 @@ def test_incomplete_characters_wait_and_end_as_ours_do() -> None:
         SampleConfig(top_p=0.6),
         SampleConfig(temperature=0.9, top_k=20, top_p=0.8),
         SampleConfig(top_k=1),
+        SampleConfig(min_p=0.2),
+        SampleConfig(top_p=0.9, min_p=0.05, repetition_penalty=1.6),
         SampleConfig(temperature=0),
     ],
 )
@@ -267,17 +269,14 @@ def test_the_page_samples_from_the_same_distribution(config: SampleConfig) -> No
     logits = np.round(rng.normal(size=40) * 2, 1)  # with equal ones among them
     draws = 20_000
     drawn = node(
-        """const { randomStream, sample } = await load('sampling.mjs');
+        """const { distribution, draw, randomStream } = await load('sampling.mjs');
         const random = randomStream(9), logits = Float32Array.from(given.logits);
-        return Array.from({ length: given.draws }, () => sample(logits, given.options, random));""",
+        const chosen = () => draw(distribution(logits, given.settings, [0]), random());
+        return Array.from({ length: given.draws }, chosen);""",
         {
             "logits": logits.tolist(),
             "draws": draws,
-            "options": {
-                "temperature": config.temperature,
-                "topK": config.top_k or 0,
-                "topP": config.top_p or 1,
-            },
+            "settings": config.to_dict(),
         },
     )
     ours = next_logits(logits.astype(np.float32), np.array([0]), config)

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from tinygpt import ByteTokenizer, pages
 from tinygpt.cli import main
 from tinygpt.errors import InteropError
 from tinygpt.interop.web import export_web
-from tinygpt.interop.web.card import card
 from tinygpt.interop.web.finished import check_finished
-from tinygpt.training.metrics import History
+from tinygpt.pages.card import run_card
+from tinygpt.runs.history import History
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +36,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_skipped_step_is_a_gap_in_the_curve(run: Path):
-    found = strict(json.dumps(card(next(run.glob("*.safetensors")))))["curves"]
+    found = strict(json.dumps(run_card(next(run.glob("*.safetensors")))))["curves"]
     assert found == {"train": [[1, 5.0], [2, None], [3, 4.0], [4, None]], "val": [[3, None]]}
 
 
 @needs_node
 def test_a_gap_interrupts_the_line():
-    script = """const { pathOf, isCurve } = await load('curve.mjs');
-    const one = (n) => n;
-    return [pathOf(given, one, one), isCurve(given), isCurve([[1, null], [2, 3]])];"""
+    script = """const { stretches } = await load('../shared/chart.js');
+    const { isCurve } = await load('../playground/card.js');
+    const both = [isCurve(given), isCurve([[1, null], [2, 3]])];
+    return [stretches(given.map(([, loss]) => loss)), ...both];"""
     points = [[1, 5], [2, None], [3, 4], [4, 4]]
-    assert node(script, points) == ["M1.0 5.0M3.0 4.0L4.0 4.0", True, False]
+    assert node(script, points) == [[[0, 1], [2, 4]], True, False]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,10 @@ def test_a_file_that_no_browser_reads_is_refused(page: Path, tmp_path: Path, dam
     content, damaged = page.read_bytes(), tmp_path / "page.html"
     element = re.search(rb'id="module">(.*?)</script>', content, re.DOTALL)
     assert element is not None
-    module, chunks = base64.b64decode(element[1]), content.count(b'class="weights" data')
+    module, chunks = (
+        zlib.decompress(base64.b64decode(element[1])),
+        content.count(b'class="weights" data'),
+    )
     check_finished(page, module, chunks, node=False)
     damaged.write_bytes(content.replace(before, after, 1))
     with pytest.raises(InteropError, match=said):
@@ -90,7 +95,7 @@ def test_a_worker_that_does_not_start_leaves_no_page(
     monkeypatch.setattr(
         pages,
         "bundle",
-        lambda names: bundle(names) + "throw new Error('broken');" * ("worker" in str(names)),
+        lambda name: bundle(name) + "throw new Error('broken');" * ("worker" in name),
     )
     with pytest.raises(InteropError, match=r"does not start in node: .*broken"):
         export_web(make(SMALL), ByteTokenizer(), tmp_path / "page.html")

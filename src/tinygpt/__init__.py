@@ -8,10 +8,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.machine import device
-
-device.prepare()  # before anything imports tinygrad
-
 if TYPE_CHECKING:
     from tinygpt.api import GPT as GPT
     from tinygpt.api import load as load
@@ -58,8 +54,13 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use: the command line answers before tinygrad loads."""
-    home = "config" if name == "__version__" else _HOMES.get(name)
-    if home is None:
+    """Import a public name on first use: the command line answers before tinygrad loads.
+
+    The first one also starts the machine, best before tinygrad is imported.
+    """
+    if name == "__version__":
+        return import_module("tinygpt.config").__version__
+    if name not in _HOMES:
         raise AttributeError(f"module 'tinygpt' has no attribute {name!r}")
-    return getattr(import_module(f"tinygpt.{home}"), name)
+    import_module("tinygpt.machine").start()
+    return getattr(import_module(f"tinygpt.{_HOMES[name]}"), name)

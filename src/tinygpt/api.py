@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
 
+from tinygpt import machine
 from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.files.atomic import user_path
@@ -22,7 +23,8 @@ from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
 from tinygpt.runs import checkpoint
 from tinygpt.runs.display import follow
-from tinygpt.runs.run import TrainingRun, TrainResult, choose_checkpoint
+from tinygpt.runs.folder import checkpoint_path, choose_checkpoint
+from tinygpt.runs.run import TrainingRun, TrainResult
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of, tokenizer_from_dict
 from tinygpt.text.tokens import load_tokens
 from tinygpt.untrusted import brief
@@ -39,6 +41,7 @@ class GPT(Transformer):
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
+        machine.start()
         super().__init__(config, seed)
         self.decoder = decoder.Decoder(self)
         self.limit: int | None = None
@@ -129,7 +132,7 @@ class GPT(Transformer):
             check_readable(tokenizer)
         described = None if tokenizer is None else tokenizer.to_dict()
         meta = checkpoint.Meta(iter_num, self.config, tokenizer=described)
-        path = checkpoint.checkpoint_path(folder, iter_num)
+        path = checkpoint_path(folder, iter_num)
         return checkpoint.save(path, self, optimizer, meta)
 
     def load_checkpoint(self, path: str | Path, optimizer: Optimizer | None = None) -> int:

@@ -24,14 +24,14 @@ from tinygpt.errors import DataError, TinyGPTError, TokenizerError
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs import checkpoint as checkpoints
 from tinygpt.runs import lock
-from tinygpt.runs.checkpoint.folder import run_of
+from tinygpt.runs.folder import best_checkpoint, run_of
+from tinygpt.runs.history import read
 from tinygpt.runs.plots import read_curves
 from tinygpt.server.dashboard.watch import Watch
 from tinygpt.server.dashboard.watched import run_id
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.tokenizers import load_tokenizer, tokenizer_from_dict, vocabulary
 from tinygpt.text.tokens import load_tokens
-from tinygpt.training.metrics import read
 
 LONGEST_MESSAGE = 600
 """Characters of an error, besides the path: none repeats much of a file."""
@@ -187,7 +187,7 @@ def fuzz_best(data: bytes) -> None:
     path = _path("best", data)
     (path.parent / "run.json").write_bytes(data)
     with _loading(data, "best"), path.open("rb") as file:
-        best, run = checkpoints.best_checkpoint(path.parent), run_of(path.parent)
+        best, run = best_checkpoint(path.parent), run_of(path.parent)
         holder = lock._read(file.fileno())
         if holder is not None and (holder.pid < 1 or len(str(holder)) > LONGEST_MESSAGE):
             raise Finding(f"best: {holder} cannot hold a lock")

@@ -1,97 +1,92 @@
-"""The command line: one verb per command, and every error a line of advice."""
+"""The command line: one module a verb, and every error is a line of advice."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from tinygpt.cli.console import (
-    BROKEN_PIPE,
-    FAILURE,
-    INTERRUPTED,
-    PROGRAMS,
-    WRONG_USE,
-    program_name,
-)
+from cyclopts import App, Group, Parameter, validators
+
+from tinygpt.cli.console import BROKEN_PIPE, INTERRUPTED, PROGRAMS, program_name
+from tinygpt.cli.mistakes import DEBUG, explain
+from tinygpt.cli.options import Switch, undotted
 from tinygpt.cli.streams import standard_streams
 from tinygpt.config import __version__
-from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.files.atomic import user_path
+from tinygpt.machine import start
 from tinygpt.runs.display.text import printable
-
-if TYPE_CHECKING:
-    from cyclopts import App, CycloptsError
-
-DEBUG = "TINYGPT_DEBUG"
-"""Set to 1, this environment variable does what --debug does: errors come with their traceback."""
 
 STRICT = "TINYGPT_STRICT"
 """Set to 1, this environment variable does what --strict does: see ``kernels.dispatch``."""
 
-VERBS = {
-    "train": ("training:train", "Train a GPT on a text and keep the run in a folder."),
-    "generate": ("generating:generate", "Let a model continue a text, streamed as it is written."),
-    "eval": (
-        "evaluating:evaluate",
-        "Measure a model on a whole text: loss, perplexity, bits per byte.",
-    ),
-    "compare": ("comparing:compare", "Show two runs side by side: settings, figures, samples."),
-    "memorization": (
-        "memorizing:memorization",
-        "Look for passages of the training text in what a model writes.",
-    ),
-    "import": ("importing:app", "Take in weights that others trained."),
-    "export": ("export:app", "Hand a model on: to Hugging Face, to llama.cpp, as a web page."),
-    "serve": ("serving:serve", "Serve a model: a page to play with, and an API like OpenAI's."),
-    "dashboard": ("serving:dashboard", "Watch runs in the browser while they train."),
-    "plot": ("inspection:plot", "Draw the loss curves of runs."),
-    "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
-    "gradcheck": ("inspection:gradcheck", "Check the gradients against numeric ones."),
-    "check": ("checking:check", "Check the fast kernels against plain ones on this machine."),
-    "info": ("inspection:info", "Show what a checkpoint or a run holds."),
-    "verify": ("verifying:verify", "Check every byte of checkpoints and runs against its hash."),
-    "verify-resume": (
-        "proving:verify_resume",
-        "Prove on this machine that a stopped run goes on bit for bit.",
-    ),
-    "doctor": ("inspection:doctor", "Look at this machine, and say how to mend what is missing."),
+GROUPS = {
+    "Everyday": {
+        "train": ("training:train", "Train a GPT on a text and keep the run in a folder."),
+        "generate": ("generating:generate", "Let a model continue a text, word by word."),
+        "serve": ("serving:serve", "Serve a model: a page to play with, and an API like OpenAI's."),
+        "dashboard": ("serving:dashboard", "Watch runs in the browser while they train."),
+    },
+    "Runs": {
+        "info": ("showing:info", "Show what a checkpoint or a run holds."),
+        "compare": ("comparing:compare", "Show runs side by side: settings, figures, samples."),
+        "plot": ("plotting:plot", "Draw the loss curves of runs."),
+        "eval": ("evaluating:evaluate", "Measure a model on a whole text: loss, perplexity, …"),
+        "verify": ("verifying:verify", "Check every byte of checkpoints and runs."),
+    },
+    "Exchange": {
+        "import": ("importing:app", "Take in weights that others trained."),
+        "export": ("export:app", "Hand a model on: to Hugging Face, to llama.cpp, as a web page."),
+        "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
+    },
+    "Proofs": {
+        "doctor": ("doctoring:app", "Look at this machine, and say how to mend what is missing."),
+        "memorization": (
+            "memorizing:memorization",
+            "Look for passages of the training text in what a model writes.",
+        ),
+    },
 }
-"""Where each verb is, and what it does in one line."""
+"""The verbs under their headings in the help: where each one is, and what it does in one line."""
 
-EPILOGUE = (
-    "Help of one command: {program} train --help. Every command takes --threads N (default: all "
-    "cores), --strict (an error, not a notice, where a fast kernel cannot run) and --debug (errors "
-    "come with their traceback)."
-)
+OTHER_NAMES = {
+    "check": ("checking:check", "doctor --kernels"),
+    "gradcheck": ("gradchecking:gradcheck", "doctor --gradients"),
+    "verify-resume": ("proving:verify_resume", "doctor --resume"),
+}
+"""Verbs that were called so before; the help leaves them out."""
+
+EVERYWHERE = Parameter(group=Group("Every command", sort_key=1000))
+AT_LEAST_0 = Parameter(validator=validators.Number(gte=0))
+
+VERBS = [name for verbs in (*GROUPS.values(), OTHER_NAMES) for name in verbs]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on ``arguments``, by default those it was started with; -> the exit code.
 
     0 success, 1 failure, 2 wrong use, 129 a closed terminal, 130 Ctrl-C, 141 a closed pipe,
-    143 SIGTERM. With --debug an exception is raised instead of told.
+    143 SIGTERM. With --debug an exception is raised instead of explained.
     """
     if arguments is None:
-        _wait_for_children()
+        _restore_sigchld()
     with standard_streams():
-        return _main(arguments)
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    given, debug = _take_debug(list(sys.argv[1:] if arguments is None else arguments))
-    given, strict = _take(given, "--strict")
-    program = program_name()
+def _main(arguments: list[str]) -> int:
+    program, debug = program_name(), os.environ.get(DEBUG, "") not in ("", "0")
+    verb = next((word for word in arguments if word in VERBS), None)
     try:
-        given = _take_threads(given)
-        if strict:
-            os.environ[STRICT] = "1"
-        code = _run(program, given)
-        sys.stdout.flush()  # a pipe that broke is found here, not when the interpreter ends
-        return code
+        command, given, _ = _parse(make_app(program, verb).meta, arguments)
+        debug = debug or given.kwargs.get("debug", False)
+        code = command(*given.args, **given.kwargs)
+        sys.stdout.flush()  # a broken pipe is found here, not when the interpreter ends
+        return code if isinstance(code, int) else 0
     except BrokenPipeError:
         return BROKEN_PIPE
     except KeyboardInterrupt:
@@ -100,114 +95,75 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if debug:
             raise
-        message, code = _explain(program, error)
+        message, code = explain(program, error)
         print(f"{program}: error: {printable(message)}", file=sys.stderr)
         return code
 
 
 def make_app(program: str = PROGRAMS[0], verb: str | None = None) -> App:
-    """The command line. Only the module of ``verb`` will be imported; help needs none of them."""
-    from cyclopts import App
+    """The command line; its ``meta`` takes the options of every command too.
 
+    Only the module of ``verb`` will be imported; help needs none of them.
+    """
     app = App(
         name=program,
         help="Train a GPT on your own text, watch it learn, and let it write.",
-        help_epilogue=None if verb else EPILOGUE.format(program=program),
+        help_epilogue=None if verb else f"Help of one command: {program} train --help.",
         help_format="plaintext",
         version=f"{program} {__version__}",
         version_format="plaintext",
         suppress_keyboard_interrupt=False,
     )
-    for order, (name, (place, summary)) in enumerate(VERBS.items()):
-        own_help = None if name == verb else summary  # the verb's docstring says more
-        app.command(f"{__name__}.{place}", name=name, sort_key=order, help=own_help)
+    order = itertools.count()
+    for group, verbs in GROUPS.items():
+        heading = Group(group, sort_key=next(order))
+        for name, (place, summary) in verbs.items():
+            own = None if name == verb else summary  # the verb's docstring says more
+            app.command(f"{__name__}.{place}", name, help=own, group=heading, sort_key=next(order))
+    for name, (place, other) in OTHER_NAMES.items():
+        own = None if name == verb else f"Another name of {other}."
+        app.command(f"{__name__}.{place}", name, help=own, show=False)
+
+    def launch(
+        *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        threads: Annotated[int | None, EVERYWHERE, AT_LEAST_0] = None,
+        strict: Annotated[Switch, EVERYWHERE] = False,
+        debug: Annotated[Switch, EVERYWHERE] = False,
+    ) -> Any:
+        """Run a verb.
+
+        Parameters
+        ----------
+        threads
+            Number of cores to use. [default: all]
+        strict
+            Make an error of the notice that a fast kernel cannot run here.
+        debug
+            Show the traceback of an error.
+        """
+        if threads is not None:
+            os.environ["TINYGPT_THREADS"] = str(threads)
+        if strict:
+            os.environ[STRICT] = "1"
+        start()
+        command, given, _ = _parse(app, undotted(words))
+        options = {name: _at_home(value) for name, value in given.kwargs.items()}
+        return command(*map(_at_home, given.args), **options)
+
+    app.meta.default(launch)
     return app
 
 
-def _run(program: str, arguments: Sequence[str]) -> int:
-    """Parse the arguments and run the verb; whatever goes wrong is an exception."""
-    verb = next((word for word in arguments if not word.startswith("-")), None)
-    command, given, _ = make_app(program, verb).parse_args(
-        arguments, exit_on_error=False, print_error=False, verbose=False
-    )
-    words, options = map(_at_home, given.args), given.kwargs.items()
-    result = command(*words, **{name: _at_home(value) for name, value in options})
-    return result if isinstance(result, int) else 0
+def _parse(app: App, words: Sequence[str]) -> Any:
+    return app.parse_args(words, exit_on_error=False, print_error=False, verbose=False)
 
 
 def _at_home(value: Any) -> Any:
-    """A path with ~ for the home folder, which no shell replaces in ``--out=~/x``, in full."""
+    """A path with ~ in full: no shell replaces it in ``--out=~/x``."""
     return user_path(value) if isinstance(value, Path) else value
 
 
-def _explain(program: str, error: Exception) -> tuple[str, int]:
-    """The message and the exit code of any exception."""
-    from cyclopts import CycloptsError
-
-    if isinstance(error, CycloptsError):
-        return _wrong_use(program, error), WRONG_USE
-    if isinstance(error, TinyGPTError):
-        return str(error), error.exit_code
-    if isinstance(error, MemoryError):
-        return (
-            "There is not enough memory. Make the model or its batches smaller: "
-            "--train.batch-size, --model.block-size, --model.n-embd, --model.n-layer."
-        ), FAILURE
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}.", FAILURE
-    return (
-        f"{type(error).__name__}: {error}\n"
-        f"This should not happen. Run it again with --debug, or {DEBUG}=1, for the traceback."
-    ), FAILURE
-
-
-def _wrong_use(program: str, error: CycloptsError) -> str:
-    """What was wrong with the arguments, and where the right ones are listed."""
-    from cyclopts import MissingArgumentError, UnusedCliTokensError
-
-    message = str(error)
-    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
-        message = f"Unexpected argument {error.unused_tokens[0]!r}."
-    elif isinstance(error, MissingArgumentError) and error.argument is not None:
-        keyword = error.keyword or next((t.keyword for t in error.argument.tokens if t.keyword), "")
-        wanted = f"{keyword} needs a value" if keyword else f"{error.argument.name} is missing"
-        _, suggestion, rest = message.partition(" Did you mean ")
-        message = f"{wanted}.{suggestion}{rest}"
-    command = " ".join([program, *(error.command_chain or ())])
-    return f"{message}\nTry: {command} --help"
-
-
-def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """-> the arguments without --debug, and whether it, or the environment, asks for tracebacks."""
-    kept, given = _take(arguments, "--debug")
-    return kept, given or os.environ.get(DEBUG, "") not in ("", "0")
-
-
-def _take(arguments: list[str], switch: str) -> tuple[list[str], bool]:
-    """-> the arguments without a switch that every command takes, and whether it was there."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    kept = [a for a in arguments[:end] if a != switch] + arguments[end:]
-    return kept, len(kept) != len(arguments)
-
-
-def _take_threads(arguments: list[str]) -> list[str]:
-    """The arguments without --threads N, which is handed to whatever runs kernels."""
-    for i, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if word == "--":
-            break
-        if name == "--threads":
-            rest = arguments[i + 1 :] if equals else arguments[i + 2 :]
-            value = value if equals else "".join(arguments[i + 1 : i + 2])
-            if not value.isdecimal():
-                raise UsageError(f"--threads {value or '(nothing)'}: wanted a number of cores.")
-            os.environ["TINYGPT_THREADS"] = value
-            return arguments[:i] + rest
-    return arguments
-
-
-def _wait_for_children() -> None:
+def _restore_sigchld() -> None:
     """Undo an ignored SIGCHLD, which some launchers leave: no exit code would arrive."""
     if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

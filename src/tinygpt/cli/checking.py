@@ -1,4 +1,4 @@
-"""``tinygpt check``: whether the fast kernels are right on this machine, and how fast they are."""
+"""``tinygpt doctor --kernels``: whether the fast kernels are right here, and how fast they are."""
 
 from __future__ import annotations
 

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.cli.console import aligned, show_json
-from tinygpt.cli.options import CONFIGS, Switch, Tables, file_tables
+from tinygpt.cli.options import CONFIGS, Switch, Tables, run_tables
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, MissingExtraError, UsageError
 from tinygpt.runs import checkpoint
+from tinygpt.runs.columns import Columns
 from tinygpt.runs.display.text import duration, printable
-from tinygpt.training import metrics
-from tinygpt.untrusted import brief, is_number
+from tinygpt.runs.folder import METRICS, SAMPLES, list_checkpoints, number_of, sample_of
+from tinygpt.runs.history import read
+from tinygpt.untrusted import brief
 
 MOST_RUNS = 6
-MOST_STEPS, FAR = 10**12, 1e30
-"""The last step and the largest value that are believed."""
 MISSING = "-"
 TEXT = 1200
 """Characters of a sample that are printed."""
@@ -39,14 +39,15 @@ class Run:
     settings: Settings
     """By table and field, such as model.n_layer; of a run without settings only its model's."""
     parameters: int
-    step: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
+    step: int
+    best: tuple[int | None, float] | None
+    """Step and value of the lowest validation loss."""
+    elapsed: float | None
+    """Seconds of training."""
     train: Losses = field(default_factory=dict)
     val: Losses = field(default_factory=dict)
-    samples: dict[int, str] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
-    elapsed: float | None = None
+    samples: dict[int, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float | int | None]:
         """What a run has come to. The speed is the median of its steps'."""
@@ -54,8 +55,8 @@ class Run:
         return {
             "parameters": self.parameters,
             "steps": self.step,
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
+            "best_loss": None if self.best is None else self.best[1],
+            "best_step": None if self.best is None else self.best[0],
             "train_loss": None if last is None else self.train[last],
             "tokens_per_second": statistics.median(self.speeds) if self.speeds else None,
             "seconds": self.elapsed,
@@ -103,36 +104,37 @@ def compare(*runs: Path, samples: int = 2, json: Switch = False) -> None:
 
 
 def read_run(path: Path) -> Run:
-    """Everything there is; UsageError if there is no run, CheckpointError if it tells nothing."""
+    """All that is there of a run, or of a checkpoint by itself.
+
+    Raises UsageError if there is nothing at ``path``, and CheckpointError if it is no run.
+    """
     if not path.exists():
         raise UsageError(f"There is no run at {path}. Give the folder that training wrote.")
-    newest = _checkpoint(path)
-    meta = None if newest is None else checkpoint.read_meta(newest)
-    tables = file_tables(path / "config.toml") if (path / "config.toml").is_file() else {}
-    if meta is None and "model" not in tables:
+    file = path if path.is_file() else next(reversed(list_checkpoints(path)), None)
+    meta = None if file is None else checkpoint.read_meta(file)
+    tables = run_tables(path)
+    if meta is not None:
+        train = {} if meta.train is None else {"train": meta.train.to_dict()}
+        tables = {**train, "model": meta.model.to_dict(), **tables}
+    if "model" not in tables:
         raise CheckpointError(
             f"{path} holds neither a checkpoint nor the settings of a run, so it is none."
         )
-    if meta is not None:
-        tables = {"model": meta.model.to_dict(), **tables}
-        if meta.train is not None:
-            tables = {"train": meta.train.to_dict(), **tables}
-    run = Run(path, _flat(tables), GPTConfig.from_dict(tables["model"]).num_params())
-    if meta is not None:
-        best = meta.progress.get("best_val_loss")
-        run.step, run.elapsed = meta.iter_num, _number(meta.progress.get("elapsed"))
-        run.best_loss, run.best_step = _number(best), _step(meta.progress.get("best_iter"))
-    if path.is_dir():
-        _read_history(path, run)
-    return run
-
-
-def _checkpoint(path: Path) -> Path | None:
-    """The newest one of a folder; a file is itself."""
-    if path.is_file():
-        return path
-    found = checkpoint.list_checkpoints(path)
-    return found[-1] if found else None
+    progress = {} if meta is None else meta.progress
+    loss = number_of(progress, "best_val_loss")
+    columns = Columns.read(path / METRICS)
+    return Run(
+        path,
+        _flat(tables),
+        GPTConfig.from_dict(tables["model"]).num_params(),
+        step=int(columns["iter"].max(initial=0 if meta is None else meta.iter_num)),
+        best=columns.best() or (None if loss is None else (progress.get("best_iter"), loss)),
+        elapsed=columns.last("elapsed") or number_of(progress, "elapsed"),
+        train=dict(columns.points("train_loss")),
+        val=dict(columns.points("val_loss")),
+        speeds=[speed for _, speed in columns.points("tokens_per_second")],
+        samples=dict(filter(None, map(sample_of, read(path / SAMPLES)))),
+    )
 
 
 def _flat(tables: Tables) -> Settings:
@@ -143,34 +145,6 @@ def _flat(tables: Tables) -> Settings:
         if name in tables
         for key, value in config.from_dict(tables[name]).to_dict().items()
     }
-
-
-def _read_history(folder: Path, run: Run) -> None:
-    """Take in metrics and samples, if there are any; a line being written is left out."""
-    for row in metrics.read(folder / "metrics.jsonl"):
-        if (step := _step(row.get("iter"))) is None:
-            continue
-        run.step = max(run.step, step)
-        for key, losses in (("train_loss", run.train), ("val_loss", run.val)):
-            if (loss := _number(row.get(key))) is not None and not row.get("skipped"):
-                losses[step] = loss
-        if (speed := _number(row.get("tokens_per_second"))) is not None:
-            run.speeds.append(speed)
-        run.elapsed = _number(row.get("elapsed")) or run.elapsed
-    if run.val:
-        run.best_step, run.best_loss = min(run.val.items(), key=lambda item: item[1])
-    for row in metrics.read(folder / "samples.jsonl"):
-        step, text = _step(row.get("iter")), row.get("text")
-        if step is not None and isinstance(text, str):
-            run.samples[step] = text
-
-
-def _number(value: object) -> float | None:
-    return float(value) if is_number(value, -FAR, FAR) else None
-
-
-def _step(value: object) -> int | None:
-    return int(value) if isinstance(value, int) and is_number(value, 0, MOST_STEPS) else None
 
 
 # Comparing --------------------------------------------------------------------------------------

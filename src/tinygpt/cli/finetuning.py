@@ -28,10 +28,10 @@ class Beginning:
 
     def __init__(self, init: str, out: Path | None) -> None:
         from tinygpt.runs import checkpoint
-        from tinygpt.runs.run import choose_checkpoint
+        from tinygpt.runs.folder import choose_checkpoint, list_checkpoints
 
         path = user_path(init)
-        if (path / "config.json").is_file() and not checkpoint.list_checkpoints(path):
+        if (path / "config.json").is_file() and not list_checkpoints(path):
             take_in = command("import", "hf", path, "--out", "RUN")
             raise UsageError(f"{path} holds a model of Hugging Face's. Take it in first: {take_in}")
         self.path = choose_checkpoint(path).resolve()

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from tinygpt.cli.console import program_name, read_stdin, say, show_json
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.options import Switch, flags
-from tinygpt.config import SampleConfig
+from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import StreamError, TinyGPTError, UsageError
 from tinygpt.runs.display.text import printable
 
@@ -28,7 +28,7 @@ def generate(
     /,
     *,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    max_tokens: int = 200,
+    max_tokens: int = MAX_TOKENS,
     sample: Annotated[SampleFlags | None, Parameter(name="*")] = None,
     seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(negative=(), allow_leading_hyphen=True)] = None,

@@ -52,7 +52,7 @@ def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None
     """Say what rounding has saved, and what it costs on ``data`` or the run's validation text."""
     from tinygpt.model import int8
     from tinygpt.runs import checkpoint
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.folder import choose_checkpoint
     from tinygpt.training.preflight import size
 
     before, after = int8.sizes(model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
@@ -20,6 +21,7 @@ from tinygpt.config import (
     to_toml,
 )
 from tinygpt.errors import ConfigError, nearest
+from tinygpt.runs.folder import CONFIG
 from tinygpt.untrusted import clip
 
 Values = Mapping[str, Any]
@@ -28,9 +30,9 @@ Tables = dict[str, dict[str, Any]]
 
 Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
 """A flag that is given or not."""
+Flat = Parameter(name="*")
+"""Makes flags of the fields of an argument, without the argument's name before them."""
 
-SHORT_NAMES = {"lora_rank": "--lora-rank"}
-"""Flags that need not be preceded by the name of their table."""
 FOUND_LATER = {"vocab_size": "from the tokenizer"}
 """Defaults that the data decides, in words."""
 
@@ -63,6 +65,9 @@ class DataConfig(Config):
 
 
 CONFIGS: dict[str, type[Config]] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig}
+
+_FLAGS = "|".join(f.name.replace("_", "-") for c in CONFIGS.values() for f in fields(c))  # type: ignore[arg-type]
+DOTTED = re.compile(rf"^--(?:model|train)\.((?:no-)?(?:{_FLAGS})(?:=|$))")
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,18 @@ def flags(config: type[Config], title: str, defaults: Values = FOUND_LATER) -> A
     for field in fields(config):  # type: ignore[arg-type]
         default = defaults.get(field.name, None if field.default is None else repr(field.default))
         text = docs[field.name] + (f" [default: {default}]" if default is not None else "")
-        names = [field.name.replace("_", "-"), SHORT_NAMES.get(field.name)]
-        parameter = Parameter(name=[name for name in names if name], help=text, group=group)
+        parameter = Parameter(name=field.name.replace("_", "-"), help=text, group=group)
         types[field.name] = Annotated[hints[field.name], parameter]
     return TypedDict(f"{config.__name__}Flags", types, total=False)  # type: ignore[operator]
+
+
+def undotted(words: Sequence[str]) -> list[str]:
+    """Flags with the name of their table, such as --train.max-iters, without it: an older spelling.
+
+    Words behind -- are no flags.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    return [DOTTED.sub(r"--\1", word) for word in words[:end]] + list(words[end:])
 
 
 def resolve(*layers: Tables) -> Settings:
@@ -156,6 +169,12 @@ def file_tables(path: Path | None) -> Tables:
     for name, values in tables.items():
         _check_table(path, name, values)
     return tables
+
+
+def run_tables(folder: Path) -> Tables:
+    """The settings of the run in a folder; none if there is no such file."""
+    file = folder / CONFIG
+    return file_tables(file if file.is_file() else None)
 
 
 def _check_table(path: Path, name: str, values: Any) -> None:

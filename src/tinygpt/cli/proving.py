@@ -1,4 +1,4 @@
-"""``tinygpt verify-resume``: the proof that a run which was stopped goes on bit for bit."""
+"""``tinygpt doctor --resume``: the proof that a run which was stopped goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -13,16 +13,27 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from tinygpt.cli.console import aligned, say, show_json
-from tinygpt.cli.options import Settings, Switch, Tables, file_tables, flags, preset_tables, resolve
+from tinygpt.cli.options import (
+    Flat,
+    Settings,
+    Switch,
+    Tables,
+    file_tables,
+    flags,
+    preset_tables,
+    resolve,
+    run_tables,
+)
 from tinygpt.cli.running import Material, gather, make_run
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import children
 from tinygpt.machine.device import require_device
+from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER
 from tinygpt.text.corpus import NAMES
 from tinygpt.text.names import is_name
 
@@ -66,8 +77,8 @@ def verify_resume(
     glob: str | None = None,
     steps: int = 4,
     json: Switch = False,
-    model: ModelFlags | None = None,
-    train: TrainFlags | None = None,
+    model: Annotated[ModelFlags | None, Flat] = None,
+    train: Annotated[TrainFlags | None, Flat] = None,
 ) -> int:
     """Prove on this machine that a run which is stopped and resumed is the run never stopped.
 
@@ -106,7 +117,7 @@ def verify_resume(
     if kept:
         tables["data"].pop("source")
     if "max_iters" in tables["train"]:
-        raise UsageError("--train.max-iters is what --steps says here: give that.")
+        raise UsageError("--max-iters is what --steps says here: give that.")
     resolved = resolve(kept, preset_tables(preset), file_tables(config), tables)
     settings = _short(resolved, steps, tables["train"])
     device = require_device()
@@ -136,10 +147,9 @@ def verify_resume(
 def _tables_of_run(source: str | None) -> Tables:
     """The settings of a run folder, its tokenizer included; none if ``source`` is no run."""
     folder = user_path(source or "")
-    if source is None or is_name(source, NAMES) or not (folder / "config.toml").is_file():
+    if source is None or is_name(source, NAMES) or not (tables := run_tables(folder)):
         return {}
-    tables = file_tables(folder / "config.toml")
-    saved = folder / "tokenizer.json"
+    saved = folder / TOKENIZER
     if saved.is_file():
         tables.setdefault("data", {})["tokenizer"] = str(saved.resolve())
     return tables
@@ -213,7 +223,7 @@ def go_on(folder: Path) -> None:
 def compare(one: Path, two: Path) -> list[Compared]:
     """What two run folders hold, from their newest checkpoints and their histories."""
     from tinygpt.runs import checkpoint
-    from tinygpt.runs.run import latest_checkpoint
+    from tinygpt.runs.folder import latest_checkpoint
 
     (a, first), (b, second) = (checkpoint.read(latest_checkpoint(path)) for path in (one, two))
     names = sorted({*first, *second})
@@ -234,14 +244,14 @@ def compare(one: Path, two: Path) -> list[Compared]:
     ]
     return [
         *tensors,
-        _compare_rows("metrics", one / "metrics.jsonl", two / "metrics.jsonl"),
-        _compare_rows("samples", one / "samples.jsonl", two / "samples.jsonl"),
+        _compare_rows("metrics", one / METRICS, two / METRICS),
+        _compare_rows("samples", one / SAMPLES, two / SAMPLES),
         _compare_values("state", _state(a), _state(b)),
     ]
 
 
 def _compare_rows(what: str, one: Path, two: Path) -> Compared:
-    from tinygpt.training.metrics import read
+    from tinygpt.runs.history import read
 
     first, second = (list(read(path)) for path in (one, two))
     found = []

@@ -48,7 +48,7 @@ def gather(settings: Settings, own: Tokenizer | None = None) -> Material:
     if tokenizer is None and "vocab_size" not in settings.model and vocab_size > LARGEST_VOCAB:
         raise DataError(
             f"{name} has a token of number {vocab_size - 1:,}, and the model would need a row for "
-            f"each below it. If that is right, say so: --model.vocab-size {vocab_size}"
+            f"each below it. If that is right, say so: --vocab-size {vocab_size}"
         )
     shape = settings.model_config(vocab_size)
     training, held_out = batches.split(tokens, settings.data.val_fraction, shape.block_size)
@@ -81,7 +81,7 @@ def make_run(
 ) -> TrainingRun:
     """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
     from tinygpt.api import GPT
-    from tinygpt.runs.checkpoint import list_checkpoints
+    from tinygpt.runs.folder import list_checkpoints
     from tinygpt.runs.run import TrainingRun
 
     source, model = _lasting(settings.data, material.name), GPT(material.shape, settings.train.seed)
@@ -180,7 +180,7 @@ def _lasting(data: DataConfig, chosen: str) -> DataConfig:
 
 def new_folder(name: str) -> Path:
     """Make the folder of a run; of several that begin in one second each gets its own."""
-    from tinygpt.runs.checkpoint import writing
+    from tinygpt.files.disk import writing
 
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:40] or "text"
     folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -10,6 +10,7 @@ import shlex
 import tempfile
 import threading
 from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quanti
 from tinygpt.cli.options import Switch, flags
 from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
+from tinygpt.cli.texts import beginnings
 from tinygpt.errors import UsageError, extras
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.display.text import printable
@@ -304,7 +306,7 @@ def _service(
     places: int,
     limits: Limits,
 ) -> Service:
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.folder import choose_checkpoint
     from tinygpt.server.engine.scheduler import Engine
     from tinygpt.server.openai.service import Service
 
@@ -314,7 +316,9 @@ def _service(
     chosen = choose_checkpoint(run)
     created = int(chosen.stat().st_mtime)
     engine = Engine(model, own, places, limits.queue)
-    return Service(engine, model, own, _name(run), run, created, limits)
+    service = Service(engine, model, own, _name(run), run, created, limits)
+    service.beginnings = cache(partial(beginnings, run, model, own))
+    return service
 
 
 def _board(run: Path, key: str | None, is_open: bool) -> Board | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygpt.cli.options import DataConfig, file_tables
-from tinygpt.errors import UsageError
+from tinygpt.cli.options import DataConfig, run_tables
+from tinygpt.errors import TinyGPTError, UsageError
+from tinygpt.runs.folder import choose_checkpoint, folder_of
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 
 def own_source(run: Path) -> DataConfig:
     """Where the text of a run, or of the run that a checkpoint lies in, comes from."""
-    settings = (run if run.is_dir() else run.parent) / "config.toml"
-    table = file_tables(settings).get("data", {}) if settings.exists() else {}
-    return DataConfig.from_dict(table)
+    return DataConfig.from_dict(run_tables(folder_of(run)).get("data", {}))
 
 
 def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[str, Tokens]:
@@ -39,7 +38,6 @@ def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
     ``part`` is ``train`` or ``val``. Nothing is said where nobody knows what it was.
     """
     from tinygpt.runs import checkpoint
-    from tinygpt.runs.run import choose_checkpoint
     from tinygpt.text.tokens import data_fingerprint
 
     known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get(part)
@@ -60,3 +58,25 @@ def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> 
         raise UsageError(f"{run} kept no text for validation. {advice}")
     changed = unlike_training(run, "val", held_out)
     return f"{name}, its last {source.val_fraction:.0%}{changed}", held_out
+
+
+def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> list[str]:
+    """First lines from a run's own validation text, from places far apart; [] without that text.
+
+    Only a text that is known to be the run's is read from: the folder may come from elsewhere, and
+    name a file that its author has never seen.
+    """
+    from tinygpt.runs import checkpoint
+    from tinygpt.text.tokens import data_fingerprint
+
+    try:
+        _, tokens = own_validation(run, model, tokenizer, "")
+        known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get("val")
+        if known != data_fingerprint(tokens):
+            return []
+        starts = [len(tokens) * i // count for i in range(count)]
+        passages = [tokenizer.decode(tokens[at : at + 200].tolist()) for at in starts]
+    except TinyGPTError:
+        return []
+    lines = ["".join(passage.splitlines(keepends=True)[1:3]) for passage in passages]
+    return [line[:80].rstrip() for line in lines if line.strip()]

@@ -48,7 +48,7 @@ def train(
         Files of a folder that are read.
     """
     from tinygpt.files.atomic import check_overwritable
-    from tinygpt.runs.checkpoint import run_of
+    from tinygpt.runs.folder import run_of
     from tinygpt.text.corpus import open_corpus
     from tinygpt.text.tokenizers import BPETokenizer
     from tinygpt.text.tokenizers.base import MARK

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.options import (
+    Flat,
     Settings,
     Switch,
     Tables,
@@ -19,6 +19,7 @@ from tinygpt.cli.options import (
     flags,
     preset_tables,
     resolve,
+    run_tables,
 )
 from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_folder
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
@@ -27,6 +28,7 @@ from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import device
+from tinygpt.runs.folder import CONFIG, TOKENIZER
 from tinygpt.runs.lock import check_free
 from tinygpt.text.corpus import NAMES
 from tinygpt.training.metrics import perplexity
@@ -62,8 +64,8 @@ def train(
     no_token: Switch = False,
     print_config: Switch = False,
     json: Switch = False,
-    model: ModelFlags | None = None,
-    train: TrainFlags | None = None,
+    model: Annotated[ModelFlags | None, Flat] = None,
+    train: Annotated[TrainFlags | None, Flat] = None,
 ) -> int:
     """Train a GPT on a text and keep the run in a folder.
 
@@ -217,7 +219,7 @@ def _saved_tokenizer(folder: Path, start: Path | None) -> Tokenizer | None:
     if start is not None:
         described = read_meta(start).tokenizer
         return None if described is None else tokenizer_from_dict(described)
-    saved = folder / "tokenizer.json"
+    saved = folder / TOKENIZER
     return load_tokenizer(saved) if saved.is_file() else None
 
 
@@ -236,11 +238,11 @@ def _same_command(
     words: list[object] = ["train", *([source] if source else []), "--resume"]
     given = {**others, **{f"--{name}": value for name, value in data.items()}}
     for table in ("model", "train"):
-        given |= {f"--{table}.{name}": value for name, value in tables[table].items()}
+        given |= {f"--{name}": value for name, value in tables[table].items()}
     for name, value in given.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else re.sub(r"([^.]+)$", r"no-\1", flag))
+            words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
             words += [flag, value]
     return words
@@ -253,8 +255,8 @@ def _where_to_go_on(
 
     SOURCE may be a checkpoint, also without its suffix, or a run folder; else it is a text.
     """
-    from tinygpt.runs.checkpoint import named_checkpoint, read_meta, run_of
-    from tinygpt.runs.checkpoint.folder import SUFFIX
+    from tinygpt.runs.checkpoint import read_meta
+    from tinygpt.runs.folder import SUFFIX, latest_checkpoint, named_checkpoint, run_of
 
     if source in NAMES:
         return None, out, source
@@ -265,8 +267,6 @@ def _where_to_go_on(
     if source and run_of(path) is not None:
         if out is None or out.resolve() == path.resolve():
             return None, path, None
-        from tinygpt.runs.run import latest_checkpoint
-
         return latest_checkpoint(path), out, None
     return None, out, source
 
@@ -274,7 +274,7 @@ def _where_to_go_on(
 def _folder_to_resume(out: Path | None) -> Path:
     if out is not None:
         return out
-    recent = max(RUNS.glob("*/config.toml"), key=lambda path: path.stat().st_mtime, default=None)
+    recent = max(RUNS.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, default=None)
     last = (
         f" The last one: {command('train', '--resume', '--out', recent.parent)}" if recent else ""
     )
@@ -285,18 +285,17 @@ def _settings_of(folder: Path, start: Path | None = None) -> Tables:
     """The settings of the run in a folder, or of the checkpoint to ``start`` from and its run."""
     from tinygpt.runs.checkpoint import read_meta
 
-    config = (folder if start is None else start.parent) / "config.toml"
+    tables = run_tables(folder if start is None else start.parent)
     if start is not None:
-        tables = file_tables(config) if config.is_file() else {}
         meta = read_meta(start)
         tables["model"] = meta.model.to_dict()
         return tables if meta.train is None else {**tables, "train": meta.train.to_dict()}
-    if not config.is_file():
+    if not tables:
         raise CheckpointError(
             f"There is no run in {folder} to resume: it has no config.toml. Leave --resume out to "
             f"start one there."
         )
-    return file_tables(config)
+    return tables
 
 
 # Watching it ------------------------------------------------------------------------------------

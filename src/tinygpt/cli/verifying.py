@@ -10,6 +10,15 @@ from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Switch, file_tables
 from tinygpt.errors import CheckpointError, TinyGPTError, UsageError
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import (
+    BEST,
+    CONFIG,
+    METRICS,
+    SAMPLES,
+    TOKENIZER,
+    best_checkpoint,
+    list_checkpoints,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def _findings(path: Path) -> Iterator[Finding]:
     if not path.is_dir():
         yield _look(path, BESIDE.get(path.name, _checkpoint))
         return
-    checkpoints = checkpoint.list_checkpoints(path)
+    checkpoints = list_checkpoints(path)
     if not checkpoints:
         raise CheckpointError(f"There is no checkpoint in {path}.")
     for file in checkpoints:
@@ -90,23 +99,23 @@ def _tokenizer(path: Path) -> str:
 
 
 def _rows(path: Path) -> str:
-    from tinygpt.training.metrics import read
+    from tinygpt.runs.history import read
 
     return f"{sum(1 for _ in read(path)):,} rows"
 
 
 def _best(path: Path) -> str:
-    best = checkpoint.best_checkpoint(path.parent)
+    best = best_checkpoint(path.parent)
     if best is None:
         raise CheckpointError(f"{path} names no checkpoint that is there.")
     return best.name
 
 
 BESIDE: dict[str, Callable[[Path], str]] = {
-    "config.toml": _settings,
-    "tokenizer.json": _tokenizer,
-    "metrics.jsonl": _rows,
-    "samples.jsonl": _rows,
-    "best.json": _best,
+    CONFIG: _settings,
+    TOKENIZER: _tokenizer,
+    METRICS: _rows,
+    SAMPLES: _rows,
+    BEST: _best,
 }
 """The other files of a run, and what reads them."""

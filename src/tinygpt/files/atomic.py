@@ -201,17 +201,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def free_space(folder: Path) -> int | None:
-    """Bytes that can still be written where a folder is or will be; None if nobody knows."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        usage = shutil.disk_usage(folder)
-    except OSError:
-        return None
-    return usage.free if usage.total else None
-
-
 def remove_stale(folder: Path) -> None:
     """Delete the files that killed processes left half written in a folder, and nothing else.
 

@@ -6,8 +6,9 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tinygpt.errors import DataError, extras
@@ -19,6 +20,16 @@ ATTEMPTS = 4
 """How often a download that breaks off is taken up again."""
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A file on a server, the digest that it must have, and at most ``size`` bytes."""
+
+    url: str
+    sha256: str
+    size: int | None
+    headers: Mapping[str, str]
+
+
 def download(
     url: str,
     path: Path,
@@ -26,21 +37,24 @@ def download(
     *,
     deadline: float | None = None,
     size: int | None = None,
+    headers: Mapping[str, str] | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> Path:
     """Fetch ``url`` to ``path`` and return ``path``, whose content then has the digest ``sha256``.
 
     What has arrived is kept beside it as ``.part``, and a later call goes on from there. With a
     ``deadline`` in seconds the call gives up in time whatever hangs, the name lookup included.
-    More than ``size`` bytes are not taken; ``watch`` is told how many have arrived, time and again.
-    Raises DataError that says what went wrong.
+    More than ``size`` bytes are not taken, ``headers`` go with each request, and ``watch`` gets the
+    number of bytes that have arrived, every ``WATCH`` seconds. Raises DataError that says what went
+    wrong.
     """
+    wanted = _Wanted(url, sha256, size, headers or {})
     stop = threading.Event()
     failures: list[Exception] = []
 
     def work() -> None:
         try:
-            _fetch(url, path, sha256, stop, size)
+            _fetch(wanted, path, stop)
         except Exception as error:
             failures.append(error)
 
@@ -111,15 +125,13 @@ def network_advice(error: Exception) -> str | None:
     return f"Is there a network ({kind})? Behind a proxy, set HTTPS_PROXY."
 
 
-def _fetch(
-    url: str, path: Path, sha256: str, stop: threading.Event, size: int | None = None
-) -> None:
+def _fetch(wanted: _Wanted, path: Path, stop: threading.Event) -> None:
     """Transfer, resume what breaks off, verify, and only then give the file its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _claimed(path.with_name(path.name + ".part"), stop) as part:
-        if part is None or (path.is_file() and sha256_of(path) == sha256):
+        if part is None or (path.is_file() and sha256_of(path) == wanted.sha256):
             return  # given up while another download had the part, or that one has done it
-        _complete(url, part, sha256, stop, size)
+        _complete(wanted, part, stop)
         if not stop.is_set():
             part.replace(path)
 
@@ -159,7 +171,7 @@ def _claimed(part: Path, stop: threading.Event) -> Iterator[Path | None]:
             return
 
 
-def _complete(url: str, part: Path, sha256: str, stop: threading.Event, size: int | None) -> None:
+def _complete(wanted: _Wanted, part: Path, stop: threading.Event) -> None:
     """Fetch until the content is right; what is wrong is emptied, and the file itself stays."""
     import requests
 
@@ -167,10 +179,10 @@ def _complete(url: str, part: Path, sha256: str, stop: threading.Event, size: in
         before = _size(part)
         failure: Exception | None = None
         try:
-            _transfer(url, part, before, stop, size)
+            _transfer(wanted, part, before, stop)
         except requests.RequestException as error:
             failure = error
-        if stop.is_set() or (part.exists() and sha256_of(part) == sha256):
+        if stop.is_set() or (part.exists() and sha256_of(part) == wanted.sha256):
             return
         if failure is not None and _size(part) <= before:
             raise failure
@@ -179,20 +191,23 @@ def _complete(url: str, part: Path, sha256: str, stop: threading.Event, size: in
             os.truncate(part, 0)
             if not before:  # not even a stale beginning to blame
                 raise DataError(
-                    f"{url} is not the file it should be: its SHA-256 is {found}, wanted {sha256}. "
+                    f"{wanted.url} is not the file it should be: its SHA-256 is {found}, "
+                    f"wanted {wanted.sha256}. "
                     f"Something on the way changed it; nothing was kept."
                 )
-    raise DataError(f"{url} broke off {ATTEMPTS} times. What has arrived is kept; try again.")
+    raise DataError(
+        f"{wanted.url} broke off {ATTEMPTS} times. What has arrived is kept; try again."
+    )
 
 
-def _transfer(
-    url: str, part: Path, start: int, stop: threading.Event, size: int | None = None
-) -> None:
+def _transfer(wanted: _Wanted, part: Path, start: int, stop: threading.Event) -> None:
     """Append what is missing after byte ``start``; a server that cannot do that sends it all."""
     import requests
 
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with requests.get(url, headers=headers, stream=True, timeout=(5, 20)) as response:
+    headers = {"Accept-Encoding": "identity", **wanted.headers}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with requests.get(wanted.url, headers=headers, stream=True, timeout=(5, 20)) as response:
         if start and response.status_code == 416:  # nothing lies after start
             return
         response.raise_for_status()
@@ -203,9 +218,11 @@ def _transfer(
             for block in response.iter_content(1 << 13):
                 if stop.is_set():
                     return
-                if size is not None and file.tell() + len(block) > size:
+                if wanted.size is not None and file.tell() + len(block) > wanted.size:
                     file.truncate(0)
-                    raise DataError(f"{url} sends more than the {size:,} bytes it should have.")
+                    raise DataError(
+                        f"{wanted.url} sends more than the {wanted.size:,} bytes it should have."
+                    )
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())

@@ -14,16 +14,14 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, dtypes
-from tinygrad.dtype import DType
+from tinygrad import Tensor
 
 from tinygpt import kernels
 from tinygpt.errors import TinyGPTError
 from tinygpt.generation.decoder import Logits, padded_length
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import Port, zeros
 from tinygpt.model.cache import OnePlace, Places, Rows
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 
 ROWS = (1, 2, 4, 8, 16)
 """Sizes of a step; surplus rows are padding. With more rows linear layers would round otherwise."""
@@ -32,7 +30,6 @@ WINDOW_TOKENS = 128
 CHUNK = 64
 """Positions of which logits are made at once where all are wanted: a vocabulary is wide."""
 
-Made = Tensor | tuple[Tensor, ...]
 States = npt.NDArray[np.float32]
 Compute = Callable[[Sequence["Line"]], Logits]
 """Of some lines -> logits (n, V), of which the first rows are the lines'."""
@@ -61,14 +58,28 @@ class BatchDecoder:
     """
 
     # Without a __dict__, tinygrad's get_parameters(model) never finds the caches in here.
-    __slots__ = ("_cache", "_free", "_functions", "model", "places")
+    __slots__ = (
+        "_cache",
+        "_free",
+        "_logits",
+        "_looked",
+        "_prefilled",
+        "_slid",
+        "_stepped",
+        "model",
+        "places",
+    )
 
     def __init__(self, model: Transformer, places: int) -> None:
         self.model, self.places = model, places
         Tensor.realize(*model.parameters().values())
         self._cache = Places(model.config, places + 1)  # the last one is for padding
         self._free = list(reversed(range(places)))
-        self._functions: dict[tuple[str, int], _Function] = {}  # by kind and size
+        self._prefilled = jit(self._one_text, short=True)
+        self._stepped = jit(self._one_token_each, short=True)
+        self._slid = jit(self._whole_windows, short=True)
+        self._looked = jit(self._whole_texts, short=True)
+        self._logits = jit(self._logits_of, short=True)
 
     def admit(self, ids: Sequence[int]) -> Line:
         """Give a text a place. Raises TinyGPTError if all are taken."""
@@ -86,11 +97,10 @@ class BatchDecoder:
         A new line is prefilled by itself. One that has outgrown block_size slides: it takes a
         forward pass of the last block_size tokens. All others take a step together.
         """
-        with mode(self.model, training=False):
-            parts = [
-                (indices, compute([lines[i] for i in indices]))
-                for compute, indices in self._groups(lines)
-            ]
+        parts = [
+            (indices, compute([lines[i] for i in indices]))
+            for compute, indices in self._groups(lines)
+        ]
         if len(parts) == 1:  # they are in their order
             return parts[0][1][: len(lines)]
         out = np.empty((len(lines), self.model.config.vocab_size), np.float32)
@@ -107,12 +117,11 @@ class BatchDecoder:
         what follows; nothing is kept. The texts, none longer than block_size, are at most as many
         as ``together`` says of each.
         """
-        with mode(self.model, training=False):
-            if len(texts) > 1:
-                return self._read(texts)
-            line = Line(texts[0], self.places)
-            logits = self._prefill([line])
-            return [self._prefilling(len(line.ids)).beside()[0, : len(line.ids)]], logits
+        if len(texts) > 1:
+            return self._read(texts)
+        line = Line(texts[0], self.places)
+        logits, states = self._prefill_one(line)
+        return [states[0, : len(line.ids)]], logits
 
     def _read(self, texts: Sequence[Sequence[int]]) -> tuple[list[States], Logits]:
         """``states`` of several texts; surplus rows are padding."""
@@ -121,20 +130,16 @@ class BatchDecoder:
         tokens = np.zeros((n, length), np.int32)
         for row, ids in zip(tokens, texts, strict=False):
             row[: len(ids)] = ids
-        x = self._function(self._whole_texts, length, (n, length))(tokens)
+        x = self._looked(tokens)
         states = [x[i, : len(ids)] for i, ids in enumerate(texts)]
         return states, self.unembed(np.stack([rows[-1] for rows in states]))
 
     def unembed(self, rows: States) -> Logits:
         """Logits (n, V) of up to `CHUNK` rows (n, C) of the residual stream."""
         n = ROWS[-1] if len(rows) <= ROWS[-1] else CHUNK
-        key, C = ("unembed", n), self.model.config.n_embd
-        if key not in self._functions:
-            self._functions[key] = _Function(self._logits, (n, C), dtype=dtypes.float32)
-        padded = np.zeros((n, C), np.float32)
+        padded = np.zeros((n, self.model.config.n_embd), np.float32)
         padded[: len(rows)] = rows
-        with mode(self.model, training=False):
-            return self._functions[key](padded)[: len(rows)]
+        return self._logits(padded)[: len(rows)]
 
     def _groups(self, lines: Sequence[Line]) -> Iterator[tuple[Compute, list[int]]]:
         """Which of the lines are computed together, and how."""
@@ -176,25 +181,23 @@ class BatchDecoder:
         The padding comes after them, where causal attention does not look, and leaves keys and
         values that are overwritten before they are read.
         """
-        (line,), block_size = lines, self.model.config.block_size
+        return self._prefill_one(lines[0])[0]
+
+    def _prefill_one(self, line: Line) -> tuple[Logits, States]:
+        """``_prefill``; -> logits (1, V), states (1, T, C)."""
+        block_size = self.model.config.block_size
         ids = line.ids[-block_size:]
         padded = ids + [0] * (padded_length(len(ids), block_size) - len(ids))
-        logits = self._prefilling(len(ids))(padded, line.place, len(ids) - 1)
+        logits, states = self._prefilled([padded], [line.place], [[len(ids) - 1]])
         line.cached = len(ids)
-        return logits
-
-    def _prefilling(self, n: int) -> _Function:
-        """The function for a line of n tokens; beside logits it makes their states (1, T, C)."""
-        length = padded_length(n, self.model.config.block_size)
-        return self._function(self._one_text, length, (1, length), (1,), (1, 1))
+        return logits, states
 
     def _step(self, lines: Sequence[Line]) -> Logits:
         """Append the last token of up to 16 lines; -> logits (n, V), surplus rows behind them."""
         n = _at_least(ROWS, len(lines))
         surplus = n - len(lines)
-        function = self._function(self._one_token_each, n, (1, n), (n,), (n,))
-        logits = function(
-            [line.ids[-1] for line in lines] + [0] * surplus,
+        logits = self._stepped(
+            [[line.ids[-1] for line in lines] + [0] * surplus],
             [line.place for line in lines] + [self.places] * surplus,
             [len(line.ids) - 1 for line in lines] + [0] * surplus,
         )
@@ -208,7 +211,7 @@ class BatchDecoder:
         windows = np.zeros((n, block_size), np.int32)
         for row, line in zip(windows, lines, strict=False):
             row[-len(line.ids) :] = line.ids[-block_size:]
-        return self._function(self._whole_windows, n, (n, block_size))(windows)
+        return self._slid(windows)
 
     def _sizes(self) -> tuple[int, ...]:
         """Sizes of a step: enough for all places, or the largest."""
@@ -219,15 +222,6 @@ class BatchDecoder:
         most = max(1, WINDOW_TOKENS // self.model.config.block_size)
         return tuple(n for n in self._sizes() if n <= most)
 
-    def _function(
-        self, compute: Callable[..., Made], size: int, *shapes: tuple[int, ...]
-    ) -> _Function:
-        """The jitted function for a size, with inputs of these shapes: made once."""
-        key = compute.__name__, size
-        if key not in self._functions:
-            self._functions[key] = _Function(compute, *shapes)
-        return self._functions[key]
-
     def _one_text(self, tokens: Tensor, place: Tensor, last: Tensor) -> tuple[Tensor, ...]:
         cache = OnePlace(self._cache, place)
         x = self.model.hidden(tokens, cache)  # (1, T, C)
@@ -237,7 +231,7 @@ class BatchDecoder:
     def _whole_texts(self, tokens: Tensor) -> Tensor:
         return self.model.hidden(tokens).float().realize()  # (n, T, C)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits_of(self, x: Tensor) -> Tensor:
         return self.model.unembed(x).float().realize()  # (n, C) -> (n, V)
 
     def _one_token_each(self, tokens: Tensor, places: Tensor, at: Tensor) -> Tensor:
@@ -247,37 +241,6 @@ class BatchDecoder:
     def _whole_windows(self, tokens: Tensor) -> Tensor:
         x = self.model.hidden(tokens)  # (n, T, C)
         return self.model.unembed(x[:, -1:]).squeeze(1).float().realize()
-
-
-class _Function:
-    """Numbers, logits (n, V) mostly, of inputs of fixed shapes, jitted, from numpy to numpy.
-
-    The inputs are written into buffers that the jit knows from the start: to hand a Tensor to a jit
-    costs more than the whole forward pass of a small model.
-    """
-
-    def __init__(
-        self,
-        compute: Callable[..., Made],
-        *shapes: tuple[int, ...],
-        dtype: DType = dtypes.int32,
-    ) -> None:
-        inputs = [zeros(shape, dtype) for shape in shapes]
-        self._inputs = [Port(tensor) for tensor in inputs]
-        self._compute = jit(lambda: compute(*inputs), short=True)
-        self._outputs: list[Port] = []
-
-    def __call__(self, *values: npt.ArrayLike) -> Logits:
-        for port, value in zip(self._inputs, values, strict=True):
-            port.write(value)
-        made = self._compute()
-        if not self._outputs:  # they are the same Tensors at each call
-            self._outputs = [Port(t) for t in (made if isinstance(made, tuple) else (made,))]
-        return self._outputs[0].read()
-
-    def beside(self) -> States:
-        """What the last call made beside its result."""
-        return self._outputs[1].read()
 
 
 def _at_least(sizes: tuple[int, ...], n: int) -> int:

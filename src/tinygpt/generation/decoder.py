@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, Variable, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes
 
-from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import read, write, zeros
 from tinygpt.model.cache import KVCache
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -53,14 +51,13 @@ class Decoder:
         """
         block_size = self.model.config.block_size
         n = context.shape[1]
-        with mode(self.model, training=False):
-            batch = self._batches.get(len(context))
-            if batch is not None and batch.holds(owner, n - 1) and n <= block_size:
-                logits = batch.decode_step(context[:, -1:], n - 1)
-            else:
-                self._forget_replaced_weights()
-                batch = self._batch(len(context))
-                logits = batch.prefill(context[:, -block_size:])
+        batch = self._batches.get(len(context))
+        if batch is not None and batch.holds(owner, n - 1) and n <= block_size:
+            logits = batch.decode_step(context[:, -1:], n - 1)
+        else:
+            self._forget_replaced_weights()
+            batch = self._batch(len(context))
+            logits = batch.prefill(context[:, -block_size:])
         batch.owner, batch.length = owner, n
         return logits
 
@@ -148,7 +145,8 @@ class _Forward:
     def __init__(self, compute: Compute, size: int, length: int, position: UOp) -> None:
         ids = zeros((size, length), dtypes.int32)
         self._ids, self._position = ids, cache(position.bind)
-        self._logits = jit(lambda position: compute(ids, position), short=True)
+        self._logits = TinyJit(lambda position: compute(ids, position))
+        self._logits.cnt = 1  # captured at the first call
 
     def __call__(self, ids: Ids, position: int) -> Logits:
         write(self._ids, ids)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinygpt.errors import UsageError
 from tinygpt.files import atomic
-from tinygpt.runs import checkpoint
+from tinygpt.files.disk import writing
 
 
 def check_free(folder: Path) -> None:
@@ -28,5 +28,5 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises UsageError if it is there already, CheckpointError if it cannot be written.
     """
     check_free(folder)
-    with checkpoint.writing(folder), atomic.building(folder) as staging:
+    with writing(folder), atomic.building(folder) as staging:
         yield staging

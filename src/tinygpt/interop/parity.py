@@ -53,10 +53,9 @@ def our_logits(model: Transformer, ids: Ids) -> Floats:
     """Logits (T, V) of our model for ids (1, T), without dropout."""
     from tinygrad import Tensor
 
-    from tinygpt.model.transformer import mode
+    from tinygpt.model.transformer import INFERENCE
 
-    with mode(model, training=False):
-        logits: Floats = model(Tensor(ids, dtype="int32")).numpy()[0]
+    logits: Floats = model(Tensor(ids, dtype="int32"), drop=INFERENCE).numpy()[0]
     return logits
 
 
@@ -93,7 +92,7 @@ def compare(
         raise InteropError(
             f"{reader} computes something else from the same weights: the logits differ by up to "
             f"{difference:.3g}, and {allowed:.3g} is allowed. Nothing was written. Is a weight not "
-            f"finite? tinygpt check tells whether the kernels are right on this machine."
+            f"finite? tinygpt doctor --kernels tells whether the kernels are right on this machine."
         )
     return Comparison(difference, allowed)
 

@@ -20,7 +20,6 @@ from tinygpt.kernels.loss.cross_entropy import cross_entropy
 from tinygpt.kernels.loss.fused import loss
 from tinygpt.kernels.norm import layer_norm
 from tinygpt.kernels.quantized import quantized_linear
-from tinygpt.machine import kernel_store, pool
 
 __all__ = [
     "adamw_update",
@@ -40,6 +39,3 @@ __all__ = [
     "self_attention",
     "use",
 ]
-
-kernel_store.install()
-pool.install()  # every core, unless TINYGPT_THREADS says otherwise

@@ -26,10 +26,10 @@ from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 from tinygrad import Device, Tensor, dtypes
-from tinygrad.renderer.cstyle import CStyleLanguage
 
 from tinygpt.config import AttentionMethod
 from tinygpt.errors import KernelError
+from tinygpt.machine.tinygrad_internals import CStyleLanguage
 
 log = logging.getLogger(__name__)
 

@@ -25,13 +25,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from tinygrad import Tensor, UOp
-from tinygrad.dtype import least_upper_dtype
 
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.gelu import gelu_gradient, gelu_value, plain_gelu
 from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
 from tinygpt.kernels.phases import Array, Backward, Kernel, contiguous, minimum, run, wide
+from tinygpt.machine.tinygrad_internals import least_upper_dtype
 
 FEW = 16
 """Up to so many rows of x, `few_rows` is the faster."""

@@ -49,7 +49,7 @@ UNIT = 20_000
 """What a unit takes besides, being dealt out for instance; in multiply-adds too."""
 GATED = 1.1
 """How much longer a unit takes whose writes are gated: where chunks reach behind the last row."""
-CORES = {1: 2} | {n: 1 / n for n in (2, 4, 8, 16, 32, 64)}
+CORES = {1: 25} | dict.fromkeys((2, 3, 4, 6, 8, 12, 16), 1)
 """Numbers of cores that products are cut up for -> how much a percent of the time counts there.
 
 Cut for many cores a product copies more, which every core pays: one core counts so much that it

@@ -47,12 +47,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from tinygrad import Device, Tensor, UOp, dtypes
-from tinygrad.dtype import AddrSpace, DType
-from tinygrad.helpers import NUM_CPU_THREADS
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 from tinygpt.machine.gradients import open_gradients
+from tinygpt.machine.tinygrad_internals import (
+    NUM_CPU_THREADS,
+    PIECE,
+    AddrSpace,
+    AxisType,
+    DType,
+    Estimates,
+    KernelInfo,
+    Ops,
+)
 
 PIECE_OPS = 200_000
 """Operations of a piece at least: some 3 µs of a core. Dealing it out costs 0.1 µs to 0.3 µs."""
@@ -184,13 +190,14 @@ class Kernel:
             unit = self._range(n)
             self._order = self._outer = (unit,)
             return unit
-        piece = self._range(pieces, AxisType.THREAD)
+        # The number of the piece is a variable of the kernel, launched once for each of its values.
+        piece = as_index(UOp.variable(PIECE, 0, pieces - 1, dtypes.int, param=True))
         if size == 1:
-            self._order = self._outer = (piece,)
+            self._order = (piece,)
             return piece
         first = piece * size
         i = self._range(minimum(n - first, size) if n % size else size)
-        self._order = self._outer = (i, piece)
+        self._order = self._outer = (i,)
         return first + i
 
     def tile(
@@ -216,7 +223,7 @@ class Kernel:
         """
         assert self._stores is None, "a loop cannot stand inside a phase"
         n = n if isinstance(n, int) else as_index(n)
-        outside = isinstance(n, int) or all(r.arg[1] is AxisType.THREAD for r in n.ranges)
+        outside = isinstance(n, int) or not n.ranges
         assert outside, "the length of a loop cannot depend on the index of another loop or unit"
         index = self._range(n)
         self._order += (index,)
@@ -269,9 +276,9 @@ class Kernel:
         sink: UOp = last.sink(arg=info, tag=1)
         return sink
 
-    def _range(self, n: Index, axis: AxisType = AxisType.WEAK) -> UOp:
+    def _range(self, n: Index) -> UOp:
         self._ranges += 1
-        index: UOp = UOp.range(n, self._ranges - 1, axis)
+        index: UOp = UOp.range(n, self._ranges - 1, AxisType.WEAK)
         return index
 
     def _slot(self) -> int:

@@ -67,7 +67,7 @@ def require_device() -> str:
 
     Raises DeviceError, saying how to get one, where no device or no compiler works.
     """
-    from tinygrad.device import Device
+    from tinygrad import Device
 
     try:
         name = str(Device[Device.DEFAULT].device)

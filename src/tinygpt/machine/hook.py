@@ -52,7 +52,7 @@ class _Hook(MetaPathFinder):
             module.__dict__["print"] = to_stderr
             with importing(spec) if spec.name == PACKAGE else nullcontext():
                 execute(module)
-            for change in self.changes.pop(spec.name, ()):
+            for change in self.changes.get(spec.name, ()):
                 change(module)
 
         loader.exec_module = exec_module  # type: ignore[attr-defined]

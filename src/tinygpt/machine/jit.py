@@ -1,44 +1,108 @@
-"""A TinyJit that captures at its first call."""
+"""Numbers in, numbers out: a function of Tensors, captured at its first call and replayed after it.
+
+A captured function is a list of kernels that read and write fixed buffers. ``jit`` makes buffers
+for the arguments, copies each call's numbers into them, replays the kernels, and copies the results
+out. To hand TinyJit a Tensor instead costs more than the whole forward pass of a small model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, overload
 
-from tinygrad import Tensor, TinyJit
-from tinygrad.helpers import Context
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Context, Device, Tensor, TinyJit
 
 from tinygpt.machine.gradients import all_gradients_taken
+from tinygpt.machine.transfer import Array, memory, read, write
 
-T = TypeVar("T", bound="Tensor | tuple[Tensor, ...]")
+Kind = tuple[tuple[int, ...], np.dtype[Any]]
+"""Shape and type of an argument."""
+
+INTEGERS = "int8", "int16", "int64", "uint8", "uint16"
+CAST: dict[np.dtype[Any], np.dtype[Any]] = {np.dtype(t): np.dtype("int32") for t in INTEGERS}
+CAST |= {np.dtype(t): np.dtype("float32") for t in ("float16", "float64")}
+"""The types that kernels take instead; others, such as uint32 for random keys, stay."""
 
 
-def jit(function: Callable[..., T], short: bool = False) -> Callable[..., T]:
-    """``function``, captured when it is first called, and replayed from then on.
+@overload
+def jit(compute: Callable[..., Tensor], short: bool = False) -> Callable[..., Array]: ...
+@overload
+def jit(
+    compute: Callable[..., tuple[Tensor, ...]], short: bool = False
+) -> Callable[..., tuple[Array, ...]]: ...
+def jit(compute: Callable[..., Any], short: bool = False) -> Callable[..., Any]:
+    """``compute``, but from numpy arrays and numbers to numpy arrays, compiled.
 
-    TinyJit itself calls a function once before, for the sake of those that make their state when
-    they are first called. Ours are handed all they need, realized. For them that call would only
-    lower and plan everything twice, and keep the memory of a step that nobody planned: 3 GB for
-    GPT-2. The result is the same at each call, with new values.
+    Integers become int32, but for uint32, and floats become float32. Each combination of shapes and
+    types is captured once, at its first call; branches and Python numbers inside ``compute`` are
+    frozen then. Tensors that ``compute`` assigns to, such as weights, it has to realize itself.
+    tinygrad replays a capture in several batches of kernels, between which Python can handle
+    signals; ``short`` replays it as one, which is faster.
 
-    A ``short`` function is replayed in one piece; of others tinygrad makes batches of kernels,
-    between which Python can look for signals.
+    >>> double = jit(lambda x: x * 2)
+    >>> double([1.0, 2.0]).tolist()
+    [2.0, 4.0]
     """
+    return Jitted(compute, short)
 
-    def traced(*given: Any) -> T:
+
+class Jitted:
+    """What ``jit`` returns."""
+
+    def __init__(self, compute: Callable[..., Any], short: bool) -> None:
+        self._compute, self._short = compute, short
+        self.captures: dict[tuple[Kind, ...], Capture] = {}
+
+    def __call__(self, *values: npt.ArrayLike) -> Any:
+        arrays = [np.asarray(value) for value in values]
+        kinds = tuple([(x.shape, CAST.get(x.dtype, x.dtype)) for x in arrays])
+        capture = self.captures.get(kinds)
+        if capture is None:
+            capture = self.captures[kinds] = Capture(self._compute, kinds, self._short)
+        return capture(arrays)
+
+
+class Capture:
+    """A function for arguments of fixed shapes and types: its buffers and its kernels."""
+
+    def __init__(
+        self, compute: Callable[..., Any], kinds: Sequence[Kind], short: bool = False
+    ) -> None:
+        self.inputs = [Tensor.empty(*shape, dtype=dtype.name) for shape, dtype in kinds]
+        self._memories = [memory(x) for x in self.inputs]
+        self._compute, self._short = compute, short
+        self.kernels: Any = TinyJit(self._on_inputs)
+        # TinyJit would run a function once before it captures, for state that is made in a first
+        # call. That run would compile everything twice, and keep 3 GB more for a step of GPT-2.
+        self.kernels.cnt = 1
+        self._made: Any = None
+
+    def __call__(self, values: Sequence[npt.ArrayLike]) -> Any:
+        """The results, numpy arrays, for values of the shapes and types of this capture."""
+        # The results of the call before were read, so no kernel reads the buffers any more.
+        for tensor, numbers, value in zip(self.inputs, self._memories, values, strict=True):
+            if numbers is None:
+                write(tensor, value)
+            else:
+                numbers[...] = value
+        return self._read(self._replay())
+
+    def _on_inputs(self) -> Any:
         with all_gradients_taken():
-            return function(*given)
+            return self._compute(*self.inputs)
 
-    jitted: Any = TinyJit(traced)
-    jitted.cnt = 1  # calls so far; the second one is captured
-    if not short:
-        captured: Callable[..., T] = jitted
-        return captured
+    def _replay(self) -> Any:
+        one_piece = self._short and self.kernels.captured is None
+        with Context(JIT_BATCH_SIZE=0) if one_piece else nullcontext():
+            return self.kernels()
 
-    def call(*args: Any) -> T:
-        with Context(JIT_BATCH_SIZE=0) if jitted.captured is None else nullcontext():
-            result: T = jitted(*args)
-        return result
-
-    return call
+    def _read(self, made: Any) -> Any:
+        if made is not self._made:  # a replay returns the Tensors of the capture again
+            self._made = made
+            self._outputs = [(x, memory(x)) for x in (made if isinstance(made, tuple) else [made])]
+        Device[self._outputs[0][0].device].synchronize()
+        results = [read(x) if numbers is None else numbers.copy() for x, numbers in self._outputs]
+        return tuple(results) if isinstance(made, tuple) else results[0]

@@ -24,24 +24,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinygrad import codegen
-from tinygrad.engine import realize
-from tinygrad.helpers import (
+from tinygrad import UOp
+
+from tinygpt.machine import pool
+from tinygpt.machine.disk_cache import disconnect as disconnect
+from tinygpt.machine.tinygrad_internals import (
     CACHELEVEL,
     DEBUG,
     PARALLEL,
     TRACEMETA,
     VIZ,
     ContextVar,
-    diskcache_get,
-    diskcache_put,
+    Ops,
+    TLSFAllocator,
+    codegen,
+    helpers,
+    ops_cpu,
+    realize,
 )
-from tinygrad.runtime import ops_cpu
-from tinygrad.runtime.support.memory import TLSFAllocator
-from tinygrad.uop.ops import Ops, UOp
-
-from tinygpt.machine import pool
-from tinygpt.machine.disk_cache import disconnect as disconnect
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +107,13 @@ def _keep_nothing() -> None:
 
 
 def _load(key: object) -> UOp | None:
-    found = diskcache_get(TABLE, _name(key))
+    found = helpers.diskcache_get(TABLE, _name(key))
     whole = isinstance(found, UOp) and found.op is Ops.PROGRAM and found.src[-1].op is Ops.BINARY
     return found if whole else None
 
 
 def _save(key: object, program: UOp) -> None:
-    diskcache_put(TABLE, _name(key), program)
+    helpers.diskcache_put(TABLE, _name(key), program)
 
 
 def _name(key: object) -> str:

@@ -27,7 +27,7 @@ def candidates() -> list[str]:
     drivers = any(resources.OPENCL_DRIVERS.glob("*.icd"))
     if not (drivers or resources.may_have_accelerator()):
         return ["CPU"]
-    from tinygrad.device import ALL_DEVICES
+    from tinygpt.machine.tinygrad_internals import ALL_DEVICES
 
     return [name for name in ALL_DEVICES if name != "CL" or choice.has_opencl()]
 

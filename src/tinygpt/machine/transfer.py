@@ -1,7 +1,7 @@
-"""Numbers from numpy into a Tensor that is there already, and back.
+"""Numbers from numpy into the buffer of a Tensor, and back, without a graph.
 
-Both go straight to the memory behind the Tensor. To do the same with graphs, as ``Tensor(array)``
-and ``Tensor.numpy()`` do, costs as much time as the forward pass of a small model.
+``Tensor(array)`` and ``Tensor.numpy()`` build graphs, which takes as much time as the forward pass
+of a small model.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor
-from tinygrad.device import Buffer
-from tinygrad.dtype import DType, _to_np_dtype
+
+from tinygpt.machine.tinygrad_internals import Buffer, DType, _to_np_dtype
 
 Array = npt.NDArray[Any]
 
@@ -32,74 +32,53 @@ def zeros_like(tensor: Tensor, dtype: DType | None = None) -> Tensor:
     return zeros([int(n) for n in tensor.shape], dtype or tensor.dtype, tensor.device)
 
 
+def memory(tensor: Tensor) -> Array | None:
+    """The values of a Tensor on one device where they lie, to be read and written.
+
+    Everything before has been computed then. None where the processor cannot reach them (a GPU).
+    """
+    buffer = _buffer(tensor).ensure_allocated()
+    if not hasattr(buffer.allocator, "_as_buffer"):
+        return None
+    values = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), _to_np_dtype(buffer.dtype))
+    return values.reshape(tuple(map(int, tensor.shape)))
+
+
 def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
-    """Copy values of the same shape into a Tensor with a buffer on one device, in place."""
+    """Copy values, as many as it has, into a Tensor with a buffer on one device, in place."""
     buffer = _buffer(tensor).ensure_allocated()
     source: Array = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
     assert source.size == buffer.size, "of the same shape"
-    if hasattr(buffer.allocator, "_as_buffer"):  # memory that the processor can reach
-        _view(buffer, force_zero_copy=True)[:] = source.ravel()
-    else:
+    if (target := memory(tensor)) is None:
         buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
+    else:
+        target[...] = source.reshape(target.shape)
     return tensor
 
 
 def fill(tensor: Tensor, pieces: Iterable[Array]) -> Tensor:
-    """The same for values that come in pieces, flat: they go straight to where they belong."""
-    buffer = _buffer(tensor).ensure_allocated()
-    reachable = hasattr(buffer.allocator, "_as_buffer")
-    kind = _to_np_dtype(buffer.dtype)
-    target = _view(buffer, force_zero_copy=True) if reachable else np.empty(buffer.size, kind)
-    at = 0
+    """``write`` for values that come in flat pieces, each of which goes straight to its place."""
+    values = memory(tensor)
+    target = np.empty(tensor.shape, _to_np_dtype(tensor.dtype)) if values is None else values
+    flat, at = target.reshape(-1), 0
     for piece in pieces:
-        target[at : at + len(piece)] = piece
+        flat[at : at + len(piece)] = piece
         at += len(piece)
-    assert at == buffer.size, "of the same shape"
-    return tensor if reachable else write(tensor, target)
+    assert at == flat.size, "of the same shape"
+    return write(tensor, target) if values is None else tensor
 
 
 def read(tensor: Tensor) -> Array:
     """A copy of the values of a realized, contiguous Tensor on one device."""
-    shape = tuple(map(int, tensor.shape))
+    assert _buffer(tensor).is_allocated(), "realized"
+    if (values := memory(tensor)) is not None:
+        return values.copy()
     buffer = _buffer(tensor)
-    assert buffer.is_allocated(), "realized"
-    return _view(buffer, allow_zero_copy=True).reshape(shape).copy()
-
-
-class Port:
-    """``write`` and ``read`` for one Tensor, again and again: where it lies is asked only once.
-
-    Nothing may be computing with it when it is written: what was computed is read first.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._shape = tensor, tuple(map(int, tensor.shape))
-        self._buffer = _buffer(tensor).ensure_allocated()
-        self._memory = None
-        if hasattr(self._buffer.allocator, "_as_buffer"):  # memory that the processor can reach
-            self._memory = _view(self._buffer, force_zero_copy=True).reshape(self._shape)
-
-    def write(self, values: npt.ArrayLike) -> None:
-        """Copy values that have the Tensor's shape, or stretch to it, into the Tensor."""
-        if self._memory is None:
-            write(self._tensor, np.broadcast_to(values, self._shape))
-        else:
-            self._memory[...] = values
-
-    def read(self) -> Array:
-        """A copy of the Tensor's values, once everything before has been computed."""
-        if self._memory is None:
-            return read(self._tensor)
-        self._buffer.allocator.dev.synchronize()
-        return self._memory.copy()
+    copied = np.frombuffer(buffer.as_memoryview(), _to_np_dtype(buffer.dtype))
+    return copied.reshape(tuple(map(int, tensor.shape)))
 
 
 def _buffer(tensor: Tensor) -> Buffer:
     buffer = tensor.uop.base.buffer
     assert isinstance(buffer, Buffer), "on one device"
     return buffer
-
-
-def _view(buffer: Buffer, **how: bool) -> Array:
-    """The buffer's memory, or else a copy, once everything before has been computed."""
-    return np.frombuffer(buffer.as_memoryview(**how), _to_np_dtype(buffer.dtype))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
@@ -23,7 +22,7 @@ class Cache(Protocol):
     def positions(self, table: Tensor, T: int) -> Tensor:
         """The rows of ``table``, the positions' embeddings, that belong to the T tokens."""
 
-    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Keep the tokens' keys and values; -> attention (B, T, C) of their qkv (B, T, 3C)."""
 
 
@@ -52,6 +51,7 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch_size: int) -> None:
+        self.config = config
         shape = (batch_size, config.n_head, config.block_size, config.head_size)
         self.layers = [LayerCache(shape) for _ in range(config.n_layer)]
         self.position: int | UOp = 0
@@ -59,8 +59,10 @@ class KVCache:
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[self.position : self.position + T]
 
-    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
-        q, k, v = (split_heads(part, n_head) for part in qkv.chunk(3, dim=2))  # (B, H, T, D)
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = (
+            split_heads(part, self.config.n_head) for part in qkv.chunk(3, dim=2)
+        )  # (B, H, T, D)
         keys, values = self.layers[layer].append(k, v, self.position)  # (B, H, block_size, D)
         length = self.position + q.shape[2]
         return merge_heads(kernels.cached_attention(q, keys, values, length))
@@ -70,6 +72,7 @@ class Places:
     """Room for the keys and values of P texts, whatever their lengths: (P, H, block_size, D)."""
 
     def __init__(self, config: GPTConfig, places: int) -> None:
+        self.config = config
         shape = (places, config.n_head, config.block_size, config.head_size)
         self.layers = [LayerCache(shape) for _ in range(config.n_layer)]
 
@@ -81,16 +84,16 @@ class OnePlace:
     """
 
     def __init__(self, cache: Places, place: Tensor) -> None:
-        self._layers, self._place = cache.layers, place
+        self._cache, self._place = cache, place
         self.kept: list[Tensor] = []
 
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[:T]
 
-    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
-        cache = self._layers[layer]
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        cache, config = self._cache.layers[layer], self._cache.config
         self.kept += kernels.keep(qkv[0], cache.keys, cache.values, self._place)
-        return kernels.self_attention(qkv, n_head)
+        return kernels.self_attention(qkv, config.n_head)
 
 
 class Rows:
@@ -100,13 +103,13 @@ class Rows:
     """
 
     def __init__(self, cache: Places, places: Tensor, at: Tensor) -> None:
-        self._layers, self._places, self._at = cache.layers, places, at
+        self._cache, self._places, self._at = cache, places, at
 
     def positions(self, table: Tensor, T: int) -> Tensor:
         return kernels.embedding(self._at.reshape(1, T), table).squeeze(0)
 
-    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
-        cache = self._layers[layer]
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        cache = self._cache.layers[layer]
         return kernels.rows_attention(
             qkv.squeeze(0), cache.keys, cache.values, self._places, self._at
         ).unsqueeze(0)

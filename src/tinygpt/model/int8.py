@@ -11,9 +11,9 @@ Activations are not rounded. A model that is quantised can write and be measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +21,20 @@ from tinygrad import Device, Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
+from tinygpt.config.weights import weights
 from tinygpt.errors import DataError
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import read, write, zeros
+from tinygpt.machine.transfer import read, write
 from tinygpt.model import lora
-from tinygpt.model.transformer import Embedding, Linear, Transformer, mode
+from tinygpt.model.transformer import INFERENCE, Embedding, Linear, Transformer
 
 Array = npt.NDArray[Any]
 Fetch = Callable[[str], Array]
 """From a parameter's name to its values."""
 Model = TypeVar("Model", bound=Transformer)
 
+ROUNDED = ("tokens", "linear", "output")
+"""The kinds of weights that are rounded."""
 LARGEST = 127
 """The largest whole number: -128 has no counterpart."""
 PIECE = 1 << 16
@@ -59,19 +62,29 @@ def quantize(model: Model, fetch: Fetch | None = None) -> Model:
         for name, parameter in model.parameters().items():
             _check_finite(name, read(parameter))
     lora.merge(model)
-    floats = model.parameters()
-    for name, owner, attribute in layers(model):
-        weight = floats.pop(f"{name}.weight")
-        values = read(weight) if fetch is None else fetch(f"{name}.weight")
-        layer = getattr(owner, attribute)
-        kind = QuantizedEmbedding if isinstance(layer, Embedding) else QuantizedLinear
-        setattr(owner, attribute, kind(name, values, layer.bias, weight.device))
-    if fetch is not None:
-        for name, parameter in floats.items():
-            write(parameter, fetch(name))
+    parameters = model.parameters()
+    for weight in weights(model.config):
+        parameter = parameters.pop(weight.name)  # so that the memory of what is rounded is freed
+        if weight.kind in ROUNDED:
+            values = read(parameter) if fetch is None else fetch(weight.name)
+            q, scale = (_constant(part, parameter.device) for part in rounded(values))
+            _check_finite(weight.name, read(scale))
+            bias = parameters.get(f"{weight.layer}.bias")
+            tokens = weight.kind == "tokens"
+            layer = QuantizedEmbedding(q, scale) if tokens else QuantizedLinear(q, scale, bias)
+            model.replace(weight.layer, layer)
+        elif fetch is not None:
+            write(parameter, fetch(weight.name))
     model.quantized = True
     _free_unused(model)
     return model.eval()
+
+
+def _constant(values: Array, device: str | tuple[str, ...] | None) -> Tensor:
+    """int8 or float32 values that do not learn, on a device."""
+    kind = dtypes.int8 if values.dtype == np.int8 else dtypes.float32
+    tensor = Tensor.empty(*values.shape, dtype=kind, device=device)
+    return write(tensor, values).is_param_(False)
 
 
 def _check_finite(name: str, values: Array) -> None:
@@ -80,17 +93,6 @@ def _check_finite(name: str, values: Array) -> None:
             f"{name} holds values that are not finite, which cannot be rounded. Take an older "
             f"checkpoint; tinygpt verify RUN looks at all of a run's."
         )
-
-
-def layers(model: Transformer) -> Iterator[tuple[str, Any, str]]:
-    """What is rounded: (name, owner, attribute), in the order of the forward pass."""
-    yield "wte", model, "wte"
-    for i, block in enumerate(model.h):
-        for part in lora.LAYERS:
-            owner, attribute = part.split(".")
-            yield f"h.{i}.{part}", getattr(block, owner), attribute
-    if not model.config.tie_embeddings:
-        yield "lm_head", model, "lm_head"
 
 
 def rounded(weight: Array) -> tuple[Array, Array]:
@@ -111,29 +113,17 @@ def rounded(weight: Array) -> tuple[Array, Array]:
 
 
 class QuantizedLinear(Linear):
-    """y = x Wᵀ + b, with W = scale q; then GELU, or what was there before is added."""
+    """y = x Wᵀ + b, with W = scale q."""
 
-    def __init__(
-        self, name: str, weight: Array, bias: Tensor | None, device: str | tuple[str, ...] | None
-    ) -> None:
-        q, scale = rounded(weight)
-        _check_finite(f"{name}.weight", scale)
-        self.weight = write(Tensor.empty(*q.shape, dtype=dtypes.int8, device=device), q)
-        self.scale = write(Tensor.empty(len(q), dtype=dtypes.float32, device=device), scale)
-        self.bias = bias
-        for tensor in (self.weight, self.scale):
-            tensor.is_param_(False)
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(q, bias)
+        self.scale = scale
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        activation: Literal["gelu"] | None = None,
-    ) -> Tensor:
-        return kernels.quantized_linear(x, self.weight, self.scale, self.bias, residual, activation)
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.quantized_linear(x, self.weight, self.scale, self.bias)
 
     def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-        """Mean cross-entropy in nats of targets (N,), given logits = x Wᵀ for x (N, C)."""
+        """Mean cross-entropy in nats of targets (N,), where y (N, V) are the logits."""
         rows = max(1, LOGITS // int(self.weight.shape[0]))
         sums, counts = [], []
         for start in range(0, int(targets.shape[0]), rows):
@@ -143,11 +133,18 @@ class QuantizedLinear(Linear):
         return Tensor.stack(*sums).sum() / Tensor.stack(*counts).sum().maximum(1)
 
 
-class QuantizedEmbedding(QuantizedLinear, Embedding):
-    """A row of W = scale q for each id; as a layer it compares x with every row."""
+class QuantizedEmbedding(Embedding):
+    """A row of W = scale q for each token."""
 
-    def rows(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        super().__init__(q)
+        self.scale = scale
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return kernels.embedding(tokens, self.weight, positions, self.scale)
+
+    def projection(self) -> Linear:
+        return QuantizedLinear(self.weight, self.scale)
 
 
 def sizes(model: Transformer) -> tuple[int, int]:
@@ -179,37 +176,41 @@ def compare(model: Transformer, fetch: Fetch, tokens: Array) -> Comparison:
     """The loss of a quantised model and of the weights it was made of, on the text's beginning."""
     T = min(model.config.block_size, len(tokens) - 1)
     B = min(max(1, MEASURED // T), (len(tokens) - 1) // T)
-    x, y = (
-        write(zeros((B, T), dtypes.int32), np.reshape(part, (B, T)))
-        for part in (tokens[: B * T], tokens[1 : B * T + 1])
-    )
-    with mode(model, training=False):
-        after = jit(lambda: model.loss(x, y).realize())().item()
+    x, y = np.reshape(tokens[: B * T], (B, T)), np.reshape(tokens[1 : B * T + 1], (B, T))
+    after = float(jit(lambda x, y: model.loss(x, y, INFERENCE))(x, y))
     before = streamed_loss(model.config, fetch, x, y)
     _free_unused(model)
     return Comparison(B * T, before, after)
 
 
-def streamed_loss(config: GPTConfig, fetch: Fetch, tokens: Tensor, targets: Tensor) -> float:
+def streamed_loss(config: GPTConfig, fetch: Fetch, tokens: Array, targets: Array) -> float:
     """The loss of float32 weights of which one block at a time is in memory, and the embeddings.
 
     tokens and targets are (B, T).
     """
     model = Transformer(replace(config, n_layer=1), seed=None).eval()
-    [block], (B, T) = model.h, map(int, tokens.shape)
+    [block], T = model.h, tokens.shape[1]
     for name, parameter in model.parameters().items():
         if not name.startswith("h."):
             write(parameter, fetch(name))
-    x = zeros((B, T, config.n_embd), dtypes.float32)
 
-    def end() -> Tensor:
-        rows = model.ln_f(x).reshape(B * T, config.n_embd)
-        return model.output().loss(rows, targets.reshape(-1), gradient=False).realize()
+    @jit  # which plans its memory
+    def embed(tokens: Tensor) -> Tensor:
+        return model.wte(tokens, model.wpe.weight[:T])  # (B, T) -> (B, T, C)
 
-    step = jit(lambda: block(x, None, None).realize())  # a jit plans its memory
-    write(x, read(model.wte.rows(tokens, model.wpe.weight[:T]).realize()))
+    @jit
+    def one_block(x: Tensor) -> Tensor:
+        return block(x, INFERENCE, None)
+
+    @jit
+    def loss(x: Tensor, targets: Tensor) -> Tensor:
+        rows = model.ln_f(x).reshape(-1, config.n_embd)  # (B, T, C) -> (B T, C)
+        return model.output().loss(rows, targets.reshape(-1), gradient=False)
+
+    x = embed(tokens)
     for i in range(config.n_layer):
-        for name, parameter in block.parameters(f"h.{i}").items():
-            write(parameter, fetch(name))
-        write(x, read(step()))
-    return float(jit(end)().item())
+        for name, parameter in model.parameters().items():
+            if name.startswith("h.0."):
+                write(parameter, fetch(name.replace("h.0.", f"h.{i}.")))
+        x = one_block(x)
+    return float(loss(x, targets))

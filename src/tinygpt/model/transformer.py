@@ -6,153 +6,137 @@ B is the batch, T the number of positions, C = n_embd, H = n_head, D = C / H, V 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial
-from typing import Any, Literal, Self, cast
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import sint
 
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
+from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import UsageError
 from tinygpt.machine.transfer import write
 from tinygpt.model.cache import Cache
 
-Attend = Callable[[Tensor, int], Tensor]
-"""A layer's part of a cache: attention (B, T, C) of qkv (B, T, 3C) and n_head."""
+Tensors = dict[str, Any]
+"""Tensors by the parts of their names, see ``make_tensors``."""
+Attend = Callable[[Tensor], Tensor]
+"""Attention (B, T, C) of queries, keys and values (B, T, 3C) by way of a cache."""
 
 
-class Noise:
-    """Keys of dropout's masks, which depend on nothing but a first key and the order of the draws.
+class Dropout:
+    """Dropout with probability p (Srivastava et al., 2014): every call drops other elements.
 
-    ``key`` is a (2,) uint32 Tensor. The same key gives the same masks, in a jit as outside, so a
-    resumed run draws what the uninterrupted one would have drawn.
+    ``key`` (2,) uint32 seeds the masks, which depend on nothing else but the order of the calls, in
+    a jit as outside: a resumed run draws what the uninterrupted one would have drawn.
     """
 
-    def __init__(self, key: Tensor) -> None:
-        self.key = key
+    def __init__(self, p: float, key: Tensor | None = None) -> None:
+        self.p, self.key = p, key if p else None
 
-    def draw(self) -> Tensor:
-        """The key (2,) of the next mask."""
-        self.key = kernels.next_key(self.key)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x, of which each element is 0 with probability p, and the rest divided by 1 - p."""
+        key = self.draw()
+        return x if key is None else kernels.dropout(x, self.p, key)
+
+    def draw(self) -> Tensor | None:
+        """The key (2,) of the next mask; None if p is 0."""
+        if self.key is not None:
+            self.key = kernels.next_key(self.key)
         return self.key
 
 
+INFERENCE = Dropout(0)
+"""The ``drop`` of a forward pass that is no part of training: the identity."""
+
+
 class Linear:
-    """y = x Wᵀ + b, weight (out, in); then GELU, or what was there before is added."""
+    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,)."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool) -> None:
-        self.weight = _parameter(n_out, n_in)
-        self.bias = _parameter(n_out) if bias else None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        activation: Literal["gelu"] | None = None,
-    ) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias, residual, activation)
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
 
     def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-        """Mean cross-entropy in nats of targets (N,), given logits = x Wᵀ for x (N, C)."""
+        """Mean cross-entropy in nats of targets (N,), where y (N, V) are the logits.
+
+        They never exist as a whole. With ``gradient`` the gradients are computed along with them.
+        """
         frozen = not self.weight.is_param
         return kernels.loss(x, self.weight, targets, gradient=gradient, frozen=frozen)
 
 
 class LayerNorm:
-    """Layer normalisation of the last axis."""
+    """Layer normalisation of the last axis (Ba et al., 2016)."""
 
-    def __init__(self, n: int, bias: bool) -> None:
-        self.weight = _parameter(n)
-        self.bias = _parameter(n) if bias else None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias)
 
 
-class Embedding(Linear):
-    """A row of weight (rows, C) for each id; as a layer it compares x with every row."""
+class Embedding:
+    """A row of weight (V, C) for each token."""
 
-    def __init__(self, rows: int, n_embd: int) -> None:
-        super().__init__(n_embd, rows, bias=False)
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
 
-    def rows(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The rows of tokens (B, T), plus the first T of positions -> (B, T, C)."""
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The rows of tokens (B, T), plus the first T rows of positions -> (B, T, C)."""
         return kernels.embedding(tokens, self.weight, positions)
+
+    def projection(self) -> Linear:
+        """The layer that compares x (..., C) with every row -> (..., V)."""
+        return Linear(self.weight)
 
 
 class CausalSelfAttention:
     """Every position gathers from itself and the positions before it."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        C = config.n_embd
-        self.c_attn = Linear(C, 3 * C, config.bias)
-        self.c_proj = Linear(C, C, config.bias)
-        self.n_head = config.n_head
-        self.p = config.dropout
-        self.method = config.attention
+    def __init__(self, config: GPTConfig, tensors: Tensors) -> None:
+        self.c_attn = Linear(**tensors["c_attn"])
+        self.c_proj = Linear(**tensors["c_proj"])
+        self.n_head, self.method = config.n_head, config.attention
 
-    def __call__(
-        self, x: Tensor, residual: Tensor, noise: Noise | None, attend: Attend | None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, drop: Dropout, attend: Attend | None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C)
         with kernels.use(self.method):
-            if attend is not None:
-                y = attend(qkv, self.n_head)
-            elif noise is not None:
-                y = kernels.self_attention(qkv, self.n_head, self.p, noise.draw())
+            if attend is None:
+                y = kernels.self_attention(qkv, self.n_head, drop.p, drop.draw())
             else:
-                y = kernels.self_attention(qkv, self.n_head)  # (B, T, C)
-        return add(self.c_proj, y, residual, self.p, noise)
+                y = attend(qkv)  # (B, T, 3C) -> (B, T, C)
+        return self.c_proj(y)
 
 
 class MLP:
     """Two linear layers around a GELU, four times as wide inside."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        C = config.n_embd
-        self.c_fc = Linear(C, 4 * C, config.bias)
-        self.c_proj = Linear(4 * C, C, config.bias)
-        self.p = config.dropout
+    def __init__(self, tensors: Tensors) -> None:
+        self.c_fc = Linear(**tensors["c_fc"])
+        self.c_proj = Linear(**tensors["c_proj"])
 
-    def __call__(self, x: Tensor, residual: Tensor, noise: Noise | None) -> Tensor:
-        y = self.c_fc(x, activation="gelu")
-        return add(self.c_proj, y, residual, self.p, noise)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.c_proj(kernels.gelu(self.c_fc(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
 
 
 class Block:
     """Attention, then the MLP, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
-        self.mlp = MLP(config)
+    def __init__(self, config: GPTConfig, tensors: Tensors) -> None:
+        self.ln_1 = LayerNorm(**tensors["ln_1"])
+        self.attn = CausalSelfAttention(config, tensors["attn"])
+        self.ln_2 = LayerNorm(**tensors["ln_2"])
+        self.mlp = MLP(tensors["mlp"])
 
-    def __call__(self, x: Tensor, noise: Noise | None, attend: Attend | None) -> Tensor:
-        x = self.attn(self.ln_1(x), x, noise, attend)
-        return self.mlp(self.ln_2(x), x, noise)
-
-    def parameters(self, name: str) -> dict[str, Tensor]:
-        """Every parameter by its name, which begins with the block's ``name``, such as h.0."""
-        named = _named(f"{name}.ln_1", self.ln_1)
-        named |= _named(f"{name}.attn.c_attn", self.attn.c_attn)
-        named |= _named(f"{name}.attn.c_proj", self.attn.c_proj)
-        named |= _named(f"{name}.ln_2", self.ln_2)
-        named |= _named(f"{name}.mlp.c_fc", self.mlp.c_fc)
-        return named | _named(f"{name}.mlp.c_proj", self.mlp.c_proj)
-
-
-def add(layer: Linear, x: Tensor, residual: Tensor, p: float, noise: Noise | None) -> Tensor:
-    """residual + layer(x), the latter with dropout in training."""
-    if noise is None:
-        return layer(x, residual)
-    return kernels.dropout(layer(x), p, noise.draw(), residual)
+    def __call__(self, x: Tensor, drop: Dropout, attend: Attend | None) -> Tensor:
+        x = x + drop(self.attn(self.ln_1(x), drop, attend))
+        return x + drop(self.mlp(self.ln_2(x)))
 
 
 class Transformer:
@@ -163,89 +147,106 @@ class Transformer:
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337) -> None:
-        """Without a seed the weights are left undefined: for whoever puts others there."""
+        """``seed=None`` leaves the weights uninitialised: loaders fill them."""
         self.config = config
-        self._training = True
+        self.training = True
         self.quantized = False
         self.read_from: tuple[dict[str, Any], dict[str, str]] | None = None
         """Origin and hashes of the weights that were read last; ask ``checkpoint.origin_of``."""
-        self.wte = Embedding(config.vocab_size, config.n_embd)
-        self.wpe = Embedding(config.block_size, config.n_embd)
-        self.h = [Block(config) for _ in range(config.n_layer)]
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        tensors = make_tensors(config, seed)
+        self.wte = Embedding(**tensors["wte"])
+        self.wpe = Embedding(**tensors["wpe"])
+        self.h = [Block(config, tensors["h"][str(i)]) for i in range(config.n_layer)]
+        self.ln_f = LayerNorm(**tensors["ln_f"])
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if seed is not None:
-            initialise(self, seed)
+            self.lm_head = Linear(**tensors["lm_head"])
 
     def hidden(
-        self, tokens: Tensor, cache: Cache | None = None, noise: Noise | None = None
+        self, tokens: Tensor, cache: Cache | None = None, drop: Dropout = INFERENCE
     ) -> Tensor:
-        """The normalised residual stream (B, T, C) behind the last block, for tokens (B, T)."""
-        _, T = tokens.shape
-        table = self.wpe.weight
-        positions = table[:T] if cache is None else cache.positions(table, int(T))
-        x = self.wte.rows(tokens, positions)  # (B, T, C)
-        if noise is not None:
-            x = kernels.dropout(x, self.config.dropout, noise.draw())
-        for i, block in enumerate(self.h):
-            x = block(x, noise, None if cache is None else partial(cache.attend, i))
-        return self.ln_f(x)
+        """The normalised residual stream (B, T, C) behind the last block, for tokens (B, T).
 
-    def __call__(
-        self, tokens: Tensor, cache: Cache | None = None, noise: Noise | None = None
-    ) -> Tensor:
-        """Logits (B, T, V) for int32 tokens (B, T), T at most block_size.
-
-        With a cache the tokens continue where it stands. ``noise`` seeds dropout; without it
-        a model in training mode draws from tinygrad's global generator.
+        With a cache the tokens continue where it stands, and attention is the cache's.
         """
-        self._check(tokens)
-        return self.unembed(self.hidden(tokens, cache, self._noise(noise)))
+        table, T = self.wpe.weight, int(tokens.shape[1])
+        positions = table[:T] if cache is None else cache.positions(table, T)
+        x = drop(self.wte(tokens, positions))  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, drop, None if cache is None else partial(cache.attend, i))
+        return self.ln_f(x)
 
     def unembed(self, x: Tensor) -> Tensor:
         """Logits (..., V) of the residual stream x (..., C)."""
         return self.output()(x)
 
-    def loss(self, tokens: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); < 0 is left out."""
+    def output(self) -> Linear:
+        """The layer that makes logits of the residual stream."""
+        return self.wte.projection() if self.config.tie_embeddings else self.lm_head
+
+    def __call__(
+        self, tokens: Tensor, cache: Cache | None = None, drop: Dropout | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) for int32 tokens (B, T), T at most block_size.
+
+        ``drop`` is the dropout of a step of training, or INFERENCE. Without it the model's mode
+        decides, and masks come from tinygrad's global generator.
+        """
+        self._check(tokens)
+        return self.unembed(self.hidden(tokens, cache, drop or self._dropout()))
+
+    def loss(self, tokens: Tensor, targets: Tensor, drop: Dropout | None = None) -> Tensor:
+        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); < 0 is left out.
+
+        Unless ``drop`` is INFERENCE the gradients are prepared with it, see ``kernels.loss``.
+        """
         self._check(tokens)
         if targets.shape != tokens.shape:
             raise UsageError(
                 f"targets of shape {targets.shape} do not match tokens of shape {tokens.shape}: "
                 f"each position has one target, the next token."
             )
-        x = self.hidden(tokens, noise=self._noise(noise)).reshape(-1, self.config.n_embd)
-        return self.output().loss(x, targets.reshape(-1), gradient=self.training)
+        drop = drop or self._dropout()
+        x = self.hidden(tokens, drop=drop).reshape(-1, self.config.n_embd)  # (B, T, C) -> (N, C)
+        return self.output().loss(x, targets.reshape(-1), gradient=drop is not INFERENCE)
+
+    def layer(self, name: str) -> Any:
+        """The layer of a name of the table of weights, such as ``h.0.attn.c_attn``."""
+        return reduce(_part, name.split("."), self)
+
+    def replace(self, name: str, layer: Any) -> None:
+        """Put another layer in the place of the one with this name."""
+        owner, _, attribute = name.rpartition(".")
+        setattr(self.layer(owner) if owner else self, attribute, layer)
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter once, by GPT-2's name, in the order of the forward pass."""
-        named = _named("wte", self.wte) | _named("wpe", self.wpe)
-        for i, block in enumerate(self.h):
-            named |= block.parameters(f"h.{i}")
-        named |= _named("ln_f", self.ln_f)
-        return named if self.config.tie_embeddings else named | _named("lm_head", self.lm_head)
+        layers = dict.fromkeys(weight.layer for weight in weights(self.config))
+        return {
+            f"{name}.{attribute}": value
+            for name in layers
+            for attribute, value in vars(self.layer(name)).items()
+            if isinstance(value, Tensor)
+        }
 
     def trainable(self) -> dict[str, Tensor]:
-        """The parameters that learn: those that nobody has frozen, which ``lora.prepare`` does."""
+        """The parameters that learn: those that are not frozen, see ``lora.prepare``."""
         return {name: p for name, p in self.parameters().items() if p.is_param}
 
     def num_params(self) -> int:
         """Number of parameters; tied embeddings count once, the scales of int8 weights do not."""
         named = self.parameters().items()
-        return sum(math.prod(_numbers(p.shape)) for name, p in named if not name.endswith(".scale"))
-
-    @property
-    def training(self) -> bool:
-        """Whether dropout is on: what ``train`` set, or ``mode`` within its block."""
-        return (_modes.get() or {}).get(id(self), self._training)
+        return sum(int(p.numel()) for name, p in named if not name.endswith(".scale"))
 
     def train(self, mode: bool = True) -> Self:
         """Training mode: dropout is on. Raises UsageError for a model of int8 weights."""
         if mode:
             self.check_can_learn()
-        self._training = mode
+        self.training = mode
         return self
+
+    def eval(self) -> Self:
+        """Inference mode: dropout is off."""
+        return self.train(False)
 
     def check_can_learn(self) -> None:
         """Raise UsageError for a model of int8 weights."""
@@ -255,20 +256,13 @@ class Transformer:
                 "learn. Train the model it was made of, and quantise that one afterwards."
             )
 
-    def eval(self) -> Self:
-        """Inference mode: dropout is off."""
-        return self.train(False)
-
-    def output(self) -> Linear:
-        """The layer that makes logits of the residual stream."""
-        return self.wte if self.config.tie_embeddings else self.lm_head
-
-    def _noise(self, noise: Noise | None) -> Noise | None:
-        if not self.training or self.config.dropout == 0:
-            return None
-        if noise is not None:
-            return noise
-        return Noise(Tensor.randint(2, low=0, high=2**31 - 1).cast(dtypes.uint32))
+    def _dropout(self) -> Dropout:
+        """What the mode says, with masks from tinygrad's global generator."""
+        if not self.training:
+            return INFERENCE
+        if not (p := self.config.dropout):
+            return Dropout(p)
+        return Dropout(p, Tensor.randint(2, low=0, high=2**31 - 1).cast(dtypes.uint32))
 
     def _check(self, tokens: Tensor) -> None:
         if len(tokens.shape) != 2 or not dtypes.is_int(tokens.dtype):
@@ -283,51 +277,28 @@ class Transformer:
             )
 
 
-def initialise(model: Transformer, seed: int) -> None:
-    """GPT-2's initial weights: deviation 0.02, for residual projections 0.02 / √(2·n_layer).
+def make_tensors(config: GPTConfig, seed: int | None) -> Tensors:
+    """The tensors of all weights as a tree of their names: ``tree["h"]["0"]["ln_1"]["weight"]``.
 
-    They come from numpy, so that a seed gives the same weights on every device.
+    Initial values come from numpy, so that a seed gives the same ones on every device.
     """
-    rng = np.random.default_rng(seed)
-    residual = 0.02 / math.sqrt(2 * model.config.n_layer)
-    for name, parameter in model.parameters().items():
-        shape = _numbers(parameter.shape)
-        if name.endswith("bias"):
-            value = np.zeros(shape, np.float32)
-        elif ".ln_" in f".{name}":
-            value = np.ones(shape, np.float32)
-        else:
-            deviation = residual if name.endswith("c_proj.weight") else 0.02
-            value = rng.standard_normal(shape, np.float32) * np.float32(deviation)
-        write(parameter, value)
+    tree: Tensors = {}
+    rng = None if seed is None else np.random.default_rng(seed)
+    for weight in weights(config):
+        tensor = Tensor.empty(*weight.shape, dtype=dtypes.float32)
+        if rng is not None:
+            write(tensor, initial(weight, rng))
+        *path, last = weight.name.split(".")
+        reduce(lambda branch, name: branch.setdefault(name, {}), path, tree)[last] = tensor
+    return tree
 
 
-def _numbers(shape: tuple[sint, ...]) -> tuple[int, ...]:
-    """A shape without symbols, which is what all but a cache's has; for the type checker."""
-    return cast("tuple[int, ...]", shape)
+def initial(weight: Weight, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Normal random numbers with a weight's mean and deviation; constants draw none."""
+    if not weight.deviation:
+        return np.full(weight.shape, weight.mean, np.float32)
+    return rng.standard_normal(weight.shape, np.float32) * np.float32(weight.deviation)
 
 
-def _parameter(*shape: int) -> Tensor:
-    return Tensor.empty(*shape, dtype=dtypes.float32)
-
-
-def _named(prefix: str, layer: Linear | LayerNorm) -> dict[str, Tensor]:
-    """The Tensors of a layer, whatever its kind."""
-    return {f"{prefix}.{name}": t for name, t in vars(layer).items() if isinstance(t, Tensor)}
-
-
-_modes: ContextVar[Mapping[int, bool] | None] = ContextVar("modes", default=None)
-"""By their ids, the models that are within a block of ``mode`` in this thread."""
-
-
-@contextmanager
-def mode(model: Transformer, training: bool) -> Iterator[None]:
-    """Within this block the model is in a mode, for this thread; other threads keep theirs."""
-    if training:
-        model.check_can_learn()
-    before = _modes.get()
-    _modes.set({**(before or {}), id(model): training})
-    try:
-        yield
-    finally:
-        _modes.set(before)
+def _part(owner: Any, name: str) -> Any:
+    return owner[int(name)] if name.isdigit() else getattr(owner, name)

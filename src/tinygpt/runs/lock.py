@@ -23,8 +23,8 @@ from typing import Self
 from tinygpt.errors import UsageError
 from tinygpt.files.atomic import make_folder
 from tinygpt.files.strict_json import to_json
+from tinygpt.runs.folder import LOCK
 
-LOCK = "run.lock"
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 """What file systems without locks answer: some of NFS, Lustre and FUSE."""
 MAX_BYTES = 4096

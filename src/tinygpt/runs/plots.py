@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.errors import DataError, MissingExtraError, UsageError, extras
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
-from tinygpt.training.metrics import Row, read, smooth
-from tinygpt.untrusted import is_number, utf8_name
+from tinygpt.runs.columns import Columns
+from tinygpt.runs.folder import METRICS
+from tinygpt.training.metrics import smooth
+from tinygpt.untrusted import utf8_name
 from tinygpt.untrusted.foreign import HEAD, no_text
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-METRICS = "metrics.jsonl"
 FORMATS = ("png", "svg")
 PROGRAM = {"png": {"Software": "TinyGPT"}, "svg": {"Creator": "TinyGPT"}}
 MARKS = {"png": b"Software\0TinyGPT", "svg": b"<dc:title>TinyGPT</dc:title>"}
@@ -36,10 +37,8 @@ DRAWS_BOXES = "Last Resort High-Efficiency"
 """A font of matplotlib's own that has a box for every character there is."""
 MAX_POINTS = 2000
 """Points drawn per curve; longer runs are averaged down to so many."""
-MAX_STEP, FAR = 10**12, 1e30
-"""The last step and the largest value that are drawn."""
 
-Points = list[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,8 @@ class Curves:
     train: Points
     val: Points
     lr: Points
-
-    @property
-    def best(self) -> tuple[float, float] | None:
-        """Step and value of the lowest validation loss."""
-        return min(self.val, key=lambda point: point[1], default=None)
+    best: tuple[int, float] | None
+    """Step and value of the lowest validation loss."""
 
     @property
     def smooth_train(self) -> Points:
@@ -67,32 +63,21 @@ class Curves:
 
 
 def read_curves(run: str | Path) -> Curves:
-    """The curves of a run folder, or of a metrics file.
+    """The curves of a run folder, or of a file of rows.
 
-    Raises DataError if there are no metrics, and UsageError if there is no such run.
+    Raises DataError if it holds no losses or is damaged, and UsageError if there is no such run.
     """
     path = user_path(run)
     if not path.exists():
         raise UsageError(f"There is no run at {path}. Give the folder that training wrote.")
     file = path / METRICS if path.is_dir() else path
-    rows = list(read(file))
-    curves = Curves(
-        name=utf8_name(str(path)),
-        train=_thin(_points([row for row in rows if not row.get("skipped")], "train_loss")),
-        val=_points(rows, "val_loss"),
-        lr=_thin(_points(rows, "lr")),
-    )
-    if not curves.train and not curves.val:
+    columns = Columns.read(file)
+    train, val, lr = (columns.points(key) for key in ("train_loss", "val_loss", "lr"))
+    if not train and not val:
         with file.open("rb") if file.is_file() else nullcontext(BytesIO()) as start:
             known = no_text(file, start.read(HEAD))
         raise DataError(known or f"{file} holds no losses yet, so there is nothing to draw.")
-    return curves
-
-
-def _points(rows: Sequence[Row], key: str) -> Points:
-    """What can be drawn: a file from elsewhere may hold texts, or numbers beyond all drawing."""
-    pairs = ((row.get("iter"), row.get(key)) for row in rows)
-    return [(x, y) for x, y in pairs if is_number(x, 0, MAX_STEP) and is_number(y, -FAR, FAR)]
+    return Curves(utf8_name(str(path)), _thin(train), val, _thin(lr), columns.best())
 
 
 def _thin(points: Points) -> Points:

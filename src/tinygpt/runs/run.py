@@ -1,22 +1,9 @@
-"""A training run and its folder: what is written, when, and how a run goes on after a stop.
-
-config.toml          the resolved settings
-tokenizer.json       the tokenizer, if the run has one
-metrics.jsonl        one object per step
-samples.jsonl        the sample texts, with the step they were taken at
-ckpt_N.safetensors   the newest checkpoints and the best one
-best.json            which of them that is
-run.lock             who is training it now
-run.json             which run they belong to: the mark of a folder that takes runs
-left-after-N         what came after step N, before the run went back to it
-"""
+"""A training run: iterate over it to train; it judges, samples and saves on the way."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,38 +13,32 @@ import numpy.typing as npt
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import Config, SampleConfig, TrainConfig, check_toml, to_toml
-from tinygpt.errors import (
-    CheckpointError,
-    DataError,
-    TinyGPTError,
-    TokenizerError,
-    TrainingError,
-    UsageError,
-)
-from tinygpt.files.atomic import remove_stale, replacing, user_path
+from tinygpt.errors import TokenizerError, TrainingError, UsageError
+from tinygpt.files.atomic import user_path
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
 from tinygpt.machine import resources
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
-from tinygpt.runs import changes, checkpoint
-from tinygpt.runs.lock import FolderLock, check_free
+from tinygpt.runs import changes, checkpoint, resuming
+from tinygpt.runs.history import History
+from tinygpt.runs.output import Notices, Output
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
 from tinygpt.text.tokens import data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
-from tinygpt.training.metrics import Cut, History, short
+from tinygpt.training.metrics import short
 from tinygpt.training.optim import make_optimizer
-from tinygpt.untrusted import clip, is_number
+from tinygpt.untrusted import clip
 
 Tokens = npt.NDArray[np.integer]
 
 SAMPLE_TOKENS = 120
 """Length of the sample texts."""
 SAMPLE_CHARS = 20_000
-"""A longer one, of very long tokens, is cut: rows of more than a megabyte are not read."""
+"""A longer text, of very long tokens, is cut: rows of more than a megabyte are not read."""
 LAYER_ROWS = 2000
 """About so many rows of a run, and those of skipped steps, have the gradient norm by layer."""
 
@@ -71,7 +52,7 @@ class Progress:
     evaluations_since_best: int = 0
 
     def see(self, val_loss: float, iter_num: int) -> bool:
-        """Take note of an evaluation; true if it is the best so far."""
+        """Take note of an evaluation; -> whether it is the best so far."""
         best = math.inf if self.best_val_loss is None else self.best_val_loss
         if val_loss < best:  # which NaN never is
             self.best_val_loss, self.best_iter = val_loss, iter_num
@@ -97,18 +78,18 @@ class TrainResult:
     skipped: int = 0
     """Steps that were skipped because of their loss or gradient."""
     notices: tuple[str, ...] = ()
-    """The last 1,000 things there were to tell, whether they were shown or not."""
+    """The last 1,000 messages, whether they were shown or not."""
 
 
 class TrainingRun:
-    """One run: iterate over it to train, step by step; ``result`` tells what came of it.
+    """One run: iterate over it to train, step by step; ``result`` says what came of it.
 
     Without a folder nothing is written. With ``resume=True`` the run goes on from the newest
     checkpoint in its folder, with a path from that checkpoint, bit for bit as if never interrupted.
     ``allow_change`` names what may differ from the run that is resumed: fields of its configs,
     ``"data"`` or ``"tokenizer"``. Changes are kept in the checkpoints and in config.toml.
     ``init`` says where the model's weights are from, see ``checkpoint.start_from``; a run that is
-    resumed knows it. Which of the weights learn, the config says, see ``lora.prepare``.
+    resumed knows it. The config says which of the weights learn, see ``lora.prepare``.
 
     From here to the end of the iteration, or ``close()``, nobody else can train in the folder.
 
@@ -147,39 +128,95 @@ class TrainingRun:
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
         self.guard = Guard(config)
-        self.newest: Path | None = None
         self.decoder = Decoder(model)
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
-        self._allow = changes.parse(allow_change)
-        self._lock = None if self.folder is None else FolderLock(self.folder)
         self._stop = self._save_soon = False
-        self._notices: list[str] = []
-        self._found: list[Path] = []
-        """The checkpoints that were there before the folder was taken."""
-        self._told: deque[str] = deque(maxlen=1000)
+        self._notices = Notices()
+        self.output = Output(self.folder, config, self._notices)
         self.fingerprints = {"train": data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data_fingerprint(val_tokens)
         try:
-            self._check_folder(resume)
-            self._resume(resume)
-            self._rehearse()
-            self._saver = self._make_saver()
-            self._prepare_folder(anew=resume is not True)
+            self.output.check(bool(resume))
+            self._resume(resume, changes.parse(allow_change))
+            if self.folder is not None:
+                self._begin(anew=resume is not True)
         except BaseException:
-            self._let_go()
+            self.output.release()
             raise
 
     def _check_optimizer(self) -> None:
         """UsageError if it was given, and would train other weights than the config says."""
-        learning, found = lora.learning(self.model, self.config), self.model.trainable()
+        learning, found = lora.learning(self.model.config, self.config), self.model.trainable()
         held = {id(p) for p in self.optimizer.params}
-        if learning != found.keys() or not held <= {id(p) for p in found.values()}:
+        if learning.keys() != found.keys() or not held <= {id(p) for p in found.values()}:
             raise UsageError(
                 "The optimizer holds weights that the config freezes, or lacks adapters. Call "
                 "lora.prepare(model, config), then make it from model.trainable(); or give none."
             )
+
+    def _resume(self, resume: bool | str | Path | None, allow: frozenset[str]) -> None:
+        """Go on from a checkpoint, if one is asked for; refuse what differs and is not allowed."""
+        if resume is None or resume is False:
+            if allow:
+                raise UsageError("allow_change is for a run that is resumed: give resume=True too.")
+            return
+        path = resuming.find(resume, self.output)
+        if path is None:
+            return
+        meta = checkpoint.read_meta(path)
+        described = None if self.tokenizer is None else self.tokenizer.to_dict()
+        found = changes.differences(
+            meta, self.model.config, self.config, self.fingerprints, described
+        )
+        changes.check(path, found, allow, meta.iter_num)
+        self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
+        for change in found:
+            self.notice(f"changed from here on, as allowed: {change}")
+        self._save_soon = bool(found)  # the next checkpoint, which records them, comes at once
+        changes.check_random_state(path, meta)
+        resuming.check_same_folder(path, meta, self.output)
+        checkpoint.load(path, self.model, self.optimizer)
+        self.iter_num, self.output.newest, self.init = meta.iter_num, path, meta.init
+        known = {k: v for k, v in meta.progress.items() if k in vars(self.progress)}
+        self.progress = Progress(**known)
+        self.elapsed = float(meta.progress.get("elapsed", 0.0))
+        self.guard.load(meta.progress.get("skips"))
+
+    def _begin(self, anew: bool) -> None:
+        """Take the folder, after all that can be refused has been checked.
+
+        Raises UsageError if what the run is going to write would be refused when it is read.
+        """
+        settings = self._settings()
+        if self.tokenizer is not None:
+            check_readable(self.tokenizer)
+        layout = checkpoint.layout_of(checkpoint.named_tensors(self.model, self.optimizer))
+        checkpoint.rehearse(self._meta(self.elapsed, None), layout)
+        size = checkpoint.state_size(self.model, self.optimizer)
+        self.output.foresee(size, self.config.max_iters - self.iter_num)
+        found = self.progress
+        best = None if found.best_val_loss is None else (found.best_iter, found.best_val_loss)
+        self.output.begin(settings, self.tokenizer, self.iter_num, best, anew)
+
+    def _settings(self) -> str:
+        """The text of config.toml. Raises ConfigError if it could not be read again."""
+        tables: dict[str, Config | Mapping[str, Any]] = {
+            "model": self.model.config,
+            "train": self.config,
+            "data": self.source,
+        }
+        text = to_toml(tables, comments=True) + changes.as_comments(self.changes)
+        check_toml(text)
+        return text
+
+    # ---- while it trains ----
+
+    @property
+    def history(self) -> History:
+        """The rows of the run, one per step."""
+        return self.output.history
 
     def stop(self) -> None:
         """End the run after the step in progress, with a checkpoint. Safe in a signal handler."""
@@ -191,34 +228,27 @@ class TrainingRun:
 
     def close(self) -> None:
         """Give the folder up before the run has ended; iterating takes it again."""
-        for history in (self.history, self.samples):
-            history.close()
-            if history.waiting:
-                self.notice(f"{history.path} lacks its last {history.waiting:,}: not written.")
-        self._let_go()
+        self.output.close()
 
     def notice(self, message: str) -> None:
-        """Tell whoever watches, along with the step in progress."""
-        self._notices.append(message)
-        self._told.append(message)
+        """Add a message for the user, which comes with the step in progress."""
+        self._notices.add(message)
 
     def take_notices(self) -> tuple[str, ...]:
-        """What there is to tell since the last step; it will not come with the next one."""
-        notices, self._notices = tuple(self._notices), []
-        return notices
+        """The messages since the last step; they will not come with the next one."""
+        return self._notices.take()
 
     @property
     def result(self) -> TrainResult:
-        stopped = self.iter_num < self.config.max_iters
         return TrainResult(
             self.iter_num,
             self.optimizer,
             self.history,
             self.progress.best_val_loss,
-            self.newest,
-            stopped,
-            self.guard.skipped,
-            tuple(self._told),
+            self.output.newest,
+            stopped=self.iter_num < self.config.max_iters,
+            skipped=self.guard.skipped,
+            notices=tuple(self._notices.kept),
         )
 
     def __iter__(self) -> Iterator[Step]:
@@ -233,25 +263,25 @@ class TrainingRun:
         )
         before = self.elapsed
         try:
-            self._take_folder()
+            self.output.take()
             if self._out_of_patience():  # it was over when it stopped
                 return
-            with self._saver or nullcontext():  # which ends when all is written
+            with self.output.saving():
                 for step in steps:
                     self.iter_num, self.elapsed = step.iter, before + step.elapsed
-                    self._hear_of_saves()
+                    self.output.hear()
                     step = self._record(replace(step, elapsed=self.elapsed))
                     yield step
                     if self._stopping() and step.checkpoint is None and self._save_due(step):
-                        self._save(step)  # asked to stop after the step was written down
+                        self._save(step)  # stop() was called after the step was written down
                     if self._stopping():
                         return
         except TrainingError as error:
-            self._hear_of_saves()
-            kept = f"The last checkpoint is {self.newest}." if self.newest else ""
+            self.output.hear()
+            newest = self.output.newest
+            kept = f"The last checkpoint is {newest}." if newest else ""
             raise TrainingError(f"{error} {kept}".rstrip()) from error
         finally:
-            self._hear_of_saves()
             self.close()
 
     def _record(self, step: Step) -> Step:
@@ -262,6 +292,15 @@ class TrainingRun:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))
         if self._due(step, self.config.sample_interval):
             step = replace(step, sample=self._sample(step.iter))
+        self.output.append(self.history, self._row(step))
+        if step.sample is not None:
+            self.output.append(self.output.samples, {"iter": step.iter, "text": step.sample})
+        if self._save_due(step):
+            step = replace(step, checkpoint=self._save(step))
+        return replace(step, notices=self.take_notices())
+
+    def _row(self, step: Step) -> dict[str, Any]:
+        """A step as it is written into metrics.jsonl."""
         row: dict[str, Any] = {"iter": step.iter, "train_loss": step.train_loss}
         if step.val_loss is not None:
             row |= {"val_loss": step.val_loss, "best": step.best}
@@ -276,12 +315,7 @@ class TrainingRun:
         }
         if step.skipped or step.iter % max(1, self.config.max_iters // LAYER_ROWS) == 0:
             row["grad_norms"] = {name: short(norm) for name, norm in step.grad_norms.items()}
-        self._append(self.history, row)
-        if step.sample is not None:
-            self._append(self.samples, {"iter": step.iter, "text": step.sample})
-        if self._save_due(step):
-            step = replace(step, checkpoint=self._save(step))
-        return replace(step, notices=self.take_notices())
+        return row
 
     def _save_due(self, step: Step) -> bool:
         asked, self._save_soon = self._save_soon, False
@@ -290,30 +324,12 @@ class TrainingRun:
             return False
         return not (step.skipped and bad_parameter(self.model))  # damaged weights are not kept
 
-    def _sync(self) -> list[str]:
-        """The rows go to the disk before their checkpoint, so that they are never behind it.
-
-        Runs in the thread that saves; -> what went wrong.
-        """
-        news = []
-        for history in (self.history, self.samples):
-            try:
-                history.sync()
-            except (OSError, ValueError, AttributeError) as error:  # the last: closed meanwhile
-                news.append(f"{history.path} may not be on the disk: {error}.")
-        return news
-
-    def _append(self, history: History, row: Mapping[str, Any]) -> None:
-        """Write a row; a disk that takes none is no reason to stop, and the row waits."""
-        waited = history.waiting
-        try:
-            history.append(row)
-        except OSError as error:
-            if not waited:  # said once, not at every step
-                self.notice(f"NOT WRITTEN: {history.path}: {error.strerror}. Its rows wait.")
-        else:
-            if waited:
-                self.notice(f"{history.path} is written again, with the {waited:,} that waited.")
+    def _save(self, step: Step) -> Path:
+        """Begin to save the state; -> where it will be"""
+        meta = self._meta(step.elapsed, step.train_loss)
+        return self.output.save(
+            self.model, self.optimizer, meta, step.val_loss if step.best else None
+        )
 
     def _due(self, step: Step, interval: int | None) -> bool:
         interval = interval or self.config.eval_interval
@@ -325,134 +341,6 @@ class TrainingRun:
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stop_patience
         return patience is not None and self.progress.evaluations_since_best >= patience
-
-    # ---- the folder ----
-
-    def _check_folder(self, resume: bool | str | Path | None) -> None:
-        """UsageError if the folder must not be written to; nothing is changed to find out."""
-        if self.folder is None:
-            return
-        check_free(self.folder)
-        self._found = checkpoint.list_checkpoints(self.folder)
-        if self._found and not resume:
-            raise UsageError(
-                f"{self.folder} holds a run already. Resume it, or choose another folder: nothing "
-                f"there is overwritten."
-            )
-        checkpoint.check_claim(self.folder)
-
-    def _rehearse(self) -> None:
-        """UsageError if what the run is going to write would be refused when it is read."""
-        if self.folder is None:
-            return
-        self._settings()
-        if self.tokenizer is not None:
-            check_readable(self.tokenizer)
-        layout = checkpoint.layout_of(checkpoint.named_tensors(self.model, self.optimizer))
-        checkpoint.rehearse(self._meta(self.elapsed, None), layout)
-
-    def _prepare_folder(self, anew: bool) -> None:
-        """Take the folder and put it in order; all that can be refused has been.
-
-        ``anew``: the run does not go on from what the folder holds, unless that has checkpoints.
-        """
-        if self.folder is None:
-            self.history, self.samples = History(), History()
-            return
-        self._take_folder()
-        checkpoint.check_claim(self.folder)
-        if checkpoint.list_checkpoints(self.folder) != self._found:
-            raise UsageError(f"{self.folder} was being trained until just now: try again.")
-        remove_stale(self.folder)
-        self.history = History(self.folder / "metrics.jsonl")
-        self.samples = History(self.folder / "samples.jsonl")
-        self._set_aside(anew and not self._found)
-        self._write_settings()
-        own = self.newest is not None and self.newest.parent == self.folder
-        for written, every_step in ((self.history, own), (self.samples, False)):
-            self._cut(written, every_step)
-
-    def _set_aside(self, anew: bool) -> None:
-        """What the folder holds of steps after the one to go on from is another branch."""
-        assert self.folder is not None
-        lost = anew and self._had_a_checkpoint()
-        found = self.progress
-        best = None if found.best_val_loss is None else (found.best_iter, found.best_val_loss)
-        aside = checkpoint.set_aside(self.folder, self.iter_num, best, rows_too=lost)
-        if aside is not None:
-            self.notice(
-                f"{self.folder} has come further than step {self.iter_num}: what came after it is "
-                f"set aside in {aside}, whole, and the run goes on from step {self.iter_num}."
-            )
-
-    def _had_a_checkpoint(self) -> bool:
-        """Whether rows go so far that a checkpoint must have been there, which somebody deleted."""
-        interval = self.config.checkpoint_interval or self.config.eval_interval
-        try:
-            return any(is_number(row.get("iter"), interval, math.inf) for row in self.history)
-        except DataError:  # damaged lines: told when they are dropped
-            return True
-
-    def _cut(self, history: History, every_step: bool) -> None:
-        try:
-            cut = history.truncate_after(self.iter_num if self._found else 0, every_step)
-        except OSError as error:
-            self.notice(f"{history.path} could not be put in order: {error.strerror}.")
-        else:
-            for message in _lost(history.path, cut):
-                self.notice(message)
-
-    def _take_folder(self) -> None:
-        if self._lock is not None and self.folder is not None:
-            with checkpoint.writing(self.folder):
-                if warning := self._lock.acquire():
-                    self.notice(warning)
-
-    def _let_go(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-
-    def _settings(self) -> str:
-        """The text of config.toml. Raises ConfigError if it could not be read again."""
-        tables: dict[str, Config | Mapping[str, Any]] = {
-            "model": self.model.config,
-            "train": self.config,
-            "data": self.source,
-        }
-        text = to_toml(tables, comments=True) + changes.as_comments(self.changes)
-        check_toml(text)
-        return text
-
-    def _write_settings(self) -> None:
-        """First the mark that makes the folder a run's, so that it can be taken again."""
-        assert self.folder is not None
-        text = self._settings()
-        checkpoint.ensure_run(self.folder)
-        with checkpoint.writing(self.folder), replacing(self.folder / "config.toml") as file:
-            file.write(text.encode())
-        if self.tokenizer is not None:
-            self.tokenizer.save(self.folder / "tokenizer.json")
-
-    def _make_saver(self) -> checkpoint.Saver | None:
-        """What writes the checkpoints. Raises CheckpointError if the disk has no room for one."""
-        if self.folder is None:
-            return None
-        interval = self.config.checkpoint_interval or self.config.eval_interval
-        coming = math.ceil((self.config.max_iters - self.iter_num) / interval)
-        kept = min(self.config.keep_last or coming, coming) + 2  # the best, and one in the making
-        size = checkpoint.state_size(self.model, self.optimizer)
-        if warning := checkpoint.foresee_space(self.folder, size, kept):
-            self.notice(warning)
-        return checkpoint.Saver(self.folder, self.config.keep_last)
-
-    def _save(self, step: Step) -> Path:
-        """Begin to save the state; what came of it is heard with a later step."""
-        assert self.folder is not None and self._saver is not None
-        if not self.folder.is_dir():
-            self._make_folder_again()
-        meta = self._meta(step.elapsed, step.train_loss)
-        best_loss = step.val_loss if step.best else None
-        return self._saver.save(self.model, self.optimizer, meta, best_loss, first=self._sync)
 
     def _meta(self, elapsed: float, train_loss: float | None) -> checkpoint.Meta:
         """What a checkpoint of this moment says of itself."""
@@ -471,34 +359,16 @@ class TrainingRun:
             init=self.init,
         )
 
-    def _hear_of_saves(self) -> None:
-        if self._saver is not None:
-            self.newest = self._saver.newest or self.newest
-            for message in self._saver.news():
-                self.notice(message)
-
-    def _make_folder_again(self) -> None:
-        """Somebody moved or deleted the folder, or its disk is gone; the weights are still here."""
-        self.notice(f"{self.folder} HAS VANISHED. It is made again, with what comes from now on.")
-        for written in (self.history, self.samples):
-            written.close()
-        self._let_go()  # of a file that is no longer there
-        try:
-            self._take_folder()
-            self._write_settings()
-        except TinyGPTError as error:
-            self.notice(str(error))
-
     def _sample(self, iter_num: int) -> str | None:
         """A short text in the model's present manner; a notice, and None, where that fails."""
         try:
             return None if self.tokenizer is None else self._text(self.tokenizer, iter_num)
-        except Exception as error:  # whatever it is, it is no reason to lose a run
+        except Exception as error:  # whatever it is, it must not end the run
             self.notice(f"step {iter_num}: no sample could be written: {clip(error)}")
             return None
 
     def _text(self, tokenizer: Tokenizer, iter_num: int) -> str:
-        """A short text in the model's present manner, the prompt included."""
+        """The prompt and its continuation; ``iter_num`` is the seed."""
         try:
             prompt = tokenizer.encode(self.config.sample_prompt)
         except TokenizerError:
@@ -511,94 +381,3 @@ class TrainingRun:
         )
         ids = prompt + [int(token[0]) for token in tokens]
         return tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)[:SAMPLE_CHARS]
-
-    # ---- going on ----
-
-    def _resume(self, resume: bool | str | Path | None) -> None:
-        if resume is None or resume is False:
-            if self._allow:
-                raise UsageError("allow_change is for a run that is resumed: give resume=True too.")
-            return
-        if resume is True and self.folder is None:
-            raise UsageError("To resume, say which run: give its folder or a checkpoint.")
-        begun = self.folder is not None and (self.folder / "config.toml").is_file()
-        if resume is True and begun and not self._found:
-            self.notice(f"{self.folder} has no checkpoint yet: it starts from its first step.")
-            return
-        path = self._good_checkpoint(self.folder if resume is True else user_path(resume))  # type: ignore[arg-type]
-        meta = checkpoint.read_meta(path)
-        self._check_same_run(path, meta)
-        changes.check_random_state(path, meta)
-        self._check_same_folder(path, meta)
-        checkpoint.load(path, self.model, self.optimizer)
-        self.iter_num, self.newest, self.init = meta.iter_num, path, meta.init
-        known = {k: v for k, v in meta.progress.items() if k in vars(self.progress)}
-        self.progress = Progress(**known)
-        self.elapsed = float(meta.progress.get("elapsed", 0.0))
-        self.guard.load(meta.progress.get("skips"))
-
-    def _check_same_folder(self, path: Path, meta: checkpoint.Meta) -> None:
-        """UsageError if the run would go on in the folder of another one."""
-        if self.folder is None or path.resolve().parent == self.folder.resolve():
-            return
-        same = meta.run in (None, checkpoint.run_of(self.folder)) and meta.train is not None
-        if self._found and not same:  # None: one that could only be saved to another place
-            raise UsageError(
-                f"{self.folder} holds another run than {path}, and nothing there is overwritten. "
-                f"Choose a folder that is missing or empty."
-            )
-
-    def _good_checkpoint(self, given: Path) -> Path:
-        """The newest one in a folder that is whole, telling what the ones after it lack."""
-        if not given.is_dir():
-            return latest_checkpoint(given)
-        latest_checkpoint(given)  # there is one, whole or not
-        path, problems = checkpoint.newest_good(given)
-        if path is None:
-            raise CheckpointError("\n".join(["No checkpoint is whole.", *map(str, problems)]))
-        for problem in problems:
-            self.notice(f"{problem} Going on from {path} instead.")
-        return path
-
-    def _check_same_run(self, path: Path, meta: checkpoint.Meta) -> None:
-        """Refuse what differs from the run, but for what is allowed, which is written down."""
-        described = None if self.tokenizer is None else self.tokenizer.to_dict()
-        found = changes.differences(
-            meta, self.model.config, self.config, self.fingerprints, described
-        )
-        changes.check(path, found, self._allow, meta.iter_num)
-        self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
-        for change in found:
-            self.notice(f"changed from here on, as allowed: {change}")
-        self._save_soon = bool(found)  # the next checkpoint, which knows of it, comes at once
-
-
-def _lost(path: Path | None, cut: Cut) -> Iterator[str]:
-    """What to say of a history that was not whole."""
-    if cut.damaged:
-        yield f"{path}: {cut.damaged} damaged line(s) were dropped."
-    if cut.missing:
-        steps = f"{len(cut.missing):,} of its steps, from {cut.missing[0]} to {cut.missing[-1]}"
-        yield f"{path} lacks {steps}: they were lost, but not what was learned in them."
-
-
-def latest_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run folder; a file is itself, also without its suffix."""
-    if (file := checkpoint.named_checkpoint(path)).is_file():
-        return file
-    found = checkpoint.list_checkpoints(path)
-    if not found:
-        raise CheckpointError(f"There is no checkpoint in {path}. {_runs_nearby(path)}")
-    return found[-1]
-
-
-def choose_checkpoint(path: Path) -> Path:
-    """The checkpoint to use of a run folder: the best one, or else the newest."""
-    return checkpoint.best_checkpoint(path) or latest_checkpoint(path)
-
-
-def _runs_nearby(path: Path) -> str:
-    parent = path.parent if path.parent.is_dir() else Path()
-    runs = [p for p in sorted(parent.iterdir()) if p.is_dir() and checkpoint.list_checkpoints(p)]
-    names = ", ".join(str(run) for run in runs[-5:])
-    return f"Runs nearby: {names}." if names else "Train one first: tinygpt train YOUR_TEXT.txt"

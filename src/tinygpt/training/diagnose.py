@@ -17,7 +17,8 @@ import numpy.typing as npt
 from tinygrad import Tensor
 
 from tinygpt.config import TrainConfig
-from tinygpt.model.transformer import Noise, Transformer
+from tinygpt.config.weights import weights
+from tinygpt.model.transformer import Dropout, Transformer
 
 Array = npt.NDArray[Any]
 
@@ -47,10 +48,7 @@ class Finding:
 
 
 def diagnose(model: Transformer, x: Array, y: Array, keys: Sequence[Tensor]) -> Finding:
-    """What went wrong first in a step on micro-batches x and y (A, B, T), each with its noise key.
-
-    The model has to be in training mode.
-    """
+    """What went wrong first in a step on micro-batches x and y (A, B, T), with dropout's keys."""
     if bad := bad_parameter(model):
         return bad
     largest: dict[str, float] = {}
@@ -98,7 +96,7 @@ def _in_forward(model: Transformer, x: Tensor, y: Tensor, key: Tensor) -> Findin
             before = f" The one before, {name}, reaches {_largest(tensor):.2g}."
 
     with watched(model, see):
-        see("loss", model.loss(x, y, Noise(key)).realize())
+        see("loss", model.loss(x, y, Dropout(model.config.dropout, key)).realize())
     return found[0] if found else None
 
 
@@ -107,7 +105,7 @@ def _in_backward(
 ) -> Finding | None:
     """The gradient that is not finite, the last parameter's first; collects the ``largest``."""
     named = model.trainable()
-    gradients = model.loss(x, y, Noise(key)).gradient(*named.values())
+    gradients = model.loss(x, y, Dropout(model.config.dropout, key)).gradient(*named.values())
     Tensor.realize(*gradients)  # together: what they share is computed once
     for name, gradient in reversed(list(zip(named, gradients, strict=True))):
         if found := _look(f"gradient of {name}", gradient):
@@ -138,26 +136,33 @@ class _Watched:
 @contextmanager
 def watched(model: Transformer, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """In this block ``see(name, tensor)`` is shown what every layer of ``model`` computes."""
-    spots: list[tuple[Any, str, str, str | None]] = []
-    for i, block in enumerate(model.h):
-        h = f"h.{i}"
-        spots += [
-            (block, "ln_1", f"{h}.ln_1", None if i else "sum of wte and wpe"),
-            (block.attn, "c_attn", f"{h}.attn.c_attn", None),
-            (block.attn, "c_proj", f"{h}.attn.c_proj", f"{h}.attn output"),
-            (block, "ln_2", f"{h}.ln_2", f"{h}.attn output and residual"),
-            (block.mlp, "c_fc", f"{h}.mlp.c_fc", None),
-            (block.mlp, "c_proj", f"{h}.mlp.c_proj", None),
-        ]
-    spots.append((model, "ln_f", "ln_f", "sum of all layers"))
-    layers = [getattr(owner, attribute) for owner, attribute, _, _ in spots]
+    layers = {name: model.layer(name) for name in _layers(model)}
     try:
-        for layer, (owner, attribute, name, before) in zip(layers, spots, strict=True):
-            setattr(owner, attribute, _Watched(layer, name, before, see))
+        for name, layer in layers.items():
+            model.replace(name, _Watched(layer, name, _before(name), see))
         yield
     finally:
-        for layer, (owner, attribute, _, _) in zip(layers, spots, strict=True):
-            setattr(owner, attribute, layer)
+        for name, layer in layers.items():
+            model.replace(name, layer)
+
+
+def _layers(model: Transformer) -> list[str]:
+    """The layers by name, in the order of the forward pass, without the ones at either end."""
+    kinds = ("norm", "linear")
+    return [w.layer for w in weights(model.config) if w.kind in kinds]
+
+
+def _before(name: str) -> str | None:
+    """What a layer's input is, where it is not simply the output of the layer before."""
+    block, _, layer = name.rpartition(".")
+    if name == "h.0.ln_1":
+        return "sum of wte and wpe"
+    names = {
+        "c_proj": f"{block} output" if block.endswith("attn") else None,
+        "ln_2": f"{block}.attn output and residual",
+        "ln_f": "sum of all layers",
+    }
+    return names.get(layer)
 
 
 def _largest(tensor: Tensor) -> float:

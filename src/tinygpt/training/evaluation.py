@@ -70,7 +70,7 @@ def batch_losses(
 ) -> Iterator[float]:
     """The losses in nats of a text, added up batch by batch, so many as `batches` says."""
     check(model.config.block_size, tokens, batch_size, stride)
-    evaluate_batch = make_evaluate(model, batch_size)
+    evaluate_batch = make_evaluate(model)
     for x, y, count in windows(tokens, batch_size, model.config.block_size, stride):
         yield evaluate_batch(x, y) * count
 

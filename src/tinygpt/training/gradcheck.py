@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit, dtypes
-from tinygrad.helpers import Context
+from tinygrad import Context, Tensor, TinyJit, dtypes
 
 from tinygpt.errors import UsageError
 from tinygpt.machine.transfer import write
-from tinygpt.model.transformer import Noise, Transformer, mode
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 
 Array = npt.NDArray[np.float64]
 TOLERANCE = 1e-5
@@ -110,12 +109,12 @@ def gradcheck(
     idx, targets = _realized(idx), _realized(targets)
     rng, rows = np.random.default_rng(seed), list[GradcheckRow]()
     # A small model spends its time on making kernels, which is three times quicker unoptimised.
-    training = dropout_key is not None
-    with Context(NOOPT=1), mode(model, training), float64_weights(model) as weights:
+    with Context(NOOPT=1), float64_weights(model) as weights:
         key = Tensor(dropout_key or (0, 0), dtype=dtypes.uint32).realize()
 
         def mean_loss() -> Tensor:
-            return model.loss(idx, targets, Noise(key))
+            drop = Dropout(model.config.dropout, key) if dropout_key else INFERENCE
+            return model.loss(idx, targets, drop)
 
         loss = TinyJit(lambda: mean_loss().realize())
         value, gradients = float(loss().item()), _gradients(model, mean_loss())

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
 from tinygpt.errors import TrainingError
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.diagnose import diagnose
 from tinygpt.training.guard import Guard, why_skipped
@@ -72,15 +72,14 @@ def train_steps(
     shape = (config.grad_accum_steps, config.batch_size, block)
     guard = guard or Guard(config)
     take_step = make_train_step(model, optimizer, config)
-    evaluate_batch = make_evaluate(model, config.batch_size)
+    evaluate_batch = make_evaluate(model)
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()
         x, y = batch(train_tokens, i, config.seed, rows, block)
         lr = learning_rate(config, i)
         x, y, limits = x.reshape(shape), y.reshape(shape), guard.limits()
-        with mode(model, training=True):
-            loss, norm, taken, norms = take_step(x, y, lr, (config.seed, i), limits)
+        loss, norm, taken, norms = take_step(x, y, lr, (config.seed, i), limits)
         guard.see(loss, norm, taken)
         seconds = time.perf_counter() - before
         done, val_loss = i + 1, None
@@ -102,8 +101,7 @@ def _given_up(
 ) -> TrainingError:
     """What to say when no step is taken any more; ``x``, ``y`` (A, B, T) are of step ``done``."""
     keys = (key_of(config.seed, (done - 1) * len(x) + i) for i in range(len(x)))
-    with mode(model, training=True):
-        finding = diagnose(model, x, y, [Tensor(key, dtype=dtypes.uint32) for key in keys])
+    finding = diagnose(model, x, y, [Tensor(key) for key in keys])
     steps = f"{config.max_skipped} steps in a row" if config.max_skipped > 1 else "A step"
     return TrainingError(
         f"{steps} had to be skipped, the last at step {done}: {skipped}. {finding} "

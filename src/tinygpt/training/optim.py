@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tinygrad import Tensor, dtypes
-from tinygrad.helpers import Context
+from tinygrad import Context, Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt import kernels

@@ -17,13 +17,14 @@ from typing import Any
 from tinygrad import Device, dtypes
 
 from tinygpt.config import Config, GPTConfig, TrainConfig
+from tinygpt.config.weights import weights
 from tinygpt.errors import UsageError
 from tinygpt.kernels import linear
 from tinygpt.kernels.loss.fused import cut_of
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import read, zeros
-from tinygpt.model.lora import count_trainable
+from tinygpt.machine.transfer import zeros
+from tinygpt.model.lora import count_trainable, learning
 
 FLOAT = 4
 """Bytes of a number."""
@@ -143,17 +144,18 @@ def flops_per_token(model: GPTConfig, train: TrainConfig | None = None) -> int:
     weights have not, nor the blocks below the first that learns either; attention sees half of the
     positions on average. Kaplan et al. (2020); Chowdhery et al. (2022), appendix B.
     """
-    C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
+    C, L, T = model.n_embd, model.n_layer, model.block_size
     train = train or TrainConfig()
-    learning, adapters = count_trainable(model, train)
-    looked_up = T * C + (0 if model.tie_embeddings else V * C)
-    weights = model.num_params() + adapters - looked_up
-    if learning == model.num_params():
-        learning -= looked_up
-    frozen = train.freeze or 0
-    behind = weights - frozen * model.block_params()
-    attention = 2 * L * C * T + 4 * (L - frozen) * C * T
-    return 2 * (weights + behind + learning) + attention
+    _, adapters = count_trainable(model, train)
+    first = train.freeze or 0  # the first block that the backward pass sees
+    looked_up = {"positions"} if model.tie_embeddings else {"positions", "tokens"}
+    multiplied = {w.name: w for w in weights(model) if w.kind not in looked_up}
+    forward = adapters + sum(w.size for w in multiplied.values())
+    backward = forward - sum(w.size for w in multiplied.values() if 0 <= w.block < first)
+    learned = learning(model, train).items()
+    own = adapters or sum(count for name, count in learned if name in multiplied)
+    attention = 2 * L * C * T + 4 * (L - first) * C * T
+    return 2 * (forward + backward + own) + attention
 
 
 def check(
@@ -228,12 +230,12 @@ def measured_rate() -> float:
     """
     n, width = 512, 512
     x, w = zeros((n, width), dtypes.float32), zeros((width, width), dtypes.float32)
-    product = jit(lambda: linear(x, w).realize())
+    product = jit(lambda: linear(x, w))
     product()
     seconds = []
     for _ in range(3):
         before = time.perf_counter()
-        read(product())
+        product()
         seconds.append(time.perf_counter() - before)
     return 2 * n * width * width / min(seconds)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,8 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import read, write, zeros, zeros_like
-from tinygpt.model.transformer import Noise, Transformer
-from tinygpt.model.transformer import mode as mode
+from tinygpt.machine.transfer import zeros, zeros_like
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
@@ -23,10 +22,21 @@ from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 Tokens = npt.NDArray[np.integer]
 
 
-class TrainStep(Protocol):
-    """Take one optimizer step on x and y (A, B, T), A micro-batches; -> what became of it.
+class Outcome(NamedTuple):
+    """What a step did: the mean loss, the gradient norm, and whether it changed anything."""
 
-    Unless the loss and the gradient norm lie below the limits nothing changes; NaN never does.
+    loss: float
+    norm: float
+    taken: bool
+    norms: Mapping[str, float] = {}
+    """The gradient norm of each layer."""
+
+
+class TrainStep(Protocol):
+    """One optimizer step on x and y (A, B, T), A micro-batches, at the learning rate ``lr``.
+
+    ``key`` is (seed, number of the step), from which dropout's masks are drawn. Unless the loss and
+    the gradient norm lie below the limits nothing changes; NaN never does.
     """
 
     def __call__(
@@ -39,144 +49,85 @@ class TrainStep(Protocol):
     ) -> Outcome: ...
 
 
-class Outcome(NamedTuple):
-    """What became of a step: the mean loss, the gradient norm, and whether anything changed."""
-
-    loss: float
-    norm: float
-    taken: bool
-    norms: Mapping[str, float] = {}
-    """The gradient norm of each layer."""
-
-
 def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
-    With accumulation one jitted function sums the micro-batches into buffers and another applies
-    them, so that memory does not depend on their number.
+    With accumulation one jitted function adds the micro-batches' gradients to buffers and another
+    applies their sum, so that memory does not depend on the number of micro-batches.
     """
+    model.check_can_learn()
     params = list(model.trainable().values())
     layers = list(map(layer_of, model.trainable()))
     micro_batches = config.grad_accum_steps
-    inputs = Inputs(config.batch_size, model.config.block_size)
     realize_state(optimizer)
 
-    def gradients() -> tuple[Tensor, list[Tensor]]:
-        loss = model.loss(inputs.x, inputs.y, Noise(inputs.key))
+    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter."""
+        loss = model.loss(x, y, Dropout(model.config.dropout, key))
         return loss, loss.gradient(*params)
 
-    def update(loss: Tensor, grads: list[Tensor]) -> Tensor:
-        """Take the step or skip it; -> AdamW.update's report."""
-        optimizer.lr.assign(inputs.lr)
-        judged = (config.grad_clip, 1 / micro_batches, loss, inputs.limits)
+    def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
+        """Change the weights, or not; -> the report of ``AdamW.update``."""
+        optimizer.lr.assign(lr.reshape(1))
+        judged = (config.grad_clip, 1 / micro_batches, loss, limits)
         if isinstance(optimizer, AdamW):
             report, changed = optimizer.update(grads, *judged), optimizer.changed()
         else:
             report, changed = stock_update(optimizer, params, grads, *judged)
-        return report.realize(optimizer.lr, *changed)
+        return report.realize(optimizer.lr, *changed)  # (3 + n,)
 
     @jit
-    def whole_step() -> Tensor:
-        return update(*gradients())
+    def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
+        return update(*gradients(x, y, key), lr, limits)
 
-    if micro_batches == 1:
-
-        def step(
-            x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
-        ) -> Outcome:
-            inputs.batch(x[0], y[0])
-            inputs.draw(*key)
-            inputs.update(lr, limits)
-            return _outcome(read(whole_step()), layers)
-
-        return step
-
-    loss_sum = zeros((1,), dtypes.float32)
-    sums = [zeros_like(p) for p in params]
+    loss_sum = zeros((), dtypes.float32)
+    sums = [zeros_like(p) for p in params] if micro_batches > 1 else []
 
     @jit
-    def accumulate() -> Tensor:
-        loss, grads = gradients()
-        for total, g in zip([loss_sum, *sums], [loss.reshape(1), *grads], strict=True):
-            total.assign(total + g)
+    def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
+        loss, grads = gradients(x, y, key)
+        for total, new in zip([loss_sum, *sums], [loss, *grads], strict=True):
+            total.assign(first.where(new, total + new))  # not total * 0: a NaN would stay
         return loss_sum.realize(*sums)
 
     @jit
-    def apply() -> Tensor:
-        return update(loss_sum.clone(), [total.clone() for total in sums])
+    def apply(lr: Tensor, limits: Tensor) -> Tensor:
+        return update(loss_sum.clone(), [total.clone() for total in sums], lr, limits)
 
-    @jit
-    def clear() -> Tensor:
-        for total in [loss_sum, *sums]:
-            total.assign(total.zeros_like())  # not total * 0: a NaN would stay
-        return loss_sum.realize(*sums)
-
-    def accumulated_step(
+    def step(
         x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
     ) -> Outcome:
         seed, number = key
-        for i in range(micro_batches):
-            inputs.batch(x[i], y[i])
-            inputs.draw(seed, number * micro_batches + i)
-            accumulate()
-        inputs.update(lr, limits)
-        outcome = _outcome(read(apply()), layers)
-        clear()
-        return outcome
+        keys = [key_of(seed, number * micro_batches + i) for i in range(micro_batches)]
+        if micro_batches == 1:
+            report = whole(x[0], y[0], keys[0], lr, limits)
+        else:
+            for i in range(micro_batches):
+                accumulate(x[i], y[i], keys[i], i == 0)
+            report = apply(lr, limits)
+        loss, norm, taken, *norms = report.tolist()
+        by_layer = dict.fromkeys(layers, 0.0)
+        for layer, other in zip(layers, norms, strict=True):
+            by_layer[layer] = math.hypot(by_layer[layer], other)
+        return Outcome(loss, norm, taken > 0, by_layer)
 
-    return accumulated_step
-
-
-class Inputs:
-    """Buffers that tell a step its batch x and y (B, T), random key (2,), rate (1,), limits (2,).
-
-    The jitted functions know them from the start, which spares what tinygrad does for an argument.
-    """
-
-    def __init__(self, batch_size: int, block_size: int) -> None:
-        shape = (batch_size, block_size)
-        self.x, self.y = zeros(shape, dtypes.int32), zeros(shape, dtypes.int32)
-        self.key, self.lr = zeros((2,), dtypes.uint32), zeros((1,), dtypes.float32)
-        self.limits = zeros((2,), dtypes.float32)
-
-    def batch(self, x: Tokens, y: Tokens) -> None:
-        write(self.x, x)
-        write(self.y, y)
-
-    def draw(self, seed: int, number: int) -> None:
-        """Make the key of the random numbers of one micro-batch."""
-        write(self.key, key_of(seed, number))
-
-    def update(self, lr: float, limits: Limits) -> None:
-        """Say at what rate to update the weights, and when not to."""
-        write(self.lr, [lr])
-        write(self.limits, limits)
+    return step
 
 
-def key_of(seed: int, number: int) -> tuple[int, int]:
-    return (seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF
+def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
+    """The key (2,) of the random numbers of one micro-batch."""
+    return np.array([(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF], np.uint32)
 
 
-def _outcome(report: npt.NDArray[Any], layers: Sequence[str]) -> Outcome:
-    loss, norm, taken, *norms = report.tolist()
-    by_layer: dict[str, float] = {}
-    for layer, other in zip(layers, norms, strict=True):
-        by_layer[layer] = math.hypot(by_layer.get(layer, 0.0), other)
-    return Outcome(loss, norm, taken > 0, by_layer)
-
-
-def make_evaluate(model: Transformer, batch_size: int) -> Callable[[Tokens, Tokens], float]:
-    """A jitted loss in inference mode: mean cross-entropy in nats of y (B, T) given x (B, T)."""
-    inputs = Inputs(batch_size, model.config.block_size)
+def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
+    """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T)."""
 
     @jit
-    def loss() -> Tensor:
-        return model.loss(inputs.x, inputs.y).realize()
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return model.loss(x, y, INFERENCE)
 
     def evaluate_batch(x: Tokens, y: Tokens) -> float:
-        inputs.batch(x, y)
-        with mode(model, training=False):
-            return float(read(loss()))
+        return float(loss(x, y))
 
     return evaluate_batch
 

@@ -43,7 +43,7 @@ def export_gguf(
 
     from dataclasses import asdict
 
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.folder import choose_checkpoint
 
     chosen = choose_checkpoint(run)
     done = export(model, own, out, type, name=chosen.absolute().parent.name or "TinyGPT")

@@ -43,13 +43,13 @@ def export_hf(
 
     from tinygpt.interop.folders import check_free
     from tinygpt.interop.hf.hf_export import export
-    from tinygpt.runs.checkpoint import read_meta, text_of
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.runs.checkpoint import read_meta
+    from tinygpt.runs.folder import choose_checkpoint, text_of
 
     check_free(out)
     chosen = choose_checkpoint(run)
     model, vocabulary = _load(chosen, tokenizer)
-    proved = export(model, vocabulary, out, read_meta(chosen), text_of(chosen.parent))
+    proved = export(model, vocabulary, out, read_meta(chosen), text_of(chosen))
     if not model.config.bias:
         say("the model has no biases: they are written as zeros")
     say(f"{proved} (of {proved.tokens} tokens)")

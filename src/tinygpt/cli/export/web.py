@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from tinygpt.cli import texts
 from tinygpt.cli.console import say
 from tinygpt.cli.models import load_model
+from tinygpt.cli.options import Switch
 
 
 def export_web(
@@ -19,6 +21,7 @@ def export_web(
     title: str | None = None,
     description: str | None = None,
     tokenizer: str | None = None,
+    beginnings: Switch = False,
 ) -> None:
     """Write one web page that runs the model in the visitor's browser.
 
@@ -38,6 +41,8 @@ def export_web(
         A sentence or two below the title. [default: what it was trained on]
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    beginnings
+        Offer lines of the run's validation text on an empty page; they stand in the file.
     """
     from tinygpt.interop import web
 
@@ -45,10 +50,12 @@ def export_web(
     began = time.perf_counter()
     model, own = load_model(run, tokenizer)
 
-    from tinygpt.interop.web.card import card
-    from tinygpt.runs.run import choose_checkpoint
+    from tinygpt.pages.card import run_card
+    from tinygpt.runs.folder import choose_checkpoint
 
-    told = card(choose_checkpoint(run))
+    told = run_card(choose_checkpoint(run))
+    if beginnings:
+        told["beginnings"] = texts.beginnings(run, model, own)
     if description is None:
         text = f" on {told['data']}" if "data" in told else ""
         description = f"A GPT of {told['parameters']:,} parameters, trained{text} with TinyGPT."

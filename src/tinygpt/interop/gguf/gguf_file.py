@@ -23,6 +23,7 @@ import numpy as np
 from tinygpt.config import GPTConfig, __version__
 from tinygpt.errors import InteropError, UsageError, extras
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
+from tinygpt.files.disk import check_space, writing
 from tinygpt.interop import parity
 from tinygpt.interop.gguf.gguf_tokens import Tokens, tokens_of
 from tinygpt.interop.gguf.gguf_types import BLOCK, Kind, store
@@ -30,7 +31,6 @@ from tinygpt.interop.hf.pretrained import PREFIX, TURNED, fetch_from, shapes
 from tinygpt.interop.parity import Floats
 from tinygpt.machine.transfer import read, write
 from tinygpt.model.transformer import Transformer
-from tinygpt.runs import checkpoint
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.untrusted import utf8_name
 
@@ -88,8 +88,9 @@ def export(
         raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
     tokens = tokens_of(tokenizer, model.config.vocab_size)
     weights = list(_weights(gguf, model, tokens, kind))
-    checkpoint.foresee_space(path.parent, sum(weight.size for weight in weights), 1)
-    with checkpoint.writing(path), replacing(path) as file:
+    with writing(path):
+        check_space(path.parent, sum(weight.size for weight in weights))
+    with writing(path), replacing(path) as file:
         with closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:
             _describe(writer, model.config, tokens, kind, name)
             rounded = _write(gguf, writer, model, weights)

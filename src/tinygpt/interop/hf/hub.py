@@ -3,7 +3,8 @@
 The hub tells the size and the hash of each file before it is fetched: the SHA-256 of large files,
 and of small ones the SHA-1 that git knows them by. It also tells which commit a branch is at: all
 files are fetched from the one that it was at first. ``HF_ENDPOINT`` names another server that
-speaks the same protocol, as it does for Hugging Face's own tools.
+speaks the same protocol, as it does for Hugging Face's own tools. What those have fetched already
+is used where it lies, and their token is sent along (``hub_cache``).
 
 The folder ``hub`` of the cache holds
 
@@ -28,6 +29,7 @@ from tinygpt.errors import DataError, InteropError, nearest
 from tinygpt.files import folders
 from tinygpt.files.atomic import replacing
 from tinygpt.files.download import download, network_advice
+from tinygpt.interop.hf import hub_cache
 from tinygpt.interop.hf.shards import INDEX, weight_map
 from tinygpt.untrusted import brief, read_bounded
 
@@ -105,13 +107,13 @@ def fetch(name: str, progress: bool = False, revision: str | None = None) -> Sna
         raise InteropError(f"{brief(revision, 200)} is no commit, tag or branch of {repository}.")
     try:
         place = folders.cache_dir() / "hub" / repository.replace("/", "--")
-        found = _kept(place, revision)
+        found = _kept(place, revision) or _kept_by_others(repository, revision)
         if found is None:
             with _bar(progress) as watch:
                 found = _fetch_all(repository, place, revision, watch)
     except (DataError, OSError) as error:
         raise InteropError(_by_hand(name, repository, error)) from error
-    commit = found.name.partition("@")[2]
+    commit = found.name.rpartition("@")[2]
     return Snapshot(found, repository, commit if COMMIT.fullmatch(commit) else None)
 
 
@@ -126,6 +128,15 @@ def _kept(place: Path, revision: str | None) -> Path | None:
         return None
     found = _at(place, commit)
     return found if COMMIT.fullmatch(commit) and _is_complete(found) else None
+
+
+def _kept_by_others(repository: str, revision: str | None) -> Path | None:
+    """The folder of a model that Hugging Face's own tools have fetched with its tokenizer."""
+    found = hub_cache.snapshot(repository, revision or BRANCH)
+    if found is None or not _is_complete(found):
+        return None
+    has_tokenizer = any((found / name).is_file() for name in TOKENIZER[:3])
+    return found if has_tokenizer and COMMIT.fullmatch(found.name) else None
 
 
 def _at(place: Path, revision: str) -> Path:
@@ -230,7 +241,7 @@ def _ask(url: str) -> Remote | None:
     asked = url
     try:
         for _ in range(REDIRECTS):
-            headers = {"Accept-Encoding": "identity"}
+            headers = {"Accept-Encoding": "identity", **_authorization()}
             answer = requests.head(asked, headers=headers, timeout=TIMEOUT)
             if answer.status_code == 404:
                 return None
@@ -246,6 +257,12 @@ def _ask(url: str) -> Remote | None:
     except OSError as error:  # requests' own errors, and those of reading certificates
         raise DataError(f"{url} could not be reached. {network_advice(error) or error}") from error
     raise DataError(f"{url} leads from one address to the next, {REDIRECTS} times.")
+
+
+def _authorization() -> dict[str, str]:
+    """The header with the user's token; requests drops it where an answer leads to another host."""
+    token = hub_cache.token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _described(url: str, answer: Response) -> Remote:
@@ -268,6 +285,7 @@ def _large(remote: Remote, path: Path, watch: Watch) -> None:
         remote.url,
         path,
         remote.digest,
+        headers=_authorization(),
         size=remote.size,
         watch=lambda count: watch(path.name, count, remote.size),
     )
@@ -280,7 +298,8 @@ def _content(remote: Remote) -> bytes:
     if remote.size > SMALL:
         raise DataError(f"{remote.url} has {remote.size:,} bytes, far more than such a file needs.")
     try:
-        with requests.get(remote.url, stream=True, timeout=TIMEOUT) as answer:
+        headers = _authorization()
+        with requests.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
             answer.raise_for_status()
             content = b"".join(_bounded(answer, remote.size + 1))
     except OSError as error:

@@ -28,6 +28,7 @@ from tinygpt.interop.hf.hf_tokenizer import read_tokenizer
 from tinygpt.interop.hf.shards import INDEX, read_shards
 from tinygpt.interop.hf.weight_files import WEIGHTS, Entry, Floats, read_file, refuse_pickle
 from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import CONFIG, TOKENIZER, checkpoint_path, list_checkpoints
 from tinygpt.text.names import exists, is_name
 from tinygpt.text.tokenizers import BPETokenizer, Tokenizer
 from tinygpt.untrusted import brief, clip
@@ -198,7 +199,7 @@ def _weight_files(folder: Path) -> Path:
     for name in (WEIGHTS_FILE, INDEX):
         if (folder / name).exists():
             return folder / name
-    if checkpoint.list_checkpoints(folder):
+    if list_checkpoints(folder):
         raise UsageError(f"{folder} is a run of TinyGPT's own; there is nothing to import.")
     for pickle in (PICKLE, f"{PICKLE}.index.json"):
         if (folder / pickle).exists():
@@ -363,10 +364,10 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
     checkpoint.rehearse(meta, layout)
     with new_folder(folder) as staging:
         run = checkpoint.ensure_run(staging)
-        meta, path = replace(meta, run=run), checkpoint.checkpoint_path(staging, 0)
+        meta, path = replace(meta, run=run), checkpoint_path(staging, 0)
         checkpoint.stream(path, layout, lambda name: pretrained.pieces(name[len("model.") :]), meta)
-        with replacing(staging / "config.toml") as file:
+        with replacing(staging / CONFIG) as file:
             file.write(to_toml({"model": pretrained.config}, comments=True).encode())
         if tokenizer is not None:
-            tokenizer.save(staging / "tokenizer.json")
-    return checkpoint.checkpoint_path(folder, 0)
+            tokenizer.save(staging / TOKENIZER)
+    return checkpoint_path(folder, 0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.config import GPTConfig
+from tinygpt.config import MAX_TOKENS, GPTConfig, SampleConfig
 from tinygpt.errors import InteropError, UsageError
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
 from tinygpt.interop.web import page, vocabulary, weights
@@ -98,6 +98,7 @@ def export_web(
         "chunks": len(chunks),
         "tokenizer": described,
         "card": dict(card or {}),
+        "sampling": {**SampleConfig().to_dict(), "max_tokens": MAX_TOKENS},
         "parity": float(f"{difference:.3g}"),
     }
     if model.num_params() >= WORTH_IT if webgpu is None else webgpu:

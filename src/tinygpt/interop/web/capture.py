@@ -14,7 +14,7 @@ from tinygpt.errors import KernelError
 from tinygpt.interop.web.forward import Call, Function, answer, forward, in_own_process
 
 if TYPE_CHECKING:
-    from tinygrad.device import Buffer
+    from tinygpt.machine.tinygrad_internals import Buffer
 
 ALIGNMENT = 64
 """Bytes: a line of the cache, and a multiple of every vector."""

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def check_finished(path: Path, module: bytes, chunks: int, node: bool = True) ->
     content = path.read_bytes()
     try:
         about = _parsed(_element(content, b'type="application/json" id="about"'))
-        _parsed(_element(content, b'type="application/json" id="worker"'))
-        if base64.b64decode(_element(content, b'type="text/plain" id="module"')) != module:
+        _inflated(_element(content, b'type="text/plain" id="worker"'), "worker")
+        if _inflated(_element(content, b'type="text/plain" id="module"'), "module") != module:
             raise ValueError("its module is not the one that was put in")
         found = content.count(b'<script type="text/plain" class="weights"')
         if not found == about["chunks"] == chunks:
@@ -47,6 +48,13 @@ def _element(content: bytes, opening: bytes) -> bytes:
     if found is None:
         raise ValueError(f"it has no <script {opening.decode()}>")
     return found[1]
+
+
+def _inflated(text: bytes, name: str) -> bytes:
+    try:
+        return zlib.decompress(base64.b64decode(text))
+    except zlib.error as error:
+        raise ValueError(f"its {name} cannot be read ({error})") from error
 
 
 def _parsed(text: bytes) -> Any:

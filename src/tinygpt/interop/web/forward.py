@@ -21,9 +21,9 @@ from tinygpt.files.strict_json import to_json
 from tinygpt.machine import children
 
 if TYPE_CHECKING:
-    from tinygrad import Tensor
-    from tinygrad.device import Buffer
-    from tinygrad.uop.ops import UOp
+    from tinygrad import Tensor, UOp
+
+    from tinygpt.machine.tinygrad_internals import Buffer
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,9 @@ class Forward:
 
 def forward(config: GPTConfig, plain: bool = False) -> Forward:
     """Capture both functions; ``plain`` takes tinygrad's own operations instead of our kernels."""
-    from tinygrad import Variable, dtypes
-    from tinygrad.helpers import Context
+    from tinygrad import Context, TinyJit, Variable, dtypes
 
     from tinygpt import kernels
-    from tinygpt.machine.jit import jit
     from tinygpt.machine.transfer import zeros
     from tinygpt.model.cache import KVCache
     from tinygpt.model.transformer import Transformer
@@ -85,7 +83,8 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
     functions = []
     with Context(JIT=2, NUM_CPU_THREADS=1):  # each kernel by itself, and whole
         for function, name in ((step, "position"), (window, "last")):
-            captured: Any = jit(function)
+            captured: Any = TinyJit(function)
+            captured.cnt = 1  # captured at the first call
             with kernels.plain() if plain else nullcontext():
                 captured(Variable(name, 0, config.block_size - 1).bind(0))
             calls = tuple(_calls(captured.captured.linear.src))
@@ -97,8 +96,7 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
 
 
 def _calls(captured: Any) -> Iterator[Call]:
-    from tinygrad.engine.realize import get_call_arg_uops, get_call_var_uops
-    from tinygrad.uop.ops import Ops
+    from tinygpt.machine.tinygrad_internals import Ops, get_call_arg_uops, get_call_var_uops
 
     for call in captured:
         program = call.src[0]

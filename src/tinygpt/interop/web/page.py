@@ -12,6 +12,7 @@ import base64
 import hashlib
 import html
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,9 +20,21 @@ from tinygpt import pages
 from tinygpt.files.strict_json import to_json
 from tinygpt.interop.web.weights import Chunk
 
-WORKER = [f"local/{name}.mjs" for name in ("model", "webgpu", "sampling", "tokenizer", "worker")]
-UI = [f"local/{name}.mjs" for name in ("curve", "history", "ui")]
-"""The scripts of each side, in the order in which they need one another."""
+_STYLE = re.compile(r'<link rel="stylesheet" href="page/([^"]+)">')
+_SCRIPT = re.compile(r'<script src="page/([^"]+)"></script>')
+_SERVED = re.compile(r' *(?:<script type="module".*?</script>|<nav.*?</nav>)\n', re.DOTALL)
+"""What only a server's page has: its script, and the way to other pages."""
+
+
+_CHANGES = {
+    '<meta charset="utf-8">': pages.text("local/head.html").rstrip(),
+    "<title>Playground · TinyGPT</title>": "<title>{{title}}</title>",
+    "page/shared/icon.svg": "data:image/svg+xml;base64,{{icon}}",
+    'href="./"': 'href="#text"',
+    '    <h1 class="unseen">Playground</h1>\n': pages.text("local/start.html"),
+    "</body>": pages.text("local/end.html") + "</body>",
+}
+"""What else a page with its own model has in the place of what a server's has."""
 
 
 def render(
@@ -33,12 +46,15 @@ def render(
     chunks: Iterable[Chunk],
 ) -> Iterator[bytes]:
     """The file, piece by piece. ``about`` is what the scripts know of the model, as JSON values."""
-    worker, ui, style = pages.bundle(WORKER), pages.bundle(UI), pages.text("local/style.css")
+    ui, worker = pages.bundle("local/page.js"), pages.bundle("local/worker.mjs")
+    template = _SERVED.sub("", pages.text("playground/index.html"))
+    styles = [pages.text(name) for name in _STYLE.findall(template)]
+    scripts = [pages.text(name) for name in _SCRIPT.findall(template)]
     policy = "; ".join(
         [
             "default-src 'none'",
-            f"script-src {_hash(ui)} 'wasm-unsafe-eval'",
-            f"style-src {_hash(style)}",
+            f"script-src {' '.join(map(_hash, [*scripts, ui]))} 'wasm-unsafe-eval'",
+            f"style-src {' '.join(map(_hash, styles))}",
             "worker-src blob:",
             "img-src data:",
             "base-uri 'none'",
@@ -47,15 +63,20 @@ def render(
     )
     parts = {
         "policy": policy,
+        "icon": _base64(pages.text("shared/icon.svg").encode()),
         "title": html.escape(title),
         "description": html.escape(description),
-        "style": style,
         "about": _json(about),
-        "module": _base64(module),
-        "worker": _json(worker),
+        "module": _base64(zlib.compress(module, 9)),
+        "worker": _base64(zlib.compress(worker.encode(), 9)),
         "ui": ui,
     }
-    head, tail = pages.text("local/template.html").split("{{weights}}")
+    template = _STYLE.sub(lambda found: f"<style>{pages.text(found[1])}</style>", template)
+    template = _SCRIPT.sub(lambda found: f"<script>{pages.text(found[1])}</script>", template)
+    for before, after in _CHANGES.items():
+        assert before in template, before
+        template = template.replace(before, after)
+    head, tail = template.split("{{weights}}")
     yield _fill(head, parts)
     for chunk in chunks:
         yield (

@@ -16,7 +16,7 @@ from tinygpt.errors import KernelError
 from tinygpt.interop.web.forward import Call, Forward, answer, forward, in_own_process
 
 if TYPE_CHECKING:
-    from tinygrad.device import Buffer
+    from tinygpt.machine.tinygrad_internals import Buffer
 
 WORTH_IT = 5_000_000
 """Parameters from which on a GPU may be faster."""
@@ -88,7 +88,9 @@ class _Shaders:
 
 def _groups(call: Call) -> Iterator[list[int]]:
     """[constant, factor] of each axis."""
-    from tinygrad.uop.ops import UOp, sym_infer
+    from tinygrad import UOp
+
+    from tinygpt.machine.tinygrad_internals import sym_infer
 
     for size in call.info.global_size:
         if not isinstance(size, UOp):

@@ -1,7 +1,7 @@
 """The fast kernels, held against their plain twins and against float64, on the device at hand.
 
-``tinygpt check`` prints it. Results and gradients are compared at a handful of shapes, and both
-ways are timed at a typical one.
+``tinygpt doctor --kernels`` prints it. Results and gradients are compared at a handful of shapes,
+and both ways are timed at a typical one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit
-from tinygrad.helpers import Context
+from tinygrad import Context, Device, Tensor, TinyJit
 
 from tinygpt.errors import KernelError
 from tinygpt.kernels.check.cases import KERNELS, Array, Case, Results

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.uop.ops import Ops
 
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.linear import linear
@@ -38,6 +37,7 @@ from tinygpt.kernels.loss.chunk import BLOCK, Cut
 from tinygpt.kernels.loss.cross_entropy import cross_entropy
 from tinygpt.kernels.matmul import register_tile
 from tinygpt.kernels.phases import contiguous, empty, run, together, wide
+from tinygpt.machine.tinygrad_internals import Ops
 
 CHUNK = 512
 """About how many rows are worked off at a time."""

@@ -38,8 +38,9 @@ def install(threads: int | None = None) -> int:
     there are no workers, but a captured ``TinyJit`` still runs as one call instead of one for each
     kernel. 0 leaves everything to tinygrad, as ``uninstall`` does.
 
-    Where the default device is not the CPU, nothing happens. Where tinygrad is not as this module
-    knows it, a line of the log says so, and tinygrad goes on in its own way. Both return 1.
+    Where there is no default device, or one other than the CPU, nothing happens. Where tinygrad is
+    not as this module knows it, a line of the log says so, and tinygrad goes on in its own way.
+    Both return 1.
 
     Raises UsageError for a number that makes no sense.
     """
@@ -47,9 +48,13 @@ def install(threads: int | None = None) -> int:
     if number == 0:
         uninstall()
         return 1
-    from tinygrad.device import Device
+    from tinygrad import Device
 
-    if Device.DEFAULT.split(":")[0] != "CPU":
+    try:
+        device = Device.DEFAULT
+    except RuntimeError:  # there is none, which ``device.require_device`` explains
+        return 1
+    if device.split(":")[0] != "CPU":
         return 1
     try:
         _engine().plug_in(number)

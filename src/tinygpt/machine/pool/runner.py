@@ -5,17 +5,23 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from tinygrad.device import Buffer, Compiled, Device, TinyELF
-from tinygrad.engine.jit import GraphRunner
-from tinygrad.engine.realize import get_call_arg_uops, resolve_params
-from tinygrad.helpers import NUM_CPU_THREADS, getenv, unwrap
-from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
-from tinygrad.runtime.support.hcq import HCQBuffer
-from tinygrad.uop import Ops
-from tinygrad.uop.ops import UOp
+from tinygrad import Device, UOp, getenv
 
 from tinygpt.machine.pool.workers import MAX_ARGS, Pool, command, command_list
 from tinygpt.machine.resources import cores
+from tinygpt.machine.tinygrad_internals import (
+    NUM_CPU_THREADS,
+    Buffer,
+    Compiled,
+    CPUDevice,
+    CPUProgram,
+    GraphRunner,
+    HCQBuffer,
+    Ops,
+    TinyELF,
+    get_call_arg_uops,
+    resolve_params,
+)
 
 COMPILERS = ("", "CLANG", "LLVM")
 """Those of tinygrad's renderers for the CPU whose kernels follow C's calling convention."""
@@ -66,7 +72,8 @@ class PoolGraph(GraphRunner):
         words: list[int] = []
         for j, call in enumerate(self.linear.src):
             info, buffers, place = call.src[0].arg, self.calls[j][2], len(words) + 2
-            core, runtime = info.runtimevars.get("core_id"), unwrap(self.runtimes[j])
+            core, runtime = info.runtimevars.get("core_id"), self.runtimes[j]
+            assert isinstance(runtime, CPUProgram), "supports_uop takes compiled kernels only"
             words += command(
                 runtime.addr,
                 pieces=1 if core is None else info.global_size[0],

@@ -24,10 +24,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from tinygrad.device import TinyELF
-from tinygrad.helpers import unwrap
-from tinygrad.renderer.cstyle import ClangRenderer
-from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
+from tinygpt.machine.tinygrad_internals import ClangRenderer, CPUDevice, CPUProgram, TinyELF
 
 PATIENCE = 50_000
 """Nanoseconds that a thread spins before it goes to sleep; waking it takes about as long."""
@@ -120,7 +117,9 @@ class Pool:
     def __init__(self, device: CPUDevice) -> None:
         source = Path(__file__).with_name("pool.c").read_text(encoding="ascii")
         target = replace(device.renderer.target, renderer="CLANG")
-        code = unwrap(ClangRenderer(target).compiler).compile_cached(source)
+        compiler = ClangRenderer(target).compiler
+        assert compiler is not None
+        code = compiler.compile_cached(source)
         self._program = CPUProgram(device, TinyELF(code, "tinygpt_pool", target, ()))
         word = ctypes.c_uint64
         self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p, word, word, word)(self._program.addr)

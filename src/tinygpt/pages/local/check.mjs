@@ -4,7 +4,7 @@
 // function, go to the file `out` as float32, the greedy ids to stdout.
 
 import fs from 'node:fs';
-import { Model, Wasm } from './model.mjs';
+import { Model, Wasm } from "./forward.mjs";
 import { argmax } from './sampling.mjs';
 
 const given = JSON.parse(fs.readFileSync(0, 'utf8'));

@@ -4,6 +4,7 @@
 import fs from 'node:fs';
 import vm from 'node:vm';
 import { Worker } from 'node:worker_threads';
+import zlib from 'node:zlib';
 
 const page = fs.readFileSync(process.argv[2]);
 const DEADLINE = 120_000; // milliseconds until a worker that says nothing is given up
@@ -18,9 +19,14 @@ function element(head, from = 0) {
 }
 
 const about = JSON.parse(element('<script type="application/json" id="about"').text);
-const code = JSON.parse(element('<script type="application/json" id="worker"').text);
-const module = Uint8Array.from(Buffer.from(element('<script type="text/plain" id="module"').text, 'base64'));
-new vm.Script(element('<script>').text); // what is seen needs a document, but must be JavaScript
+const inflated = (id) => zlib.inflateSync(Buffer.from(element(`<script type="text/plain" id="${id}"`).text, 'base64'));
+const code = inflated('worker').toString();
+const module = Uint8Array.from(inflated('module'));
+for (let at = 0; page.indexOf('<script>', at) >= 0; ) {
+  const script = element('<script>', at);
+  new vm.Script(script.text); // what is seen needs a document, but must be JavaScript
+  at = script.end;
+}
 
 const SHIM = `
 const { parentPort } = require('node:worker_threads');
@@ -35,24 +41,24 @@ const answered = new Promise((resolve, reject) => {
   let written = '';
   worker.on('message', (message) => {
     if (message.error) reject(new Error(message.error));
-    else if (message.type === 'ready') {
-      const first = about.tokenizer.kind === 'char' ? about.tokenizer.chars.slice(0, 1) : 'a';
-      const options = { count: 1, temperature: 0, topK: 0, topP: 1, seed: 1, ignoreEos: true };
-      worker.postMessage({ type: 'generate', text: first, options });
-    } else if (message.type === 'written') written += message.text;
-    else if (message.type === 'done') resolve(written);
+    else if (message.ready) {
+      const text = about.tokenizer.kind === 'char' ? about.tokenizer.chars.slice(0, 1) : 'a';
+      const body = { text, max_tokens: 1, temperature: 0, seed: 1, ignore_eos: true };
+      worker.postMessage({ id: 1, path: 'generate', body });
+    } else if (message.event) written += (message.event.tokens ?? []).map(({ text }) => text).join('');
+    else if (message.done) resolve(written);
   });
 });
 const { config, tokenizer } = about;
-worker.postMessage({ type: 'start', module, config, tokenizer });
+worker.postMessage({ start: { module, config, tokenizer } });
 let at = 0;
 for (let i = 0; i < about.chunks; i++) {
   const { tag, text, end } = element('<script type="text/plain" class="weights"', at);
   const field = (name) => tag.match(new RegExp(`data-${name}="([^"]*)"`))[1];
   const chunk = { kind: field('kind'), at: Number(field('at')), columns: Number(field('columns')) };
-  worker.postMessage({ type: 'weights', chunk, bytes: Uint8Array.from(Buffer.from(text, 'base64')) });
+  worker.postMessage({ chunk, bytes: Uint8Array.from(Buffer.from(text, 'base64')) });
   at = end;
 }
-worker.postMessage({ type: 'loaded' });
+worker.postMessage({ loaded: true });
 console.log(JSON.stringify(await answered));
 await worker.terminate();

@@ -1,51 +1,71 @@
 // From logits to the next token: the same filters in the same order as in TinyGPT's sample.py.
 
-// options: {temperature, topK, topP}; random: () => a number from [0, 1).
-export function sample(logits, { temperature = 1, topK = 0, topP = 1 }, random) {
-  if (!(temperature > 0)) return argmax(logits);
-  const weights = exponentials(logits, temperature);
-  const ids = keep(weights, topK, topP);
-  let left = random() * ids.reduce((sum, id) => sum + weights[id], 0);
-  for (const id of ids) if ((left -= weights[id]) < 0) return id;
-  return ids[ids.length - 1];
-}
-
-// The likeliest tokens and their probabilities, [[id, probability], ...].
-export function likeliest(logits, count) {
-  const weights = exponentials(logits, 1);
+// The probabilities (V,) that a token is drawn from; 0 for those that a filter leaves out.
+// settings: {temperature, top_k, top_p, min_p, repetition_penalty}, null for none; ids: those so far.
+export function distribution(logits, settings, ids = []) {
+  const { temperature = 1, top_k, top_p, min_p, repetition_penalty: penalty } = settings;
+  const scores = new Float64Array(logits);
+  if (penalty) {
+    for (const id of new Set(ids)) scores[id] *= scores[id] > 0 ? 1 / penalty : penalty;
+  }
+  const best = argmax(scores);
+  if (!(temperature > 0)) return scores.fill(0).fill(1, best, best + 1);
+  const weights = softmax(scores, temperature);
+  keepLargest(weights, top_k ?? weights.length, top_p ?? 1);
+  if (min_p) {
+    const least = min_p * weights[best];
+    for (let i = 0; i < weights.length; i++) if (weights[i] < least) weights[i] = 0;
+  }
   const total = weights.reduce((sum, w) => sum + w, 0);
-  const ids = keep(weights, count, 1).sort((a, b) => weights[b] - weights[a] || a - b);
-  return ids.map((id) => [id, weights[id] / total]);
+  return weights.map((w) => w / total);
 }
 
-function exponentials(logits, temperature) {
+// The token that a number from [0, 1) picks.
+export function draw(probabilities, uniform) {
+  let [left, last] = [uniform, 0];
+  for (let id = 0; id < probabilities.length; id++) {
+    if (probabilities[id] > 0) last = id;
+    if ((left -= probabilities[id]) < 0) return id;
+  }
+  return last; // the sum fell short of 1 by rounding
+}
+
+// Probabilities (V,) of logits (V,).
+export function softmax(logits, temperature = 1) {
   const largest = logits[argmax(logits)];
-  const weights = new Float64Array(logits.length); // `from` takes five to eight times as long
-  for (let i = 0; i < weights.length; i++) weights[i] = Math.exp((logits[i] - largest) / temperature);
+  const weights = new Float64Array(logits.length); // Float64Array.from takes five to eight times as long
+  let total = 0;
+  for (let i = 0; i < weights.length; i++) {
+    total += weights[i] = Math.exp((logits[i] - largest) / temperature);
+  }
+  for (let i = 0; i < weights.length; i++) weights[i] /= total;
   return weights;
 }
 
-// The ids that top-k and then top-p leave, ascending; of equals the lower ones.
-function keep(weights, topK, topP) {
+// Ids of the `count` largest values, the largest first; of equals the lower id first.
+export function largest(values, count) {
+  const least = values.slice().sort()[Math.max(values.length - count, 0)];
+  const ids = Array.from(values.keys()).filter((id) => values[id] >= least);
+  return ids.sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
+}
+
+// Top-k, then top-p: sets the weights that they leave out to 0; of equals the lower ids stay.
+function keepLargest(weights, top_k, top_p) {
   const n = weights.length;
-  let count = Math.min(topK || n, n);
-  if (count === n && topP >= 1) return Array.from(weights.keys());
+  let count = Math.min(top_k, n);
+  if (count === n && top_p >= 1) return;
   const ascending = weights.slice().sort();
-  if (topP < 1) {
-    const largest = ascending.subarray(n - count).reverse();
-    const enough = topP * largest.reduce((sum, w) => sum + w, 0);
+  if (top_p < 1) {
+    const descending = ascending.slice(n - count).reverse();
+    const enough = top_p * descending.reduce((sum, w) => sum + w, 0);
     let sum = 0;
-    count = largest.findIndex((w) => (sum += w) >= enough) + 1 || count;
-    largest.reverse();
+    count = descending.findIndex((w) => (sum += w) >= enough) + 1 || count;
   }
   const least = ascending[n - count];
-  const ids = [];
-  let spare = count;
-  for (const w of weights) if (w > least) spare--;
+  let spare = count - weights.filter((w) => w > least).length;
   weights.forEach((w, id) => {
-    if (w > least || (w === least && spare-- > 0)) ids.push(id);
+    if (w < least || (w === least && spare-- <= 0)) weights[id] = 0;
   });
-  return ids;
 }
 
 export function argmax(values) {
@@ -64,7 +84,7 @@ export function randomStream(seed) {
     return (z ^ (z >>> 15)) | 0;
   };
   let [a, b, c, d] = [next(), next(), next(), 1];
-  const draw = () => {
+  const drawn = () => {
     const t = (a + b + d) | 0;
     d = (d + 1) | 0;
     a = b ^ (b >>> 9);
@@ -72,6 +92,6 @@ export function randomStream(seed) {
     c = ((c << 21) | (c >>> 11)) + t | 0;
     return (t >>> 0) / 4294967296;
   };
-  for (let i = 0; i < 12; i++) draw();
-  return draw;
+  for (let i = 0; i < 12; i++) drawn();
+  return drawn;
 }

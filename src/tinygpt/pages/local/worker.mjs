@@ -1,104 +1,114 @@
-// The page's second thread: it owns the model, so that the page never freezes.
+// The page's second thread: it owns the model, so that the page never freezes, and answers what a
+// server would, in the same JSON.
 //
-// In:  start {module, config, tokenizer, shaders}, weights {chunk, bytes}, loaded,
-//      generate {text, options}, branch {index, id, options}, stop, tokens {text},
-//      candidates {index}
-// Out: ready {where}, branched {text}, written {drop, text}, done {count, ended, seconds, error},
-//      tokens {tokens}, candidates {index, chosen, list}
+// In:  {start: {module, config, tokenizer, shaders}}, {chunk, bytes} of the weights, {loaded: true},
+//      then {id, path, body} for what is asked, and {cancel: id}
+// Out: {ready: where it runs}, then {id, event} for each part of an answer, {id, done: true};
+//      {id, error} where something failed
 
-import { Model, Wasm } from './model.mjs';
-import { likeliest, randomStream, sample } from './sampling.mjs';
-import { TextStream, makeTokenizer } from './tokenizer.mjs';
-import { choose } from './webgpu.mjs';
+import { Model, Wasm } from "./forward.mjs";
+import { distribution, draw, largest, randomStream, softmax } from "./sampling.mjs";
+import { TextStream, makeTokenizer } from "./tokenizer.mjs";
+import { choose } from "./webgpu.mjs";
 
 const PAUSE = 16; // milliseconds of writing before messages are looked at
-const CANDIDATES = 12;
+const MOST = 8192; // tokens of a prompt: the end of a longer text is taken
 
-class Writer {
-  constructor(model, tokenizer, post) {
-    this.model = model;
-    this.tokenizer = tokenizer;
-    this.post = post;
-    this.text = '';
-    this.ids = []; // what `text` consists of: text that was written keeps the ids it was written in
-    this.stopped = false;
-  }
+let wasm, given, model, tokenizer;
+const cancelled = new Set(); // ids
 
-  async generate({ text, options }) {
-    this.take(text);
-    if (!this.ids.length) throw new Error('Write something for the model to go on from.');
-    this.stopped = false;
-    const random = randomStream(options.seed);
-    const stream = new TextStream(this.tokenizer);
-    const whole = this.ids.map((id) => stream.push(id)).join('');
-    let drop = this.text.length - whole.length; // U+FFFD for the beginning of a character
-    let added = '';
-    const tell = () => {
-      if (added || drop) this.post({ type: 'written', drop, text: added });
-      this.text = this.text.slice(0, this.text.length - drop) + added;
-      [drop, added] = [0, ''];
+// ---- what can be asked ----
+
+const answers = {
+  async *tokens({ text }) {
+    yield { tokens: encode(text).map(piece) };
+  },
+
+  async *generate({ ids = [], text = "", max_tokens, seed, stop = [], ignore_eos, ...settings }, isCancelled) {
+    const cut = encode(text);
+    const all = prompt(ids, cut);
+    yield { prompt: cut.map(piece) };
+    const [random, decoder, waiting] = [randomStream(seed), new TextStream(tokenizer), []];
+    const ready = (end) => {
+      const behind = waiting.findIndex(({ begins }) => begins >= end);
+      return waiting.splice(0, behind < 0 ? waiting.length : behind).map(({ token }) => token);
     };
-    const began = performance.now();
-    let count = 0;
-    let ended = false;
-    for (let last = began; count < options.count && !this.stopped; count++) {
-      const id = sample(await this.logits(this.ids), options, random);
-      ended = this.tokenizer.ends.has(id) && !options.ignoreEos;
-      if (ended) break;
-      this.ids.push(id);
-      added += stream.push(id);
+    let [written, reason, last] = ["", "length", 0];
+    for (let count = 0; count < max_tokens && !isCancelled(); count++) {
+      const scores = await logits(all);
+      const id = draw(distribution(scores, settings, all), random());
+      if (tokenizer.ends.has(id) && !ignore_eos) {
+        reason = "stop";
+        break;
+      }
+      all.push(id);
+      const logprob = Math.max(Math.log(softmax(scores)[id]), -9999);
+      waiting.push({ begins: written.length, token: { ...piece(id), logprob } });
+      written += decoder.push(id);
+      const [end, isStop] = beforeStop(written, stop);
+      if (isStop) {
+        yield { tokens: ready(end) };
+        return yield { finish_reason: "stop" };
+      }
       if (count && performance.now() - last < PAUSE) continue;
-      tell();
+      const tokens = ready(end);
+      if (tokens.length) yield { tokens };
       await pause();
       last = performance.now();
     }
-    added += stream.flush();
-    tell();
-    this.post({ type: 'done', count, ended, seconds: (performance.now() - began) / 1000 });
-  }
+    yield { tokens: ready(Infinity) };
+    yield { finish_reason: reason };
+  },
 
-  // Go on from another token at a place that `candidates` was asked for.
-  async branch({ index, id, options }) {
-    this.ids = [...this.ids.slice(0, index), id];
-    const stream = new TextStream(this.tokenizer);
-    this.text = this.ids.map((each) => stream.push(each)).join('') + stream.flush();
-    this.post({ type: 'branched', text: this.text });
-    await this.generate({ text: this.text, options });
-  }
+  async *candidates({ ids = [], text = "", token = null, count = 10, ...settings }) {
+    const all = prompt(ids, encode(text));
+    const scores = await logits(all);
+    const [own, sampled] = [softmax(scores), distribution(scores, settings, all)];
+    const shown = (id) => ({ ...piece(id), probability: own[id], sampled: sampled[id] });
+    const rank = () => 1 + own.filter((p) => p > own[token]).length;
+    yield {
+      candidates: largest(own, count).map(shown),
+      chosen: token === null ? null : { ...shown(token), rank: rank() },
+      kept: sampled.filter((p) => p > 0).length,
+      vocabulary: own.length,
+    };
+  },
+};
 
-  tokens({ text }) {
-    this.take(text);
-    this.post({ type: 'tokens', tokens: this.ids.map((id) => this.token(id)) });
+// Where a text ends that a stop string may yet claim, or has claimed: [length, whether it has].
+function beforeStop(text, stops) {
+  const found = stops.map((stop) => text.indexOf(stop, text.length - stop.length - 999)).filter((at) => at >= 0);
+  if (found.length) return [Math.min(...found), true];
+  const longest = Math.max(0, ...stops.map((stop) => stop.length));
+  for (let at = Math.max(0, text.length - longest); at < text.length; at++) {
+    if (stops.some((stop) => stop.startsWith(text.slice(at)))) return [at, false];
   }
-
-  // What might have stood in the place of a token.
-  async candidates({ index }) {
-    const logits = await this.logits(this.ids.slice(0, index));
-    const list = likeliest(logits, CANDIDATES).map(([id, p]) => ({ id, p, text: this.token(id) }));
-    this.post({ type: 'candidates', index, chosen: this.ids[index], list });
-  }
-
-  take(text) {
-    if (text === this.text) return;
-    this.ids = this.tokenizer.encode(text);
-    this.text = text;
-  }
-
-  // A vocabulary may be padded to a round number of rows; these are no tokens.
-  async logits(ids) {
-    return (await this.model.logits(ids)).subarray(0, this.tokenizer.size);
-  }
-
-  // The text of one token, or its bytes where they are no whole characters.
-  token(id) {
-    const bytes = this.tokenizer.bytes(id);
-    try {
-      return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
-    } catch {
-      return Array.from(bytes, (b) => `\\x${b.toString(16).padStart(2, '0')}`).join('');
-    }
-  }
+  return [text.length + 1, false];
 }
+
+// The last ids of a text, from a whole character on.
+function encode(text) {
+  const ids = tokenizer.encode(text);
+  if (ids.length <= MOST) return ids;
+  const end = ids.slice(-MOST);
+  return end.slice(end.findIndex((id) => (tokenizer.bytes(id)[0] & 0xc0) !== 0x80));
+}
+
+function prompt(ids, cut) {
+  const all = [...ids, ...cut].slice(-MOST);
+  if (!all.length) throw new Error("Write something for the model to go on from.");
+  return all;
+}
+
+// A vocabulary may be padded to a round number of rows; these are no tokens.
+const logits = async (ids) => (await model.logits(ids)).subarray(0, tokenizer.size);
+
+function piece(id) {
+  const bytes = tokenizer.bytes(id);
+  return { id, bytes: Array.from(bytes), text: new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes) };
+}
+
+// ---- starting, and messages ----
 
 // Lets messages in. A timer would wait four milliseconds.
 const pause = () =>
@@ -111,32 +121,30 @@ const pause = () =>
     channel.port2.postMessage(0);
   });
 
-let wasm, given, writer;
+async function start(message) {
+  given = message;
+  wasm = await Wasm.load(given.module, given.config);
+  warmUp();
+}
 
-const heard = {
-  async start(message) {
-    given = message;
-    wasm = await Wasm.load(given.module, given.config);
-    warmUp();
-  },
-  weights: ({ chunk, bytes }) => wasm.put(chunk, bytes),
-  async loaded() {
-    const [runner, where] = await choose(wasm, given.shaders);
-    const post = postMessage.bind(self);
-    writer = new Writer(new Model(runner, given.config), makeTokenizer(given.tokenizer), post);
-    post({ type: 'ready', where });
-  },
-  stop: () => (writer.stopped = true),
-  generate: (message) => writer.generate(message),
-  branch: (message) => writer.branch(message),
-  tokens: (message) => writer.tokens(message),
-  candidates: (message) => writer.candidates(message),
-};
+async function finishLoading() {
+  const [runner, where] = await choose(wasm, given.shaders);
+  model = new Model(runner, given.config);
+  tokenizer = makeTokenizer(given.tokenizer);
+  postMessage({ ready: where });
+}
+
+async function answer({ id, path, body }) {
+  const isCancelled = () => cancelled.has(id);
+  if (isCancelled()) return;
+  for await (const event of answers[path](body, isCancelled)) postMessage({ id, event });
+  cancelled.delete(id);
+  postMessage({ id, done: true });
+}
 
 // A browser compiles a module quickly at first, and well only what has run for a while: the first
-// tokens would be the slow ones. So the model runs for nobody while there is nothing else to do, even
-// before its weights are there, until somebody wants something. That leaves no trace: no one takes
-// what is in its cache for known.
+// tokens would be the slow ones. So the model runs while nothing else is asked for, even before its
+// weights are there, and its results are not used: nothing of it is in the model's list of what is cached.
 const WARM = 400; // milliseconds of it
 const SLICE = 5; // at a time, then messages are let in
 const HEAVY = 25; // a model that takes so long for one token is better off when nothing is in its way
@@ -147,7 +155,7 @@ async function warmUp() {
     const known = arrived;
     await pause();
     await turn;
-    if (wanted) return;
+    if (asked) return;
     if (arrived !== known) continue; // there may be more of them
     const began = performance.now();
     let taken = 0;
@@ -157,15 +165,19 @@ async function warmUp() {
   }
 }
 
-// One thing after another, in the order in which they came; only a stop does not wait.
+// One message after another, in the order in which they came; only a cancellation does not wait.
 let turn = Promise.resolve();
 let arrived = 0; // messages
-let wanted = false; // has anybody asked for anything?
+let asked = false; // whether anything but the start has been
 self.onmessage = ({ data }) => {
   arrived++;
-  wanted ||= !['start', 'weights', 'loaded'].includes(data.type);
-  if (data.type === 'stop') return heard.stop();
+  if (data.cancel) return cancelled.add(data.cancel);
+  asked ||= Boolean(data.path);
   turn = turn
-    .then(() => heard[data.type](data))
-    .catch((error) => postMessage({ type: 'done', count: 0, seconds: 0, error: error.message }));
+    .then(() => {
+      if (data.start) return start(data.start);
+      if (data.chunk) return wasm.put(data.chunk, data.bytes);
+      return data.loaded ? finishLoading() : answer(data);
+    })
+    .catch((error) => postMessage({ id: data.id, error: error.message }));
 };

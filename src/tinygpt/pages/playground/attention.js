@@ -3,15 +3,14 @@
 import { visible } from "./bytes.js";
 import { h, newestOnly, percent } from "../shared/dom.js";
 import { Heatmap } from "./heatmap.js";
-import { post } from "../shared/net.js";
 
 const LENGTHS = [24, 48, 96, 128];
 const STRONGEST = 5;
 const EMPTY = "Write something, and see here where the model looks.";
 
 export class Attention {
-  constructor(panel, { onError, given }) {
-    Object.assign(this, { panel, onError, given, newest: newestOnly(), head: 0, found: null, at: null });
+  constructor(panel, { model, onError, given }) {
+    Object.assign(this, { model, panel, onError, given, newest: newestOnly(), head: 0, found: null, at: null });
     this.layer = h("select", { id: "layer" });
     this.length = h("select", { id: "window" }, ...LENGTHS.map((n) => h("option", { value: n }, `last ${n}`)));
     this.length.value = "48";
@@ -54,9 +53,9 @@ export class Attention {
     this.empty.textContent = EMPTY;
     if (draft.isEmpty || !this.layer.value) return;
     const prompt = this.given(draft);
-    const body = { ...prompt, layer: Number(this.layer.value), last: Number(this.length.value) };
+    const which = { layer: Number(this.layer.value), last: Number(this.length.value) };
     try {
-      const found = await this.newest((signal) => post("api/attention", body, signal));
+      const found = await this.newest((signal) => this.model.attention(prompt, which, signal));
       if (found) this.#take(found, selected - (draft.tokens.length - prompt.ids.length));
     } catch (error) {
       this.onError(error);

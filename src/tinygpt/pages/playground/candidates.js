@@ -3,7 +3,6 @@
 import { visible } from "./bytes.js";
 import { counted, h, moveWithArrows, newestOnly, percent, whole } from "../shared/dom.js";
 import { received } from "./draft.js";
-import { post } from "../shared/net.js";
 
 const COUNT = 10;
 const EMPTY = "Write something, and see here what might come next. Continue begins after a line break.";
@@ -12,9 +11,9 @@ const FAR = "What comes before this token is further back than the model is give
 const WRITING = "The model is writing; its candidates come when it has stopped.";
 
 export class Candidates {
-  /** ``onChoose(draft, index, token)``, ``onMove(step)``; ``sampling()``, and ``given(draft)`` the prompt. */
-  constructor(panel, { onChoose, onMove, onError, sampling, given }) {
-    Object.assign(this, { panel, onChoose, onMove, onError, sampling, given });
+  /** ``onChoose(draft, index, token)``, ``onMove(step)``, ``onFound(answer)``; ``given(draft)`` is the prompt. */
+  constructor(panel, { model, onChoose, onMove, onFound, onError, sampling, given }) {
+    Object.assign(this, { model, onChoose, onFound, onError, sampling, given });
     this.newest = newestOnly();
     this.title = h("h3", { class: "title", tabindex: -1 });
     this.summary = h("p", { class: "hint" });
@@ -51,9 +50,9 @@ export class Candidates {
     this.#head(draft, index, token);
     if (index === 0) return this.#none(draft.head ? FAR : token ? FIRST : EMPTY);
     if (this.keys.hidden) this.summary.textContent = "The model is asked …";
-    const body = { ...this.given(draft.upTo(index)), token: token?.id ?? null, count: COUNT, ...this.sampling() };
+    const settings = { token: token?.id ?? null, count: COUNT, ...this.sampling() };
     try {
-      const found = await this.newest((signal) => post("api/candidates", body, signal));
+      const found = await this.newest((signal) => this.model.candidates(this.given(draft.upTo(index)), settings, signal));
       if (found) this.#fill(found, draft, index);
     } catch (error) {
       this.onError(error);
@@ -93,6 +92,7 @@ export class Candidates {
     const token = draft.tokens[index];
     const choose = (row) => index === this.index && this.onChoose(draft, index, received(row, "chosen"));
     const { chosen, candidates, kept, vocabulary } = found;
+    this.onFound(found);
     const rank = chosen ? `It was number ${whole(chosen.rank)} of ${whole(vocabulary)} for the model. ` : "";
     this.summary.textContent = `${rank}Sampling leaves ${counted(kept, "token")} to choose from.`;
     this.keys.hidden = false;

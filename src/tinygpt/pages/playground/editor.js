@@ -2,13 +2,14 @@
 // everywhere. Behind it lies a mirror with the same text, invisible but for its highlights, which
 // also gives the textarea its height.
 
-const LEVELS = [0.5, 0.2, 0.05, 0.01]; // a token less likely than these is ever warmer
+const LEVELS = [1, 2.3, 4.3, 6.6]; // bits of surprise, -log2 of the probability; above each the colour is warmer
+const FADING = 500; // milliseconds
 
 export class Editor {
   /** ``onInput(value)`` when somebody types, ``onPlace(index)`` when a token is pointed at. */
   constructor(area, mirror, scroller, { onInput, onPlace }) {
     this.area = area;
-    this.scroller = scroller;
+    Object.assign(this, { mirror, scroller, colours: true });
     this.text = document.createTextNode("");
     mirror.append(this.text, "\u200b"); // a line break at the end has a line only before something
     this.draft = null;
@@ -24,10 +25,12 @@ export class Editor {
   show(draft, { follow = false } = {}) {
     const { scroller } = this;
     const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40;
+    const known = this.draft?.tokens.length ?? 0;
     this.draft = draft;
     if (this.area.value !== draft.text) this.area.value = draft.text;
     if (this.text.data !== draft.text) this.text.data = draft.text;
     this.#highlight();
+    if (this.isBusy) this.#fadeIn(known);
     if (follow && atEnd) scroller.scrollTop = scroller.scrollHeight;
   }
 
@@ -43,7 +46,14 @@ export class Editor {
     mark("selected", token ? [this.#range(index)] : []);
   }
 
+  /** Colour what the model wrote by how much it surprised the model, or not at all. */
+  setColours(colours) {
+    this.colours = colours;
+    this.#highlight();
+  }
+
   set busy(busy) {
+    this.isBusy = busy;
     this.area.readOnly = busy;
     this.area.setAttribute("aria-busy", busy);
   }
@@ -53,20 +63,27 @@ export class Editor {
     const chosen = [];
     this.draft.tokens.forEach((token, i) => {
       if (token.origin === "chosen") chosen.push(this.#range(i));
-      if (token.origin === "model") levels[levelOf(token)].push(this.#range(i));
+      if (token.origin === "model" && this.colours) levels[levelOf(token)].push(this.#range(i));
     });
     levels.forEach((ranges, level) => mark(`model-${level}`, ranges));
     mark("chosen", chosen);
   }
 
+  /** The colours of tokens from a number on come slowly, where motion is wanted. */
+  #fadeIn(first) {
+    if (!matchMedia("(prefers-reduced-motion: no-preference)").matches) return;
+    const count = this.draft.tokens.length - first;
+    if (count > 0) mark("fresh", Array.from({ length: count }, (_, i) => this.#range(first + i)));
+    this.mirror.animate({ "--fresh": ["1", "0"] }, { duration: FADING, easing: "ease-out" });
+  }
+
   #range(index) {
-    const range = new StaticRange({
+    return new StaticRange({
       startContainer: this.text,
       startOffset: this.draft.start(index),
       endContainer: this.text,
       endOffset: this.draft.ends[index],
     });
-    return range;
   }
 
   /** A click means the token under it, though the caret may have gone behind its last letter. */
@@ -90,7 +107,7 @@ export class Editor {
 
 function levelOf({ logprob }) {
   if (logprob == null) return 0;
-  const level = LEVELS.findIndex((least) => Math.exp(logprob) >= least);
+  const level = LEVELS.findIndex((bits) => -logprob / Math.LN2 <= bits);
   return level < 0 ? LEVELS.length : level;
 }
 

@@ -1,12 +1,14 @@
-// The text outlives a reload and the way back, in the tab and nowhere else.
+// The text outlives a reload and the way back, in the tab and nowhere else; a link carries a prompt.
 
 import { Draft } from "./draft.js";
 
-const KEY = "tinygpt-text";
+const KEY = `tinygpt-text ${location.pathname}`;
+const OLD_NAMES = { count: "max_tokens", topK: "top_k", topP: "top_p" };
 
 /** Keep a draft whose ids are those of ``model``, a text that tells models apart. */
 export function keepText(draft, model) {
-  const forms = [{ model, draft }, { draft: new Draft([], draft.text) }]; // the second is smaller
+  const link = location.hash; // another link is another text
+  const forms = [{ model, link, draft }, { link, draft: new Draft([], draft.text) }]; // the second is smaller
   for (const form of draft.isEmpty ? [] : forms) {
     try {
       return sessionStorage.setItem(KEY, JSON.stringify(form));
@@ -20,8 +22,8 @@ export function keepText(draft, model) {
 /** -> { draft, model } as they were kept, or null. */
 export function keptText() {
   try {
-    const { draft, model } = JSON.parse(sessionStorage.getItem(KEY));
-    return { draft: Draft.revived(draft), model };
+    const { draft, model, link } = JSON.parse(sessionStorage.getItem(KEY));
+    return link === location.hash ? { draft: Draft.revived(draft), model } : null;
   } catch {
     return null;
   }
@@ -33,4 +35,19 @@ function forgetText() {
   } catch {
     // there is none
   }
+}
+
+/** The address of this page with a prompt and settings behind the #, which no server sees. */
+export function linkTo(prompt, settings) {
+  const link = new URL(location.href);
+  link.hash = new URLSearchParams({ prompt, ...settings }).toString();
+  return link;
+}
+
+/** What the address of this page carries: { prompt, settings }, or null. */
+export function readLink() {
+  const { prompt, ...settings } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  if (prompt === undefined) return null;
+  const named = Object.entries(settings).map(([name, value]) => [OLD_NAMES[name] ?? name, value]);
+  return { prompt, settings: Object.fromEntries(named) };
 }

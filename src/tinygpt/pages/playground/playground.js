@@ -4,41 +4,45 @@ import { Attention } from "./attention.js";
 import { Candidates } from "./candidates.js";
 import { modelCard } from "./card.js";
 import { Cuts } from "./cuts.js";
-import { byId, counted, debounced, newestOnly, whole } from "../shared/dom.js";
 import { Draft, received } from "./draft.js";
 import { Editor } from "./editor.js";
 import { History, historyKey } from "./history.js";
-import { keepText, keptText } from "./kept.js";
-import { events, post } from "../shared/net.js";
+import { keepText, keptText, linkTo, readLink } from "./kept.js";
 import { Sampling } from "./sampling.js";
+import { Samples } from "./samples.js";
+import { Story } from "./story.js";
 import { Tabs } from "./tabs.js";
+import { listenToTools } from "./tools.js";
+import { byId, counted, debounced, h, newestOnly, whole } from "../shared/dom.js";
 
-class Playground {
-  constructor() {
+export class Playground {
+  /** ``model`` does what remote.js says. */
+  constructor(model) {
+    this.model = model;
+    this.card = null; // until the model has started
     this.kept = keptText();
     this.draft = this.kept?.draft ?? new Draft();
     this.selected = this.draft.tokens.length; // the token that is looked at, or the one to come
     this.history = new History();
     this.writing = null; // the AbortController of what is being written
-    this.last = null; // what was written last: { before, after }
+    this.last = null; // what was written last: { before, after, settings }
     this.frame = null; // a timer: what has come will be shown
     this.pause = 0; // milliseconds until then
-    this.waiting = null; // a timer: what is shown of the model belongs to another text by now
     this.cutting = newestOnly();
     this.editor = new Editor(byId("text"), byId("mirror"), byId("scroller"), {
       onInput: (value) => this.#typed(value),
       onPlace: (index) => this.select(index),
     });
     this.sampling = new Sampling(byId("sampling"), debounced(150, () => this.#look()));
-    const onError = (error) => this.#fail(error);
+    const asking = { model, onError: (error) => this.fail(error), given: (draft) => draft.given(this.most) };
     this.candidates = new Candidates(byId("candidates"), {
-      onError,
+      ...asking,
       onChoose: (draft, index, token) => draft === this.draft && this.branch(index, token),
       onMove: (step) => this.select(this.selected + step),
+      onFound: (found) => this.story.show(this.draft, this.card, found),
       sampling: () => this.sampling.values,
-      given: (draft) => draft.given(this.most),
     });
-    this.attention = new Attention(byId("attention"), { onError, given: (draft) => draft.given(this.most) });
+    this.attention = new Attention(byId("attention"), asking);
     this.cuts = new Cuts(byId("cuts"), {
       onSelect: (index) => this.select(index),
       onOpen: () => {
@@ -46,32 +50,38 @@ class Playground {
         this.candidates.focus();
       },
     });
+    this.samples = new Samples(byId("samples"), (sample) => this.#take(sample));
     this.tabs = new Tabs(document.querySelector("[role=tablist]"), () => this.#look());
+    this.story = new Story(byId("story"), (part) => this.#follow(part));
     this.cutSoon = debounced(250, () => this.#cut());
     this.lookSoon = debounced(80, () => this.#look());
-    this.keepSoon = debounced(300, () => this.#keep());
+    this.keepSoon = debounced(300, () => this.keep());
     this.#listen();
     this.#show();
   }
 
+  /** Start the model; rejects if it cannot. */
   async start() {
-    try {
-      const model = await post("api/model", {});
-      byId("run").textContent = model.name;
-      document.title = `${model.name} · TinyGPT`;
-      byId("card").replaceChildren(...modelCard(model));
-      byId("pages").hidden = !model.dashboard;
-      this.model = model;
-      this.sampling.limit(model.limits.max_tokens);
-      this.attention.describe(model);
-      if (this.kept && this.kept.model !== this.#identity()) {
-        this.draft = Draft.of(this.draft.text); // its ids are those of another model
-      }
-      this.#meter();
-      this.#cut();
-    } catch (error) {
-      this.#fail(error);
+    const card = (this.card = await this.model.start());
+    byId("run").textContent = card.name;
+    document.title = byId("title") ? card.name : `${card.name} · TinyGPT`;
+    byId("card").replaceChildren(...modelCard(card));
+    byId("pages")?.toggleAttribute("hidden", !card.dashboard);
+    byId("tab-attention").hidden = !card.can.attention;
+    byId("code").hidden = !card.can.api;
+    this.sampling.describe(card);
+    this.attention.describe(card);
+    if (this.kept && this.kept.model !== this.#identity()) {
+      this.draft = Draft.of(this.draft.text); // its ids are those of another model
     }
+    this.#buttons();
+    this.#meter();
+    this.#offerBeginnings();
+    document.documentElement.dataset.ready = Math.round(performance.now());
+    const link = readLink();
+    if (link) this.sampling.take(link.settings);
+    if (link && !this.kept) this.#writeFrom(link.prompt); // after a reload what became of it is there
+    else this.#cut();
   }
 
   // ---- what one can do ----
@@ -79,13 +89,14 @@ class Playground {
   continue() {
     this.history.keep(this.#state());
     const before = this.draft.isEmpty ? new Draft([], "\n") : this.draft;
-    return this.#write(before, this.sampling.nextSeed());
+    const count = this.sampling.samples;
+    return count > 1 ? this.#several(before, count) : this.#write(before, this.sampling.next());
   }
 
   regenerate() {
     if (!this.last || this.draft !== this.last.after) return undefined;
     this.history.keep(this.#state());
-    return this.#write(this.last.before, this.sampling.nextSeed());
+    return this.#write(this.last.before, this.sampling.next());
   }
 
   stop() {
@@ -100,12 +111,12 @@ class Playground {
     if (!this.writing) this.#return(this.history.forward(this.#state()), "Done again.");
   }
 
-  #return(state, told) {
+  #return(state, said) {
     if (!state) return;
     this.#forgive();
     this.last = state.last;
     this.#set(state.draft, state.selected);
-    this.#say(told);
+    this.say(said);
   }
 
   /** Another token in the place of one, and nothing behind it. */
@@ -114,7 +125,7 @@ class Playground {
     this.history.keep(this.#state());
     const more = index < this.draft.tokens.length - 1;
     this.#set(this.draft.upTo(index).with(token));
-    this.#say(more ? "Chosen. What came after it is gone; Undo brings it back." : "Chosen.");
+    this.say(more ? "Chosen. What came after it is gone; Undo brings it back." : "Chosen.");
   }
 
   /** Look at a token; their number means the one that would come next. */
@@ -126,39 +137,89 @@ class Playground {
     this.lookSoon();
   }
 
+  /** A link that writes the text that is there again, or else goes on from it. */
+  get link() {
+    const { last } = this;
+    const isWritten = last?.after === this.draft && last.after !== last.before;
+    return isWritten ? linkTo(last.before.text, last.fields) : linkTo(this.draft.text, this.sampling.fields);
+  }
+
   // ---- writing ----
 
-  async #write(before, seed) {
-    this.#forgive();
-    this.#say("");
-    this.#busy(new AbortController());
-    this.draft = before;
-    this.waiting = setTimeout(() => this.#look(), 300); // for the flash of a short text nothing changes
-    let count = 0;
+  async #write(before, settings) {
+    const fields = { ...this.sampling.fields, max_tokens: settings.max_tokens };
+    const waiting = setTimeout(() => this.#look(), 300); // for the flash of a short text nothing changes
+    const length = () => this.draft.tokens.length - before.tokens.length;
     let began = 0;
-    try {
-      const settings = { ...this.sampling.values, max_tokens: this.sampling.maxTokens, seed };
-      for await (const event of events("api/generate", { ...before.given(this.most), ...settings }, this.writing.signal)) {
-        if (event.prompt) this.draft = before = before.cut(event.prompt);
-        for (const token of event.tokens ?? []) {
-          this.draft = this.draft.with(received(token, "model"));
-          began ||= performance.now();
-          count += 1;
-        }
-        this.#frame(count, began);
+    this.draft = before;
+    await this.#busily(async (signal) => {
+      for await (const { draft, isPrompt } of this.#drafts(before, settings, signal)) {
+        if (isPrompt) before = draft;
+        else began ||= this.#first();
+        this.draft = draft;
+        this.#frame(length(), began);
       }
-      this.#say(`${counted(count, "token")} written.`);
-    } catch (error) {
-      if (this.writing.signal.aborted) this.#say(`Stopped after ${counted(count, "token")}.`);
-      else this.#fail(error);
-    }
-    clearTimeout(this.waiting);
-    this.#busy(null);
-    const same = this.last?.after.text === this.draft.text && this.sampling.seedIsHeld;
-    if (same && count) this.#say("The same seed wrote the same text again.");
-    this.last = { before, after: this.draft };
+      const same = this.last?.after.text === this.draft.text && this.sampling.seedIsHeld && length();
+      const end = length() < settings.max_tokens ? " The text ends here." : "";
+      this.say(same ? "The same seed wrote the same text again." : `${counted(length(), "token")} written.${end}`);
+    }, length);
+    clearTimeout(waiting);
+    this.last = { before, after: this.draft, fields };
     this.#set(this.draft);
-    this.#meter(rate(count, began));
+    this.#meter(rate(length(), began));
+    document.documentElement.dataset.pace = length() / ((performance.now() - began) / 1000);
+  }
+
+  /** Several continuations side by side, of which one can be taken. */
+  async #several(before, count) {
+    const settings = Array.from({ length: count }, (_, i) => this.sampling.next(i));
+    this.samples.open(before, settings);
+    await this.#busily(async (signal) => {
+      await Promise.all(settings.map(async (each, i) => {
+        for await (const { draft, isPrompt } of this.#drafts(before, each, signal)) {
+          this.samples.show(i, draft, isPrompt);
+        }
+      }));
+      this.say(`${count} samples written. Take one, or go on.`);
+    }, () => this.samples.length);
+    this.samples.finish();
+  }
+
+  #take({ before, draft, settings }) {
+    this.last = { before, after: draft, fields: { ...this.sampling.fields, seed: settings.seed } };
+    this.#set(draft);
+    this.say("Taken.");
+  }
+
+  /** What a text becomes: first with its prompt cut, then longer and longer. */
+  async *#drafts(draft, settings, signal) {
+    for await (const event of this.model.generate(draft.given(this.most), settings, signal)) {
+      if (event.prompt) draft = draft.cut(event.prompt);
+      else if (event.tokens?.length) draft = draft.with(...event.tokens.map((token) => received(token, "model")));
+      else continue;
+      yield { draft, isPrompt: Boolean(event.prompt) };
+    }
+  }
+
+  /** Do something that can be stopped; ``length()`` is the number of tokens that have come of it. */
+  async #busily(work, length) {
+    this.#forgive();
+    this.say("");
+    this.#busy(new AbortController());
+    const { signal } = this.writing;
+    try {
+      await work(signal);
+    } catch (error) {
+      if (signal.aborted) this.say(`Stopped after ${counted(length(), "token")}.`);
+      else this.fail(error);
+    }
+    this.#busy(null);
+  }
+
+  #first() {
+    const now = performance.now();
+    document.documentElement.dataset.first ??= Math.round(now);
+    return now;
   }
 
   /** Show what has come, in a fraction of the time: most of it is the model's. */
@@ -170,7 +231,7 @@ class Playground {
         this.#meter(rate(count, began));
       }
       requestAnimationFrame(() => {
-        this.pause = Math.min(4 * (performance.now() - start), 500); // long where nobody looks
+        this.pause = Math.min(4 * (performance.now() - start), 500); // long where the tab is hidden
         this.frame = null;
       });
     }, this.pause);
@@ -194,7 +255,26 @@ class Playground {
     this.last = null;
     this.#show();
     this.cutSoon();
-    this.#say(this.draft.head ? LONG : ""); // what was said of the text before is so no longer
+    this.say(this.draft.head ? LONG : ""); // what was said of the text before is so no longer
+  }
+
+  #writeFrom(prompt) {
+    if (!this.draft.isEmpty) this.history.keep(this.#state());
+    this.#set(Draft.of(prompt));
+    this.continue();
+  }
+
+  async #offerBeginnings() {
+    const beginnings = await this.model.beginnings().catch(() => []);
+    const begin = (text) => {
+      this.history.keep(this.#state());
+      this.#set(Draft.of(text));
+      byId("text").focus();
+    };
+    byId("beginnings").append(
+      ...beginnings.map((text) => h("button", { type: "button", class: "quiet", onclick: () => begin(text) }, text.trim())),
+    );
+    this.#buttons();
   }
 
   /** Another draft, with the caret at its end. */
@@ -207,20 +287,20 @@ class Playground {
     else this.cutSoon();
   }
 
-  /** Have the server cut what is not cut yet. */
+  /** Have the model cut what is not cut yet. */
   async #cut() {
-    if (this.draft.isCut || this.writing || !this.model) return this.#look();
+    if (this.draft.isCut || this.writing || !this.card) return this.#look();
     const draft = this.draft;
     try {
-      const found = await this.cutting((signal) => post("api/tokens", { text: draft.tail }, signal));
-      if (!found || this.draft !== draft) return undefined;
-      this.draft = draft.cut(found.tokens);
-      if (this.draft.head) this.#say(LONG);
+      const tokens = await this.cutting((signal) => this.model.tokens(draft.tail, signal));
+      if (!tokens || this.draft !== draft) return undefined;
+      this.draft = draft.cut(tokens);
+      if (this.draft.head) this.say(LONG);
       this.selected = this.draft.at(byId("text").selectionStart);
       this.#show();
       return this.#look();
     } catch (error) {
-      return this.#fail(error);
+      return this.fail(error);
     }
   }
 
@@ -236,22 +316,35 @@ class Playground {
   #look() {
     const panel = { candidates: this.candidates, attention: this.attention, cuts: this.cuts }[this.tabs.current];
     if (this.writing) panel?.wait();
-    else if (this.draft.isCut && this.model) panel?.show(this.draft, this.selected);
+    else if (this.draft.isCut && this.card) panel?.show(this.draft, this.selected);
   }
 
-  #keep() {
-    keepText(this.draft, this.model ? this.#identity() : this.kept?.model);
+  /** A part of the story was pressed. */
+  #follow(part) {
+    if (part === "text") byId("text").focus();
+    else if (part === "draw") this.#drawOne();
+    else this.tabs.open(part === "layers" ? (this.card?.can.attention ? "attention" : "card") : part);
+  }
+
+  #drawOne() {
+    if (this.writing || !this.card) return;
+    this.history.keep(this.#state());
+    this.#write(this.draft.isEmpty ? new Draft([], "\n") : this.draft, { ...this.sampling.next(), max_tokens: 1 });
+  }
+
+  keep() {
+    keepText(this.draft, this.card ? this.#identity() : this.kept?.model);
   }
 
   /** What tells this model from others whose tokens may be others. */
   #identity() {
-    const { name, parameters, tokenizer, step } = this.model;
+    const { name, parameters, tokenizer, step } = this.card;
     return JSON.stringify([name, parameters, tokenizer, step]);
   }
 
-  /** The most ids that the server takes. */
+  /** The most ids that the model takes. */
   get most() {
-    return this.model?.limits.prompt_tokens;
+    return this.card?.limits.prompt_tokens;
   }
 
   #state() {
@@ -262,24 +355,29 @@ class Playground {
 
   #meter(speed = "") {
     const { length } = this.draft.tokens;
-    const context = this.model?.config.block_size;
+    const context = this.card?.config.block_size;
     const sees = context && length > context ? `, of which the model sees the last ${whole(context)}` : "";
     const end = this.draft.head ? "the last " : "";
     const size = this.draft.isCut || this.writing ? `${end}${counted(length, "token")}${sees}` : "";
     byId("meter").textContent = [speed, size].filter(Boolean).join(" · ");
+    this.story.show(this.draft, this.card);
   }
 
   #buttons() {
-    byId("undo").disabled = !this.history.canUndo || Boolean(this.writing);
-    byId("redo").disabled = !this.history.canRedo || Boolean(this.writing);
-    byId("regenerate").disabled = Boolean(this.writing) || !this.last || this.draft !== this.last.after;
+    const busy = Boolean(this.writing);
+    byId("continue").disabled = !this.card;
+    byId("undo").disabled = !this.history.canUndo || busy;
+    byId("redo").disabled = !this.history.canRedo || busy;
+    byId("regenerate").disabled = busy || !this.last || this.draft !== this.last.after;
+    byId("beginnings").hidden = busy || !this.draft.isEmpty || byId("beginnings").childElementCount < 2;
+    for (const button of byId("tools").children) button.disabled = busy || !this.card;
   }
 
-  #say(text) {
+  say(text) {
     byId("status").textContent = text;
   }
 
-  #fail(error) {
+  fail(error) {
     byId("error").textContent = error.message;
     byId("error").hidden = false;
   }
@@ -291,9 +389,9 @@ class Playground {
 
   #listen() {
     byId("continue").addEventListener("click", () => (this.writing ? this.stop() : this.continue()));
-    byId("regenerate").addEventListener("click", () => this.regenerate());
-    byId("undo").addEventListener("click", () => this.undo());
-    byId("redo").addEventListener("click", () => this.redo());
+    for (const name of ["regenerate", "undo", "redo"]) byId(name).addEventListener("click", () => this[name]());
+    listenToTools(this);
+    byId("colours").addEventListener("change", ({ target }) => this.editor.setColours(target.checked));
     document.addEventListener("keydown", (event) => this.#key(event));
     byId("text").addEventListener("beforeinput", (event) => {
       const what = { historyUndo: "undo", historyRedo: "redo" }[event.inputType];
@@ -301,16 +399,22 @@ class Playground {
       event.preventDefault();
       this[what]();
     });
-    window.addEventListener("pagehide", () => this.#keep());
-    document.addEventListener("visibilitychange", () => document.hidden && this.#keep());
+    window.addEventListener("pagehide", () => this.keep());
+    document.addEventListener("visibilitychange", () => document.hidden && this.keep());
+    window.addEventListener("hashchange", () => { // another link in the same tab loads nothing anew
+      const link = this.card && !this.writing && readLink();
+      if (!link) return;
+      this.sampling.take(link.settings);
+      this.#writeFrom(link.prompt);
+    });
   }
 
   #key(event) {
     if (event.isComposing || document.querySelector("dialog[open]")) return;
     const command = event.ctrlKey || event.metaKey;
-    const what = event.target.matches("input") ? undefined : historyKey(event); // fields have their own
+    const what = event.target.matches("input, #stop") ? undefined : historyKey(event); // fields have their own
     if (event.key === "Escape" && this.writing) this.stop();
-    else if (command && event.key === "Enter" && !this.writing) this.continue();
+    else if (command && event.key === "Enter" && !this.writing && this.card) this.continue();
     else if (what) this[what]();
     else return;
     event.preventDefault();
@@ -326,7 +430,6 @@ function rate(count, began) {
 
 const KEYS = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
 
-// On a narrow screen the settings come folded: the text is what one came for.
+// On a narrow screen the settings come folded: the text comes first.
 if (matchMedia("(max-width: 56rem)").matches) byId("settings").open = false;
 byId("continue").querySelector("[data-keys]").textContent = KEYS;
-new Playground().start();

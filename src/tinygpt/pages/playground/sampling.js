@@ -2,88 +2,104 @@
 
 import { byId, h } from "../shared/dom.js";
 
-const SLIDERS = [
-  {
-    name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, value: 0.8,
-    hint: "Low plays safe, high takes risks. At 0 the likeliest token is always taken.",
-    shown: (value) => (value === 0 ? "greedy" : value.toFixed(2)),
-    sent: (value) => value,
-  },
-  {
-    name: "top_k", label: "Top-k", min: 0, max: 200, step: 1, value: 0,
-    hint: "Choose among this many of the likeliest tokens.",
-    shown: (value) => (value === 0 ? "off" : String(value)),
-    sent: (value) => value || null,
-  },
-  {
-    name: "top_p", label: "Top-p", min: 0.05, max: 1, step: 0.01, value: 0.95,
-    hint: "Choose among the fewest tokens that together reach this share.",
-    shown: (value) => (value === 1 ? "off" : value.toFixed(2)),
-    sent: (value) => (value === 1 ? null : value),
-  },
-  {
-    name: "min_p", label: "Min-p", min: 0, max: 0.5, step: 0.01, value: 0,
-    hint: "Leave out tokens less likely than this part of the likeliest one.",
-    shown: (value) => (value === 0 ? "off" : value.toFixed(2)),
-    sent: (value) => value || null,
-  },
-  {
-    name: "repetition_penalty", label: "Repetition penalty", min: 1, max: 2, step: 0.05, value: 1,
-    hint: "Above 1, tokens that have occurred become less likely.",
-    shown: (value) => (value === 1 ? "off" : value.toFixed(2)),
-    sent: (value) => (value === 1 ? null : value),
-  },
-];
+const fixed = (value) => value.toFixed(2);
 
+/** Sliders; at ``off`` a filter is not used. The values of a fresh page come with the model's card. */
+const SLIDERS = [
+  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, off: null,
+    hint: "Low plays safe, high takes risks. At 0 the likeliest token is always taken.",
+    shown: (value) => (value === 0 ? "greedy" : fixed(value)) },
+  { name: "top_p", label: "Top-p", min: 0.05, max: 1, step: 0.01, off: 1, shown: fixed,
+    hint: "Choose among the fewest tokens that together reach this share." },
+  { name: "top_k", label: "Top-k", min: 0, max: 200, step: 1, off: 0, shown: String,
+    hint: "Choose among this many of the likeliest tokens." },
+  { name: "min_p", label: "Min-p", min: 0, max: 0.5, step: 0.01, off: 0, shown: fixed,
+    hint: "Leave out tokens less likely than this part of the likeliest one." },
+  { name: "repetition_penalty", label: "Repetition penalty", min: 1, max: 2, step: 0.05, off: 1, shown: fixed,
+    hint: "Above 1, tokens that have occurred become less likely." },
+];
+const FIRST = 2; // sliders that are always seen; the rest is under "More"
+const LINKED = [...SLIDERS.map(({ name }) => name), "max_tokens", "seed", "stop"];
 const LARGEST_SEED = 2 ** 32 - 1;
 
 export class Sampling {
   /** Builds the controls into a form; ``onChange()`` when a value of them does. */
   constructor(form, onChange) {
-    form.append(...SLIDERS.map(slider), tokens(), seed());
-    form.append(h("button", { type: "reset", class: "quiet" }, "Reset"));
+    const check = (id, label, checked) => h("label", { class: "check" }, h("input", { type: "checkbox", id, checked }), label);
+    const number = (values) => h("input", { type: "number", step: 1, min: 1, value: 1, ...values });
+    this.ends = h("div", { class: "control", hidden: true }, check("ignore_eos", "Go on where the text ends"));
+    form.append(
+      ...SLIDERS.slice(0, FIRST).map(slider),
+      h("details", { class: "more" }, h("summary", {}, "More"), h("div", {},
+        ...SLIDERS.slice(FIRST).map(slider),
+        control("Length", "The most tokens to write at a time.", number({ id: "max_tokens", max: 4096, value: 200 })),
+        control("Seed", "With the same text and settings, the same seed writes the same.",
+          number({ id: "seed", min: 0, max: LARGEST_SEED }), check("random", "New each time", true)),
+        control("Stop at", "Texts before which the writing ends, one a line; \\n is a line break.", h("textarea", { id: "stop", rows: 2, spellcheck: "false" })),
+        control("Samples", "More than one are written side by side, to choose from.", number({ id: "sample-count", max: 4 })),
+        this.ends)),
+      h("button", { type: "reset", class: "quiet" }, "Reset"),
+    );
+    const changed = () => {
+      this.#show();
+      onChange();
+    };
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("input", () => {
-      this.#show();
-      onChange();
-    });
-    form.addEventListener("reset", () => setTimeout(() => { // once the fields have their first values
-      this.#show();
-      onChange();
-    }));
+    form.addEventListener("input", changed);
+    form.addEventListener("reset", () => setTimeout(changed)); // once the fields have their first values
+    this.#show();
+  }
+
+  /** The model is known: its limits, and the values of a fresh page. */
+  describe({ limits, sampling, tokenizer }) {
+    byId("max_tokens").max = limits.max_tokens;
+    for (const [name, value] of Object.entries(sampling)) {
+      const off = SLIDERS.find((each) => each.name === name)?.off;
+      byId(name).defaultValue = Math.min(value ?? off, name === "max_tokens" ? limits.max_tokens : Infinity);
+    }
+    this.ends.hidden = !tokenizer.ends;
     this.#show();
   }
 
   /** The settings that shape a distribution; null is off. */
   get values() {
-    return Object.fromEntries(SLIDERS.map(({ name, sent }) => [name, sent(number(name))]));
+    const sent = ({ name, off }) => [name, number(name) === off ? null : number(name)];
+    return Object.fromEntries(SLIDERS.map(sent));
   }
 
-  get maxTokens() {
-    return Math.round(within(byId("max_tokens")));
-  }
-
-  /** The seed of the next text: a new one, unless it is held. */
-  nextSeed() {
+  /** The settings of the next text, with a new seed unless it is held; that of the i-th sample differs. */
+  next(i = 0) {
     const field = byId("seed");
     if (byId("random").checked) field.value = crypto.getRandomValues(new Uint32Array(1))[0];
-    field.value = Math.round(within(field));
-    return Number(field.value);
+    const stop = byId("stop").value.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+    const seed = (Math.round(within(field)) + i) % (LARGEST_SEED + 1);
+    const ends = byId("ignore_eos").checked ? { ignore_eos: true } : {};
+    return { ...this.values, max_tokens: Math.round(within(byId("max_tokens"))), seed, stop, ...ends };
+  }
+
+  get samples() {
+    return Math.round(within(byId("sample-count")));
   }
 
   get seedIsHeld() {
     return !byId("random").checked;
   }
 
-  limit(maxTokens) {
-    const field = byId("max_tokens");
-    field.max = maxTokens;
-    field.defaultValue = Math.min(Number(field.defaultValue), maxTokens);
+  /** What the fields hold, for a link. */
+  get fields() {
+    return Object.fromEntries(LINKED.map((name) => [name, byId(name).value]));
+  }
+
+  /** Take over what a link holds. */
+  take(fields) {
+    for (const name of LINKED) if (name in fields) byId(name).value = fields[name];
+    byId("random").checked = false;
+    this.#show();
   }
 
   #show() {
-    for (const { name, shown } of SLIDERS) {
-      const text = shown(number(name));
+    for (const { name, shown, off } of SLIDERS) {
+      const text = number(name) === off ? "off" : shown(number(name));
       byId(`${name}-value`).textContent = text;
       byId(name).setAttribute("aria-valuetext", text);
     }
@@ -101,34 +117,14 @@ function within(field) {
   return field.valueAsNumber;
 }
 
-function slider({ name, label, min, max, step, value, hint }) {
-  return h(
-    "div",
-    { class: "control" },
-    h("label", { for: name }, label),
-    h("output", { id: `${name}-value`, for: name, "aria-hidden": "true" }),
-    h("input", { type: "range", id: name, min, max, step, value, "aria-describedby": `${name}-hint` }),
-    h("p", { class: "hint", id: `${name}-hint` }, hint),
-  );
+function slider({ name, label, hint, min, max, step, off }) {
+  const output = h("output", { id: `${name}-value`, for: name, "aria-hidden": "true" });
+  return control(label, hint, h("input", { type: "range", id: name, min, max, step, value: off ?? 1 }), output);
 }
 
-function tokens() {
-  return h(
-    "div",
-    { class: "control" },
-    h("label", { for: "max_tokens" }, "Tokens"),
-    h("input", { type: "number", id: "max_tokens", min: 1, max: 4096, step: 1, value: 100, "aria-describedby": "max_tokens-hint" }),
-    h("p", { class: "hint", id: "max_tokens-hint" }, "The most to write at a time."),
-  );
-}
-
-function seed() {
-  return h(
-    "div",
-    { class: "control" },
-    h("label", { for: "seed" }, "Seed"),
-    h("input", { type: "number", id: "seed", min: 0, max: LARGEST_SEED, step: 1, value: 1, "aria-describedby": "seed-hint" }),
-    h("label", { class: "check" }, h("input", { type: "checkbox", id: "random", checked: true }), "New each time"),
-    h("p", { class: "hint", id: "seed-hint" }, "With the same text and settings, the same seed writes the same."),
-  );
+/** A field with its label, and a hint that is seen while the field has the focus. */
+function control(label, hint, field, ...more) {
+  field.setAttribute("aria-describedby", `${field.id}-hint`);
+  return h("div", { class: "control" },
+    h("label", { for: field.id }, label), field, ...more, h("p", { class: "hint", id: `${field.id}-hint` }, hint));
 }

@@ -9,11 +9,15 @@ export class Tabs {
     this.onShow = onShow;
     for (const tab of this.tabs) tab.addEventListener("click", () => this.open(panelOf(tab)));
     list.addEventListener("keydown", (event) =>
-      moveWithArrows(event, this.tabs, (to) => {
-        this.tabs[to].focus();
-        this.open(panelOf(this.tabs[to]));
+      moveWithArrows(event, this.#shown, (to) => {
+        this.#shown[to].focus();
+        this.open(panelOf(this.#shown[to]));
       }),
     );
+  }
+
+  get #shown() {
+    return this.tabs.filter((tab) => !tab.hidden);
   }
 
   get current() {

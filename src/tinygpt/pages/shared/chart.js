@@ -137,7 +137,7 @@ export class Chart {
     if (!low || quiet) return;
     context.fillStyle = ink(color);
     context.globalAlpha = 0.16;
-    for (const [from, to] of runs(high)) {
+    for (const [from, to] of stretches(high)) {
       context.beginPath();
       for (let i = from; i < to; i++) context.lineTo(this.x.place(x[i]), this.y.place(high[i]));
       for (let i = to - 1; i >= from; i--) context.lineTo(this.x.place(x[i]), this.y.place(low[i]));
@@ -152,7 +152,7 @@ export class Chart {
     context.lineJoin = "round";
     context.globalAlpha = faint ? 0.35 : 1;
     context.setLineDash(dash);
-    for (const [from, to] of runs(y)) {
+    for (const [from, to] of stretches(y)) {
       context.beginPath();
       for (let i = from; i < to; i++) context.lineTo(this.x.place(x[i]), this.y.place(y[i]));
       context.stroke();
@@ -387,7 +387,7 @@ function* visible({ x, y, low, high }, [from, to]) {
 }
 
 /** Stretches without a gap: [first, end). */
-function runs(values) {
+export function stretches(values) {
   const found = [];
   let from = 0;
   for (let i = 0; i <= values.length; i++) {

@@ -9,16 +9,6 @@ goes back. ``state`` is the way from and to a model, and ``background`` saves wh
 from tinygpt.runs.checkpoint.background import Saver, ensure_run
 from tinygpt.runs.checkpoint.branch import set_aside
 from tinygpt.runs.checkpoint.claim import check_claim
-from tinygpt.runs.checkpoint.folder import (
-    best_checkpoint,
-    checkpoint_path,
-    list_checkpoints,
-    mark_best,
-    mark_run,
-    named_checkpoint,
-    run_of,
-    text_of,
-)
 from tinygpt.runs.checkpoint.format import FORMAT_VERSION, Meta, arrange
 from tinygpt.runs.checkpoint.keeping import newest_good, remove_old
 from tinygpt.runs.checkpoint.reader import describe, origin, read, read_meta, rehearse, verify
@@ -33,7 +23,7 @@ from tinygpt.runs.checkpoint.state import (
     state_size,
     weights,
 )
-from tinygpt.runs.checkpoint.writer import Snapshot, foresee_space, stream, write, writing
+from tinygpt.runs.checkpoint.writer import Snapshot, foresee_space, stream, write
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,18 +32,12 @@ __all__ = [
     "Saver",
     "Snapshot",
     "arrange",
-    "best_checkpoint",
     "check_claim",
-    "checkpoint_path",
     "describe",
     "ensure_run",
     "foresee_space",
     "layout_of",
-    "list_checkpoints",
     "load",
-    "mark_best",
-    "mark_run",
-    "named_checkpoint",
     "named_tensors",
     "newest_good",
     "origin",
@@ -62,15 +46,12 @@ __all__ = [
     "read_meta",
     "rehearse",
     "remove_old",
-    "run_of",
     "save",
     "set_aside",
     "start_from",
     "state_size",
     "stream",
-    "text_of",
     "verify",
     "weights",
     "write",
-    "writing",
 ]

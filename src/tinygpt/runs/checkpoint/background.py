@@ -16,18 +16,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tinygpt.errors import CheckpointError
-from tinygpt.runs.checkpoint.folder import (
+from tinygpt.runs.checkpoint.format import Meta
+from tinygpt.runs.checkpoint.keeping import Verified, remove_old
+from tinygpt.runs.checkpoint.reader import read_meta
+from tinygpt.runs.checkpoint.state import Copier
+from tinygpt.runs.checkpoint.writer import Snapshot, write
+from tinygpt.runs.folder import (
     checkpoint_path,
     list_checkpoints,
     mark_best,
     mark_run,
     run_of,
 )
-from tinygpt.runs.checkpoint.format import Meta
-from tinygpt.runs.checkpoint.keeping import Verified, remove_old
-from tinygpt.runs.checkpoint.reader import read_meta
-from tinygpt.runs.checkpoint.state import Copier
-from tinygpt.runs.checkpoint.writer import Snapshot, write
 
 if TYPE_CHECKING:
     from tinygrad.nn.optim import Optimizer

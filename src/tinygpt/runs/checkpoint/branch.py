@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from tinygpt.files.atomic import building, sync, sync_folder
-from tinygpt.runs.checkpoint.folder import (
+from tinygpt.files.disk import writing
+from tinygpt.runs.folder import (
     BESIDE,
     BEST,
     best_checkpoint,
@@ -16,7 +17,6 @@ from tinygpt.runs.checkpoint.folder import (
     mark_best,
     named_step,
 )
-from tinygpt.runs.checkpoint.writer import writing
 
 
 def set_aside(

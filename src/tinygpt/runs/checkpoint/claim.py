@@ -11,11 +11,11 @@ from pathlib import Path
 from tinygpt.config import read_config
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import TEMPORARY
+from tinygpt.files.disk import writing
 from tinygpt.runs import lock
-from tinygpt.runs.checkpoint.folder import BESIDE, CONFIG, list_checkpoints, run_of
 from tinygpt.runs.checkpoint.format import Meta
 from tinygpt.runs.checkpoint.reader import read_meta
-from tinygpt.runs.checkpoint.writer import writing
+from tinygpt.runs.folder import BESIDE, CONFIG, LOCK, list_checkpoints, run_of
 from tinygpt.untrusted import clip, utf8_name
 
 MOST_NAMED = 4
@@ -51,8 +51,8 @@ def foreign(folder: Path) -> list[str]:
     names = {path.name for path in folder.iterdir() if not TEMPORARY.fullmatch(path.name)}
     if run_of(folder) is not None:
         return []
-    if lock.is_lock(folder / lock.LOCK):
-        names.discard(lock.LOCK)
+    if lock.is_lock(folder / LOCK):
+        names.discard(LOCK)
     if (meta := _newest_meta(folder)) is not None:
         names -= {path.name for path in list_checkpoints(folder)}
         if _says_the_same(folder, meta):

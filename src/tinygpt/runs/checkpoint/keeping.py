@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from tinygpt.errors import CheckpointError
-from tinygpt.runs.checkpoint.folder import best_checkpoint, list_checkpoints, named_step
 from tinygpt.runs.checkpoint.reader import verify
+from tinygpt.runs.folder import best_checkpoint, list_checkpoints, named_step
 
 
 class Verified:
@@ -19,6 +20,10 @@ class Verified:
     def add(self, path: Path) -> None:
         """Take note of a file that was just written or checked."""
         self._known[path] = _stamp(path)
+
+    def forget_all_but(self, paths: Iterable[Path]) -> None:
+        """Forget files that are gone, so that a long run does not collect their names."""
+        self._known = {path: self._known[path] for path in paths if path in self._known}
 
     def check(self, path: Path) -> None:
         """CheckpointError if the file is not a whole checkpoint of this folder's run."""
@@ -68,7 +73,9 @@ def remove_old(
     problems: list[CheckpointError] = []
     good = 0
     last = None if written is None else named_step(written)
-    for path in reversed(list_checkpoints(folder)):
+    found = list_checkpoints(folder)
+    verified.forget_all_but(found)
+    for path in reversed(found):
         if last is not None and (named_step(path) or 0) > last:
             continue
         try:

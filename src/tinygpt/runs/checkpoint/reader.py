@@ -17,7 +17,6 @@ from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
-from tinygpt.runs.checkpoint.folder import checkpoint_path, list_checkpoints, named_step, run_of
 from tinygpt.runs.checkpoint.format import (
     BROKEN,
     ZEROS,
@@ -29,6 +28,7 @@ from tinygpt.runs.checkpoint.format import (
     decode,
     encode,
 )
+from tinygpt.runs.folder import checkpoint_path, list_checkpoints, named_step, run_of
 from tinygpt.untrusted import clip, is_sparse, open_regular
 
 CHUNK = 2**20

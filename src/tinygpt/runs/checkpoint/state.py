@@ -30,11 +30,10 @@ from tinygpt.runs.checkpoint.reader import (
 from tinygpt.runs.checkpoint.writer import Snapshot, write
 
 if TYPE_CHECKING:
-    from tinygrad import Tensor
-    from tinygrad.device import Buffer
+    from tinygrad import Tensor, UOp
     from tinygrad.nn.optim import Optimizer
-    from tinygrad.uop.ops import UOp
 
+    from tinygpt.machine.tinygrad_internals import Buffer
     from tinygpt.model.transformer import Transformer
 
 
@@ -238,7 +237,7 @@ def _check_own(model: Transformer, optimizer: Optimizer) -> None:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    from tinygrad.dtype import _to_np_dtype
+    from tinygpt.machine.tinygrad_internals import _to_np_dtype
 
     kinds = [(name, np.dtype(_to_np_dtype(t.dtype)), t.shape) for name, t in tensors.items()]
     return arrange((name, dtype, tuple(map(int, shape))) for name, dtype, shape in kinds)
@@ -312,7 +311,7 @@ class _Source:
 
 def _buffer(tensor: Tensor, out: Array) -> Buffer | None:
     """The buffer that holds the values of a Tensor and nothing else, as they are in ``out``."""
-    from tinygrad.device import Buffer
+    from tinygpt.machine.tinygrad_internals import Buffer
 
     if not tensor.uop.has_buffer_identity():
         return None
@@ -332,7 +331,7 @@ def _memory(buffer: Buffer | None, like: Array) -> Array | None:
 
 def _fetch(buffer: Buffer, out: Array) -> None:
     """Copy from a device with memory of its own."""
-    from tinygrad.device import Buffer
+    from tinygpt.machine.tinygrad_internals import Buffer
 
     memory = out.reshape(-1).view(np.uint8).data
     Buffer("PYTHON", buffer.size, buffer.dtype, opaque=memory).copy_from(buffer)

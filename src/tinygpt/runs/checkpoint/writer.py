@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from tinygpt.errors import CheckpointError
-from tinygpt.files.atomic import free_space, replacing, write_all
+from tinygpt.files import disk
+from tinygpt.files.atomic import replacing, write_all
+from tinygpt.files.disk import check_space, size, writing
 from tinygpt.runs.checkpoint.format import ZEROS, Array, Layout, Meta, encode
-
-ADVICE = {
-    errno.ENOSPC: "Make some room there, or choose a folder on another disk.",
-    errno.EDQUOT: "Your quota is used up: delete files of yours, or choose a folder elsewhere.",
-    errno.EROFS: "It lies on a disk that can only be read. Choose another folder.",
-    errno.EACCES: "You may not write there. Choose another folder, or change its permissions.",
-    errno.EPERM: "You may not write there. Choose another folder, or change its permissions.",
-    errno.EIO: "The disk itself reports an error: it may be failing. Choose a folder elsewhere.",
-    errno.ENOENT: "The folder has vanished. Was it moved, or its disk unmounted?",
-}
 
 
 class Snapshot:
@@ -86,41 +75,18 @@ def stream(
     return path
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while ``path`` is written into a CheckpointError that advises."""
-    try:
-        yield
-    except OSError as error:
-        general = "Choose a folder with enough space that you may write to."
-        advice = ADVICE.get(error.errno or 0, general)
-        reason = error.strerror or error
-        raise CheckpointError(f"{path} could not be written: {reason}. {advice}") from error
-
-
-def foresee_space(folder: Path, size: int, count: int) -> str | None:
-    """A warning if ``count`` checkpoints of ``size`` bytes, with those there, will fill the disk.
+def foresee_space(folder: Path, each: int, count: int) -> str | None:
+    """A warning if ``count`` checkpoints of ``each`` bytes, with those there, will fill the disk.
 
     Raises CheckpointError if there is no room for a single one.
     """
     with writing(folder):
-        check_space(folder, size)
-    free = free_space(folder)
-    wanted = size * count - sum(path.stat().st_size for path in folder.glob("ckpt_*"))
+        check_space(folder, each)
+    free = disk.free_space(folder)
+    wanted = each * count - sum(path.stat().st_size for path in folder.glob("ckpt_*"))
     if free is None or free >= wanted:
         return None
     return (
-        f"{folder} has {megabytes(free)} left, but the checkpoints of this run will take "
-        f"{megabytes(wanted)} more. Make some room, or set a smaller keep_last."
+        f"{folder} has {size(free)} left, but the checkpoints of this run will take "
+        f"{size(wanted)} more. Make some room, or set a smaller keep_last."
     )
-
-
-def check_space(folder: Path, size: int) -> None:
-    """OSError with the numbers in it if ``size`` bytes are more than the disk has left."""
-    free = free_space(folder)
-    if free is not None and free < size:
-        raise OSError(errno.ENOSPC, f"{megabytes(size)} are needed, and {megabytes(free)} are free")
-
-
-def megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f} MB"

@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import UsageError
@@ -30,6 +30,7 @@ from tinygpt.server.dashboard.watch import Cursor, Watch, parse_cursor, write_cu
 from tinygpt.server.dashboard.watched import Run
 from tinygpt.server.http import static
 from tinygpt.server.http.assembly import assemble
+from tinygpt.server.http.event_stream import EventStream
 from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.http.security import GateOptions
@@ -121,9 +122,7 @@ def routes(board: Board) -> list[Route]:
         if board.streams >= STREAMS:
             raise Refusal(503, "Too many pages listen already.", code="too_many_streams")
         given = request.headers.get("last-event-id") or request.query_params.get("since", "")
-        return StreamingResponse(
-            _events(board, parse_cursor(given)), media_type="text/event-stream"
-        )
+        return EventStream(_events(board, parse_cursor(given)))
 
     def asked(what: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:

@@ -18,21 +18,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from tinygpt.untrusted import has_surrogates, is_number
+from tinygpt.runs.columns import KEYS, Columns, Numbers, column
+from tinygpt.runs.history import Row
+from tinygpt.untrusted import has_surrogates
 
-Numbers = npt.NDArray[np.float64]
-Row = dict[str, Any]
-
-KEYS = (
-    "iter",
-    "train_loss",
-    "val_loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "memory",
-    "elapsed",
-)
 RANGES = ("train_loss", "grad_norm", "tokens_per_second")
 """Curves of which least and greatest values are shown beside the mean."""
 POINTS = 1024
@@ -45,69 +34,40 @@ MAX_LAYERS, MAX_NAME = 128, 100
 """Layers that are shown, and characters of a layer's name."""
 MAX_SKIPPED = 500
 """Skipped steps that are named; the others are counted."""
-FAR, MAX_STEP = 1e30, 1e12
-"""The largest value and the last step that are shown: a file may hold anything."""
 
 
-class Curves:
-    """The rows of one run in columns, which grow."""
+class Curves(Columns):
+    """The rows of one run in columns, with what a page shows of layers and skipped steps."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        super().__init__()
         self.layers: list[str] = []
         self.skipped: list[tuple[float, str]] = []
         self.skips = 0
         self.odd: set[str] = set()
         """What is not shown of the rows, and why."""
-        self._columns = np.empty((len(KEYS), 1024))
-        self._norms = np.empty((0, 1024), np.float32)
+        self._norms = np.empty((0, self._columns.shape[1]), np.float32)  # (layers, capacity)
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Take in rows; those without a step are no rows of a run."""
-        steps = _column(rows, "iter")
-        fine = (steps >= 0) & (steps <= MAX_STEP)
-        if not fine.all():
-            rows = [row for row, good in zip(rows, fine.tolist(), strict=True) if good]
-        if len(rows) > MAX_ROWS - self.rows:
+    def add(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Take in rows; -> those that have a step, up to ``MAX_ROWS`` in all."""
+        start = self.rows
+        if len(rows) > MAX_ROWS - start:
             self.odd.add(f"Rows after the first {MAX_ROWS:,} are not shown.")
-            rows = rows[: MAX_ROWS - self.rows]
-        if not rows:
-            return
-        self._see_layers(rows)
-        end = self.rows + len(rows)
-        self._make_room(end)
-        for i, key in enumerate(KEYS):
-            self._columns[i, self.rows : end] = _column(rows, key)
+            rows = rows[: MAX_ROWS - start]
+        rows = super().add(rows)
         at = [i for i, row in enumerate(rows) if _mapping(row.get("grad_norms"))]
         norms = [rows[i]["grad_norms"] for i in at]
+        self._see_layers(norms)
         for i, layer in enumerate(self.layers if at else ()):  # where there is none it is NaN
-            self._norms[i, self.rows + np.array(at)] = _column(norms, layer)
+            self._norms[i, start + np.array(at)] = column(norms, layer)
         self._see_skipped(rows)
-        self.rows = end
+        return rows
 
     def frozen(self) -> Self:
         """The curves as they are now, to be read while more rows are added to these."""
         now = copy.copy(self)  # whose columns have the same first rows, which never change
         now.layers, now.skipped = self.layers[:], self.skipped[:]
         return now
-
-    def __getitem__(self, key: str) -> Numbers:
-        """All values of one of KEYS; NaN where there is none."""
-        return self._columns[KEYS.index(key), : self.rows]
-
-    def last(self, key: str) -> float | None:
-        """The newest value there is."""
-        values = self[key][-4096:]
-        found = values[~np.isnan(values)]
-        return float(found[-1]) if len(found) else None
-
-    def best(self) -> tuple[float, float] | None:
-        """Step and value of the lowest validation loss."""
-        losses = self["val_loss"]
-        if np.isnan(losses).all():
-            return None
-        at = int(np.nanargmin(losses))
-        return float(self["iter"][at]), float(losses[at])
 
     def mark(self, rows: int) -> str:
         """What tells the first ``rows`` rows from those of another, or of a resumed, run."""
@@ -173,9 +133,10 @@ class Curves:
         last = int(np.searchsorted(steps, high, "right")) + 1
         return max(first, 0), min(last, self.rows)
 
-    def _see_layers(self, rows: Sequence[Row]) -> None:
-        for row in (rows[0], rows[-1], *(r for r in rows if not self.layers)):
-            for name in _mapping(row.get("grad_norms")):
+    def _see_layers(self, norms: Sequence[Row]) -> None:
+        """Take note of layers in the first and the last of some rows' norms."""
+        for found in (*norms[:1], *norms[-1:]):
+            for name in found:
                 if name in self.layers:
                     continue
                 if len(self.layers) == MAX_LAYERS:
@@ -204,9 +165,8 @@ class Curves:
         del self.skipped[:-MAX_SKIPPED]
 
     def _make_room(self, rows: int) -> None:
-        more = max(rows, 2 * self.rows) - self._columns.shape[1]
-        if more > 0:
-            self._columns = np.pad(self._columns, ((0, 0), (0, more)), constant_values=np.nan)
+        super()._make_room(rows)
+        if (more := self._columns.shape[1] - self._norms.shape[1]) > 0:
             self._norms = np.pad(self._norms, ((0, 0), (0, more)), constant_values=np.nan)
 
 
@@ -245,20 +205,6 @@ def _described(values: Numbers, stride: int, with_range: bool) -> dict[str, Any]
 def plain(values: npt.NDArray[Any], digits: int = 6) -> list[float | None]:
     """Numbers as JSON can hold them, no longer than a screen can show."""
     return [None if v != v else float(f"{v:.{digits}g}") for v in values.tolist()]
-
-
-def _column(rows: Sequence[Row], key: str) -> Numbers:
-    """The values of a key; NaN for what is missing, no number or beyond all drawing."""
-    values = [row.get(key) for row in rows]
-    try:
-        found = np.array(values, np.float64)
-    except (TypeError, ValueError, OverflowError):
-        numbers = [value if is_number(value, -FAR, FAR) else math.nan for value in values]
-        found = np.array(numbers, np.float64)
-    if found.ndim != 1:
-        found = np.full(len(values), np.nan)
-    found[~(np.abs(found) < FAR)] = np.nan
-    return found
 
 
 def _mapping(value: Any) -> Row:

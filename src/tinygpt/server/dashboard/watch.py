@@ -14,8 +14,9 @@ from typing import Any
 
 from tinygpt.errors import UsageError
 from tinygpt.files.atomic import user_path
+from tinygpt.runs.folder import CONFIG, METRICS
 from tinygpt.server.dashboard.curves import Curves
-from tinygpt.server.dashboard.watched import CONFIG, MAX_ENTRIES, METRICS, Run, run_id
+from tinygpt.server.dashboard.watched import MAX_ENTRIES, Run, run_id
 from tinygpt.untrusted import utf8_name
 
 MAX_RUNS = 100

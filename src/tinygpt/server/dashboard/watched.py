@@ -11,21 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinygpt.runs.checkpoint.folder import BEST, MAX_FILE_BYTES, named_step
-from tinygpt.runs.lock import LOCK, Holder, holder
-from tinygpt.server.dashboard.curves import FAR, Curves
-from tinygpt.server.dashboard.tail import Tail
+from tinygpt.config import read_config
+from tinygpt.runs.folder import (
+    CONFIG,
+    FAR,
+    LOCK,
+    METRICS,
+    SAMPLES,
+    best_name,
+    named_step,
+    sample_of,
+)
+from tinygpt.runs.history import Row, Tail
+from tinygpt.runs.lock import Holder, holder
+from tinygpt.server.dashboard.curves import Curves
 from tinygpt.untrusted import (
     clip,
     has_surrogates,
     is_number,
-    parse_json,
-    parse_toml,
-    read_bounded,
     utf8_name,
 )
 
-CONFIG, METRICS, SAMPLES = "config.toml", "metrics.jsonl", "samples.jsonl"
 MAX_ENTRIES = 10_000
 """Entries of a folder that are looked at."""
 MAX_SAMPLES, MAX_TEXT = 1000, 4000
@@ -157,13 +163,13 @@ class Run:
         else:
             self.samples = []
 
-    def _add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+    def _add_rows(self, rows: Sequence[Row]) -> None:
         self.curves.add(rows)
 
-    def _add_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _add_samples(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            step, text = row.get("iter"), row.get("text")
-            if is_number(step, 0, 1e12) and isinstance(text, str):
+            if (sample := sample_of(row)) is not None:
+                step, text = sample
                 self.samples.append({"iter": step, "text": text[:MAX_TEXT]})
                 if has_surrogates(text):
                     self._trouble[SAMPLES] = HALVES
@@ -190,7 +196,7 @@ class Run:
             try:
                 if path.is_symlink():
                     raise OSError("it is a link, and links are not followed")
-                self.settings = _flat(parse_toml(read_bounded(path, MAX_FILE_BYTES)))
+                self.settings = _flat(read_config(path))
             except (OSError, ValueError, RecursionError) as error:
                 why = clip(getattr(error, "strerror", None) or error)
             self._seen["why"] = why
@@ -205,9 +211,9 @@ class Run:
         self._seen["folder"] = seen
         with os.scandir(self.folder) as entries:
             names = [entry.name for entry in itertools.islice(entries, MAX_ENTRIES)]
-        steps = {name: named_step(Path(name)) for name in names}
+        steps = {name: named_step(name) for name in names}
         numbered = [(step, name) for name, step in steps.items() if step is not None]
-        best = _best(self.folder)
+        best = best_name(self.folder)
         self._checkpoints = {
             "checkpoint": max(numbered)[1] if numbered else None,
             "best_checkpoint": best if best in steps else None,
@@ -237,14 +243,6 @@ def run_id(folder: Path) -> str:
     '1a3d750d026c'
     """
     return hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:12]
-
-
-def _best(folder: Path) -> str | None:
-    try:
-        name = parse_json(read_bounded(folder / BEST, MAX_FILE_BYTES))["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if isinstance(name, str) else None
 
 
 def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:

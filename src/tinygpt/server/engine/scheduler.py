@@ -1,11 +1,11 @@
 """The engine behind the server: many requests decoded together, in one thread that owns tinygrad.
 
 tinygrad is not thread-safe. So one thread computes, and nothing else does: requests come to it
-through a queue, and tokens leave it through streams. Whatever else needs the model (`Engine.run`,
-`Engine.score`) is done in that thread between two steps, in its share of the time. A step brings
-every running request one token further. A request waits for a free place, of which there are
-``places``; its prompt is then prefilled by itself. Between two steps that is one long prompt or a
-few short ones, so that no running stream waits for more.
+through a queue, and tokens leave it through `Outputs`. Whatever else needs the model (`Engine.run`,
+`Engine.score`) is computed in that thread between two steps, within its share of the time. A step
+generates one token of every running sequence. A request waits for a free slot, of which there are
+``slots``; its prompt is then prefilled by itself. Between two steps the engine prefills one long
+prompt or a few short ones, so that no running sequence waits longer than that.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 from tinygpt.errors import TinyGPTError
@@ -27,18 +28,16 @@ from tinygpt.machine import kernel_store
 from tinygpt.model.transformer import Transformer
 from tinygpt.server.engine.beside import Beside, Call, Text
 from tinygpt.server.engine.scoring import Scored
-from tinygpt.server.engine.sequence import FinishReason, Piece, Request, Stream, wake
-from tinygpt.server.engine.writer import Writer
+from tinygpt.server.engine.sequence import FinishReason, Outputs, Request, Sequence, wake
 from tinygpt.text.tokenizers import Tokenizer
-
-__all__ = ["Engine", "EngineClosed", "EngineStats", "Piece", "QueueFull", "Request", "Stream"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Ids = tuple[int, ...]
 
 PROMPT_TOKENS = 64
-"""Tokens of prompts between two steps: as soon as there are so many, who runs has its turn."""
+"""Tokens of prompts between two steps: after so many the running sequences have their turn."""
 
 
 class QueueFull(TinyGPTError):  # noqa: N818
@@ -49,30 +48,33 @@ class EngineClosed(TinyGPTError):  # noqa: N818
     """The engine was not started, or has been closed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineStats:
     """What the engine does now, and what it has done since its start."""
 
-    active: int
-    """Requests that have a place."""
-    waiting: int
-    """Requests that wait for one."""
-    places: int
+    slots: int
+    """How many sequences can be decoded together."""
     queue: int
-    """How many may wait."""
-    requests: int
-    """All that were accepted; the sum of the ended ones, the active and the waiting."""
-    ended: dict[FinishReason, int]
+    """How many requests may wait."""
+    active: int = 0
+    """Sequences that have a slot."""
+    waiting: int = 0
+    """Requests that wait for one."""
+    requests: int = 0
+    """All that were accepted: the sum of the ended ones, the active and the waiting."""
+    ended: dict[FinishReason, int] = field(
+        default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+    )
     """How many ended for which reason."""
-    refused: int
+    refused: int = 0
     """Requests for which the queue was full."""
-    prompt_tokens: int
-    """Of requests that got a place, whole prompts as they were sent."""
-    tokens: int
+    prompt_tokens: int = 0
+    """Of requests that got a slot, whole prompts as they were sent."""
+    tokens: int = 0
     """Tokens generated."""
-    steps: int
-    """Steps of all running requests together."""
-    seconds: float
+    steps: int = 0
+    """Steps of all running sequences together."""
+    seconds: float = 0.0
     """Since the start."""
 
 
@@ -80,30 +82,27 @@ class Engine:
     """Decodes the requests of all clients together.
 
     >>> with Engine(model, tokenizer) as engine:
-    ...     stream = engine.submit(Request((1, 2, 3), max_tokens=20, config=SampleConfig()))
-    ...     text = "".join(piece.text for piece in stream)
+    ...     sequence = engine.submit(Request((1, 2, 3), max_tokens=20, config=SampleConfig()))
+    ...     text = "".join(piece.text for piece in sequence)
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, places: int = 16, queue: int = 128
+        self, model: Transformer, tokenizer: Tokenizer, slots: int = 16, queue: int = 128
     ) -> None:
-        """``places`` requests are decoded together; up to ``queue`` more may wait."""
+        """``slots`` sequences are decoded together; up to ``queue`` more requests may wait."""
         self.model, self.tokenizer = model, tokenizer
-        self.places, self.queue = places, queue
-        self._decoder = BatchDecoder(model, places)
-        self._running: list[Writer] = []
-        self._waiting: deque[Stream] = deque()
+        self.slots, self.queue = slots, queue
+        self._decoder = BatchDecoder(model, slots)
+        self._running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
         self._beside = Beside(self._decoder, tokenizer.vocab_size)
         self._changed = threading.Condition()  # guards what is waiting, the counts, and the end
         self._thread: threading.Thread | None = None
         self._preparing: tuple[Iterator[Callable[[], object]], Future[None]] | None = None
         self._open = False
-        self._deadline: float | None = None  # of the streams, once it is closed
-        self._cancelled = False  # is there a stream somebody has cancelled?
-        self._ended: dict[FinishReason, int] = dict.fromkeys(
-            ("stop", "length", "cancelled", "error"), 0
-        )
-        self._requests = self._refused = self._prompt_tokens = self._tokens = self._steps = 0
+        self._deadline: float | None = None  # of the running sequences, after ``close``
+        self._cancelled = False  # whether there are sequences whose consumer has cancelled them
+        self._stats = EngineStats(slots, queue)
         self._started = time.monotonic()
 
     def start(self) -> None:
@@ -114,16 +113,14 @@ class Engine:
         self._thread.start()
 
     def warm_up(self) -> Future[None]:
-        """Compile, whenever there is nothing else to do, what is else compiled when it is needed.
+        """Compile, while the engine is idle, the kernels that would be compiled at first use.
 
-        The future tells when that is done.
+        The future is done when all of them are compiled.
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # it can no longer be cancelled
-        with self._changed:
-            self._check_open()
+        with self._locked_open():
             self._preparing = self._decoder.preparations(), future
-            self._changed.notify()
         return future
 
     def close(self, drain_seconds: float = 0.0) -> None:
@@ -137,72 +134,60 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
-    def submit(self, request: Request) -> Stream:
-        """Queue a request; its tokens come through the stream.
+    def submit(self, request: Request, outputs: Outputs | None = None) -> Sequence:
+        """Queue a request. Its tokens come through ``outputs``, or a queue of its own.
 
         Raises QueueFull if too many are waiting, and EngineClosed.
         """
-        stream = Stream(request, self._on_cancel)
-        with self._changed:
-            self._check_open()
-            at_once = request.max_tokens == 0 or (
-                request.max_tokens == 1 and request.first is not None
-            )
+        known = request.max_tokens == 1 and request.first is not None
+        at_once = known or request.max_tokens == 0
+        with self._locked_open():
             if not at_once:
                 self._check_room(len(self._waiting))
-                self._waiting.append(stream)
-            self._requests += 1
-            self._changed.notify()
+            sequence = Sequence(request, outputs, self._on_cancel)
+            self._stats.requests += 1
+            if not at_once:
+                self._waiting.append(sequence)
         if at_once:
-            self._answer(stream)
-        return stream
+            self._answer(sequence)
+        return sequence
 
-    def score(self, ids: Sequence[int], count: int) -> Future[Scored]:
-        """How likely each of up to block_size ids is, and the ``count`` likeliest in its place.
+    def score(self, ids: Ids, count: int) -> Future[Scored]:
+        """The log probability of each of up to block_size ids, and the ``count`` likeliest there.
 
-        Texts of about one length are read together, beside the streams, which keep their pace.
+        Texts of about one length are read together, beside the sequences, which keep their pace.
         Raises QueueFull if too many texts are waiting for this, and EngineClosed.
         """
         text = Text(ids, count)
-        with self._changed:
-            self._check_open()
+        with self._locked_open():
             self._check_room(self._beside.texts)
             self._beside.add(text)
-            self._changed.notify()
         return text.future
 
     def run(self, function: Callable[[], T]) -> Future[T]:
         """Call ``function`` in the engine's thread, between two steps; it may use the model.
 
-        What it raises is the future's exception. Streams wait for it meanwhile, and then it waits
-        for them: calls get a share of the time.
+        What it raises is the future's exception. Sequences wait for it meanwhile, and then it
+        waits for them: calls get a share of the time.
         """
         call = Call(function)
-        with self._changed:
-            self._check_open()
+        with self._locked_open():
             self._beside.add(call)
-            self._changed.notify()
         return call.future
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken, and the thread is there that answers them."""
+        """Whether requests are taken, and the thread that answers them is running."""
         return self._open and self._thread is not None and self._thread.is_alive()
 
     def stats(self) -> EngineStats:
         """Numbers for a page or for /metrics; from any thread."""
         with self._changed:
-            return EngineStats(
+            return replace(
+                self._stats,
                 active=len(self._running),
                 waiting=len(self._waiting),
-                places=self.places,
-                queue=self.queue,
-                requests=self._requests,
-                ended=dict(self._ended),
-                refused=self._refused,
-                prompt_tokens=self._prompt_tokens,
-                tokens=self._tokens,
-                steps=self._steps,
+                ended=dict(self._stats.ended),
                 seconds=time.monotonic() - self._started,
             )
 
@@ -213,34 +198,41 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if not self._open:
-            raise EngineClosed("The engine is not running: it was not started, or it was closed.")
+    @contextmanager
+    def _locked_open(self) -> Iterator[None]:
+        """Hold the lock to add work, and notify the engine's thread; EngineClosed if it is over."""
+        with self._changed:
+            if not self._open:
+                raise EngineClosed("The engine is not running: it was not started, or was closed.")
+            yield
+            self._changed.notify()
 
     def _check_room(self, waiting: int) -> None:
         if waiting >= self.queue:
-            self._refused += 1
+            self._stats.refused += 1
             raise QueueFull(
                 f"{len(self._running)} requests are running and {waiting} are waiting, which is as "
                 f"many as the server takes. Try again in a few seconds."
             )
 
-    def _answer(self, stream: Stream) -> None:
-        """End a request that needs no place: it wants nothing, or a token that is known so far."""
+    def _answer(self, sequence: Sequence) -> None:
+        """End a request that needs no slot: it wants no token, or one whose logits are known."""
+        request = sequence.request
         reason: FinishReason = "length"
         try:
-            if stream.request.max_tokens:
-                writer = Writer(stream, Line(stream.request.ids, self.places), self.tokenizer)
-                assert stream.request.first is not None
-                [token] = choose([stream.request.first], [stream.request.ids], [writer.choice])
-                reason = writer.advance(int(token), stream.request.first) or reason
+            if request.max_tokens:
+                assert request.first is not None
+                sequence.line = Line(request.ids, self.slots)
+                sequence.begin(self.tokenizer)
+                [token] = choose([request.first], [request.ids], [sequence.choice])
+                reason = sequence.advance(int(token), request.first) or reason
                 with self._changed:
-                    self._prompt_tokens += len(stream.request.ids)
-                    self._tokens += 1
+                    self._stats.prompt_tokens += len(request.ids)
+                    self._stats.tokens += 1
         except Exception as error:
-            self._end(stream, "error", error)
+            self._end(sequence, "error", error)
         else:
-            self._end(stream, reason)
+            self._end(sequence, reason)
 
     def _on_cancel(self) -> None:
         with self._changed:
@@ -256,7 +248,9 @@ class Engine:
                 self._beside.piece(bool(self._running or self._waiting))
                 begin = time.perf_counter()
                 self._admit()
-                self._step()
+                if self._running:
+                    self._stats.steps += 1
+                    self._advance(self._running[:])
                 self._beside.earn(time.perf_counter() - begin)
                 self._prepare()
         finally:
@@ -275,17 +269,19 @@ class Engine:
                     return True
                 self._changed.wait()
 
-    def _drop_cancelled(self) -> None:
-        if not self._cancelled:
-            return
+    def _drop_cancelled(self, everything: bool = False) -> None:
+        """End the sequences that their consumers have cancelled, or all."""
         with self._changed:
             self._cancelled = False
-            gone = [stream for stream in self._waiting if stream.cancelled]
-            self._waiting = deque(s for s in self._waiting if not s.cancelled)
-        for stream in gone:
-            self._end(stream, "cancelled")
-        for writer in [w for w in self._running if w.stream.cancelled]:
-            self._leave(writer, "cancelled")
+            gone = [s for s in self._waiting if s.cancelled or everything]
+            for sequence in gone:
+                self._waiting.remove(sequence)
+        for sequence in gone:
+            self._end(sequence, "cancelled")
+        for sequence in [s for s in self._running if s.cancelled or everything]:
+            self._leave(sequence, "cancelled")
+            gone.append(sequence)
+        wake(sequence.outputs for sequence in gone)
 
     def _prepare(self) -> None:
         """Compile one thing more, if there is nothing else to do."""
@@ -302,76 +298,63 @@ class Engine:
         self._preparing = None
 
     def _admit(self) -> None:
-        """Give those who wait longest a place, and prefill their prompts: their first tokens."""
+        """Give slots to the requests that wait longest, and prefill: their first tokens."""
         tokens = 0
-        while tokens < PROMPT_TOKENS and len(self._running) < self.places:
+        while tokens < PROMPT_TOKENS and len(self._running) < self.slots:
             with self._changed:
                 if not self._waiting:
                     return
-                stream = self._waiting.popleft()
-            tokens += max(len(stream.request.ids), SMALLEST_BUCKET)
-            self._begin(stream)
+                sequence = self._waiting.popleft()
+                self._stats.prompt_tokens += len(sequence.request.ids)
+            tokens += max(len(sequence.request.ids), SMALLEST_BUCKET)
+            self._running.append(sequence)
+            sequence.line = self._decoder.admit(sequence.request.ids)
+            try:
+                sequence.begin(self.tokenizer)
+            except Exception as error:  # settings that nobody has checked
+                self._leave(sequence, "error", error)
+                wake([sequence.outputs])
+            else:
+                self._advance([sequence])
 
-    def _begin(self, stream: Stream) -> None:
-        line = self._decoder.admit(stream.request.ids)
+    def _advance(self, sequences: list[Sequence]) -> None:
+        """One token for each of these. If that fails, they end with the error."""
         try:
-            writer = Writer(stream, line, self.tokenizer)
-        except Exception as error:  # settings that nobody has checked
-            self._decoder.release(line)
-            self._end(stream, "error", error)
-            return
-        self._running.append(writer)
-        self._prompt_tokens += len(stream.request.ids)
-        self._advance([writer])
-
-    def _step(self) -> None:
-        if self._running:
-            self._steps += 1
-            self._advance(list(self._running))
-
-    def _advance(self, writers: list[Writer]) -> None:
-        """One token for each of these. Where that fails, those end with the error that it is of."""
-        lines = [writer.line for writer in writers]
-        try:
+            lines = [sequence.line for sequence in sequences]
             logits = self._decoder.next_logits(lines)[:, : self.tokenizer.vocab_size]
-            choices = [writer.choice for writer in writers]
+            choices = [sequence.choice for sequence in sequences]
             tokens = choose(logits, [line.ids for line in lines], choices).tolist()
         except Exception as error:
-            log.exception("A step of %d requests failed.", len(writers))
-            for writer in writers:
-                self._leave(writer, "error", error)
-            return
-        self._tokens += len(writers)
-        for writer, token, row in zip(writers, tokens, logits, strict=True):
-            try:
-                reason = writer.advance(token, row)
-            except Exception as error:
-                log.exception("A token of one request could not be passed on.")
-                self._leave(writer, "error", error)
-                continue
-            if reason is not None:
-                self._leave(writer, reason)
-        wake(writer.stream for writer in writers)
+            log.exception("A step of %d requests failed.", len(sequences))
+            for sequence in sequences:
+                self._leave(sequence, "error", error)
+        else:
+            self._stats.tokens += len(sequences)
+            for sequence, token, row in zip(sequences, tokens, logits, strict=True):
+                try:
+                    if reason := sequence.advance(token, row):
+                        self._leave(sequence, reason)
+                except Exception as error:
+                    log.exception("A token of one request could not be passed on.")
+                    self._leave(sequence, "error", error)
+        wake(sequence.outputs for sequence in sequences)
 
-    def _leave(self, writer: Writer, reason: FinishReason, error: Exception | None = None) -> None:
-        self._running.remove(writer)
-        self._decoder.release(writer.line)
-        self._end(writer.stream, reason, error)
+    def _leave(
+        self, sequence: Sequence, reason: FinishReason, error: Exception | None = None
+    ) -> None:
+        self._running.remove(sequence)
+        self._decoder.release(sequence.line)
+        self._end(sequence, reason, error)
 
-    def _end(self, stream: Stream, reason: FinishReason, error: Exception | None = None) -> None:
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: Exception | None = None
+    ) -> None:
         with self._changed:
-            self._ended[reason] += 1
-        stream.finish(reason, error)
-        wake([stream])
+            self._stats.ended[reason] += 1
+        sequence.finish(reason, error)
 
     def _cancel_all(self) -> None:
-        with self._changed:
-            waiting = list(self._waiting)
-            self._waiting.clear()
-        for stream in waiting:
-            self._end(stream, "cancelled")
-        for writer in list(self._running):
-            self._leave(writer, "cancelled")
+        self._drop_cancelled(everything=True)
         closed = EngineClosed("The engine was closed meanwhile.")
         self._beside.cancel_all(closed)
         if self._preparing:

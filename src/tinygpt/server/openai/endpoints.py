@@ -7,15 +7,16 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tinygpt.server.http.body import check_model, no_model, read_json, unless_gone
+from tinygpt.server.http.event_stream import EventStream, event
 from tinygpt.server.http.json_answer import JSONResponse
-from tinygpt.server.http.refusal import DOCUMENT, Refusal
+from tinygpt.server.http.refusal import DOCUMENT, Refusal, closing
 from tinygpt.server.openai import tokenizing
-from tinygpt.server.openai.answering import Running
+from tinygpt.server.openai.answering import DONE, Answer
 from tinygpt.server.openai.document import openapi
 from tinygpt.server.openai.fields import chat_schema, completion_schema
 from tinygpt.server.openai.jobs import Body, Job, chat_job, completion_job
@@ -71,29 +72,29 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
     except TimeoutError:
         message = "The time for this request was over before it had its turn."
         raise Refusal(504, message, code="timeout") from None
-    running = Running(service, job, deadline)
+    answer = Answer(service, job, deadline)
     if job.stream:
-        return _EventStream(running)
+        return _EventStream(answer)
     try:
-        return JSONResponse(await running.whole())
+        return JSONResponse(await answer.whole())
     finally:
-        running.close()
+        answer.close()
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events. However the response ends, the engine's places are free again."""
+class _EventStream(EventStream):
+    """The texts as they are written. However the response ends, the engine's slots are free."""
 
-    media_type = "text/event-stream"
+    last = event(closing().body()) + DONE
 
-    def __init__(self, running: Running) -> None:
-        super().__init__(running.events(), headers={"x-accel-buffering": "no"})
-        self._running = running
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), headers={"x-accel-buffering": "no"})
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._running.close()
+            self._answer.close()
 
 
 async def _models(service: Service, request: Request) -> Response:

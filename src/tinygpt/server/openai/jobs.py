@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ from tinygpt.generation.decoder import Logits
 from tinygpt.generation.sample import Penalties
 from tinygpt.server.engine.scheduler import EngineClosed, QueueFull
 from tinygpt.server.engine.scoring import Score, Scored
-from tinygpt.server.engine.sequence import Request
+from tinygpt.server.engine.sequence import Piece, Request
 from tinygpt.server.http.refusal import Refusal
-from tinygpt.server.openai.choices import Delta, Told
+from tinygpt.server.openai.choices import Delta
 from tinygpt.server.openai.fields import MAX_CHAT_TOKENS, MAX_TOKENS
 from tinygpt.server.openai.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
 from tinygpt.server.openai.service import Service
 from tinygpt.server.openai.shapes import ChatShape, CompletionShape
-from tinygpt.text.tokenizers import TextStream
 
 Body = Mapping[str, Any]
 
@@ -138,8 +138,7 @@ def _requests(
     """Every text has a seed of its own: the seed, the seed + 1, and so on. ``firsts`` are logits
     of the first token, where they are known."""
     config, penalties, seed = sampling_of(body), _penalties(body), seed_of(body)
-    own = _value(body, "stop", ())
-    stops = ((own,) if isinstance(own, str) else tuple(own)) + stop
+    stops = stops_of(body) + stop
     texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
     seeds = [None if seed is None else seed + i for i in range(len(texts))]
     on = bool(body.get("ignore_eos"))
@@ -147,6 +146,12 @@ def _requests(
         Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, on)
         for (ids, first), seed in zip(texts, seeds, strict=True)
     )
+
+
+def stops_of(body: Body) -> tuple[str, ...]:
+    """The strings before which a text ends."""
+    own = _value(body, "stop", ())
+    return (own,) if isinstance(own, str) else tuple(own)
 
 
 def sampling_of(body: Body) -> SampleConfig:
@@ -180,7 +185,7 @@ def _penalties(body: Body) -> Penalties | None:
 async def _echoes(
     service: Service, given: Sequence[str | list[int]], prompts: Sequence[Ids], logprobs: int | None
 ) -> tuple[list[Delta], list[Logits | None]]:
-    """Each prompt as the beginning of its texts; where it is scored, logits of what follows."""
+    """Each prompt as the beginning of its texts; if it is scored, logits of the next token."""
     texts = [
         each if isinstance(each, str) else service.tokenizer.decode(ids)
         for each, ids in zip(given, prompts, strict=True)
@@ -189,7 +194,7 @@ async def _echoes(
         return [Delta(text) for text in texts], [None] * len(texts)
     scored = await _scored(service, prompts, logprobs)
     echoes = [
-        Delta(text, _told(service, ids, each.tokens))
+        Delta(text, _pieces(service, text, ids, each.tokens))
         for text, ids, each in zip(texts, prompts, scored, strict=True)
     ]
     return echoes, [each.following for each in scored]
@@ -215,9 +220,12 @@ async def _scored(service: Service, prompts: Sequence[Ids], count: int) -> list[
             future.cancel()  # where it is not done
 
 
-def _told(service: Service, ids: Ids, scores: Sequence[Score]) -> list[Told]:
-    stream, begins, told = TextStream(service.tokenizer), 0, []
+def _pieces(service: Service, text: str, ids: Ids, scores: Sequence[Score]) -> list[Piece]:
+    """The tokens of a prompt, which begin before the generated text: at negative offsets."""
+    decoder, begins = codecs.getincrementaldecoder("utf-8")(errors="replace"), -len(text)
+    pieces = []
     for token, (logprob, top) in zip(ids, scores, strict=True):
-        told.append(Told(token, logprob, top, begins))
-        begins += len(stream.push(token))
-    return told
+        raw = service.tokenizer.decode_bytes([token])
+        pieces.append(Piece(token, "", logprob, top, raw, begins))
+        begins += len(decoder.decode(raw))
+    return pieces

@@ -132,7 +132,7 @@ def _engine(stats: EngineStats) -> Iterator[str]:
     gauges = {
         "active": ("Texts that are being written.", stats.active),
         "waiting": ("Texts that wait for a place.", stats.waiting),
-        "places": ("Texts that can be written at once.", stats.places),
+        "places": ("Texts that can be written at once.", stats.slots),
         "queue": ("Texts that may wait.", stats.queue),
         "uptime_seconds": ("Since the engine started.", stats.seconds),
     }

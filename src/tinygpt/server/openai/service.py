@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Service:
     strict: bool = False
     """Whether fields that nobody knows are refused."""
     ignored: Ignored = field(default_factory=Ignored)
+    beginnings: Callable[[], list[str]] = list
+    """Finds texts that a page may begin with."""
 
     @property
     def vocab_size(self) -> int:

@@ -5,23 +5,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tinygpt.server.openai.choices import Choice, Delta, Told, finite, token_name
+from tinygpt.server.engine.sequence import Piece
+from tinygpt.server.openai.choices import Choice, Delta, finite, token_name
 from tinygpt.text.tokenizers import Tokenizer
 
 Json = dict[str, Any]
-
-
-def usage(prompt_tokens: int, choices: Iterable[Choice]) -> Json:
-    """How many tokens went in and came out; a prompt counts once, however many texts it gets."""
-    completion_tokens = sum(choice.count for choice in choices)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
 
 
 class CompletionShape:
@@ -38,51 +29,53 @@ class CompletionShape:
             "model": model,
         }
 
-    def whole(self, texts: Sequence[tuple[Choice, Delta]], counted: Json) -> Json:
+    def whole(self, texts: Sequence[tuple[Choice, Delta]], usage: Json) -> Json:
         """The answer when all of it is there."""
         choices = [self.choice(choice, delta) for choice, delta in texts]
-        return {**self.head, "object": self.kind, "choices": choices, "usage": counted}
+        return {**self.head, "object": self.kind, "choices": choices, "usage": usage}
 
     def chunk(self, choices: list[Json], **more: Any) -> Json:
         """A part of a streamed answer."""
         return {**self.head, "object": self.chunk_kind, "choices": choices, **more}
 
     def choice(self, choice: Choice, delta: Delta) -> Json:
-        return self._choice(choice, delta, choice.finish_reason)
+        """A whole text."""
+        return self.part(choice, delta, choice.finish_reason)
 
     def opening(self, choice: Choice) -> Json | None:
         """What a stream sends before the first token."""
         return self.part(choice, choice.echo) if choice.echo else None
 
-    def part(self, choice: Choice, delta: Delta) -> Json:
-        return self._choice(choice, delta, None)
-
-    def closing(self, choice: Choice) -> Json:
-        return self._choice(choice, Delta(), choice.finish_reason)
-
-    def _choice(self, choice: Choice, delta: Delta, reason: str | None) -> Json:
-        told = None if self.logprobs is None else self._logprobs(delta.tokens)
+    def part(self, choice: Choice, delta: Delta, reason: str | None = None) -> Json:
+        """A part of a text; the last has a reason, and nothing else."""
         return {
             "text": delta.text,
             "index": choice.index,
-            "logprobs": told if delta.tokens else None,
+            "logprobs": self._logprobs(choice, delta) if delta.tokens else None,
             "finish_reason": reason,
         }
 
-    def _logprobs(self, tokens: Sequence[Told]) -> Json:
+    def _logprobs(self, choice: Choice, delta: Delta) -> Json | None:
+        if self.logprobs is None:
+            return None
+        echoed, tokens = len(choice.echo.text), delta.tokens
         return {
-            "tokens": [token_name(self.tokenizer, t.id) for t in tokens],
+            "tokens": [token_name(t.raw) for t in tokens],
             "token_logprobs": [finite(t.logprob) for t in tokens],
             "top_logprobs": [self._top(t) for t in tokens] if self.logprobs else None,
-            "text_offset": [t.offset for t in tokens],
+            "text_offset": [echoed + t.begins for t in tokens],
         }
 
-    def _top(self, token: Told) -> dict[str, float | None] | None:
-        """The likeliest, and the one that was taken, which may be less likely."""
+    def _top(self, token: Piece) -> dict[str, float | None] | None:
+        """The likeliest, and the one that was chosen, which may be less likely."""
         if token.logprob is None:
             return None
-        pairs = dict((*token.top, (token.id, token.logprob)))
-        return {token_name(self.tokenizer, id_): finite(value) for id_, value in pairs.items()}
+        top = {token_name(self.raw(id_)): finite(value) for id_, value in token.top}
+        return {**top, token_name(token.raw): finite(token.logprob)}
+
+    def raw(self, token: int) -> bytes:
+        """The bytes of a token."""
+        return self.tokenizer.decode_bytes([token])
 
 
 class ChatShape(CompletionShape):
@@ -93,34 +86,32 @@ class ChatShape(CompletionShape):
 
     def choice(self, choice: Choice, delta: Delta) -> Json:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
-        told = None if self.logprobs is None else self._logprobs(delta.tokens)
-        return self._put(choice, "message", message, told, choice.finish_reason)
+        logprobs = self._logprobs(choice, delta)
+        return self._put(choice, choice.finish_reason, logprobs, message=message)
 
     def opening(self, choice: Choice) -> Json | None:
-        return self._put(choice, "delta", {"role": "assistant", "content": ""}, None, None)
+        return self._put(choice, None, None, delta={"role": "assistant", "content": ""})
 
-    def part(self, choice: Choice, delta: Delta) -> Json:
-        told = None if self.logprobs is None else self._logprobs(delta.tokens)
-        return self._put(choice, "delta", {"content": delta.text}, told, None)
+    def part(self, choice: Choice, delta: Delta, reason: str | None = None) -> Json:
+        if reason is not None:
+            return self._put(choice, reason, None, delta={})
+        return self._put(choice, None, self._logprobs(choice, delta), delta={"content": delta.text})
 
-    def closing(self, choice: Choice) -> Json:
-        return self._put(choice, "delta", {}, None, choice.finish_reason)
+    def _put(self, choice: Choice, reason: str | None, logprobs: Json | None, **said: Json) -> Json:
+        return {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": reason}
 
-    def _put(
-        self, choice: Choice, name: str, content: Json, told: Json | None, reason: str | None
-    ) -> Json:
-        return {"index": choice.index, name: content, "logprobs": told, "finish_reason": reason}
-
-    def _logprobs(self, tokens: Sequence[Told]) -> Json:
+    def _logprobs(self, choice: Choice, delta: Delta) -> Json | None:
+        if self.logprobs is None:
+            return None
         content = [
-            {**self._entry(t.id, t.logprob), "top_logprobs": [self._entry(*each) for each in t.top]}
-            for t in tokens
+            {
+                **_entry(t.raw, t.logprob),
+                "top_logprobs": [_entry(self.raw(id_), value) for id_, value in t.top],
+            }
+            for t in delta.tokens
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float | None) -> Json:
-        return {
-            "token": token_name(self.tokenizer, token),
-            "logprob": finite(logprob),
-            "bytes": list(self.tokenizer.decode_bytes([token])),
-        }
+
+def _entry(raw: bytes, logprob: float | None) -> Json:
+    return {"token": token_name(raw), "logprob": finite(logprob), "bytes": list(raw)}

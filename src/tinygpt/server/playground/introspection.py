@@ -7,20 +7,19 @@ Both are forward passes of their own, so they touch tinygrad: only the thread th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.config import SampleConfig
+from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.generation.decoder import Decoder, padded_length
 from tinygpt.generation.sample import next_logits, softmax
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import read, write, zeros
-from tinygpt.model.transformer import Transformer, mode
+from tinygpt.model.transformer import Transformer
 
 Ids = Sequence[int]
 Weights = npt.NDArray[np.float32]
@@ -75,7 +74,7 @@ class AttentionLook:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self._functions: dict[int, Callable[[Ids, int], Weights]] = {}  # by padded length
+        self._qkv = jit(self._qkv_of, short=True)
 
     def weights(self, ids: Ids, layer: int, last: int) -> Weights:
         """(H, q, T): the weights of the last q <= ``last`` positions.
@@ -93,31 +92,16 @@ class AttentionLook:
         Behind the text stands padding, which no position of the text can see.
         """
         length = padded_length(len(ids), self.model.config.block_size)
-        if length not in self._functions:
-            self._functions[length] = self._function(length)
         padded = [*ids, *[0] * (length - len(ids))]
-        with mode(self.model, training=False):
-            qkv = self._functions[length](padded, layer)[0, : len(ids)]  # (T, 3C)
+        qkv = self._qkv([padded], [[[layer]]])[0, : len(ids)]  # (T, 3C)
         q, k, _ = (_heads(part, self.model.config.n_head) for part in np.split(qkv, 3, axis=1))
         return q, k
 
-    def _function(self, length: int) -> Callable[[Ids, int], Weights]:
-        tokens, layer = zeros((1, length), dtypes.int32), zeros((1, 1, 1), dtypes.int32)
-
-        def compute() -> Tensor:
-            seen = _Seen(layer)
-            self.model.hidden(tokens, seen)
-            return seen.qkv.float().realize()
-
-        jitted = jit(compute, short=True)
-
-        def call(ids: Ids, number: int) -> Weights:
-            write(tokens, [ids])
-            write(layer, [[[number]]])
-            found: Weights = read(jitted())
-            return found
-
-        return call
+    def _qkv_of(self, tokens: Tensor, layer: Tensor) -> Tensor:
+        """Queries, keys and values (1, T, 3C) of one layer (1, 1, 1), for tokens (1, T)."""
+        seen = _Seen(self.model.config, layer)
+        self.model.hidden(tokens, seen)
+        return seen.qkv.float()
 
 
 def causal_weights(q: Weights, k: Weights) -> Weights:
@@ -137,16 +121,17 @@ class _Seen:
     The number of the layer is an input, so that one function does for all.
     """
 
-    def __init__(self, layer: Tensor) -> None:
+    def __init__(self, config: GPTConfig, layer: Tensor) -> None:
+        self.config = config
         self.layer = layer
         self.qkv = layer  # until the first one is there
 
     def positions(self, table: Tensor, T: int) -> Tensor:
         return table[:T]
 
-    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
         self.qkv = qkv if layer == 0 else (self.layer == layer).where(qkv, self.qkv)
-        return kernels.self_attention(qkv, n_head)
+        return kernels.self_attention(qkv, self.config.n_head)
 
 
 def _heads(x: Weights, n_head: int) -> Weights:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import CheckpointError
-from tinygpt.runs import checkpoint
-from tinygpt.runs.run import choose_checkpoint
+from tinygpt.pages.card import run_card
+from tinygpt.runs.folder import choose_checkpoint
 from tinygpt.server.openai.service import Service
+from tinygpt.text.tokenizers import ends_of
 
 
 def model_card(service: Service) -> dict[str, Any]:
@@ -16,30 +18,26 @@ def model_card(service: Service) -> dict[str, Any]:
     config, tokenizer = service.model.config, service.tokenizer
     return {
         "name": service.name,
+        **_history(service.folder),
         "parameters": service.model.num_params(),
         "config": config.to_dict(),
-        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "ends": bool(ends_of(tokenizer)),
+        },
+        "sampling": {**SampleConfig().to_dict(), "max_tokens": MAX_TOKENS},
+        "can": {"attention": True, "api": True},
         "limits": {
             "max_tokens": service.limits.max_tokens,
             "prompt_tokens": service.limits.prompt_tokens,
         },
-        **_history(service.folder),
     }
 
 
 def _history(folder: Path | None) -> dict[str, Any]:
-    """Of the training, as far as anybody wrote it down."""
-    unknown = dict.fromkeys(("step", "best_val_loss", "best_iter", "train", "data"))
-    if folder is None:
-        return unknown
+    """Of the training, as far as it was written down."""
     try:
-        meta = checkpoint.read_meta(choose_checkpoint(folder))
+        return {} if folder is None else run_card(choose_checkpoint(folder))
     except CheckpointError:
-        return unknown
-    return {
-        "step": meta.iter_num,
-        "best_val_loss": meta.progress.get("best_val_loss"),
-        "best_iter": meta.progress.get("best_iter"),
-        "train": None if meta.train is None else meta.train.to_dict(),
-        "data": checkpoint.text_of(folder if folder.is_dir() else folder.parent),
-    }
+        return {}

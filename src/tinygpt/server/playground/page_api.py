@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tinygpt.config import MAX_TOKENS
 from tinygpt.errors import TinyGPTError, TokenizerError
 from tinygpt.generation.decoder import Decoder
 from tinygpt.server.engine.scheduler import EngineClosed
@@ -29,7 +30,7 @@ from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.choices import Choice, Delta, finite
 from tinygpt.server.openai.endpoints import generate
 from tinygpt.server.openai.fields import completion_schema
-from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of
+from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of, stops_of
 from tinygpt.server.openai.prompts import Ids, encode
 from tinygpt.server.openai.schema import Schema, check
 from tinygpt.server.openai.service import Service
@@ -46,8 +47,6 @@ CANDIDATES = 50
 """Tokens that are told of a distribution at most."""
 WINDOW = 128
 """Tokens of which attention is told at most."""
-MAX_TOKENS = 100
-"""Tokens that are written where the page does not say how many."""
 LOOKS = 16
 """Looks inside the model that may wait for the engine; each is a forward pass."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -78,6 +77,7 @@ def routes(service: Service) -> list[Route]:
             partial(generate, service, schemas["generate"], _generation),
             methods=["POST"],
         ),
+        post("/api/beginnings", _body({}), looking.beginnings),
         post("/api/tokens", schemas["tokens"], looking.tokens),
         post("/api/candidates", schemas["candidates"], looking.candidates),
         post("/api/attention", schemas["attention"], looking.attention),
@@ -101,6 +101,8 @@ def _schemas(service: Service) -> dict[str, Schema]:
     writing = {
         "max_tokens": {**fields["max_tokens"], "maximum": service.limits.max_tokens},
         "seed": {**fields["seed"], "minimum": 0},
+        "stop": fields["stop"],
+        "ignore_eos": fields["ignore_eos"],
     }
     return {
         "tokens": _body({"text": text}, "text"),
@@ -139,6 +141,10 @@ class _Looking:
         self.service = service
         self._decoder, self._attention = Decoder(service.model), AttentionLook(service.model)
         self._waiting = 0
+
+    async def beginnings(self, body: Body) -> Json:
+        """Texts to begin with, from the run's own validation text."""
+        return {"beginnings": await asyncio.to_thread(self.service.beginnings)}
 
     async def tokens(self, body: Body) -> Json:
         """How the tokenizer cuts a text, or the end of one that is too long."""
@@ -248,7 +254,15 @@ async def _generation(service: Service, body: Body) -> Job:
     ids, text = await _ids_and_text(service, body)
     asked = body.get("max_tokens")
     max_tokens = MAX_TOKENS if asked is None else int(asked)
-    request = TextRequest(ids, max_tokens, sampling_of(body), seed_of(body), logprobs=0)
+    request = TextRequest(
+        ids,
+        max_tokens,
+        sampling_of(body),
+        seed_of(body),
+        stops_of(body),
+        logprobs=0,
+        ignore_eos=bool(body.get("ignore_eos")),
+    )
     shape = _TokenShape(service, text)
     return Job(shape, (request,), (Delta(),), len(ids), stream=True, include_usage=False)
 
@@ -266,16 +280,15 @@ class _TokenShape(CompletionShape):
     def opening(self, choice: Choice) -> Json:
         return {"prompt": pieces(self.tokenizer, self._text)}
 
-    def part(self, choice: Choice, delta: Delta) -> Json:
+    def part(self, choice: Choice, delta: Delta, reason: str | None = None) -> Json:
+        if reason is not None:
+            return {"finish_reason": reason}
         return {
             "tokens": [
-                piece(self.tokenizer, token.id) | {"logprob": finite(token.logprob)}
+                described(token.token, token.raw) | {"logprob": finite(token.logprob)}
                 for token in delta.tokens
             ]
         }
-
-    def closing(self, choice: Choice) -> Json:
-        return {"finish_reason": choice.finish_reason}
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Json]:
@@ -291,7 +304,10 @@ def piece(tokenizer: Tokenizer, token: int) -> Json:
     {'id': 65, 'text': 'A', 'bytes': [65]}
     """
     try:
-        raw = tokenizer.decode_bytes([token])
+        return described(token, tokenizer.decode_bytes([token]))
     except TokenizerError:  # an id that the vocabulary leaves out
-        raw = b""
+        return described(token, b"")
+
+
+def described(token: int, raw: bytes) -> Json:
     return {"id": token, "text": raw.decode(errors="replace"), "bytes": list(raw)}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
+from tinygpt.config.weights import weights
 from tinygpt.errors import ConfigError, nearest
 from tinygpt.files.strict_json import to_json
 from tinygpt.untrusted import LARGEST, brief, clip, parse_toml, read_bounded
@@ -178,18 +179,7 @@ class GPTConfig(Config):
 
     def num_params(self) -> int:
         """Number of parameters a model of this shape has; tied embeddings count once."""
-        C, V = self.n_embd, self.vocab_size
-        norm = C * (1 + int(self.bias))
-        head = 0 if self.tie_embeddings else V * C
-        return V * C + self.block_size * C + self.n_layer * self.block_params() + norm + head
-
-    def block_params(self) -> int:
-        """Number of parameters of one transformer block."""
-        C, b = self.n_embd, int(self.bias)
-        norm = C * (1 + b)
-        attention = C * 3 * C + C * C + b * (3 * C + C)
-        mlp = C * 4 * C + 4 * C * C + b * (4 * C + C)
-        return 2 * norm + attention + mlp
+        return sum(weight.size for weight in weights(self))
 
 
 @dataclass(frozen=True)
@@ -332,6 +322,10 @@ def check_together(model: GPTConfig, train: TrainConfig) -> None:
         f"With freeze={freeze} of n_layer={most} blocks frozen there is no layer left that "
         f"lora_rank={rank} could adapt. Freeze fewer.",
     )
+
+
+MAX_TOKENS = 200
+"""Tokens of a text, where neither the command line nor the page is given a number."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a page tells of how its model came about."""
+"""What a page says of how its model came about."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.runs import checkpoint
-from tinygpt.training import metrics
+from tinygpt.runs.folder import METRICS, text_of
+from tinygpt.runs.history import read
 
 POINTS = 200
 """Points of a curve: as many as a small picture can show."""
@@ -17,22 +18,23 @@ Point = tuple[int, float | None]
 """A step and its loss; None is a gap in the curve."""
 
 
-def card(path: Path) -> dict[str, Any]:
-    """Figures and loss curves of the checkpoint at ``path`` and the run that it lies in.
+def run_card(path: Path) -> dict[str, Any]:
+    """What the checkpoint at ``path`` and the run that it lies in say of the model, as JSON values.
 
-    Of the text only its name is told, not where it lay.
+    Of the training text only its name is said, not where it lay. What is not known is left out.
     """
     meta = checkpoint.read_meta(path)
-    told: dict[str, Any] = {
-        "steps": meta.iter_num,
+    found: dict[str, Any] = {
+        "step": meta.iter_num,
         "parameters": meta.model.num_params(),
-        "data": checkpoint.text_of(path.parent),
-        "val_loss": meta.progress.get("best_val_loss"),
-        "train_loss": meta.progress.get("train_loss"),
+        "data": text_of(path),
+        "best_val_loss": meta.progress.get("best_val_loss"),
+        "best_iter": meta.progress.get("best_iter"),
         "seconds": meta.progress.get("elapsed"),
+        "train": None if meta.train is None else meta.train.to_dict(),
     }
-    known = {name: value for name, value in told.items() if value is not None}
-    return known | _curves(path.parent / "metrics.jsonl", meta.iter_num)
+    known = {name: value for name, value in found.items() if value is not None}
+    return known | _curves(path.parent / METRICS, meta.iter_num)
 
 
 def _curves(path: Path, last: int) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def _curves(path: Path, last: int) -> dict[str, Any]:
     val: list[Point] = []
     if not path.is_file():
         return {}
-    for row in metrics.read(path):
+    for row in read(path):
         step = row.get("iter")
         if type(step) is not int or step > last:
             continue

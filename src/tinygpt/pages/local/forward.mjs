@@ -1,5 +1,5 @@
-// The model: what decides which of the two functions of its forward pass is called. step(position)
-// adds one token to the cache of keys and values, window(last) fills all of it at once.
+// One forward pass at a time: decides which of the two functions of a module is called. step(position)
+// adds one token to the cache of keys and values, window(last) fills the whole cache at once.
 
 export class Model {
   // runner: {ids, out, step, window}, such as a WASM module or a graphics card; its functions may
