@@ -200,9 +200,8 @@ def product(
             vector = b(y, lane)
             for row, x in rows_of_tile:
                 sums[row, lane] = sums[row, lane] + a(x, y) * vector
-        for row, x in rows_of_tile:  # a phase each: the next may read what this one writes
-            with k.phase() as lane:
-                then(x, sums[row, lane], lane)
+        with k.loop(count) as row, k.phase() as lane:
+            then(as_index(first) + row, sums[row, lane], lane)
 
     whole, rest = divmod(rows, tile)
     with k.loop(whole) as i:
