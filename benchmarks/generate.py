@@ -101,9 +101,13 @@ class Ours(Generator):
 
     def logits(self) -> np.ndarray:
         """(16, V): behind the prompt and behind the tokens after it, one by one."""
-        ids, owner = self.text[None].astype(np.int32), object()
-        ends = range(self.setting.prompt, len(self.text))
-        return np.stack([self.decoder.next_logits(ids[:, :end], owner)[0] for end in ends])
+        from tinygpt.generation.decoder import Sequence
+
+        sequence, found = Sequence(self.prompt), []
+        for token in self.text[self.setting.prompt :]:
+            found.append(self.decoder.next_logits([sequence])[0])
+            sequence.ids.append(int(token))
+        return np.stack(found)
 
     def greedy(self, count: int) -> list[int]:
         config = SampleConfig(temperature=0.0)

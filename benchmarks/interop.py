@@ -26,7 +26,7 @@ from common import MB, Spread, arguments, machine, show_machine, take_turns, wri
 
 from tinygpt.config import PRESETS, GPTConfig
 from tinygpt.interop.hf.hf_config import config_to_hf
-from tinygpt.interop.hf.pretrained import TURNED, shapes
+from tinygpt.interop.hf.layout import all_weights, stored_shape
 from tinygpt.interop.hf.weight_files import write_file
 
 CONFIGS = {
@@ -97,10 +97,7 @@ def make_folder(folder: Path, config: GPTConfig) -> None:
     """A Hugging Face folder with random weights."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    stored = {
-        (n if n == "lm_head.weight" else f"transformer.{n}"): s[::-1] if TURNED.fullmatch(n) else s
-        for n, s in shapes(config).items()
-    }
+    stored = {name: stored_shape(weight) for name, weight in all_weights(config).items()}
     write_file(
         folder / "model.safetensors",
         stored,

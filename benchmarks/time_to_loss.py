@@ -34,7 +34,7 @@ from common import (
 
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
 from tinygpt.machine import resources
-from tinygpt.text.batches import batch, sequential, split
+from tinygpt.text.batches import batch, split
 
 EVAL_SEED = 0x5EED
 
@@ -58,8 +58,10 @@ class Recipe:
 
     def whole_validation(self) -> float:
         """Mean loss over every token of the validation split."""
+        from tinygpt.training.evaluation import windows
+
         shape = (self.config.batch_size, self.model.block_size)
-        batches = sequential(self.val_tokens, *shape)
+        batches = windows(self.val_tokens, *shape)
         weighted = [(self.loss(x, y) * count, count) for x, y, count in batches]
         return sum(loss for loss, _ in weighted) / sum(count for _, count in weighted)
 

@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 from tinygpt.api import GPT
 from tinygpt.config import GPTConfig
-from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.decoder import Decoder
 from tinygpt.server.app import make_app
 from tinygpt.server.engine.scheduler import EngineClosed, EngineStats, QueueFull
 from tinygpt.server.engine.scoring import score_texts
@@ -85,7 +85,7 @@ class FakeEngine:
 
     def score(self, ids, count):
         """The real scores, of the model that ``fake_service`` gives."""
-        pieces = score_texts(BatchDecoder(self.model, 1), [(ids, count)], 256)
+        pieces = score_texts(Decoder(self.model, 1), [(ids, count)], 256)
 
         def scored():
             while True:

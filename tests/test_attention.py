@@ -31,12 +31,13 @@ from tests.conftest import CUTS
 from tinygpt import GPT, kernels, load
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ConfigError, KernelError, UsageError
-from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.kernels.attention import (
     backward,
     decode_attention,
     flash_attention,
     plain_attention,
+    rows,
     self_attention,
 )
 from tinygpt.kernels.attention.decode import decode
@@ -378,7 +379,12 @@ def results(**options: Any) -> list[np.ndarray]:
     found = [loss, *loss.gradient(*model.parameters().values())]
     Tensor.realize(*found)
     decoder = Decoder(model)
-    cached = [decoder.next_logits(IDS[:, :n], owner=model) for n in (3, 4, 5)]
+    sequences = [Sequence(row[:2].tolist()) for row in IDS]
+    cached = []
+    for n in (2, 3, 4):
+        for sequence, row in zip(sequences, IDS, strict=True):
+            sequence.ids.append(int(row[n]))
+        cached.append(decoder.next_logits(sequences))
     return [x.numpy() for x in found] + cached
 
 
@@ -393,18 +399,19 @@ def test_auto_and_flash_are_the_kernels_and_plain_is_the_same_to_rounding(dropou
     assert any((a != c).any() for a, c in zip(auto, plain, strict=True))
 
 
-FLASH, PLAIN = ("_attention", "decode"), ("plain_attention",)  # what the ways come down to
+FLASH = ((attention, "_attention"), (rows, "decode_rows"))  # what the ways come down to
+PLAIN = ((attention, "plain_attention"), (rows, "_in_place"))
 
 
 @pytest.mark.parametrize(("way", "others"), [("plain", FLASH), ("flash", PLAIN)])
 def test_the_option_holds_for_training_prompts_and_decoding(
-    way: str, others: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    way: str, others: tuple[tuple[Any, str], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError(f"attention={way!r} took another way")
 
-    for name in others:
-        monkeypatch.setattr(attention, name, forbidden)
+    for module, name in others:
+        monkeypatch.setattr(module, name, forbidden)
     results(attention=way)
 
 

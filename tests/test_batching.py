@@ -16,8 +16,7 @@ from tests.test_generate import with_strong_weights
 from tinygpt import kernels
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import KernelError, TinyGPTError
-from tinygpt.generation.batching import BatchDecoder, Line
-from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.generation.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
 from tinygpt.kernels.attention import decode_attention
 from tinygpt.kernels.attention.decode import decode_rows
@@ -28,8 +27,6 @@ from tinygpt.kernels.attention.rows import (
     plain_rows_attention,
     rows_attention,
 )
-from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import memory, read, write
 from tinygpt.model.int8 import quantize
 from tinygpt.model.transformer import Transformer
 
@@ -90,7 +87,7 @@ class Problem:
         return out
 
 
-SHAPES = [(5, 2, 100, 16, 4), (3, 2, 130, 20, 3), (17, 1, 9, 8, 16)]
+SHAPES = [(5, 2, 100, 16, 4), (3, 2, 130, 20, 3), (17, 1, 9, 8, 16), (1, 4, 256, 32, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -165,11 +162,11 @@ def decoder(model):
 
 def alone(decoder, ids, count, seed):
     """Logits (count, V) of a text whose continuation is drawn from the seed."""
-    owner, rng = object(), np.random.default_rng(seed)
-    ids, found = list(ids), []
+    sequence, rng = Sequence(ids), np.random.default_rng(seed)
+    found = []
     for _ in range(count):
-        found.append(decoder.next_logits(np.array([ids], np.int32), owner)[0])
-        ids.append(int(rng.integers(V)))
+        found.append(decoder.next_logits([sequence])[0])
+        sequence.ids.append(int(rng.integers(V)))
     return np.stack(found)
 
 
@@ -177,19 +174,19 @@ def together(batch, prompts, count, arrivals):
     """The same for each of several texts, which come in before so many steps."""
     rngs = [np.random.default_rng(seed) for seed in range(len(prompts))]
     found = [[] for _ in prompts]
-    waiting, lines = list(range(len(prompts))), {}
+    waiting, running = list(range(len(prompts))), {}
     for step in range(1000):
-        while waiting and arrivals[waiting[0]] <= step and len(lines) < batch.places:
+        while waiting and arrivals[waiting[0]] <= step and len(running) < batch.slots:
             i = waiting.pop(0)
-            lines[i] = batch.admit(prompts[i])
-        if not lines and not waiting:
+            running[i] = Sequence(prompts[i])
+        if not running and not waiting:
             break
-        logits = batch.next_logits(list(lines.values()))
-        for (i, line), row in zip(list(lines.items()), logits, strict=True):
+        logits = batch.next_logits(list(running.values()))
+        for (i, sequence), row in zip(list(running.items()), logits, strict=True):
             found[i].append(row)
-            line.ids.append(int(rngs[i].integers(V)))
+            sequence.ids.append(int(rngs[i].integers(V)))
             if len(found[i]) == count:
-                batch.release(lines.pop(i))
+                batch.release(running.pop(i))
     return [np.stack(rows) for rows in found]
 
 
@@ -203,7 +200,7 @@ def wanted(decoder):
 
 @pytest.fixture(scope="module")
 def batch(model):
-    return BatchDecoder(model, 7)
+    return Decoder(model, 7)
 
 
 @pytest.mark.parametrize("arrivals", [[0] * 7, [0, 0, 1, 2, 5, 5, 9], list(range(0, 98, 14))])
@@ -211,8 +208,8 @@ def test_logits_are_bitwise_those_of_a_decoder_also_past_block_size(arrivals, ba
     np.testing.assert_array_equal(together(batch, PROMPTS, 12, arrivals), wanted)
 
 
-def test_more_texts_than_a_step_has_rows_take_several(model, decoder):
-    batch, prompts = BatchDecoder(model, 19), [[n] for n in range(19)]
+def test_more_sequences_than_a_step_has_rows_take_several(model, decoder):
+    batch, prompts = Decoder(model, 19), [[n] for n in range(19)]
     got = together(batch, prompts, 3, [0] * 19)
     np.testing.assert_array_equal(got, [alone(decoder, p, 3, i) for i, p in enumerate(prompts)])
 
@@ -220,7 +217,7 @@ def test_more_texts_than_a_step_has_rows_take_several(model, decoder):
 def test_a_quantised_model_is_decoded_alike():
     small = quantize(with_strong_weights(Transformer(CONFIG)))
     decoder = Decoder(small)
-    got = together(BatchDecoder(small, 3), PROMPTS[:3], 8, [0, 0, 1])
+    got = together(Decoder(small, 3), PROMPTS[:3], 8, [0, 0, 1])
     np.testing.assert_array_equal(got, [alone(decoder, p, 8, i) for i, p in enumerate(PROMPTS[:3])])
 
 
@@ -230,7 +227,7 @@ def test_plain_formulas_give_the_same_to_rounding():
         with_strong_weights(Transformer(GPTConfig(**CONFIG.to_dict() | small | {"attention": way})))
         for way in ("auto", "plain")
     )
-    batch, decoder = BatchDecoder(plain, 2), Decoder(fast)
+    batch, decoder = Decoder(plain, 2), Decoder(fast)
     with kernels.plain(), Context(NOOPT=1):  # tinygrad's optimiser takes longer than the model
         got = together(batch, [[3, 1], [4]], 4, [0, 1])
     wanted = [alone(decoder, ids, 4, seed) for seed, ids in enumerate([[3, 1], [4]])]
@@ -247,27 +244,55 @@ def test_flash_attention_that_must_and_cannot_run_is_an_error():
 def test_the_mode_of_the_model_and_its_dropout_do_not_matter(wanted):
     config = GPTConfig(**CONFIG.to_dict() | {"dropout": 0.5})
     mine = with_strong_weights(Transformer(config)).train()
-    got = together(BatchDecoder(mine, 2), PROMPTS[:2], 12, [0, 0])
+    got = together(Decoder(mine, 2), PROMPTS[:2], 12, [0, 0])
     np.testing.assert_array_equal(got, wanted[:2])
     assert mine.training
 
 
-def test_places_are_given_back_and_no_more_than_there_are_are_given(model):
-    batch = BatchDecoder(model, 2)
-    first, second = batch.admit([1]), batch.admit([2])
-    with pytest.raises(TinyGPTError, match="All 2 places are taken"):
-        batch.admit([3])
-    batch.release(first)
-    assert batch.admit([3]).place == first.place != second.place
+def test_a_sequence_takes_a_slot_that_is_free_or_else_the_one_unused_the_longest(model):
+    batch = Decoder(model, 2)
+    first, second, third, fourth = (Sequence([i]) for i in range(4))
+    batch.next_logits([first, second])
+    slots = [slot for slot, _ in batch._cached.values()]
+    assert sorted(slots) == [0, 1]
+    batch.next_logits([first])
+    batch.next_logits([third])
+    assert batch._cached == {first: (slots[0], 1), third: (slots[1], 1)}
+    batch.release(third)
+    batch.next_logits([fourth])
+    assert batch._cached == {first: (slots[0], 1), fourth: (slots[1], 1)} and batch.slots == 2
+
+
+def test_sequences_that_lose_their_slots_get_the_same_logits(model, wanted):
+    one = Decoder(model)
+    running = [Sequence(ids) for ids in PROMPTS[:3]]
+    rngs = [np.random.default_rng(seed) for seed in range(3)]
+    for step in range(4):
+        for i, sequence in enumerate(running):
+            [logits] = one.next_logits([sequence])
+            np.testing.assert_allclose(logits, wanted[i][step], atol=1e-5)
+            sequence.ids.append(int(rngs[i].integers(V)))
+    assert one.slots == 1
+    logits = one.next_logits(running)
+    np.testing.assert_allclose(logits, [wanted[i][4] for i in range(3)], atol=1e-5)
+    assert one.slots == 3  # so many are decoded together
+
+
+def test_a_sequence_that_grew_by_several_tokens_or_by_none_is_decoded_rightly(decoder, model):
+    sequence, fresh = Sequence([1, 2]), Decoder(model)
+    first = decoder.next_logits([sequence])
+    np.testing.assert_allclose(decoder.next_logits([sequence]), first, atol=1e-5)
+    sequence.ids += [3, 4]
+    wanted = fresh.next_logits([Sequence([1, 2, 3, 4])])
+    np.testing.assert_array_equal(decoder.next_logits([sequence]), wanted)
 
 
 def test_what_was_prepared_is_not_made_again(batch, wanted):
     for prepare in batch.preparations():
         prepare()
-    captures = [f.captures for f in (batch._prefilled, batch._stepped, batch._slid)]
-    captures += [f.captures for f in (batch._looked, batch._logits)]
+    captures = [function.captures for function in batch._passes]
     # Prompts, steps of up to 8 rows, windows; texts that are only read; logits of 16 rows and 64.
-    assert list(map(len, captures)) == [2, 4, 3, 2, 2]
+    assert list(map(len, captures)) == [2, 4, 3, 4, 2]
     made = [dict(found) for found in captures]
     got = together(batch, PROMPTS, 12, [0, 0, 1, 2, 5, 5, 9])
     np.testing.assert_array_equal(got, wanted)  # preparing leaves nothing behind
@@ -277,46 +302,22 @@ def test_what_was_prepared_is_not_made_again(batch, wanted):
 def test_the_caches_are_hidden_from_tinygrad(model):
     mine = with_strong_weights(Transformer(CONFIG))
     count = len(nn.state.get_parameters(mine))
-    mine.decoder = BatchDecoder(mine, 2)
+    mine.decoder = Decoder(mine, 2)
     assert len(nn.state.get_parameters(mine)) == count
 
 
 def test_weights_that_change_in_place_are_used(decoder):
     mine = with_strong_weights(Transformer(CONFIG), seed=5)
-    batch = BatchDecoder(mine, 1)
+    batch = Decoder(mine, 1)
     together(batch, [[3]], 2, [0])
     with_strong_weights(mine)
     np.testing.assert_array_equal(together(batch, [[3]], 2, [0])[0], alone(decoder, [3], 2, 0))
 
 
-def test_a_line_keeps_its_own_ids():
+def test_a_sequence_keeps_its_own_ids():
     ids = [1, 2]
-    Line(ids, 0).ids.append(3)
+    Sequence(ids).ids.append(3)
     assert ids == [1, 2]
-
-
-# Numbers in and out
-
-
-def test_memory_is_where_a_tensors_values_are():
-    x = Tensor.zeros(2, 3, dtype=dtypes.int32).contiguous().realize()
-    values = memory(x)
-    values[...] = [[1, 2, 3], [4, 5, 6]]
-    assert x.tolist() == [[1, 2, 3], [4, 5, 6]]
-    copy = read(x)
-    values[...] = 7
-    assert copy.tolist() == [[1, 2, 3], [4, 5, 6]] and x.tolist() == [[7] * 3] * 2
-    x.assign(x + 1).realize()
-    assert read(x).tolist() == [[8] * 3] * 2
-
-
-def test_memory_out_of_reach_is_copied(monkeypatch):
-    monkeypatch.setattr("tinygpt.machine.transfer.memory", lambda tensor: None)
-    monkeypatch.setattr("tinygpt.machine.jit.memory", lambda tensor: None)
-    x = Tensor.zeros(3, dtype=dtypes.int32).contiguous().realize()
-    assert read(write(x, [1, 2, 3])).tolist() == [1, 2, 3]
-    double = jit(lambda x: x * 2)
-    assert [double([n, 4]).tolist() for n in range(3)] == [[0, 8], [2, 8], [4, 8]]
 
 
 # Choosing for many

@@ -25,7 +25,8 @@ from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
-from tinygpt.runs.checkpoint import background, keeping, state
+from tinygpt.runs.checkpoint import background, keeping
+from tinygpt.runs.checkpoint import copier as copier_module
 from tinygpt.runs.checkpoint.format import arrange
 from tinygpt.runs.folder import best_checkpoint, checkpoint_path, list_checkpoints, mark_best
 from tinygpt.training.optim import AdamW
@@ -449,7 +450,7 @@ def test_a_file_that_is_gone_is_forgotten(tmp_path):
     for step in range(1, 6):
         run_of(tmp_path, (step,))
         checkpoint.remove_old(tmp_path, 1, verified)
-    assert len(checkpoint.list_checkpoints(tmp_path)) == 1 and len(verified._known) <= 2
+    assert len(list_checkpoints(tmp_path)) == 1 and len(verified._known) <= 2
 
 
 def test_what_a_run_adds_is_read_back(tmp_path):
@@ -587,7 +588,7 @@ class Odd:
 def test_tensors_of_every_kind_are_copied(in_reach, monkeypatch):
     """Not in reach: as from a device with memory of its own."""
     if not in_reach:
-        monkeypatch.setattr(state, "_memory", lambda *_: None)
+        monkeypatch.setattr(copier_module, "_memory", lambda *_: None)
     odd = Odd()
     copier = checkpoint.Copier(odd, None)
     memory = copier.snapshot.memory

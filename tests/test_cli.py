@@ -107,9 +107,10 @@ def test_help_lists_every_verb(run_cli):
     shown = {head: re.findall(r"^│ (\S+) ", rest, re.M) for head, rest in parts}
     assert shown == shown | {
         "Everyday": ["train", "generate", "serve", "dashboard"],
-        "Runs": ["info", "compare", "plot", "eval", "verify"],
+        "Runs": ["runs", "info", "compare", "plot", "eval", "verify"],
         "Exchange": ["import", "export", "tokenizer"],
         "Proofs": ["doctor", "memorization"],
+        "Shell": ["completion"],
     }
     assert all(verb in VERBS for group in GROUPS for verb in shown[group])
 
@@ -175,7 +176,6 @@ WRONG_USE = {
     "train a.txt --optimizer sgd": "Unknown option: --optimizer",
     "trian a.txt": 'Did you mean "train"?',
     "train a.txt b.txt": "Unexpected argument 'b.txt'.",
-    "generate": "RUN is missing.",
     "train a.txt --seed": "--seed needs a value.",
     "train a.txt --max-iters many": 'unable to convert "many" into int',
     "train a.txt --decay exponential": '"cosine", "linear", "constant"',
@@ -196,7 +196,6 @@ WRONG_USE = {
     "generate run --prompt ''": "The prompt is empty",
     "generate run -i --prompt x": "-i asks for the prompts itself",
     "eval run --batch-size 0": "must be at least 1",
-    "plot": "Say which run to draw",
     "plot nowhere": "There is no run at nowhere",
     "tokenizer train a.txt": "--out is missing.",
     "tokenizer encode bpe:300 x": "has to be trained first",
@@ -206,7 +205,8 @@ WRONG_USE = {
 
 
 @pytest.mark.parametrize("line", WRONG_USE)
-def test_wrong_use_is_told_on_stderr_with_exit_code_2(run_cli, line):
+def test_wrong_use_is_told_on_stderr_with_exit_code_2(run_cli, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no run that could be taken
     code, out, err = run_cli(*shlex.split(line))
     assert code == 2, err
     assert out == ""

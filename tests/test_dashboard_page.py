@@ -241,6 +241,86 @@ def test_log_and_smooth_change_the_picture_and_are_kept(runs, open_page):
     expect(page.locator("#smooth")).not_to_be_checked()
 
 
+def test_what_is_chosen_stands_in_the_address_and_a_link_shows_the_same(tmp_path, open_page):
+    for name, seed in (("first", 0), ("second", 1)):
+        folder = make_run(tmp_path / name, 400, planned=1000, seed=seed)
+        settings = (folder / "config.toml").read_text()
+        (folder / "config.toml").write_text(
+            settings.replace("[train]", "block_size = 8\n[train]\nbatch_size = 4")
+        )
+        found = [row | {"val_bits_per_byte": 2 * row.get("val_loss", 0)} for row in rows(1, 400)]
+        (folder / "metrics.jsonl").write_text(lines(found))
+    with serving(tmp_path) as address:
+        page = ready(open_page(address))
+        seen = {picture(page, "loss")}
+        page.locator("#x").select_option("tokens")
+        page.locator("#loss > canvas").press("End")
+        until(lambda: picture(page, "loss") and slider(page, "loss", "valuemax") == "12800")
+        page.locator("#x").select_option("time")
+        page.locator("#loss > canvas").press("End")
+        until(lambda: picture(page, "loss") and slider(page, "loss", "valuemax") == "40")
+        assert slider(page, "loss", "valuetext").startswith("40s, ")
+        seen.add(picture(page, "loss"))
+        loss = float(figure(page, "Best validation").inner_text())
+        page.locator("#unit").select_option("bits")
+        expect(figure(page, "Best validation")).to_have_text(f"{2 * loss:.4f}")
+        card(page, "first").locator("button").click()
+        card(page, "second").locator("input").uncheck()
+        page.locator("#loss > canvas").press("+")
+        expect(page.locator("#whole")).to_be_visible()
+        seen.add(picture(page, "loss"))
+        assert len(seen) == 3 and KEY not in page.url
+        again = ready(open_page(f"{page.url}#key={KEY}"))
+        expect(again.locator("#name")).to_have_text("first")
+        expect(again.locator("#runs input:checked")).to_have_count(1)
+        expect(again.locator("#x")).to_have_value("time")
+        expect(again.locator("#unit")).to_have_value("bits")
+        expect(again.locator("#whole")).to_be_visible()
+        for chart in ("valuemin", "valuemax"):
+            picture(again, "loss")
+            assert slider(again, "loss", chart) == slider(page, "loss", chart)
+
+
+def test_one_value_far_from_the_others_leaves_the_axis_alone_until_it_is_asked_for(
+    tmp_path, open_page
+):
+    folder = make_run(tmp_path / "run", 400)
+    found = [*rows(1, 400)]
+    found[200]["train_loss"] = 900.0
+    (folder / "metrics.jsonl").write_text(lines(found))
+    with serving(tmp_path) as address:
+        page = ready(open_page(address))
+        found[200]["train_loss"] = 90_000.0
+        cut = picture(page, "loss")
+        page.locator("#outliers").check()
+        assert picture(page, "loss") != cut
+        page.locator("#outliers").uncheck()
+        assert picture(page, "loss") == cut
+
+
+def test_curves_are_saved_as_a_table_and_as_a_picture(runs, open_page):
+    page = ready(open_page(runs[1]))
+    with page.expect_download() as table:
+        page.locator("#csv").click()
+    head, *found = table.value.path().read_text().splitlines()
+    assert head.startswith("run,step,train_loss,") and head.endswith(",val_loss")
+    assert table.value.suggested_filename == "curves.csv" and len(found) == 700 + 14
+    wanted = next(rows(1, 1, 0))
+    [first] = [row.split(",") for row in found if row.startswith('"first",1,')]
+    assert float(first[2]) == pytest.approx(wanted["train_loss"], rel=1e-5)
+    with page.expect_download() as drawn:
+        page.locator("#png").click()
+    assert drawn.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+def test_seven_figures_stand_in_one_row(runs, open_page):
+    page = ready(open_page(runs[1], viewport={"width": 1280, "height": 800}))
+    tops = page.evaluate(
+        "() => [...document.querySelectorAll('#figures > div')].map((e) => e.offsetTop)"
+    )
+    assert len(tops) == 7 and len(set(tops)) == 1
+
+
 def test_dragging_looks_closer_with_finer_points_and_a_double_click_goes_back(tmp_path, open_page):
     make_run(tmp_path / "long", 5000, every=500)
     with serving(tmp_path) as address:
@@ -274,6 +354,8 @@ def test_what_the_page_says_is_so(tmp_path, open_page):
         for name in ("long", "empty"):
             card(page, name).locator("input").uncheck()
         canvas, tip = page.locator("#loss > canvas"), page.locator("#loss .tip")
+        keys = page.locator("#keys > span")  # each with a piece of its line
+        expect(page.locator("#keys > span > svg")).to_have_count(4)
         page.locator("#smooth").uncheck()
         canvas.press("Home")
         for _ in range(86):  # a hundredth of 399 steps at a time, from the first on
@@ -283,13 +365,11 @@ def test_what_the_page_says_is_so(tmp_path, open_page):
         told = slider(page, "loss", "valuetext")
         assert re.fullmatch(r"step 344, training [\d.]+, validation \(step 350\) [\d.]+", told)
         page.locator("#smooth").check()
-        expect(page.locator("#keys")).to_have_text(
-            "Thick: training, smoothed. Faint: as it was. Thin: validation."
-        )
+        expect(keys).to_have_text(["training, smoothed", "as measured", "validation", "best"])
         canvas.press("Home")
         expect(tip).to_contain_text("training, smoothed")
         page.locator("#smooth").uncheck()
-        expect(page.locator("#keys")).to_have_text("Thick: training. Thin: validation.")
+        expect(keys).to_have_text(["training", "validation", "best"])
         card(page, "run").locator("input").uncheck()
         card(page, "long").locator("button").click()
         canvas.press("Home")

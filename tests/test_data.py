@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tinygpt.errors import DataError, TokenizerError
 from tinygpt.files import folders
 from tinygpt.text import tokens as tokens_module
-from tinygpt.text.batches import batch, sequential, split
+from tinygpt.text.batches import batch, split
 from tinygpt.text.corpus import Corpus, open_corpus
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 from tinygpt.text.tokens import byte_count, data_fingerprint, load_tokens, tokenize
@@ -417,19 +417,6 @@ def test_every_place_is_drawn_the_last_one_too() -> None:
     places = np.concatenate([batch(tokens, n, 0, 64, 8)[0][:, 0] for n in range(20)])
     assert set(places.tolist()) == {0, 1, 2, 3}
     assert np.bincount(places).min() > 0.8 * len(places) / 4
-
-
-@hypothesis.given(st.integers(2, 200), st.integers(1, 5), st.integers(1, 20))
-def test_sequential_has_every_target_once_and_in_order(count: int, B: int, T: int) -> None:
-    tokens = np.arange(count) + 10
-    seen: list[int] = []
-    for x, y, valid in sequential(tokens, B, T):
-        assert x.shape == y.shape == (B, T) and x.dtype == y.dtype == np.int32
-        real = y >= 0
-        assert valid == real.sum() > 0 and (x[real] == y[real] - 1).all()
-        assert (x[~real] == 0).all() and (y[~real] == -1).all()
-        seen += y[real].tolist()
-    assert seen == tokens[1:].tolist()
 
 
 def test_from_a_file_to_a_batch(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.test_attention import RENDERERS, exact, problem, render, tensor
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
+from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.kernels.attention import (
     backward,
     flash_attention,
@@ -26,7 +27,6 @@ from tinygpt.kernels.attention import (
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.dropout import dropout, mix, plain_mask
-from tinygpt.model.cache import KVCache
 from tinygpt.model.transformer import Dropout, Transformer
 from tinygpt.training.gradcheck import gradcheck
 
@@ -429,10 +429,10 @@ def test_inference_and_decoding_know_nothing_of_dropout(monkeypatch: pytest.Monk
 
 
 def decoded(model: Transformer) -> list[float]:
-    cache, logits = KVCache(model.config, 1), list[float]()
-    for i, T in enumerate((3, 1, 1)):
-        logits += model(tokens(1, T, seed=i), cache)[0, -1].tolist()
-        cache.position += T
+    decoder, sequence, logits = Decoder(model), Sequence([1, 2]), list[float]()
+    for i in range(3):
+        sequence.ids.append(i)
+        logits += decoder.next_logits([sequence])[0].tolist()
     return logits
 
 

@@ -15,6 +15,7 @@ from tests.test_generate import with_strong_weights
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.decoder import Sequence as Ids
 from tinygpt.generation.stream import generate_text
 from tinygpt.model.transformer import Transformer
 from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull
@@ -154,15 +155,14 @@ def test_no_tokens_are_no_pieces(engine):
 def test_log_probabilities_are_the_models_own(engine, model):
     config = SampleConfig(temperature=0.2, top_k=2)  # neither of which they depend on
     pieces = list(engine.submit(request("abc", 6, config, seed=1, logprobs=29)))
-    decoder, owner, ids = Decoder(model), object(), TOKENIZER.encode("abc")
+    decoder, sequence = Decoder(model), Ids(TOKENIZER.encode("abc"))
     for piece in pieces:
-        context = np.array([ids], np.int32)
-        logits = engine.run(lambda c=context: decoder.next_logits(c, owner)).result(SECONDS)[0]
+        [logits] = engine.run(lambda: decoder.next_logits([sequence])).result(SECONDS)
         logs = logits[:29] - np.log(np.exp(logits[:29].astype(np.float64)).sum())
         assert piece.logprob == pytest.approx(logs[piece.token], abs=1e-5)
         assert [i for i, _ in piece.top] == np.argsort(-logs, kind="stable").tolist()
         assert math.fsum(math.exp(log) for _, log in piece.top) == pytest.approx(1)
-        ids.append(piece.token)
+        sequence.ids.append(piece.token)
 
 
 @pytest.mark.parametrize("count", [None, 0, 3])
@@ -177,7 +177,7 @@ def test_as_many_likeliest_tokens_come_as_were_asked_for(count, engine):
 def test_text_that_ends_within_a_character_says_so():
     script = iter([97, *"😀".encode()[:2]])
     with Engine(byte_model(), ByteTokenizer(), slots=1) as engine:
-        engine._decoder.__class__ = Scripted
+        engine.decoder.__class__ = Scripted
         Scripted.script = script
         stream = engine.submit(Request((1,), 3, GREEDY))
         assert [p.text for p in stream] == ["a", "", "�"]
@@ -187,17 +187,14 @@ def byte_model():
     return Transformer(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=4))
 
 
-BatchDecoder = type(Engine(byte_model(), ByteTokenizer(), slots=1)._decoder)
-
-
-class Scripted(BatchDecoder):
+class Scripted(Decoder):
     """Says what it is told to say."""
 
     __slots__ = ()
     script = iter(())
 
-    def next_logits(self, lines):
-        return np.eye(256, dtype=np.float32)[[next(self.script) for _ in lines]]
+    def next_logits(self, sequences):
+        return np.eye(256, dtype=np.float32)[[next(self.script) for _ in sequences]]
 
 
 # Many at once
@@ -479,10 +476,10 @@ def test_a_call_that_was_cancelled_is_not_made(engine):
 def test_warming_up_makes_all_that_requests_need(model):
     with Engine(model, TOKENIZER, slots=2) as engine:
         engine.warm_up().result(SECONDS)
-        made = dict(engine._decoder._functions)
+        made = [dict(function.captures) for function in engine.decoder._passes]
         streams = [engine.submit(request("hello"[:n], 40)) for n in range(1, 6)]
         assert len({len(list(s)) for s in streams}) == 1
-        assert engine._decoder._functions == made
+        assert [function.captures for function in engine.decoder._passes] == made
 
 
 def test_requests_and_calls_go_before_warming_up(model):
@@ -498,16 +495,16 @@ def test_requests_and_calls_go_before_warming_up(model):
 
 def failing(monkeypatch, engine, when):
     """Let the next step of so many requests fail."""
-    step = BatchDecoder.next_logits
+    step = Decoder.next_logits
     broken = RuntimeError("the device is gone")
 
-    def next_logits(self, lines):
-        if len(lines) == when and self is engine._decoder:
-            monkeypatch.setattr(BatchDecoder, "next_logits", step)
+    def next_logits(self, sequences):
+        if len(sequences) == when and self is engine.decoder:
+            monkeypatch.setattr(Decoder, "next_logits", step)
             raise broken
-        return step(self, lines)
+        return step(self, sequences)
 
-    monkeypatch.setattr(BatchDecoder, "next_logits", next_logits)
+    monkeypatch.setattr(Decoder, "next_logits", next_logits)
     return broken
 
 

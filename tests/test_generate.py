@@ -11,7 +11,7 @@ from tinygrad import Tensor, TinyJit, dtypes, nn
 
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import TinyGPTError, UsageError
-from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.generation.generate import FINISHED, generate, generate_tokens
 from tinygpt.generation.stream import StopStrings, generate_text
 from tinygpt.model.transformer import Transformer
@@ -69,9 +69,11 @@ def test_the_reference_is_not_touched_by_its_padding(model, full_forward):
 def test_cached_decoding_equals_the_full_forward_also_past_block_size(
     prompt, decoder, full_forward
 ):
-    owner = object()
+    sequences = [Sequence(row[:prompt].tolist()) for row in TEXT]
     for n in range(prompt, TEXT.shape[1]):
-        logits = decoder.next_logits(TEXT[:, :n], owner)
+        logits = decoder.next_logits(sequences)
+        for sequence, row in zip(sequences, TEXT, strict=True):
+            sequence.ids.append(int(row[n]))
         for row, ids in zip(logits, TEXT[:, :n], strict=True):
             reference = full_forward(ids[-BLOCK:])[-1]
             np.testing.assert_allclose(row, reference, atol=1e-5)
@@ -154,9 +156,9 @@ def test_an_error_in_the_forward_pass_leaves_mode_and_cache_right(model, monkeyp
     steps = generate_tokens(decoder, TEXT[:1, :3], 3, GREEDY)
     got = [next(steps)]
     with monkeypatch.context() as patch:
-        patch.setattr("tinygpt.generation.decoder.write", interrupt)
+        patch.setattr("tinygpt.machine.jit.Capture.__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            decoder.next_logits(TEXT[:1, :3], object())
+            decoder.next_logits([Sequence([1, 2, 3])])
     assert model.training
     got += list(steps)
     assert [int(ids[0]) for ids in got] == wanted[0][3:]
@@ -184,13 +186,12 @@ def test_changed_weights_are_used(model):
     assert text() == first
 
 
-def test_caches_of_few_batch_sizes_are_kept(monkeypatch):
+def test_one_cache_serves_batches_of_all_sizes():
     small = Transformer(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
     decoder = Decoder(small)
-    monkeypatch.setattr("tinygpt.generation.decoder.LIVE_BATCH_SIZES", 2)
-    for size in (1, 2, 1, 3):
-        decoder._batch(size)
-    assert list(decoder._batches) == [1, 3]
+    for size in (1, 3, 2, 1):
+        generate(decoder, [[1]] * size, 2)
+    assert decoder.slots == 3 and len(decoder._cached) <= 3
 
 
 def test_a_block_of_one_token_works():
@@ -219,7 +220,7 @@ def scripted(monkeypatch, *rows):
     """Let generation produce these ids, whatever the model says."""
     columns = iter(np.array(rows).T)
 
-    def next_logits(self, context, owner):
+    def next_logits(self, sequences):
         return np.eye(self.model.config.vocab_size)[next(columns)]
 
     monkeypatch.setattr(Decoder, "next_logits", next_logits)
@@ -299,8 +300,8 @@ def test_a_stop_string_is_not_emitted_even_in_pieces(byte_model, monkeypatch):
 def test_a_special_token_in_a_prompt_is_plain_text(byte_model, monkeypatch):
     seen = []
 
-    def next_logits(self, context, owner):
-        seen.append(bytes(context[0].tolist()))
+    def next_logits(self, sequences):
+        seen.append(bytes(sequences[0].ids))
         return np.zeros((1, 256))
 
     monkeypatch.setattr(Decoder, "next_logits", next_logits)

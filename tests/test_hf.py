@@ -17,10 +17,11 @@ from tests.numpy_gpt2 import GPT2
 from tinygpt import GPT, ByteTokenizer, GPTConfig, TrainConfig, load_pretrained
 from tinygpt.api import load
 from tinygpt.cli import main
+from tinygpt.config.weights import weights
 from tinygpt.errors import CheckpointError, InteropError, UsageError
 from tinygpt.files import atomic
 from tinygpt.interop import parity
-from tinygpt.interop.hf import hf_export, pretrained
+from tinygpt.interop.hf import hf_export, layout, pretrained
 from tinygpt.interop.hf.hf_config import config_to_hf, read_config
 from tinygpt.interop.hf.hf_export import export, read_back, write_weights
 from tinygpt.interop.hf.weight_files import WIDTHS, read_file, write_file
@@ -303,7 +304,7 @@ def test_where_float32_itself_errs_by_more_more_is_allowed(tmp_path):
         if name.endswith("weight") and parameter.ndim == 2:
             parameter.assign(parameter * 30).realize()
     ids = parity.fixed_prompt(SMALL)
-    ours, fetch = parity.our_logits(model, ids), pretrained.fetch_from(model)
+    ours, fetch = parity.our_logits(model, ids), layout.fetch_from(model)
     exact = parity.plain_logits(fetch, SMALL, ids, np.float64)
     error = parity.rounding_error(fetch, SMALL, ids)
     assert np.abs(exact).max() > 30 and error > 0
@@ -712,7 +713,7 @@ def test_a_read_only_place_is_said(tmp_path, exported, monkeypatch):
 def test_our_names_and_shapes_are_the_models():
     for config in OURS:
         found = {n: tuple(p.shape) for n, p in Transformer(config).parameters().items()}
-        assert pretrained.shapes(config) == found
+        assert {w.name: w.shape for w in weights(config)} == found
 
 
 def test_a_config_goes_out_and_comes_back(tmp_path):

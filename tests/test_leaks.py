@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tinygrad.helpers import Context, GlobalCounters
 from tinygrad.uop.ops import UOpMetaClass
 
 from tinygpt import GPT, ByteTokenizer, GPTConfig, SampleConfig, kernels
-from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.stream import generate_text
 from tinygpt.machine.resources import memory
 from tinygpt.server.engine import scoring
@@ -75,7 +75,7 @@ def generate(model: GPT) -> None:
 
 
 looking = cache(introspection.AttentionLook)
-decoding = cache(partial(BatchDecoder, places=1))
+decoding = cache(Decoder)
 
 
 def look(model: GPT) -> None:

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from tinygpt.errors import UsageError
-from tinygpt.runs import lock
+from tinygpt.files import atomic
 from tinygpt.runs.folder import LOCK
 from tinygpt.runs.lock import FolderLock, Holder
 
@@ -188,7 +188,7 @@ def dead_pid():
 def test_where_the_kernel_has_no_locks_the_word_of_the_file_counts(
     tmp_path, monkeypatch, left, free
 ):
-    monkeypatch.setattr(lock, "_lock", lambda handle: None)
+    monkeypatch.setattr(atomic, "lock", lambda handle: None)
     (tmp_path / LOCK).write_text(left())
     mine = FolderLock(tmp_path)
     if free:
@@ -211,7 +211,7 @@ def test_errors_that_mean_no_locks_are_known(tmp_path, monkeypatch):
 
     for code, answer in [(errno.ENOLCK, None), (errno.EWOULDBLOCK, False), (errno.ENOSYS, None)]:
         monkeypatch.setattr(fcntl, "flock", refuse(code))
-        assert lock._lock(0) is answer
+        assert atomic.lock(0) is answer
 
 
 def test_the_holder_says_who_and_where(tmp_path):

@@ -32,7 +32,6 @@ from tinygpt.machine.pool.workers import Commands, command, command_list
 from tinygpt.machine.resources import cores
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX threads"),
     pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tinygrad's default device is another"),
 ]
 

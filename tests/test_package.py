@@ -130,7 +130,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(clone: Path) -> None:
     (clone / "interrupt").unlink()
     train, generate = calls(clone, "demo")
     assert train == "tinygpt train --resume --out runs/demo"
-    assert generate.startswith("tinygpt generate runs/demo --prompt")
+    assert generate.startswith("tinygpt generate runs/demo The")
 
 
 def test_a_demo_interrupted_before_its_first_checkpoint_starts_over(clone: Path) -> None:

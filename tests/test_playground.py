@@ -24,8 +24,9 @@ from tests.browser import axe_violations, overflow
 from tests.numpy_gpt2 import GPT2
 from tests.serving import running, until
 from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig
+from tinygpt.cli.texts import beginnings
 from tinygpt.config import MAX_TOKENS, to_toml
-from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.generation.sample import filter_logits, softmax
 from tinygpt.interop.web import export_web
 from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
@@ -33,7 +34,10 @@ from tinygpt.runs.folder import checkpoint_path
 from tinygpt.server.engine.scheduler import Engine
 from tinygpt.server.openai.service import Service
 from tinygpt.server.playground import introspection
+from tinygpt.text.batches import split
+from tinygpt.text.corpus import open_corpus
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.text.tokens import data_fingerprint, tokens_of
 
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>run'
 CONFIG = GPTConfig(block_size=48, vocab_size=256, n_layer=2, n_head=3, n_embd=24)
@@ -164,7 +168,7 @@ def test_candidates_have_the_probabilities_of_the_model_and_of_the_sampler(model
     logits = model(Tensor([ids], dtype="int32")).numpy()[0, -1, :250].astype(np.float64)
     np.testing.assert_allclose(found.model, softmax(logits), atol=1e-5)
     assert found.sampled.sum() == pytest.approx(1)
-    filtered = next_logits(logits, np.array(ids), config)
+    filtered = filter_logits(logits, np.array(ids), config)
     if config.temperature:
         np.testing.assert_allclose(found.sampled, softmax(filtered), atol=1e-4)
         assert found.kept == np.isfinite(filtered).sum()
@@ -289,6 +293,23 @@ def test_the_card_says_what_the_checkpoint_knows(tmp_path, model):
     assert card["parameters"] == model.num_params() and card["config"] == CONFIG.to_dict()
     assert card["train"]["max_iters"] == 2
     assert "secret" not in json.dumps(card)
+
+
+def test_beginnings_are_of_the_run_s_own_text_as_long_as_it_is_the_same(tmp_path, model, address):
+    text = "".join(f"This is line {i} of a text.\n" for i in range(400))
+    source, tokenizer = tmp_path / "text.txt", ByteTokenizer()
+    source.write_text(text)
+    (tmp_path / "config.toml").write_text(to_toml({"data": {"source": str(source)}}))
+    _, held_out = split(tokens_of(open_corpus(str(source)), tokenizer, 256), 0.1, 48)
+    meta = checkpoint.Meta(2, CONFIG, data={"val": data_fingerprint(held_out)})
+    checkpoint.save(checkpoint_path(tmp_path, 2), model, None, meta)
+    found = beginnings(tmp_path, model, tokenizer)
+    assert len(found) == 3
+    for lines in found:
+        assert lines in text and text.index(lines) > 0.9 * len(text)
+    source.write_text(text.replace("text", "tale"))  # which the run has never seen
+    assert beginnings(tmp_path, model, tokenizer) == []
+    assert post(address, "/api/beginnings")["beginnings"] == BEGINNINGS
 
 
 def test_a_model_without_a_folder_has_a_card_too(address):

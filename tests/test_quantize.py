@@ -22,7 +22,7 @@ from tinygpt.api import GPT, load, train
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, SampleConfig, TrainConfig
 from tinygpt.errors import CheckpointError, DataError, UsageError
-from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.generation.generate import generate_tokens
 from tinygpt.kernels import quantized
 from tinygpt.kernels.embedding import embedding, plain_embedding
@@ -230,11 +230,11 @@ def test_the_greedy_text_is_that_of_the_dequantised_model() -> None:
 
 def test_weights_that_are_quantised_are_seen_by_a_decoder_that_has_written() -> None:
     model = spread(Transformer(CONFIG)).eval()
-    decoder, context = Decoder(model), np.array([[1, 2, 3]], np.int32)
-    before = decoder.next_logits(context, object())
+    decoder = Decoder(model)
+    before = decoder.next_logits([Sequence([1, 2, 3])])
     quantize(model)
-    after = decoder.next_logits(context, object())
-    fresh = Decoder(model).next_logits(context, object())
+    after = decoder.next_logits([Sequence([1, 2, 3])])
+    fresh = Decoder(model).next_logits([Sequence([1, 2, 3])])
     assert not np.array_equal(before, after)
     np.testing.assert_array_equal(after, fresh)
 

@@ -18,8 +18,8 @@ from tinygpt.interop.gguf import gguf_file as ours
 from tinygpt.interop.gguf.gguf_tokens import tokens_of
 from tinygpt.interop.web import page
 from tinygpt.interop.web.finished import check_finished
-from tinygpt.interop.web.weights import Chunk
-from tinygpt.runs import checkpoint
+from tinygpt.interop.web.payload import Chunk
+from tinygpt.runs.folder import best_checkpoint, checkpoint_path, mark_best, mark_run, run_of
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from tinygpt.untrusted import utf8_name
 
@@ -42,12 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @FEW
 @given(run=st.integers(0, 2**64 - 1).map("{:016x}".format), val_loss=st.floats())
 def test_the_marks_of_a_run_are_read_back(folder: Path, run: str, val_loss: float) -> None:
-    checkpoint.mark_run(folder, run)
-    assert checkpoint.run_of(folder) == run
-    path = checkpoint.checkpoint_path(folder, 3)
+    mark_run(folder, run)
+    assert run_of(folder) == run
+    path = checkpoint_path(folder, 3)
     path.touch()
-    checkpoint.mark_best(path, val_loss)
-    assert checkpoint.best_checkpoint(folder) == path
+    mark_best(path, val_loss)
+    assert best_checkpoint(folder) == path
     json.loads((folder / "best.json").read_text("utf-8"), parse_constant=pytest.fail)
 
 

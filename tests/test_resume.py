@@ -508,7 +508,7 @@ def test_the_proof_of_a_run_takes_its_settings_and_leaves_it_alone(text, capsys)
 def test_a_longer_run_is_refused_with_the_command_that_allows_it(text, capsys):
     flags = [*TINY, "--train.max-iters", "2", "--train.eval-iters", "1"]
     assert main(["train", str(text), *flags, "--out", "run"]) == 0
-    resume = ["train", "--resume", "--out", "run", "--train.max-iters", "3"]
+    resume = ["train", "--resume", "--out", "run", "--max-iters", "3"]
     capsys.readouterr()
     assert main(resume) == 1
     advice = capsys.readouterr().err.splitlines()[-1].split()

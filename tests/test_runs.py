@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 import tomllib
@@ -51,7 +52,10 @@ def test_a_run_folder_holds_everything(whole):
     assert TrainConfig.from_dict(config["train"]) == TRAIN
     history = rows(whole)
     assert [row["iter"] for row in history] == list(range(1, 13))
-    assert [row["iter"] for row in history if "val_loss" in row] == [3, 6, 9, 12]
+    evaluated = [row for row in history if "val_loss" in row]
+    assert [row["iter"] for row in evaluated] == [3, 6, 9, 12]
+    for row in evaluated:  # a token of this tokenizer is a byte
+        assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2))
     assert {"train_loss", "lr", "grad_norm"} <= set(history[0])
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert [sample["iter"] for sample in samples] == [3, 6, 9, 12]

@@ -14,12 +14,12 @@ from tinygpt.generation.sample import (
     Penalties,
     choose,
     draw,
+    filter_logits,
     first_choice,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     make_sampler,
-    next_logits,
     penalise_repetition,
     scale_by_temperature,
     softmax,
@@ -95,17 +95,17 @@ def test_filters_leave_their_argument_alone():
     logits = np.array([1.0, 3.0, 2.0, 3.0])
     before = logits.copy()
     config = SampleConfig(0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.5)
-    next_logits(logits, np.array([1, 2]), config)
+    filter_logits(logits, np.array([1, 2]), config)
     np.testing.assert_array_equal(logits, before)
 
 
 def test_filters_apply_in_the_documented_order():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
     # Top-k first leaves 0.625 and 0.375, of which the first alone reaches 0.6.
-    assert kept(next_logits(logits, [], SampleConfig(top_k=2, top_p=0.6))) == [0]
-    assert kept(next_logits(logits, [], SampleConfig(top_p=0.6))) == [0, 1]
+    assert kept(filter_logits(logits, [], SampleConfig(top_k=2, top_p=0.6))) == [0]
+    assert kept(filter_logits(logits, [], SampleConfig(top_p=0.6))) == [0, 1]
     # Temperature before top-p: a flat distribution has a large nucleus.
-    assert kept(next_logits(logits, [], SampleConfig(temperature=100, top_p=0.6))) == [0, 1, 2]
+    assert kept(filter_logits(logits, [], SampleConfig(temperature=100, top_p=0.6))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_filters_apply_in_the_documented_order():
 def test_frequencies_match_probabilities(config):
     n = 6_000
     logits = np.random.default_rng(3).normal(0, 1.5, 10)
-    expected = n * softmax(next_logits(logits, np.array([4, 7]), config))
+    expected = n * softmax(filter_logits(logits, np.array([4, 7]), config))
     pick = make_sampler(config, seed=11)
     drawn = [pick(logits[None], np.array([[4, 7]]))[0] for _ in range(n)]
     counts = np.bincount(drawn, minlength=10)

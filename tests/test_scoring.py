@@ -14,7 +14,7 @@ from tinygrad import Tensor
 from tests.serving import PATIENCE, TINY, until
 from tinygpt.api import GPT
 from tinygpt.config import SampleConfig
-from tinygpt.generation.batching import CHUNK, WINDOW_TOKENS, BatchDecoder
+from tinygpt.generation.decoder import CHUNK, WINDOW_TOKENS, Decoder
 from tinygpt.generation.sample import log_probabilities
 from tinygpt.server.engine.beside import SHARE, Beside, Call, Text
 from tinygpt.server.engine.scheduler import Engine, EngineClosed, QueueFull
@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return BatchDecoder(model, places=2)
+    return Decoder(model, slots=2)
 
 
 def scored(decoder, *asked, vocab_size=250):
@@ -124,7 +124,7 @@ def test_calls_take_their_share_of_the_time_of_streams_and_no_more(decoder):
         beside.add(Call(lambda: clock.spend(draw.uniform(0.5, 3.0))))
     while streams < 300:
         before = clock.now
-        beside.piece(streaming=True)
+        beside.piece(busy=True)
         spent += clock.now - before
         beside.earn(0.25)
         streams += 0.25
@@ -137,12 +137,12 @@ def test_without_streams_nothing_waits_and_nothing_is_owed_later(decoder):
     beside = Beside(decoder, 250, clock)
     for i in range(3):
         beside.add(Call(lambda i=i: (made.append(i), clock.spend(100.0))))
-    beside.piece(streaming=True)
-    beside.piece(streaming=True)
+    beside.piece(busy=True)
+    beside.piece(busy=True)
     assert made == [0], "it is in debt"
-    beside.piece(streaming=False)
+    beside.piece(busy=False)
     assert made == [0, 1]
-    beside.piece(streaming=True)
+    beside.piece(busy=True)
     assert made == [0, 1, 2] and not beside
 
 
@@ -158,7 +158,7 @@ def test_texts_of_one_length_go_together_in_the_order_of_the_queue(decoder):
         text.future.add_done_callback(lambda future, i=i: made.append(i))
     made.clear()  # of the cancelled one
     while beside:
-        beside.piece(streaming=False)
+        beside.piece(busy=False)
     assert made == [0, 4, 1, 3, "call"]
     assert all(len(t.future.result().tokens) == len(t.ids) for i, t in enumerate(texts) if i != 2)
 

@@ -43,7 +43,7 @@ from tinygpt.cli.serving import _name as name_of
 from tinygpt.cli.serving import browser
 from tinygpt.config import SampleConfig
 from tinygpt.errors import MissingExtraError, TinyGPTError, UsageError, extras
-from tinygpt.generation.batching import BatchDecoder, Line
+from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.sample import Penalties, softmax
 from tinygpt.generation.stream import generate_text
 from tinygpt.server.app import assemble, make_app
@@ -247,7 +247,6 @@ def test_tokens_of_half_a_character_are_told_with_the_whole():
 def test_a_stream_brings_the_same_however_its_tokens_come(logprobs):
     text = "h\u00e9 \u8bd7\U0001f642!"
     sequence = Sequence(Request((1,), 99, SampleConfig(), logprobs=0 if logprobs else None))
-    sequence.line = Line((1,), 0)
     sequence.begin(ByteTokenizer())
     for byte in text.encode():
         sequence.advance(byte, np.zeros(256, np.float32))
@@ -1301,7 +1300,7 @@ def test_scores_of_a_model_that_diverged_are_an_error(model):
     broken = GPT(TINY)
     broken.ln_f.weight.assign(Tensor.full(broken.ln_f.weight.shape, float("nan"))).realize()
     with pytest.raises(TinyGPTError, match="diverged"):
-        list(score_texts(BatchDecoder(broken, 1), [([1, 2, 3], 1)], 256))
+        list(score_texts(Decoder(broken, 1), [([1, 2, 3], 1)], 256))
 
 
 # The command ------------------------------------------------------------------------------------

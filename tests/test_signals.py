@@ -228,15 +228,3 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [before]
-
-
-def test_where_signals_cannot_be_blocked_they_are_handled_all_the_same(monkeypatch):
-    """Windows: no masks, no SIGHUP, no SIGUSR1."""
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.delattr(signal, "SIGHUP")
-    monkeypatch.delattr(signal, "SIGUSR1")
-    stopped = []
-    with run_signals(lambda: stopped.append(1), lambda: None, lambda _: None) as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        wait_for(lambda: stopped)
-    assert stopped == [1] and received == [signal.SIGTERM]

@@ -20,9 +20,9 @@ from tinygpt.cli import main
 from tinygpt.config import SampleConfig
 from tinygpt.errors import InteropError, MissingExtraError, UsageError, extras
 from tinygpt.generation.generate import generate
-from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.generation.sample import filter_logits, softmax
 from tinygpt.interop.parity import TOLERANCE, fixed_prompt, our_logits
-from tinygpt.interop.web import Kind, export_web, parity, wasm, weights
+from tinygpt.interop.web import Kind, export_web, parity, payload, wasm
 from tinygpt.interop.web.capture import capture
 from tinygpt.interop.web.vocabulary import describe
 from tinygpt.machine.transfer import read
@@ -65,7 +65,7 @@ def parts(page: str) -> dict[str, Any]:
     assert about is not None
     chunk = r'class="weights" data-kind="(\w+)" data-at="(\d+)" data-columns="(\d+)">(.*?)</script>'
     chunks = [
-        weights.Chunk(kind, int(at), int(columns), base64.b64decode(data))
+        payload.Chunk(kind, int(at), int(columns), base64.b64decode(data))
         for kind, at, columns, data in re.findall(chunk, page)
     ]
     return {"about": json.loads(about[1]), "chunks": chunks}
@@ -74,7 +74,7 @@ def parts(page: str) -> dict[str, Any]:
 # The file ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", weights.KINDS)
+@pytest.mark.parametrize("kind", payload.KINDS)
 def test_a_page_carries_every_weight_as_rounded(tmp_path: Path, kind: Kind) -> None:
     model, path = make(SMALL), tmp_path / "page.html"
     before = {name: read(p) for name, p in model.parameters().items()}
@@ -87,10 +87,10 @@ def test_a_page_carries_every_weight_as_rounded(tmp_path: Path, kind: Kind) -> N
     assert size <= carried <= size * (1.3 if kind == "int8" else 1)
     assert made.size == path.stat().st_size <= 1.1 * carried * 4 / 3 + 150_000
     places = {n: at for n, at, _ in capture(SMALL).weights}
-    assert found["chunks"] == list(weights.chunks(before, places, kind))
+    assert found["chunks"] == list(payload.chunks(before, places, kind))
     for name, values in before.items():
         allowed = {"float32": 0.0, "float16": 2**-11, "int8": 0.5 / 127}[kind]
-        error = np.abs(weights.rounded(values, kind) - values).max()
+        error = np.abs(payload.rounded(values, kind) - values).max()
         assert error <= allowed * np.abs(values).max() * 1.001, name
 
 
@@ -142,17 +142,17 @@ def test_the_policy_allows_the_page_s_own_scripts_and_no_request(tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def built() -> tuple[GPT, bytes, list[weights.Chunk]]:
+def built() -> tuple[GPT, bytes, list[payload.Chunk]]:
     model = make(SMALL)
     source = capture(SMALL)
     arrays = {name: read(p) for name, p in model.parameters().items()}
     places = {name: at for name, at, _ in source.weights}
-    return model, wasm.compile_wasm(source.text), list(weights.chunks(arrays, places, "float32"))
+    return model, wasm.compile_wasm(source.text), list(payload.chunks(arrays, places, "float32"))
 
 
 @pytest.mark.parametrize("place", ["_node", "_wasmtime"])
 def test_a_module_computes_what_the_model_computes(
-    built: tuple[GPT, bytes, list[weights.Chunk]], place: str
+    built: tuple[GPT, bytes, list[payload.Chunk]], place: str
 ) -> None:
     if place == "_node" and shutil.which("node") is None:
         pytest.skip("node is not installed")
@@ -170,20 +170,20 @@ def test_a_module_computes_what_the_model_computes(
 
 
 def test_a_wrong_weight_leaves_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right: Callable[..., Any] = weights.chunks
+    right: Callable[..., Any] = payload.chunks
 
     def wrong(arrays: Any, places: Any, kind: Any) -> Any:
         damaged = {n: v + np.float32(0.01) * (n == "h.1.mlp.c_fc.bias") for n, v in arrays.items()}
         return right(damaged, places, kind)
 
-    monkeypatch.setattr(weights, "chunks", wrong)
+    monkeypatch.setattr(payload, "chunks", wrong)
     with pytest.raises(InteropError, match=r"computes something else .* Nothing was written"):
         export_web(make(SMALL), ByteTokenizer(), tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_text_is_refused_and_a_tie_is_not(
-    built: tuple[GPT, bytes, list[weights.Chunk]],
+    built: tuple[GPT, bytes, list[payload.Chunk]],
 ) -> None:
     model = built[0]
     prompt = fixed_prompt(SMALL)
@@ -279,7 +279,7 @@ def test_the_page_samples_from_the_same_distribution(config: SampleConfig) -> No
             "settings": config.to_dict(),
         },
     )
-    ours = next_logits(logits.astype(np.float32), np.array([0]), config)
+    ours = filter_logits(logits.astype(np.float32), np.array([0]), config)
     expected = np.eye(40)[ours.argmax()] if config.temperature == 0 else softmax(ours)
     counts = np.bincount(drawn, minlength=40)
     assert not counts[expected == 0].any()
@@ -328,7 +328,7 @@ def test_no_compiler_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nowhere_to_run_names_the_extra(
-    built: tuple[GPT, bytes, list[weights.Chunk]], monkeypatch: pytest.MonkeyPatch
+    built: tuple[GPT, bytes, list[payload.Chunk]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setitem(__import__("sys").modules, "wasmtime", None)

@@ -50,6 +50,24 @@ def test_a_gap_interrupts_the_line():
     assert node(script, points) == [[[0, 1], [2, 4]], True, False]
 
 
+@pytest.mark.parametrize("entry", ["local/page.js", "local/worker.mjs"])
+def test_a_bundle_has_each_module_once_behind_those_that_it_imports(entry: str):
+    script = pages.bundle(entry)
+    assert not re.search(r"^(import|export)\b", script, re.MULTILINE)
+    order = re.findall(r'^modules\["(.+?)"\] = ', script, re.MULTILINE)
+    assert order[-1] == entry and len(order) == len(set(order)) > 3
+    for needed, at in [(m[1], m.start()) for m in re.finditer(r'= modules\["(.+?)"\];', script)]:
+        assert 0 <= script.index(f'modules["{needed}"] = ') < at
+
+
+def test_no_string_of_a_script_goes_over_several_lines():
+    """The bundle leaves indentation and lines that look like comments out."""
+    for path in pages.FOLDER.glob("*/*js"):
+        if path.name != "load.mjs":  # which is in no bundle
+            for line in path.read_text(encoding="utf-8").splitlines():
+                assert line.count("`") % 2 == 0, (path, line)
+
+
 @pytest.fixture(scope="module")
 def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"

@@ -32,6 +32,7 @@ GROUPS = {
         "dashboard": ("serving:dashboard", "Watch runs in the browser while they train."),
     },
     "Runs": {
+        "runs": ("listing:runs", "List the runs of a folder, with their losses."),
         "info": ("showing:info", "Show what a checkpoint or a run holds."),
         "compare": ("comparing:compare", "Show runs side by side: settings, figures, samples."),
         "plot": ("plotting:plot", "Draw the loss curves of runs."),
@@ -49,6 +50,9 @@ GROUPS = {
             "memorizing:memorization",
             "Look for passages of the training text in what a model writes.",
         ),
+    },
+    "Shell": {
+        "completion": ("completing:completion", "Complete commands and flags in a shell."),
     },
 }
 """The verbs under their headings in the help: where each one is, and what it does in one line."""
@@ -165,5 +169,5 @@ def _at_home(value: Any) -> Any:
 
 def _restore_sigchld() -> None:
     """Undo an ignored SIGCHLD, which some launchers leave: no exit code would arrive."""
-    if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.cli.console import aligned, show_json
+from tinygpt.cli.newest import newest_runs
 from tinygpt.cli.options import CONFIGS, Switch, Tables, run_tables
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, MissingExtraError, UsageError
@@ -69,12 +70,14 @@ def compare(*runs: Path, samples: int = 2, json: Switch = False) -> None:
     Parameters
     ----------
     runs
-        Run folders, also of runs that are still being trained, or checkpoints.
+        Run folders, also of runs that are still being trained, or checkpoints. [default: the two
+        newest in runs/]
     samples
         At how many steps that all runs have samples of to show them; the last step is one.
     json
         Print everything as JSON, with the samples of all such steps.
     """
+    runs = runs or tuple(newest_runs(2, checkpoints=False))
     if not 2 <= len(runs) <= MOST_RUNS:
         raise UsageError(f"Give from 2 to {MOST_RUNS} runs to compare, and not {len(runs)}.")
     if samples < 0:

@@ -6,6 +6,7 @@ from cyclopts import App, Group
 
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.options import Switch
+from tinygpt.files.disk import size
 from tinygpt.machine import doctor as machine
 
 app = App(name="doctor")
@@ -31,7 +32,7 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
     """
     if clear_cache:
         freed, failed = machine.clear_caches()
-        say(f"cleared {freed / 1e6:,.1f} MB of kernels and token files")
+        say(f"cleared {size(freed)} of kernels and token files")
         for path in failed:
             say(f"could not delete {path}")
     checks = [*machine.examine(), *machine.time_devices()]

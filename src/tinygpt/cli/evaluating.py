@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import aligned, command, show_json
 from tinygpt.cli.models import load_model
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.cli.texts import own_validation, read_tokens
 from tinygpt.errors import UsageError
@@ -23,7 +24,7 @@ BATCH_SIZE = 16
 
 
 def evaluate(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     data: str | None = None,
@@ -41,7 +42,8 @@ def evaluate(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     data
         Text file, folder, JSONL or token file. [default: all of the run's own validation text]
     field
@@ -58,6 +60,7 @@ def evaluate(
     json
         Print the result as JSON.
     """
+    run = run_or_newest(run)
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is too small: it must be at least 1.")
     model, own = load_model(run, tokenizer)

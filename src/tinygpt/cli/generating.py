@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,14 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import program_name, read_stdin, say, show_json
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch, flags
 from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import StreamError, TinyGPTError, UsageError
+from tinygpt.files.atomic import user_path
 from tinygpt.runs.display.text import printable
+from tinygpt.runs.folder import named_checkpoint
+from tinygpt.text.names import exists
 
 if TYPE_CHECKING:
     SampleFlags = dict[str, Any]
@@ -24,7 +29,8 @@ else:
 
 
 def generate(
-    run: Path,
+    run: str | None = None,
+    text: str | None = None,
     /,
     *,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
@@ -46,9 +52,13 @@ def generate(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
-    prompt
+        Run folder, of which the best checkpoint is taken, or a checkpoint. A single word is the run
+        if there is such a path, or if it has a slash and no blank; any other is the text to
+        continue. [default: the newest run in runs/]
+    text
         Text to continue; - reads it from stdin. [default: a line break, if the vocabulary has one]
+    prompt
+        The same as a flag: with it a single word is the run.
     max_tokens
         Most tokens to add.
     seed
@@ -76,13 +86,24 @@ def generate(
         raise UsageError(f"--count {count} texts cannot be written: it must be at least 1.")
     if interactive and (prompt is not None or json):
         raise UsageError("-i asks for the prompts itself: leave --prompt and --json out.")
+    if (
+        text is None
+        and run is not None
+        and prompt is None
+        and not interactive
+        and not _is_path(run)
+    ):
+        run, text = None, run
+    if text is not None and (prompt is not None or interactive):
+        raise UsageError(f"There are two prompts, or none is wanted: leave {text!r} out.")
     config = SampleConfig.from_dict(dict(sample or {}))
     check_quantize(quantize, quantize_data)
-    text = _prompt_text(prompt)
-    writer = _Writer(run, tokenizer, config, max_tokens, seed, stop or [], quantize)
+    text = _prompt_text(text if prompt is None else prompt)
+    folder = run_or_newest(None if run is None else user_path(run))
+    writer = _Writer(folder, tokenizer, config, max_tokens, seed, stop or [], quantize)
     writer.ignore_eos = ignore_eos
     if quantize is not None:
-        tell_quantized(run, writer.model, writer.tokenizer, quantize_data)
+        tell_quantized(folder, writer.model, writer.tokenizer, quantize_data)
     if interactive:
         _converse(writer, echo, count)
         return
@@ -92,6 +113,11 @@ def generate(
         show_json(writer.collect(text, count))
     else:
         _stream(writer, text, echo, count)
+
+
+def _is_path(word: str) -> bool:
+    """Whether a single word names a run; a mistyped path must not become a prompt."""
+    return exists(named_checkpoint(user_path(word))) or ("/" in word and not re.search(r"\s", word))
 
 
 def _prompt_text(prompt: str | None) -> str | None:

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import aligned, command, say, show_json
 from tinygpt.cli.models import load_model
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.cli.texts import own_source, read_tokens, unlike_training
 from tinygpt.config import SampleConfig
@@ -32,7 +33,7 @@ SHOWN = 100
 
 
 def memorization(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     data: str | None = None,
@@ -61,7 +62,8 @@ def memorization(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     data
         The text it was trained on, with its validation part at the end: a text file, folder, JSONL
         or token file. [default: the run's own]
@@ -92,6 +94,7 @@ def memorization(
     json
         Print the result as JSON.
     """
+    run = run_or_newest(run)
     from tinygpt.generation.stream import first_prompt
     from tinygpt.text.batches import split
     from tinygpt.text.overlap import overlaps

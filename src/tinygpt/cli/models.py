@@ -50,10 +50,10 @@ def check_quantize(quantize: Quantize | None, data: str | None) -> None:
 
 def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
     """Say what rounding has saved, and what it costs on ``data`` or the run's validation text."""
+    from tinygpt.files.disk import size
     from tinygpt.model import int8
     from tinygpt.runs import checkpoint
     from tinygpt.runs.folder import choose_checkpoint
-    from tinygpt.training.preflight import size
 
     before, after = int8.sizes(model)
     say(f"int8: the weights take {size(after)} instead of {size(before)}")

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from tinygpt.cli.console import say
+from tinygpt.cli.newest import newest_runs
 from tinygpt.cli.options import Switch
-from tinygpt.errors import UsageError
 
 
 def plot(
@@ -21,7 +21,7 @@ def plot(
     Parameters
     ----------
     runs
-        Run folders; several are drawn over each other.
+        Run folders; several are drawn over each other. [default: the newest run in runs/]
     out
         File to draw into, .png or .svg.
     terminal
@@ -29,8 +29,7 @@ def plot(
     """
     from tinygpt.runs.plots import save_plot, terminal_plot
 
-    if not runs:
-        raise UsageError("Say which run to draw: the folder that training wrote.")
+    runs = runs or tuple(newest_runs(1, checkpoints=False))
     if out is not None:
         say(f"drew {save_plot(runs, out)}")
     if terminal or out is None:

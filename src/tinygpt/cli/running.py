@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.cli.console import say
+from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.errors import CheckpointError, DataError, UsageError
 from tinygpt.files.atomic import make_folder, sync_folder
@@ -18,13 +19,11 @@ from tinygpt.text.names import lasting
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.config import GPTConfig
+    from tinygpt.config import GPTConfig, TrainConfig
     from tinygpt.runs.run import TrainingRun
     from tinygpt.text.tokenizers import Tokenizer
     from tinygpt.text.tokens import Tokens
 
-RUNS = Path("runs")
-"""Where runs go that were given no folder."""
 LARGEST_VOCAB = 1 << 20
 """More tokens than any vocabulary has: a file of tokens that needs so many may be made up."""
 
@@ -122,19 +121,27 @@ def _begin(model: GPT, source: DataConfig) -> tuple[DataConfig, dict[str, Any]]:
     return replace(source, init_sha256=found), origin
 
 
-def introduce(run: TrainingRun) -> None:
-    """Say what there is to know before a run starts."""
-    vocabulary, held_out = run.tokenizer, run.val_tokens
-    size = run.model.config.vocab_size
-    kind = f"{vocabulary.kind} of {vocabulary.vocab_size:,}" if vocabulary else f"{size:,} ids"
+def say_material(material: Material, train: TrainConfig) -> None:
+    """Say what a run learns from, and what learns."""
+    vocabulary, held_out, shape = material.tokenizer, material.held_out, material.shape
+    kind = (
+        f"{vocabulary.kind} of {vocabulary.vocab_size:,}"
+        if vocabulary
+        else f"{shape.vocab_size:,} ids"
+    )
     held = f"{len(held_out):,} for validation" if held_out is not None else "no validation"
-    say(f"tokens: {len(run.train_tokens):,} for training, {held} ({kind})")
+    say(f"tokens: {len(material.training):,} for training, {held} ({kind})")
+    say(f"model: {shape.num_params():,} parameters, learning rate {train.learning_rate:g}")
+
+
+def introduce(run: TrainingRun) -> None:
+    """Say what there is to know of a run before it starts."""
     everything, learning = (
         sum(p.numel() for p in found.values())
         for found in (run.model.parameters(), run.model.trainable())
     )
-    part = f", of which {learning:,} learn" if learning != everything else ""
-    say(f"model: {everything:,} parameters{part}, learning rate {run.config.learning_rate:g}")
+    if learning != everything:
+        say(f"learning: {learning:,} of {everything:,} parameters")
     say(f"run: {run.folder}" + (f", from step {run.iter_num:,}" if run.iter_num else ""))
     for message in run.take_notices():
         say(message)

@@ -18,8 +18,8 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import command, say
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
+from tinygpt.cli.newest import RUNS, run_or_newest
 from tinygpt.cli.options import Switch, flags
-from tinygpt.cli.running import RUNS
 from tinygpt.cli.signals import Words, run_signals
 from tinygpt.cli.texts import beginnings
 from tinygpt.errors import UsageError, extras
@@ -50,7 +50,7 @@ WORDS = Words("finishing the answers that are being written", "their answers are
 
 
 def serve(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     host: str = "127.0.0.1",
@@ -74,7 +74,8 @@ def serve(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     host
         Where to listen. Any place but this machine itself needs a key.
     port
@@ -107,6 +108,7 @@ def serve(
         Open the page in a browser.
     """
     require_extra()
+    run = run_or_newest(run)
     from tinygpt.server.http.listening import Server, listen, url
 
     key = _key(api_key, host, "serve", run)
@@ -279,10 +281,10 @@ def _key(given: str | None, host: str, *words: object) -> str | None:
 
 def check_names(hosts: list[str] | None, origins: list[str] | None = None) -> None:
     """Refuse what is no host or origin before anything is loaded."""
-    from tinygpt.server.http.security import allowed_origin, allowed_place
+    from tinygpt.server.http.security import allowed_host, allowed_origin
 
     for host in hosts or []:
-        allowed_place(host)
+        allowed_host(host)
     for origin in origins or []:
         allowed_origin(origin)
 
@@ -323,8 +325,9 @@ def _service(
 
 def _board(run: Path, key: str | None, is_open: bool) -> Board | None:
     """The dashboard of the run that is served; a checkpoint alone has none."""
+    from tinygpt.runs.folder import last_change
     from tinygpt.server.dashboard.board import Board
-    from tinygpt.server.dashboard.watch import Watch, last_change
+    from tinygpt.server.dashboard.watch import Watch
 
     if last_change(run) is None:
         return None

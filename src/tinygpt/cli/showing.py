@@ -6,24 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.cli.console import aligned, show_json
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError
+from tinygpt.files.disk import size
 
 
-def info(path: Path, /, *, json: Switch = False) -> None:
+def info(path: Path | None = None, /, *, json: Switch = False) -> None:
     """Show what a checkpoint, or the best one of a run, holds.
 
     Parameters
     ----------
     path
-        Checkpoint or run folder.
+        Checkpoint or run folder. [default: the newest run in runs/]
     json
         Print everything as JSON, the tensors' names, types and shapes included.
     """
     from tinygpt.runs import checkpoint
     from tinygpt.runs.folder import best_checkpoint, choose_checkpoint, list_checkpoints
 
+    path = run_or_newest(path)
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint and no run at {path}.")
     chosen = choose_checkpoint(path)
@@ -53,7 +56,7 @@ def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object
     rows: list[tuple[str, object]] = [
         ("checkpoint", found["path"]),
         ("format", found["format_version"]),
-        ("size", f"{found['bytes'] / 1e6:,.1f} MB in {len(tensors)} tensors"),
+        ("size", f"{size(found['bytes'])} in {len(tensors)} tensors"),
         ("step", f"{found['iter_num']:,}"),
         ("parameters", f"{config.num_params():,}"),
         ("optimizer", "yes" if any(n.startswith("optimizer.") for n in tensors) else "no"),

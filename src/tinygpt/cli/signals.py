@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from tinygpt.cli.console import program_name
-from tinygpt.runs.interrupts import SAVING, STOPPING, Stopper, known, receiving
+from tinygpt.runs.interrupts import SAVING, STOPPING, Stopper, receiving
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def run_signals(
         _quit(number, terminals, words)
 
     stopper = Stopper(first, again, save, tell, words.stopping)
-    wanted = known(*STOPPING, *(SAVING if save is not None else ()))
+    wanted = (*STOPPING, *(SAVING if save is not None else ()))
     with receiving([number for number in wanted if not _ignored(number)], stopper.receive):
         yield stopper.received
 

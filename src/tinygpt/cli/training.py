@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
+from tinygpt.cli.newest import RUNS, newest_runs
 from tinygpt.cli.options import (
     Flat,
     Settings,
@@ -21,14 +22,14 @@ from tinygpt.cli.options import (
     resolve,
     run_tables,
 )
-from tinygpt.cli.running import RUNS, foresee, gather, introduce, make_run, new_folder
+from tinygpt.cli.running import foresee, gather, introduce, make_run, new_folder, say_material
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import device
-from tinygpt.runs.folder import CONFIG, TOKENIZER
+from tinygpt.runs.folder import TOKENIZER
 from tinygpt.runs.lock import check_free
 from tinygpt.text.corpus import NAMES
 from tinygpt.training.metrics import perplexity
@@ -59,6 +60,7 @@ def train(
     val_fraction: float | None = None,
     field: str | None = None,
     glob: str | None = None,
+    dry_run: Switch = False,
     dashboard: Switch = False,
     dashboard_port: int = 8001,
     no_token: Switch = False,
@@ -83,8 +85,8 @@ def train(
     init
         Run or checkpoint to begin with: its weights, its shape and its tokenizer.
     resume
-        Go on with the run in --out from its newest checkpoint, or from the one that is named, with
-        its own settings. Later checkpoints are set aside in a folder below.
+        Go on with the run in --out, or the newest in runs/, from its newest checkpoint, or from the
+        one that is named, with its own settings. Later checkpoints are set aside in a folder below.
     allow_change
         Fields that may differ from the run that goes on: max_iters, data, … by comma, or repeated.
     allow_memory
@@ -101,6 +103,8 @@ def train(
         Field of a JSONL file that holds the text. [default: text]
     glob
         Files of a folder that are read. [default: **/*.txt]
+    dry_run
+        Say what would happen, with tokens, parameters, memory and time, and write no run.
     dashboard
         Show the run in the browser while it trains.
     dashboard_port
@@ -117,6 +121,7 @@ def train(
     start: Path | None = None
     if resume:
         start, out, source = _where_to_go_on(source, out)
+        out = _newest_run() if out is None else out
     given = {
         "source": source,
         "tokenizer": tokenizer,
@@ -139,7 +144,7 @@ def train(
         from tinygpt.runs.changes import parse
 
         parse(allow)  # before the text is read
-    kept = _settings_of(_folder_to_resume(out), start) if resume else {}
+    kept = _settings_of(out, start) if resume and out else {}
     layers = [kept, preset_tables(preset), file_tables(config), tables]
     beginning = None if resume else _beginning(layers, out)
     settings = resolve(*(layers if beginning is None else beginning.layers(*layers[1:])))
@@ -169,6 +174,10 @@ def train(
             own = _saved_tokenizer(out, start) if resume and out and tokenizer is None else None
         material = gather(settings, own)
         foresee(material.shape, settings, allow_memory)
+        say_material(material, settings.train)
+        if dry_run:
+            say(f"dry run: nothing was written. The run would go to {out or RUNS / '…'}")
+            return 0
         folder = out or new_folder(material.name)
         try:
             run = make_run(settings, material, folder, start or resume, allow)
@@ -271,14 +280,11 @@ def _where_to_go_on(
     return None, out, source
 
 
-def _folder_to_resume(out: Path | None) -> Path:
-    if out is not None:
-        return out
-    recent = max(RUNS.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, default=None)
-    last = (
-        f" The last one: {command('train', '--resume', '--out', recent.parent)}" if recent else ""
-    )
-    raise UsageError(f"--resume needs --out with the folder of the run.{last}")
+def _newest_run() -> Path:
+    try:
+        return newest_runs(1, checkpoints=False)[0]
+    except UsageError as error:
+        raise UsageError(f"--resume needs --out with the folder of the run. {error}") from error
 
 
 def _settings_of(folder: Path, start: Path | None = None) -> Tables:

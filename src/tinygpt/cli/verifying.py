@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinygpt.cli.console import aligned, say, show_json
+from tinygpt.cli.newest import newest_runs
 from tinygpt.cli.options import Switch, file_tables
-from tinygpt.errors import CheckpointError, TinyGPTError, UsageError
+from tinygpt.errors import CheckpointError, TinyGPTError
+from tinygpt.files.disk import size
 from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import (
     BEST,
@@ -37,14 +39,13 @@ def verify(*paths: Path, json: Switch = False) -> int:
     Parameters
     ----------
     paths
-        Checkpoints, or run folders, of which all files are read.
+        Checkpoints, or run folders, of which all files are read. [default: the newest run in
+        runs/]
     json
         Print the findings as JSON.
     """
-    if not paths:
-        raise UsageError("Say what to verify: a checkpoint, or the folder of a run.")
     findings: list[Finding] = []
-    for path in paths:
+    for path in paths or newest_runs(1):
         for finding in _findings(path):
             findings.append(finding)
             if not json:  # at once, since large files take their time
@@ -84,7 +85,7 @@ def _look(path: Path, read: Callable[[Path], str]) -> Finding:
 
 def _checkpoint(path: Path) -> str:
     meta = checkpoint.verify(path)
-    return f"step {meta.iter_num:,}, {path.stat().st_size / 1e6:,.1f} MB"
+    return f"step {meta.iter_num:,}, {size(path.stat().st_size)}"
 
 
 def _settings(path: Path) -> str:

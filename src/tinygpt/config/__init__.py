@@ -177,6 +177,11 @@ class GPTConfig(Config):
         """Width of one attention head, D = C / H."""
         return self.n_embd // self.n_head
 
+    @property
+    def n_inner(self) -> int:
+        """Width inside of an MLP."""
+        return 4 * self.n_embd
+
     def num_params(self) -> int:
         """Number of parameters a model of this shape has; tied embeddings count once."""
         return sum(weight.size for weight in weights(self))

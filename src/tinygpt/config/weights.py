@@ -71,8 +71,8 @@ def weights(config: GPTConfig) -> Iterator[Weight]:
         yield from layer(f"h.{i}.attn.c_attn", (3 * C, C), "linear", i, 0.0, usual)
         yield from layer(f"h.{i}.attn.c_proj", (C, C), "linear", i, 0.0, residual)
         yield from layer(f"h.{i}.ln_2", (C,), "norm", i, 1.0)
-        yield from layer(f"h.{i}.mlp.c_fc", (4 * C, C), "linear", i, 0.0, usual)
-        yield from layer(f"h.{i}.mlp.c_proj", (C, 4 * C), "linear", i, 0.0, residual)
+        yield from layer(f"h.{i}.mlp.c_fc", (config.n_inner, C), "linear", i, 0.0, usual)
+        yield from layer(f"h.{i}.mlp.c_proj", (C, config.n_inner), "linear", i, 0.0, residual)
     yield from layer("ln_f", (C,), "norm", L, 1.0)
     if not config.tie_embeddings:
         yield Weight("lm_head.weight", (V, C), "output", L, 0.0, usual)

@@ -35,10 +35,9 @@ def wanted_cache_dir() -> Path:
     """The cache folder by the rules, whether it can be written or not."""
     if chosen := os.environ.get("TINYGPT_CACHE"):
         return _absolute(chosen)
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):  # the latter on Windows
-        base = os.environ.get(name, "")
-        if Path(base).is_absolute():  # a relative one is to be ignored, says the specification
-            return Path(base, "tinygpt")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(base).is_absolute():  # a relative one is to be ignored, says the specification
+        return Path(base, "tinygpt")
     return _absolute("~/Library/Caches" if sys.platform == "darwin" else "~/.cache") / "tinygpt"
 
 
@@ -121,7 +120,7 @@ def private_temp() -> Path:
 
     The same one in every process if nobody else has a hand in it, else a fresh one.
     """
-    owner = os.getuid() if hasattr(os, "getuid") else 0
+    owner = os.getuid()
     path = Path(tempfile.gettempdir()) / f"tinygpt-{owner}"
     try:
         path.mkdir(mode=stat.S_IRWXU, exist_ok=True)

@@ -12,10 +12,12 @@ from tinygrad import Tensor
 
 from tinygpt.config import SampleConfig
 from tinygpt.errors import UsageError
-from tinygpt.generation.decoder import Decoder, Ids
+from tinygpt.generation import decoder
+from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.sample import make_sampler
 from tinygpt.model.transformer import Transformer
 
+Ids = npt.NDArray[np.int32]
 Prompt = Tensor | npt.NDArray[np.integer] | Sequence[Sequence[int]]
 Stop = int | Sequence[int] | Sequence[Sequence[int]]
 
@@ -46,25 +48,27 @@ def generate_tokens(
     >>> for ids in generate_tokens(model, [[1, 2, 3]], max_tokens=5):
     ...     print(ids)
     """
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
-    vocab_size = min(decoder.model.config.vocab_size, limit or sys.maxsize)
-    context = check_prompt(idx, vocab_size)
+    decode = model if isinstance(model, Decoder) else Decoder(model)
+    vocab_size = min(decode.model.config.vocab_size, limit or sys.maxsize)
+    prompts = check_prompt(idx, vocab_size)
     check_max_tokens(max_tokens)
     stops = check_stop(stop, vocab_size) + [[i] for i in ends]
     pick = make_sampler(config or SampleConfig(), seed)
 
-    def steps(context: Ids) -> Iterator[Ids]:
-        owner, start = object(), context.shape[1]
-        finished = np.zeros(len(context), bool)
-        for _ in range(max_tokens):
-            picked = pick(decoder.next_logits(context, owner)[:, :vocab_size], context)
-            context = np.concatenate([context, picked[:, None]], axis=1)
+    def steps() -> Iterator[Ids]:
+        sequences = [decoder.Sequence(ids) for ids in prompts.tolist()]
+        finished = np.zeros(len(sequences), bool)
+        for new in range(1, max_tokens + 1):
+            logits = decode.next_logits(sequences)[:, :vocab_size]
+            picked = pick(logits, [sequence.ids for sequence in sequences])  # (B,)
+            for sequence, token in zip(sequences, picked.tolist(), strict=True):
+                sequence.ids.append(token)
             yield np.where(finished, FINISHED, picked).astype(np.int32)
-            finished |= [_ends_in(row[start:], stops) for row in context]
+            finished |= [_ends_in(sequence.ids[-new:], stops) for sequence in sequences]
             if finished.all():
                 return
 
-    return steps(context)
+    return steps()
 
 
 def generate(
@@ -152,5 +156,5 @@ def check_stop(stop: Stop | None, vocab_size: int) -> list[list[int]]:
     return [[int(i) for i in sequence] for sequence in sequences]
 
 
-def _ends_in(ids: Ids, sequences: list[list[int]]) -> bool:
-    return any(ids[-len(s) :].tolist() == s for s in sequences)
+def _ends_in(ids: list[int], sequences: list[list[int]]) -> bool:
+    return any(ids[-len(s) :] == s for s in sequences)

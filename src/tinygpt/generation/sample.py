@@ -19,7 +19,7 @@ from tinygpt.errors import TinyGPTError, UsageError
 
 Logits = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer]
-Sampler = Callable[[npt.ArrayLike, Ids], npt.NDArray[np.int32]]
+Sampler = Callable[[npt.ArrayLike, Ids | Sequence[Sequence[int]]], npt.NDArray[np.int32]]
 """(logits (B, V), all ids so far (B, n)) -> the next ids (B,)."""
 
 
@@ -109,7 +109,7 @@ def softmax(logits: Logits) -> Logits:
     return weights / total
 
 
-def next_logits(logits: npt.ArrayLike, seen: Ids, config: SampleConfig) -> Logits:
+def filter_logits(logits: npt.ArrayLike, seen: Ids, config: SampleConfig) -> Logits:
     """The logits (V,) after every filter that ``config`` asks for; ``seen`` holds the ids so far.
 
     The order is repetition penalty, temperature (unless it is 0), top-k, top-p, min-p. Raises
@@ -183,7 +183,7 @@ class Choice:
         """The next token, given its logits (V,) and the ids so far."""
         if self.penalties is not None:
             logits = self.penalties.apply(logits, seen[self.prompt :])
-        out = next_logits(logits, seen, self.config)
+        out = filter_logits(logits, seen, self.config)
         return int(out.argmax()) if self.config.temperature == 0 else draw(out, self.uniform())
 
     def uniform(self) -> float:
@@ -241,7 +241,7 @@ def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
     root = np.random.SeedSequence(_checked_seed(seed))
     choices: list[Choice] = []
 
-    def pick(logits: npt.ArrayLike, seen: Ids) -> npt.NDArray[np.int32]:
+    def pick(logits: npt.ArrayLike, seen: Ids | Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
         n = len(np.asarray(logits))
         while len(choices) < n:
             choices.append(Choice(config, root.spawn(1)[0]))
@@ -251,10 +251,10 @@ def make_sampler(config: SampleConfig, seed: int | None = None) -> Sampler:
 
 
 def log_probabilities(logits: npt.ArrayLike) -> Logits:
-    """Natural logs of the probabilities (V,) of logits (V,)."""
+    """Natural logs of the probabilities (..., V) of logits (..., V)."""
     out: Logits = np.array(logits, np.float64)
-    out -= out.max()
-    out -= np.log(np.exp(out).sum())
+    out -= out.max(axis=-1, keepdims=True)
+    out -= np.log(np.exp(out).sum(axis=-1, keepdims=True))
     return out
 
 

@@ -44,9 +44,11 @@ def uint32(i: Index) -> UOp:
 def at_most(x: UOp, most: int) -> UOp:
     """An index that was read from memory and is known to lie in 0..most.
 
-    The mask says so to tinygrad, which then computes addresses in 32 bits: WebGPU has no others.
+    The mask says so to tinygrad, which then computes addresses in 32 bits: WebGPU has no others. It
+    has at least one bit, even where ``most`` is 0: were the input not read at all, tinygrad would
+    give its number to a variable of the kernel, and the two would collide (trap 11).
     """
-    return as_index(x & (2 ** most.bit_length() - 1))
+    return as_index(x & (2 ** max(1, most.bit_length()) - 1))
 
 
 def row_of(token: UOp, V: int) -> tuple[UOp, UOp]:
@@ -200,8 +202,8 @@ def product(
             vector = b(y, lane)
             for row, x in rows_of_tile:
                 sums[row, lane] = sums[row, lane] + a(x, y) * vector
-        with k.loop(count) as row, k.phase() as lane:
-            then(as_index(first) + row, sums[row, lane], lane)
+        with k.loop(count) as u, k.phase() as lane:
+            then(as_index(first) + u, sums[u, lane], lane)
 
     whole, rest = divmod(rows, tile)
     with k.loop(whole) as i:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
+from tinygpt.config import __version__
 from tinygpt.errors import DeviceError, extras
 from tinygpt.files import folders
+from tinygpt.files.disk import size
 from tinygpt.machine import device, disk_cache, pace, resources
 
 NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
@@ -40,33 +43,27 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order they are read. A check that fails to run is one that failed."""
-    groups: list[tuple[str, Callable[[], Iterator[Check]]]] = [
-        ("python", _python),
-        ("packages", _packages),
-        ("device", _device),
-        ("compiler", _compiler),
-        ("machine", _machine),
-        ("caches", _caches),
-        ("GPT-2 vocabulary", _vocabulary),
-        ("extras", _extras),
-    ]
+    groups = {
+        "packages": _packages,
+        "device": _device,
+        "compiler": _compiler,
+        "machine": _machine,
+        "caches": _caches,
+        "GPT-2 vocabulary": _vocabulary,
+        "extras": _extras,
+    }
     checks: list[Check] = []
-    for name, group in groups:
+    for name, group in groups.items():
         try:
             checks.extend(group())
         except Exception as error:
-            checks.append(Check(name, False, f"could not be checked: {_brief(error)}"))
+            why = f"could not be checked: {type(error).__name__}: {error}"
+            checks.append(Check(name, False, why))
     return checks
 
 
-def _python() -> Iterator[Check]:
-    version = ".".join(map(str, sys.version_info[:3]))
-    yield Check("python", True, f"{version} ({sys.executable})")
-
-
 def _packages() -> Iterator[Check]:
-    from tinygpt.config import __version__
-
+    yield Check("python", True, f"{platform.python_version()} ({sys.executable})")
     yield Check("tinygpt", True, f"{__version__} ({Path(__file__).parents[1]})")
     for requirement in extras.requirements(None):
         name, version = _installed(requirement)
@@ -119,13 +116,13 @@ def _compiler() -> Iterator[Check]:
 
 def _machine() -> Iterator[Check]:
     yield Check("cores", True, f"{resources.cores()} usable of {os.cpu_count()}")
-    yield Check("memory", True, f"{_size(resources.total_memory())}")
+    yield Check("memory", True, size(resources.total_memory()))
 
 
 def _caches() -> Iterator[Check]:
     wanted, used = folders.wanted_cache_dir(), folders.cache_dir()
-    size = sum(f.stat().st_size for f in used.rglob("*") if f.is_file())
-    found = f"{used} ({_size(size)})"
+    taken = sum(f.stat().st_size for f in used.rglob("*") if f.is_file())
+    found = f"{used} ({size(taken)})"
     if used != wanted:
         found = f"{wanted} cannot be written; using {found}"
     cure = None if used == wanted else "set TINYGPT_CACHE to a folder of yours"
@@ -133,10 +130,10 @@ def _caches() -> Iterator[Check]:
     clear = "tinygpt doctor --clear-cache"
     kernels = Path(os.environ.get("CACHEDB") or device.kernel_database())
     trouble = disk_cache.trouble(kernels)
-    found = f"{kernels} {trouble or f'({_size(disk_cache.size_of(kernels))})'}"
+    found = f"{kernels} {trouble or f'({size(disk_cache.size_of(kernels))})'}"
     yield Check("kernel cache", not trouble, found, clear if trouble else None, optional=True)
-    size, limit = sum(p.stat().st_size for p in folders.token_files()), folders.cache_limit()
-    found = f"{folders.token_folders()[0]} ({_size(size)}, kept below {_size(limit)})"
+    taken, limit = sum(p.stat().st_size for p in folders.token_files()), folders.cache_limit()
+    found = f"{folders.token_folders()[0]} ({size(taken)}, kept below {size(limit)})"
     yield Check("token cache", True, found, optional=True)
 
 
@@ -152,7 +149,7 @@ def clear_caches() -> tuple[int, list[str]]:
         cache.clear()
         cache.disconnect()
         failed += [] if cache.writable else [str(chosen)]
-    return sum(size for path, size in before.items() if not path.exists()), failed
+    return sum(freed for path, freed in before.items() if not path.exists()), failed
 
 
 def _clearable() -> list[Path]:
@@ -232,14 +229,3 @@ def _first_line(command: list[str]) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return (done.stdout.splitlines() or [""])[0]
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _size(count: int) -> str:
-    """Bytes as people read them."""
-    if count < 1_000_000:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / 1e6:.0f} MB" if count < 1_000_000_000 else f"{count / 1e9:.1f} GB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -27,15 +28,11 @@ def memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes; 0 where the system does not tell."""
+    """The most resident memory this process has had, in bytes."""
     if sys.platform == "linux":  # where getrusage counts what the process was forked from as well
         with suppress(OSError, ValueError, IndexError):
             status = Path("/proc/self/status").read_text()
             return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
@@ -66,7 +63,7 @@ def available_memory() -> int:
 
 def processor() -> str:
     """Everything that decides which instructions run here: kernels are compiled for just that."""
-    machine = os.uname().machine if hasattr(os, "uname") else ""
+    machine = os.uname().machine
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             first = file.read(1 << 14).split("\n\n")[0].splitlines()

@@ -189,16 +189,12 @@ def streamed_loss(config: GPTConfig, fetch: Fetch, tokens: Array, targets: Array
     tokens and targets are (B, T).
     """
     model = Transformer(replace(config, n_layer=1), seed=None).eval()
-    [block], T = model.h, tokens.shape[1]
+    [block] = model.h
     for name, parameter in model.parameters().items():
         if not name.startswith("h."):
             write(parameter, fetch(name))
 
     @jit  # which plans its memory
-    def embed(tokens: Tensor) -> Tensor:
-        return model.wte(tokens, model.wpe.weight[:T])  # (B, T) -> (B, T, C)
-
-    @jit
     def one_block(x: Tensor) -> Tensor:
         return block(x, INFERENCE, None)
 
@@ -207,7 +203,7 @@ def streamed_loss(config: GPTConfig, fetch: Fetch, tokens: Array, targets: Array
         rows = model.ln_f(x).reshape(-1, config.n_embd)  # (B, T, C) -> (B T, C)
         return model.output().loss(rows, targets.reshape(-1), gradient=False)
 
-    x = embed(tokens)
+    x = jit(model.embed)(tokens)
     for i in range(config.n_layer):
         for name, parameter in model.parameters().items():
             if name.startswith("h.0."):

@@ -168,12 +168,15 @@ class Transformer:
 
         With a cache the tokens continue where it stands, and attention is the cache's.
         """
-        table, T = self.wpe.weight, int(tokens.shape[1])
-        positions = table[:T] if cache is None else cache.positions(table, T)
-        x = drop(self.wte(tokens, positions))  # (B, T, C)
+        x = drop(self.embed(tokens, cache))
         for i, block in enumerate(self.h):
             x = block(x, drop, None if cache is None else partial(cache.attend, i))
         return self.ln_f(x)
+
+    def embed(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The embeddings (B, T, C) of tokens (B, T) and their positions."""
+        table, T = self.wpe.weight, int(tokens.shape[1])
+        return self.wte(tokens, table[:T] if cache is None else cache.positions(table, T))
 
     def unembed(self, x: Tensor) -> Tensor:
         """Logits (..., V) of the residual stream x (..., C)."""

@@ -16,6 +16,8 @@ cannot be read counts as missing.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ MAX_FILE_BYTES = MAX_CONFIG_BYTES
 """A larger file is none of the small ones and is not read."""
 MAX_STEP, FAR = 10**12, 1e30
 """The last step, and the largest number by amount, that are believed of a row."""
+MAX_ENTRIES, MAX_RUNS = 10_000, 100
+"""Entries of a folder that are looked at, and the most runs that are taken, the newest of them."""
 PROGRAM = {"program": "tinygpt"}
 """What tells our run.json from those of other programs."""
 
@@ -153,6 +157,40 @@ def text_of(path: Path) -> str | None:
         return None
     name = Path(source).name
     return f"./{name}" if name in NAMES and source != name else name or None  # see text/names.py
+
+
+# ---- the runs of a folder ----
+
+
+def last_change(folder: Path) -> float | None:
+    """When a run was last written to, in seconds since 1970; None for a folder that is no run.
+
+    A folder is one as soon as it has one of a run's files, of whatever kind that is. One that may
+    not be entered may be a run too, which is then shown with the reason.
+    """
+    for name in (METRICS, CONFIG):
+        try:
+            return (folder / name).lstat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return 0.0
+    return None
+
+
+def runs_in(place: Path) -> list[tuple[float, Path]]:
+    """The run folders right below a folder; no links, which could lead anywhere."""
+    try:
+        with os.scandir(place) as entries:
+            below = [
+                place / entry.name
+                for entry in itertools.islice(entries, MAX_ENTRIES)
+                if entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError:
+        return []
+    runs = [(when, folder) for folder in below if (when := last_change(folder)) is not None]
+    return sorted(runs, key=lambda run: run[0], reverse=True)[:MAX_RUNS]
 
 
 # ---- rows ----

@@ -1,9 +1,9 @@
-"""Signals while something is under way that may be ended only between two steps of it.
+"""Signals during work that may be ended only between two of its steps.
 
-The main thread blocks them, and a thread of their own hears of them. So they interrupt no step and
-no save, a compiler that is running inherits the block and ends its work although a terminal's
-Ctrl-C goes to every process in front of it, and the second signal is obeyed at once even while a
-kernel keeps the main thread busy.
+The main thread blocks the signals, and a thread of their own receives them. So they interrupt no
+step and no save; a compiler that is running inherits the block and ends its work although a
+terminal's Ctrl-C goes to every process in the foreground; and the second signal ends the program at
+once even while a kernel keeps the main thread busy.
 
 The system may deliver a signal to any thread that does not block it, such as one that a library
 has started, and Python runs its handler in the main thread when that is free again. But the number
@@ -16,27 +16,26 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
-STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-"""Ctrl-C; kill, Slurm and containers; a terminal that was closed; Ctrl-Break on Windows."""
-SAVING = ("SIGUSR1",)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; kill, Slurm and containers; a terminal that was closed."""
+SAVING = (signal.SIGUSR1,)
 """What Slurm sends ahead of time if asked to: ``#SBATCH --signal=USR1@120``."""
 ECHO = 0.2
-"""Seconds after the answer to a signal in which it is taken for the same: wrappers pass it on."""
+"""Seconds after a signal in which a second one counts as its echo: some wrappers pass it on."""
 END = b"\0"
-"""What ends the thread for signals; no signal has the number 0."""
+"""What ends the thread for signals when it is read from the pipe; no signal has the number 0."""
 
 
 class Stopper:
     """What the signals of a run do: the first stops it, the next ends it at once, some save.
 
-    ``stop`` and ``again`` get the signal's number, ``tell`` a line for whoever sent it. ``save`` is
-    None where there is nothing to save. Called in a thread of its own, or in a signal handler.
+    ``stop`` and ``again`` get the signal's number, ``tell`` a message for the user. ``save`` is
+    None where there is nothing to save. All are called in the thread for signals.
     """
 
     def __init__(
@@ -50,12 +49,11 @@ class Stopper:
         self.stop, self.again, self.save, self.tell = stop, again, save, tell
         self.stopping = stopping
         self.received: list[signal.Signals] = []
-        """The stopping signals that arrived first and were obeyed."""
+        """The stopping signal that arrived first, once there is one."""
         self._first = 0.0
-        self._saving = known(*SAVING)
 
     def receive(self, number: int) -> None:
-        if self.save is not None and number in self._saving:
+        if self.save is not None and number in SAVING:
             self.save()
             self._tell(f"{signal.Signals(number).name}: a checkpoint after this step")
         elif not self.received:
@@ -67,23 +65,21 @@ class Stopper:
             self.again(number)
 
     def _tell(self, message: str) -> None:
-        with contextlib.suppress(Exception):  # nothing may end the thread that listens
+        with contextlib.suppress(Exception):  # nothing may end the thread for signals
             self.tell(message)
 
 
 @contextlib.contextmanager
 def receiving(numbers: Iterable[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
-    """Hand these signals to ``receive`` instead of what they do otherwise, which is put back."""
+    """Pass these signals to ``receive`` during the block; their handlers are restored then."""
     wanted = list(numbers)
-    threaded = bool(wanted) and sys.platform != "win32"
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if not threaded:  # else the thread for signals has read it from the pipe
-            receive(number)
+    def ignore(number: int, frame: FrameType | None) -> None:
+        """The thread for signals has read the number from the pipe."""
 
-    before = {number: signal.signal(number, handle) for number in wanted}
+    before = {number: signal.signal(number, ignore) for number in wanted}
     try:
-        with _own_thread(wanted, receive) if threaded else contextlib.nullcontext():
+        with _own_thread(wanted, receive) if wanted else contextlib.nullcontext():
             yield
     finally:
         for number, earlier in before.items():
@@ -92,7 +88,7 @@ def receiving(numbers: Iterable[signal.Signals], receive: Callable[[int], None])
 
 @contextlib.contextmanager
 def _own_thread(numbers: list[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
-    """Let a thread hear of the signals, which this one and its children do not get meanwhile."""
+    """Receive the signals in a thread; this thread and its child processes block them meanwhile."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -123,19 +119,19 @@ def _own_thread(numbers: list[signal.Signals], receive: Callable[[int], None]) -
 def held_back(
     stop: Callable[[], None], save: Callable[[], None], tell: Callable[[str], None]
 ) -> Iterator[list[signal.Signals]]:
-    """Let Ctrl-C and its like call ``stop``, and do what they do otherwise when the block is over.
+    """Make Ctrl-C and its like call ``stop``, and raise them again when the block is over.
 
-    For a Python program: KeyboardInterrupt comes at the end of the block, or from where an
-    ``asyncio.Runner`` has it come, and SIGTERM and SIGHUP end the process then. A second signal is
-    a KeyboardInterrupt at once. A signal that the program handles itself stays its own, but for
-    Ctrl-C. Outside the main thread, which alone gets signals, nothing is changed. Yields a list for
-    the signal that arrived, which is not passed on if the block ends with an error.
+    For a Python program: at the end of the block comes KeyboardInterrupt, or what an
+    ``asyncio.Runner`` makes of it, and SIGTERM and SIGHUP end the process. A second signal is a
+    KeyboardInterrupt at once. A signal with a handler of the program's own keeps it, except Ctrl-C.
+    Outside the main thread, which alone gets signals, nothing is changed. Yields a list for the
+    signal that arrived, which is not raised again if the block ends with an error.
     """
     if threading.current_thread() is not threading.main_thread():
         yield []
         return
     stopper = Stopper(lambda _: stop(), _interrupt, save, tell, "stopping after this step")
-    with receiving(filter(_is_free, known(*STOPPING, *SAVING)), stopper.receive):
+    with receiving(filter(_is_free, (*STOPPING, *SAVING)), stopper.receive):
         yield stopper.received
     for number in stopper.received:
         signal.raise_signal(number)
@@ -154,8 +150,3 @@ def _interrupt(number: int) -> None:
         raise KeyboardInterrupt
     raising = ctypes.pythonapi.PyThreadState_SetAsyncExc
     raising(ctypes.c_ulong(main.ident or 0), ctypes.py_object(KeyboardInterrupt))
-
-
-def known(*names: str) -> list[signal.Signals]:
-    """Those that this system has."""
-    return [signal.Signals[name] for name in names if hasattr(signal, name)]

@@ -1,39 +1,37 @@
-"""One writer a folder: a lock that the operating system itself lets go when its holder dies.
+"""One writer a folder: a lock that the operating system releases when its holder dies.
 
-The file ``run.lock`` says who trains there. The lock is not the file but the kernel's (``flock``)
-on it, so what a killed process leaves behind blocks nobody. Where a file system has no such locks,
-the word of the file counts, if the process that it names may still be alive. Readers take no lock.
+``run.lock`` names the process that trains in the folder. The lock is not the file but the kernel's
+(``flock``) on it, so a file that a killed process leaves behind blocks nobody. Where a file system
+has no such locks, the holder that the file names counts, if that process may still be alive.
+Readers take no lock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
-import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Self
 
 from tinygpt.errors import UsageError
-from tinygpt.files.atomic import make_folder
+from tinygpt.files import atomic
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.folder import LOCK
 
-UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-"""What file systems without locks answer: some of NFS, Lustre and FUSE."""
 MAX_BYTES = 4096
 """A lock file that says more is not ours."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, in his own words."""
+    """The process that holds a lock, as the lock file describes it."""
 
     pid: int
     host: str
@@ -51,14 +49,14 @@ class Holder:
         return self.host == socket.gethostname()
 
     def may_be_alive(self) -> bool:
-        """False only where it is certain: a process of this machine that has gone."""
-        if not self.is_here or sys.platform == "win32":
+        """False only where it is certain: a process of this machine that has ended."""
+        if not self.is_here:
             return True
         try:
             os.kill(self.pid, 0)
         except (ProcessLookupError, OverflowError):
             return False
-        except OSError:  # there, but somebody else's
+        except OSError:  # alive, but another user's
             pass
         return self.birth is None or _birth(self.pid) in (self.birth, None)
 
@@ -70,7 +68,7 @@ class Holder:
 class FolderLock:
     """The right to write to a folder, held by one object at a time, among all processes.
 
-    It is let go by ``release``, when the object is no longer used, and when the process dies.
+    It ends with ``release``, when the object is no longer used, and when the process dies.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,26 +80,28 @@ class FolderLock:
         return self._release is not None and self._release.alive
 
     def acquire(self) -> str | None:
-        """Take the lock, unless it is held by this object; -> what the user should know, or None.
+        """Take the lock, unless this object holds it; -> a warning for the user, or None.
 
         Raises UsageError that names the holder, and OSError where the folder cannot be written.
         """
         if self.held:
             return None
         name, me = os.path.realpath(self.path), Holder.me()
-        _reserve(name, self.folder, me)
+        with _guard:
+            _check_own(self.folder, name)
+            _ours[name] = me
         try:
-            make_folder(self.folder)
+            atomic.make_folder(self.folder)
             handle, before = _take(self.path)
         except BaseException:
             _ours.pop(name)
             raise
         _write(handle, me)
-        self._release = weakref.finalize(self, _let_go, handle, self.path, name, me.pid)
+        self._release = weakref.finalize(self, _unlock, handle, self.path, name, me.pid)
         return _warning(self.folder, before)
 
     def release(self) -> None:
-        """Let go; nothing happens if it is not held."""
+        """Give the lock up; nothing happens if it is not held."""
         if self._release is not None:
             self._release()
 
@@ -109,169 +109,120 @@ class FolderLock:
 def check_free(folder: Path) -> None:
     """UsageError that names the holder if somebody trains in a folder; nothing there changes."""
     path = folder / LOCK
-    name = os.path.realpath(path)
     with _guard:
-        if name in _ours:
-            raise UsageError(_explain(folder, _ours[name]))
-    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        handle = os.open(path, os.O_RDWR | no_link)
-    except OSError:  # none is there; what else is wrong with it, ``acquire`` says
-        return
-    try:
-        _check_taken(path, _lock(handle), _read(handle))
-    except OSError:  # a pipe of that name
-        return
-    finally:
-        os.close(handle)
+        _check_own(folder, os.path.realpath(path))
+    # no file, or a pipe of that name: what is wrong with it, ``acquire`` says
+    with contextlib.suppress(OSError), _opened(path, os.O_RDWR) as handle:
+        _check_taken(path, atomic.lock(handle), _read(handle))
 
 
 def is_lock(path: Path) -> bool:
     """Whether a file of the name ``run.lock`` is one of ours: it names a holder, or is empty."""
-    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        handle = os.open(path, os.O_RDONLY | no_link)
-    except OSError:
-        return False
-    try:
+    with contextlib.suppress(OSError), _opened(path) as handle:
         return not os.fstat(handle).st_size or _read(handle) is not None
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
+    return False
 
 
 def holder(folder: Path) -> Holder | None:
-    """Who trains in a folder, by the word of its lock file; takes no lock, and nobody notices."""
-    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        handle = os.open(folder / LOCK, os.O_RDONLY | no_link)
-    except OSError:
-        return None
-    try:
+    """The process that trains in a folder, as its lock file says; takes no lock."""
+    found = None
+    with contextlib.suppress(OSError), _opened(folder / LOCK) as handle:
         found = _read(handle)
-    except OSError:  # a folder of that name
-        return None
-    finally:
-        os.close(handle)
     return found if found is not None and found.may_be_alive() else None
 
 
 _ours: dict[str, Holder] = {}
-"""Lock files of this process: on some file systems the kernel tells only processes apart."""
+"""Lock files of this process: some file systems tell only processes apart."""
 _guard = threading.Lock()
 
 
-def _reserve(name: str, folder: Path, me: Holder) -> None:
-    with _guard:
-        if name in _ours:
-            raise UsageError(_explain(folder, _ours[name]))
-        _ours[name] = me
+def _check_own(folder: Path, name: str) -> None:
+    if name in _ours:
+        raise UsageError(_explain(folder, _ours[name]))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    handle = _open(path, flags)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open no link, by which a folder from elsewhere could lead to any file, and wait for none."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _take(path: Path) -> tuple[int, Holder | None]:
-    """-> the locked file, and who wrote into it last; UsageError if it is taken"""
+    """-> the locked file, and the holder it named before; UsageError if it is taken"""
     while True:
-        # no link: a folder from elsewhere could have another file emptied and written to
-        no_link = getattr(os, "O_NOFOLLOW", 0)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | no_link, 0o666)
+        handle = _open(path, os.O_RDWR | os.O_CREAT)
         try:
-            locked = _lock(handle)
+            locked = atomic.lock(handle)
             before = _read(handle)
             _check_taken(path, locked, before)
-            if _is_at(handle, path):
+            if atomic.is_at(handle, path):
                 return handle, before
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its last holder has just removed it: once more
+        os.close(handle)  # its last holder has just removed it: try again
 
 
 def _check_taken(path: Path, locked: bool | None, before: Holder | None) -> None:
-    """UsageError if the answer of the kernel, or else the word of the file, says so."""
+    """UsageError if the kernel says so or, where it has no locks, if the holder may be alive."""
     if locked is None and before is not None and before.may_be_alive():
-        raise UsageError(_explain(path.parent, before) + _doubt(path))
+        raise UsageError(
+            f"{_explain(path.parent, before)} This file system has no locks to tell whether it "
+            f"still runs; if it does not, delete {path}."
+        )
     if locked is False:
         raise UsageError(_explain(path.parent, before))
 
 
-def _let_go(handle: int, path: Path, name: str, pid: int) -> None:
+def _unlock(handle: int, path: Path, name: str, pid: int) -> None:
     if pid != os.getpid():  # a copy of the process, by fork, is not the holder
         return
     with contextlib.suppress(OSError):
         os.ftruncate(handle, 0)
-        if _is_at(handle, path):
+        if atomic.is_at(handle, path):
             path.unlink()
     with contextlib.suppress(OSError):
         os.close(handle)
     _ours.pop(name, None)
 
 
-def _lock(handle: int) -> bool | None:
-    """Ask the kernel; -> whether it agreed, None where it has no locks to give."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(handle, MAX_BYTES, os.SEEK_SET)  # what is locked there cannot be read
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return None if error.errno in UNSUPPORTED else False
-    return True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except OSError:
-        return False
-
-
 def _read(handle: int) -> Holder | None:
+    """The holder that a lock file names; None for one that is empty, just being written, or odd."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
         values = json.loads(os.read(handle, MAX_BYTES))
-        birth = values.get("birth")
-        pid = int(values["pid"])
-        if pid < 1:  # to kill that would end more than one process
+        birth, pid = values.get("birth"), int(values["pid"])
+        if pid < 1:  # a signal to it would reach more than one process
             return None
-        return Holder(
-            pid,
-            str(values["host"])[:80],
-            str(values["since"])[:80],
-            None if birth is None else str(birth),
-        )
+        host, since = (str(values[name])[:80] for name in ("host", "since"))
+        return Holder(pid, host, since, None if birth is None else str(birth))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-        return None  # empty, or just being written
+        return None
 
 
 def _write(handle: int, holder: Holder) -> None:
-    with contextlib.suppress(OSError):  # on a full disk the lock holds without its words
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
         os.write(handle, to_json(asdict(holder)).encode())
 
 
 def _explain(folder: Path, holder: Holder | None) -> str:
-    """Why the folder is not ours, and what to do."""
-    who = f"by {holder}" if holder else "by another process"
+    """Why the folder cannot be taken, and what to do."""
+    process = f"by {holder}" if holder else "by another process"
     other = holder is not None and holder.is_here and holder.pid != os.getpid()
     end = f"end it (kill {holder.pid})" if holder and other else "end it"
     return (
-        f"{folder} is being trained already, {who}. Two writers would spoil the run: wait for that "
-        f"one, {end}, or choose another folder."
-    )
-
-
-def _doubt(path: Path) -> str:
-    return (
-        f" This file system has no locks to tell whether it still runs; if it does not, delete "
-        f"{path}."
+        f"{folder} is being trained already, {process}. Two writers would spoil the run: wait for "
+        f"that one, {end}, or choose another folder."
     )
 
 
@@ -285,7 +236,7 @@ def _warning(folder: Path, before: Holder | None) -> str | None:
 
 
 def _birth(pid: int) -> str | None:
-    """The boot that a process belongs to and the tick that it began at; None if nobody tells."""
+    """The boot that a process belongs to and the tick that it began at; None if it is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from tinygpt.runs.history import History
 from tinygpt.runs.output import Notices, Output
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
-from tinygpt.text.tokens import data_fingerprint
+from tinygpt.text.tokens import byte_count, data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
-from tinygpt.training.metrics import short
+from tinygpt.training.metrics import bits_per_byte, short
 from tinygpt.training.optim import make_optimizer
 from tinygpt.untrusted import clip
 
@@ -284,6 +285,14 @@ class TrainingRun:
         finally:
             self.close()
 
+    @cached_property
+    def _bits_per_nat(self) -> float | None:
+        """Bits per byte of the validation text for each nat per token; None if it is unknown."""
+        if self.tokenizer is None or self.val_tokens is None:
+            return None
+        n_bytes = byte_count(self.val_tokens, self.tokenizer)
+        return bits_per_byte(1.0, len(self.val_tokens), n_bytes) if n_bytes else None
+
     def _record(self, step: Step) -> Step:
         """Judge, sample, save and write down one step; -> the step, completed."""
         if step.skipped:
@@ -304,6 +313,8 @@ class TrainingRun:
         row: dict[str, Any] = {"iter": step.iter, "train_loss": step.train_loss}
         if step.val_loss is not None:
             row |= {"val_loss": step.val_loss, "best": step.best}
+            if self._bits_per_nat is not None:
+                row["val_bits_per_byte"] = step.val_loss * self._bits_per_nat
         if step.skipped:
             row["skipped"] = step.skipped
         row |= {

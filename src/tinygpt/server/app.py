@@ -12,7 +12,7 @@ from tinygpt.server.dashboard.board import routes as board_routes
 from tinygpt.server.engine.scheduler import EngineClosed, QueueFull
 from tinygpt.server.http.assembly import assemble
 from tinygpt.server.http.refusal import answer_closing, answer_full
-from tinygpt.server.http.security import GateOptions
+from tinygpt.server.http.security import AccessOptions
 from tinygpt.server.openai import endpoints
 from tinygpt.server.openai.metrics_page import Counting
 from tinygpt.server.openai.service import Service
@@ -24,18 +24,18 @@ def make_app(
     *,
     board: Board | None = None,
     log: Callable[[str], None] | None = None,
-    **gate: Unpack[GateOptions],
+    **access: Unpack[AccessOptions],
 ) -> Starlette:
     """The API and the playground of one model, and the dashboard of its run, if it has a board.
 
     With an ``api_key`` everything but the pages themselves and /healthz needs it; the dashboard
-    needs its board's. ``log`` gets a line for each answer. For the other options see `Gate`.
+    needs its board's. ``log`` gets a line for each answer. `AccessControl` has the other options.
     """
     routes = [*endpoints.routes(service), *page_api.routes(service)]
     if board is not None:
         routes += board_routes(board)
-        gate = {"board_key": board.key, "board_is_open": board.is_open, **gate}
-    app = assemble(routes, **gate)
+        access = {"board_key": board.key, "board_is_open": board.is_open, **access}
+    app = assemble(routes, **access)
     app.add_exception_handler(EngineClosed, answer_closing)
     app.add_exception_handler(QueueFull, answer_full)
     app.add_middleware(Counting, counts=service.counts, log=log)

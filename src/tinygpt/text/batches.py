@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,20 +87,3 @@ def _blocks_at(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     blocks = tokens[places[:, None] + np.arange(block_size + 1)].astype(np.int32)  # (B, T + 1)
     return blocks[:, :-1].copy(), blocks[:, 1:].copy()
-
-
-def sequential(
-    tokens: Tokens, batch_size: int, block_size: int
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], int]]:
-    """Batches (B, T) that have every token but the first as a target, in order and exactly once.
-
-    Yields inputs, targets, and the number of real targets; after the end of the text the inputs are
-    0 and the targets -1. All batches have one shape, so one compiled evaluation does for all.
-    """
-    per_batch = batch_size * block_size
-    for start in range(0, len(tokens) - 1, per_batch):
-        part = tokens[start : start + per_batch + 1]
-        count = len(part) - 1
-        x, y = np.zeros(per_batch, np.int32), np.full(per_batch, -1, np.int32)
-        x[:count], y[:count] = part[:-1], part[1:]
-        yield x.reshape(batch_size, block_size), y.reshape(batch_size, block_size), count

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Context, Tensor, TinyJit, dtypes
+from tinygrad import Context, Tensor, dtypes
 
 from tinygpt.errors import UsageError
+from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import write
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 
@@ -116,8 +117,8 @@ def gradcheck(
             drop = Dropout(model.config.dropout, key) if dropout_key else INFERENCE
             return model.loss(idx, targets, drop)
 
-        loss = TinyJit(lambda: mean_loss().realize())
-        value, gradients = float(loss().item()), _gradients(model, mean_loss())
+        loss = jit(mean_loss)
+        value, gradients = float(loss()), _gradients(model, mean_loss())
         # Slopes below this cannot be compared: of the loss no more than 16 digits are known.
         floor = 8 * float(np.finfo(np.float64).eps) * abs(value) / epsilon / tolerance
         for name, parameter in model.trainable().items():
@@ -164,7 +165,7 @@ def _gradients(model: Transformer, loss: Tensor) -> dict[str, Array]:
 
 
 def _slope(
-    loss: Callable[[], Tensor], parameter: Tensor, weight: Array, direction: Array, epsilon: float
+    loss: Callable[[], Array], parameter: Tensor, weight: Array, direction: Array, epsilon: float
 ) -> float:
     """The loss's slope along a direction by central differences of fourth order.
 
@@ -173,7 +174,7 @@ def _slope(
 
     def at(steps: int) -> float:
         write(parameter, weight + steps * epsilon * direction)
-        return float(loss().item())
+        return float(loss())
 
     near, far = at(1) - at(-1), at(2) - at(-2)
     write(parameter, weight)

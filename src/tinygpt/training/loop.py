@@ -1,6 +1,6 @@
-"""The training loop: a generator that takes one step after another.
+"""The training loop: a generator that yields after every optimizer step.
 
-Nothing here prints or saves: whoever iterates does (see ``runs``).
+Nothing here prints or saves: the code that iterates does, see ``runs``.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Step:
     skipped: str | None = None
     """Why this step changed nothing, if so: a loss or gradient norm too large or no number."""
     best: bool = False
-    """The best validation loss so far."""
+    """Whether ``val_loss`` is the lowest so far."""
     sample: str | None = None
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
-    """What whoever watches should be told: a checkpoint that could not be written, for example."""
+    """Messages for the user, such as of a checkpoint that could not be written."""
     grad_norms: Mapping[str, float] = field(default_factory=dict)
     """The gradient's norm layer by layer, before clipping: ``wte``, ``h.0``, …"""
 
@@ -60,37 +60,30 @@ def train_steps(
 ) -> Iterator[Step]:
     """Train from step ``start`` to ``config.max_iters``, yielding after every step.
 
-    A batch depends on nothing but the tokens, the step and the seed, so a run that starts again at
-    a step goes on exactly as the one that was never interrupted; ``guard`` then knows the steps
-    before. Raises TrainingError if too many steps in a row had to be skipped.
+    A batch depends on nothing but the tokens, the step and the seed, so a run that is resumed at a
+    step goes on exactly as the one that was never interrupted; ``guard`` then holds the losses of
+    the steps before. Raises TrainingError if too many steps in a row had to be skipped.
 
     >>> for step in train_steps(model, optimizer, config, tokens):
     ...     print(step.iter, step.train_loss)
     """
-    block = model.config.block_size
-    rows = config.batch_size * config.grad_accum_steps
-    shape = (config.grad_accum_steps, config.batch_size, block)
+    A, B, T = config.grad_accum_steps, config.batch_size, model.config.block_size
     guard = guard or Guard(config)
-    take_step = make_train_step(model, optimizer, config)
-    evaluate_batch = make_evaluate(model)
+    take_step, evaluate_batch = make_train_step(model, optimizer, config), make_evaluate(model)
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()
-        x, y = batch(train_tokens, i, config.seed, rows, block)
-        lr = learning_rate(config, i)
-        x, y, limits = x.reshape(shape), y.reshape(shape), guard.limits()
+        x, y = (a.reshape(A, B, T) for a in batch(train_tokens, i, config.seed, A * B, T))
+        lr, limits = learning_rate(config, i), guard.limits()
         loss, norm, taken, norms = take_step(x, y, lr, (config.seed, i), limits)
         guard.see(loss, norm, taken)
-        seconds = time.perf_counter() - before
+        rate = A * B * T / (time.perf_counter() - before)
         done, val_loss = i + 1, None
         due = done % config.eval_interval == 0 or done == config.max_iters
         if val_tokens is not None and due:
-            val_loss = evaluate(
-                evaluate_batch, val_tokens, config.eval_iters, config.batch_size, block
-            )
+            val_loss = evaluate(evaluate_batch, val_tokens, config.eval_iters, B, T)
         elapsed = time.perf_counter() - began
         skipped = None if taken else why_skipped(loss, norm, limits)
-        rate = x.size / seconds
         yield Step(done, loss, lr, norm, rate, elapsed, val_loss, skipped, grad_norms=norms)
         if skipped and guard.exhausted:
             raise _given_up(model, config, x, y, done, skipped)
@@ -99,7 +92,7 @@ def train_steps(
 def _given_up(
     model: Transformer, config: TrainConfig, x: Tokens, y: Tokens, done: int, skipped: str
 ) -> TrainingError:
-    """What to say when no step is taken any more; ``x``, ``y`` (A, B, T) are of step ``done``."""
+    """The error after too many skipped steps; ``x``, ``y`` (A, B, T) are those of step ``done``."""
     keys = (key_of(config.seed, (done - 1) * len(x) + i) for i in range(len(x)))
     finding = diagnose(model, x, y, [Tensor(key) for key in keys])
     steps = f"{config.max_skipped} steps in a row" if config.max_skipped > 1 else "A step"

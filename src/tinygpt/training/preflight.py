@@ -19,6 +19,7 @@ from tinygrad import Device, dtypes
 from tinygpt.config import Config, GPTConfig, TrainConfig
 from tinygpt.config.weights import weights
 from tinygpt.errors import UsageError
+from tinygpt.files.disk import size
 from tinygpt.kernels import linear
 from tinygpt.kernels.loss.fused import cut_of
 from tinygpt.machine import resources
@@ -243,10 +244,3 @@ def measured_rate() -> float:
 def seconds_per_step(estimate: Estimate, rate: float) -> float:
     """What a step should take where a matrix product runs at ``rate``."""
     return estimate.flops / (MATRIX_SHARE * rate) + LAUNCHING * (1 + estimate.layers)
-
-
-def size(count: int) -> str:
-    """``0.3 MB``, ``62 MB``, ``1.3 GB``."""
-    if count >= 1_000_000_000:
-        return f"{count / 1e9:,.1f} GB"
-    return f"{count / 1e6:.0f} MB" if count >= 9_950_000 else f"{count / 1e6:.1f} MB"

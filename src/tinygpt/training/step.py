@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -121,15 +122,8 @@ def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
 
 def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
     """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T)."""
-
-    @jit
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return model.loss(x, y, INFERENCE)
-
-    def evaluate_batch(x: Tokens, y: Tokens) -> float:
-        return float(loss(x, y))
-
-    return evaluate_batch
+    loss = jit(partial(model.loss, drop=INFERENCE))
+    return lambda x, y: float(loss(x, y))
 
 
 EVAL_SEED = 0x5EED

@@ -7,11 +7,13 @@ from typing import Literal
 
 from tinygpt.cli.console import say, show_json
 from tinygpt.cli.models import load_model
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
+from tinygpt.files.disk import size
 
 
 def export_gguf(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     out: Path,
@@ -26,7 +28,8 @@ def export_gguf(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     out
         File to write, such as model.gguf.
     type
@@ -36,6 +39,7 @@ def export_gguf(
     json
         Print a summary as JSON.
     """
+    run = run_or_newest(run)
     from tinygpt.interop.gguf.gguf_file import check_target, export
 
     check_target(out)
@@ -56,7 +60,7 @@ def export_gguf(
     say(f"largest logit difference to what is read from the file: {done.difference:.2g}")
     if type != "f32":
         say(f"rounding the weights changes logits by up to {done.rounding:.2g}")
-    say(f"wrote {out}: {model.num_params():,} parameters, {done.size / 1e6:,.1f} MB")
+    say(f"wrote {out}: {model.num_params():,} parameters, {size(done.size)}")
     if model.config.block_size % 256:
         # llama.cpp rounds the context up, and there are no positions behind the last one
         say(f"llama.cpp breaks off behind token {model.config.block_size}: limit it with -n")

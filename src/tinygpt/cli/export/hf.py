@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import say, show_json
 from tinygpt.cli.models import load_model
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
 from tinygpt.text.names import is_name
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def export_hf(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     out: Path,
@@ -31,7 +32,8 @@ def export_hf(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     out
         Folder to write, which must not exist.
     tokenizer
@@ -39,6 +41,7 @@ def export_hf(
     json
         Print a summary as JSON.
     """
+    run = run_or_newest(run)
     from dataclasses import asdict
 
     from tinygpt.interop.folders import check_free

@@ -9,11 +9,13 @@ from typing import Literal
 from tinygpt.cli import texts
 from tinygpt.cli.console import say
 from tinygpt.cli.models import load_model
+from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import Switch
+from tinygpt.files.disk import size
 
 
 def export_web(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     out: Path,
@@ -30,7 +32,8 @@ def export_web(
     Parameters
     ----------
     run
-        Run folder, of which the best checkpoint is taken, or a checkpoint.
+        Run folder, of which the best checkpoint is taken, or a checkpoint. [default: the newest
+        run in runs/]
     out
         File to write, such as page.html.
     weights
@@ -44,6 +47,7 @@ def export_web(
     beginnings
         Offer lines of the run's validation text on an empty page; they stand in the file.
     """
+    run = run_or_newest(run)
     from tinygpt.interop import web
 
     web.check_target(out)
@@ -75,10 +79,6 @@ def export_web(
         f"the same text"
     )
     say(
-        f"wrote {made.path}, {_size(made.size)} ({_size(made.weights)} of weights, "
-        f"{_size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
+        f"wrote {made.path}, {size(made.size)} ({size(made.weights)} of weights, "
+        f"{size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.0f} KB"

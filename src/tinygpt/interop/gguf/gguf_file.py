@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from tinygpt.config import GPTConfig, __version__
+from tinygpt.config.weights import Weight
 from tinygpt.errors import InteropError, UsageError, extras
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
 from tinygpt.files.disk import check_space, writing
 from tinygpt.interop import parity
 from tinygpt.interop.gguf.gguf_tokens import Tokens, tokens_of
 from tinygpt.interop.gguf.gguf_types import BLOCK, Kind, store
-from tinygpt.interop.hf.pretrained import PREFIX, TURNED, fetch_from, shapes
+from tinygpt.interop.hf import layout
 from tinygpt.interop.parity import Floats
 from tinygpt.machine.transfer import read, write
 from tinygpt.model.transformer import Transformer
@@ -58,11 +59,14 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Weight:
+class Stored:
     """A weight on its way into the file."""
 
-    ours: str
+    weight: Weight
+    name: str
+    """Hugging Face's."""
     theirs: str
+    """llama.cpp's."""
     shape: tuple[int, ...]
     kind: Kind
 
@@ -87,16 +91,16 @@ def export(
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
     tokens = tokens_of(tokenizer, model.config.vocab_size)
-    weights = list(_weights(gguf, model, tokens, kind))
+    stored = list(_stored(gguf, model, tokens, kind))
     with writing(path):
-        check_space(path.parent, sum(weight.size for weight in weights))
+        check_space(path.parent, sum(each.size for each in stored))
     with writing(path), replacing(path) as file:
         with closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:
             _describe(writer, model.config, tokens, kind, name)
-            rounded = _write(gguf, writer, model, weights)
-        difference, rounding = _prove(gguf, model, rounded, weights, tokens, file.name)
+            rounded = _write(gguf, writer, model, stored)
+        difference, rounding = _prove(gguf, model, rounded, stored, tokens, file.name)
         size = Path(file.name).stat().st_size
-    unrounded = [weight.ours for weight in weights if kind != weight.kind == "f16"]
+    unrounded = [each.weight.name for each in stored if kind != each.kind == "f16"]
     return Exported(path, size, difference, rounding, unrounded, tokens.added)
 
 
@@ -114,31 +118,28 @@ def _gguf() -> types.ModuleType:
         ) from error
 
 
-def _weights(
+def _stored(
     gguf: types.ModuleType, model: Transformer, tokens: Tokens, kind: Kind
-) -> Iterator[Weight]:
+) -> Iterator[Stored]:
     """All that llama.cpp wants, in our order."""
     config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    wanted = shapes(replace(config, bias=True))
-    strange = [name for name in model.parameters() if name not in wanted]
+    wanted = layout.all_weights(config)
+    known = {weight.name for weight in wanted.values()}
+    strange = [name for name in model.parameters() if name not in known]
     if strange:
         raise InteropError(f"llama.cpp's GPT-2 has no weight such as {strange[0]} of this model.")
-    for ours, shape in wanted.items():
-        theirs = names.get_name(_hf_name(ours), try_suffixes=(".weight", ".bias"))
-        rows = len(tokens.texts) if ours in ("wte.weight", "lm_head.weight") else shape[0]
-        yield Weight(ours, theirs, (rows, *shape[1:]), _kind(ours, shape, kind))
+    for name, weight in wanted.items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        rows = len(tokens.texts) if weight.kind in ("tokens", "output") else weight.shape[0]
+        yield Stored(weight, name, theirs, (rows, *weight.shape[1:]), _kind(weight, kind))
 
 
-def _hf_name(ours: str) -> str:
-    return ours if ours == "lm_head.weight" else PREFIX + ours
-
-
-def _kind(ours: str, shape: tuple[int, ...], kind: Kind) -> Kind:
+def _kind(weight: Weight, kind: Kind) -> Kind:
     """What llama.cpp keeps a weight as: vectors and positions are added, and stay float32."""
-    if len(shape) < 2 or ours == "wpe.weight":
+    if weight.kind in ("positions", "norm", "bias"):
         return "f32"
-    return "f16" if kind == "q8_0" and shape[-1] % BLOCK else kind
+    return "f16" if kind == "q8_0" and weight.shape[-1] % BLOCK else kind
 
 
 def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: str) -> None:
@@ -151,7 +152,7 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_feed_forward_length(config.n_inner)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
@@ -170,28 +171,28 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
 
 
 def _write(
-    gguf: types.ModuleType, writer: Any, model: Transformer, weights: list[Weight]
+    gguf: types.ModuleType, writer: Any, model: Transformer, stored: list[Stored]
 ) -> Transformer:
     """Write the weights one at a time; -> a model of what a reader gets from them"""
-    for weight in weights:
-        kind = gguf.GGMLQuantizationType[weight.kind.upper()]
+    for each in stored:
+        kind = gguf.GGMLQuantizationType[each.kind.upper()]
         writer.add_tensor_info(
-            weight.theirs, weight.shape, np.dtype(np.float32), weight.size, raw_dtype=kind
+            each.theirs, each.shape, np.dtype(np.float32), each.size, raw_dtype=kind
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    exact = all(weight.kind == "f32" for weight in weights)
+    exact = all(each.kind == "f32" for each in stored)
     rounded = model if exact else Transformer(model.config, seed=None)
     parameters, copies = model.parameters(), rounded.parameters()
-    for weight in weights:
-        values = np.zeros(weight.shape, np.float32)
-        if weight.ours in parameters:
-            values = _with_rows(read(parameters[weight.ours]), weight.shape[0])
-        stored, read_again = store(values, weight.kind)
-        writer.write_tensor_data(stored)
-        if weight.ours in copies and not exact:
-            write(copies[weight.ours], read_again[: copies[weight.ours].shape[0]])
+    for each in stored:
+        name, values = each.weight.name, np.zeros(each.shape, np.float32)
+        if name in parameters:
+            values = _with_rows(read(parameters[name]), each.shape[0])
+        data, read_again = store(values, each.kind)
+        writer.write_tensor_data(data)
+        if name in copies and not exact:
+            write(copies[name], read_again[: each.weight.shape[0]])
     return rounded
 
 
@@ -207,7 +208,7 @@ def _prove(
     gguf: types.ModuleType,
     model: Transformer,
     rounded: Transformer,
-    weights: list[Weight],
+    stored: list[Stored],
     tokens: Tokens,
     place: str,
 ) -> tuple[float, float]:
@@ -219,17 +220,17 @@ def _prove(
     config, ids = model.config, parity.fixed_prompt(model.config)
     reader = gguf.GGUFReader(place, "r+")
     found = {tensor.name: tensor for tensor in reader.tensors}
-    names = {_hf_name(weight.ours): weight.theirs for weight in weights}
+    named = {each.name: each for each in stored}
 
     def fetch(name: str) -> Floats:
-        tensor = found[names[name]]
+        tensor = found[named[name].theirs]
         values: Floats = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return values.T if TURNED.fullmatch(name.removeprefix(PREFIX)) else values
+        return layout.turned(named[name].weight, values)
 
     ours = parity.our_logits(rounded, ids)
     with np.errstate(all="ignore"):  # what is no number is refused by the comparison
         theirs = parity.plain_logits(fetch, config, ids)[:, : config.vocab_size]
-        rounding_error = partial(parity.rounding_error, fetch_from(rounded), config, ids)
+        rounding_error = partial(parity.rounding_error, layout.fetch_from(rounded), config, ids)
         reads = f"The reader of gguf {version('gguf')}"
         difference, allowed = parity.compare(ours, theirs, reads, rounding_error)
     if reader.get_field("tokenizer.ggml.tokens").contents() != tokens.texts:

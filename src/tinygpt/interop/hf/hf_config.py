@@ -72,10 +72,10 @@ def _shape(path: Path, values: Mapping[str, Any]) -> GPTConfig:
     except ConfigError as error:
         raise InteropError(f"{path} describes a model that cannot be: {error}") from error
     inner = values.get("n_inner")
-    if inner not in (None, 4 * config.n_embd):
+    if inner not in (None, config.n_inner):
         raise InteropError(
             f"{path}: n_inner={brief(inner)}, and TinyGPT's MLPs are four times as wide as the "
-            f"model: {4 * config.n_embd}."
+            f"model: {config.n_inner}."
         )
     return config
 

@@ -1,7 +1,4 @@
-"""A model of ours as a Hugging Face folder, which appears once it has been read back.
-
-A linear layer without biases does not exist there: the biases of such a model are written as zeros.
-"""
+"""A model of ours as a Hugging Face folder, which appears once it has been read back."""
 
 from __future__ import annotations
 
@@ -25,7 +22,8 @@ from tinygpt.interop.card import Parity, model_card
 from tinygpt.interop.folders import new_folder
 from tinygpt.interop.hf.hf_config import config_to_hf, end_of_text
 from tinygpt.interop.hf.hf_tokenizer import write_tokenizer
-from tinygpt.interop.hf.pretrained import PREFIX, TURNED, WEIGHTS_FILE, fetch_from, shapes
+from tinygpt.interop.hf.layout import all_weights, fetch_from, stored_shape
+from tinygpt.interop.hf.pretrained import WEIGHTS_FILE
 from tinygpt.interop.hf.weight_files import read_file, write_file
 from tinygpt.interop.parity import Floats, Ids
 from tinygpt.runs import checkpoint
@@ -77,13 +75,8 @@ def _described(meta: checkpoint.Meta) -> dict[str, Any]:
 
 def write_weights(model: Transformer, path: Path) -> None:
     """model.safetensors, a tensor at a time. Raises OSError."""
-    biased = shapes(replace(model.config, bias=True))
-    stored = {n: s[::-1] if TURNED.fullmatch(n) else s for n, s in biased.items()}
-    write_file(path, {_theirs(name): shape for name, shape in stored.items()}, fetch_from(model))
-
-
-def _theirs(name: str) -> str:
-    return name if name == "lm_head.weight" else PREFIX + name
+    shapes = {name: stored_shape(weight) for name, weight in all_weights(model.config).items()}
+    write_file(path, shapes, fetch_from(model))
 
 
 # Reading back -----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """GPT-2 as Hugging Face keeps it: a folder with config.json and model.safetensors, read in place.
 
-Their linear layers are ``Conv1D``, whose weight is (in, out); ours are (out, in). Their names may
-begin with ``transformer.``; the causal masks that old versions stored beside the weights
-(``attn.bias``, ``attn.masked_bias``) are left out. Weights may be float32, float16 or bfloat16.
+Names and shapes are those of ``layout``, but the prefix may be missing. The causal masks that old
+versions stored beside the weights (``attn.bias``, ``attn.masked_bias``) are left out. Weights may
+be float32, float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinygpt.config import GPTConfig, to_toml
+from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
 from tinygpt.files.atomic import replacing, user_path
 from tinygpt.interop import parity
@@ -25,6 +26,7 @@ from tinygpt.interop.folders import new_folder
 from tinygpt.interop.hf import hub
 from tinygpt.interop.hf.hf_config import read_config, read_end_name, read_ends
 from tinygpt.interop.hf.hf_tokenizer import read_tokenizer
+from tinygpt.interop.hf.layout import PREFIX, stored_shape
 from tinygpt.interop.hf.shards import INDEX, read_shards
 from tinygpt.interop.hf.weight_files import WEIGHTS, Entry, Floats, read_file, refuse_pickle
 from tinygpt.runs import checkpoint
@@ -38,15 +40,12 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-PREFIX = "transformer."
 CACHED = ("snapshots/*/", "models--*/snapshots/*/", "hub/models--*/snapshots/*/")
 """Where models lie below a model's folder in Hugging Face's cache, the cache, and HF_HOME."""
 WRAPPED = re.compile(r"^(_orig_mod\.|module\.)+")
 """What torch.compile and DistributedDataParallel put before the names of a model's weights."""
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 """Causal masks, which are no weights."""
-TURNED = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
-"""Weights that are stored (in, out)."""
 OTHER_TOKENIZER = (
     "Name the tokenizer that belongs to the model, such as --tokenizer gpt2, or take the weights "
     "alone: --tokenizer none"
@@ -69,7 +68,7 @@ class Pretrained:
     folder: Path
     config: GPTConfig
     entries: Mapping[str, Entry]
-    """By our names, which are GPT-2's without the prefix."""
+    """By our names."""
     snapshot: hub.Snapshot | None = None
     """Where on the hub it is from; None for files that were given."""
 
@@ -119,15 +118,15 @@ class Pretrained:
         """The types of the weights in the files, such as F16."""
         return ", ".join(sorted({entry.dtype for entry in self.entries.values()}))
 
-    def pieces(self, name: str) -> Iterator[Floats]:
+    def pieces(self, weight: Weight) -> Iterator[Floats]:
         """A weight as our model has it, in float32, flat, a piece at a time."""
-        entry = self.entries[name]
-        pieces = self._turned(entry) if TURNED.fullmatch(name) else entry.pieces()
+        entry = self.entries[weight.name]
+        pieces = self._turned(entry) if weight.kind == "linear" else entry.pieces()
         for piece in pieces:
             if not np.isfinite(piece).all():
                 raise InteropError(
-                    f"{entry.path}: {name} holds values that are not finite, and nothing can be "
-                    f"computed with them. Fetch the file again, or take an earlier state of it."
+                    f"{entry.path}: {weight.name} holds values that are not finite, and nothing "
+                    f"can be computed with them. Fetch the file again, or take an earlier state."
                 )
             yield piece
 
@@ -140,25 +139,6 @@ class Pretrained:
         entry = self.entries[name.removeprefix(PREFIX)]
         entry.release()  # of the one before
         return entry.floats()
-
-
-def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of our model by name, in the order of the forward pass."""
-    C, V = config.n_embd, config.vocab_size
-    linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
-    mlp = {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    found: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C)}
-    for i in range(config.n_layer):
-        for part in ({"ln_1": (C,)}, linear, {"ln_2": (C,)}, mlp):
-            for name, shape in part.items():
-                found |= _layer(f"h.{i}.{name}", shape, config.bias)
-    found |= _layer("ln_f", (C,), config.bias)
-    return found if config.tie_embeddings else found | {"lm_head.weight": (V, C)}
-
-
-def _layer(name: str, shape: tuple[int, ...], bias: bool) -> dict[str, tuple[int, ...]]:
-    weight = {f"{name}.weight": shape}
-    return weight | {f"{name}.bias": shape[:1]} if bias else weight
 
 
 # Finding ----------------------------------------------------------------------------------------
@@ -229,10 +209,10 @@ def _matched(path: Path, config: GPTConfig, found: Mapping[str, Entry]) -> dict[
     ours = {name: entry for name, entry in ours.items() if not BUFFERS.fullmatch(name)}
     if config.tie_embeddings:
         ours = _without_copy(path, ours)
-    wanted = shapes(config)
+    wanted = {weight.name: weight for weight in weights(config)}
     _check_names(path, wanted, ours)
-    for name, shape in wanted.items():
-        _check_entry(path, name, shape, ours[name])
+    for name, weight in wanted.items():
+        _check_entry(path, weight, ours[name])
     return {name: ours[name] for name in wanted}
 
 
@@ -270,16 +250,15 @@ def _check_names(path: Path, wanted: Mapping[str, object], found: Mapping[str, o
             )
 
 
-def _check_entry(path: Path, name: str, shape: tuple[int, ...], entry: Entry) -> None:
-    stored = shape[::-1] if TURNED.fullmatch(name) else shape
-    if entry.shape != stored:
+def _check_entry(path: Path, weight: Weight, entry: Entry) -> None:
+    if entry.shape != (stored := stored_shape(weight)):
         raise InteropError(
-            f"{path}: {name} has shape {entry.shape}, and by config.json it would be {stored}. "
-            f"{OF_ANOTHER}"
+            f"{path}: {weight.name} has shape {entry.shape}, and by config.json it would be "
+            f"{stored}. {OF_ANOTHER}"
         )
     if entry.dtype not in WEIGHTS:
         raise InteropError(
-            f"{path}: {name} is of type {entry.dtype}; weights are {', '.join(WEIGHTS)}."
+            f"{path}: {weight.name} is of type {entry.dtype}; weights are {', '.join(WEIGHTS)}."
         )
 
 
@@ -290,8 +269,9 @@ def load_weights(model: Transformer, pretrained: Pretrained) -> None:
     """Put the weights into a model of the same shape, one after another."""
     from tinygpt.machine.transfer import fill
 
-    for name, parameter in model.parameters().items():
-        fill(parameter, pretrained.pieces(name))
+    parameters = model.parameters()
+    for weight in weights(pretrained.config):
+        fill(parameters[weight.name], pretrained.pieces(weight))
 
 
 def check(pretrained: Pretrained) -> float:
@@ -314,26 +294,6 @@ def check(pretrained: Pretrained) -> float:
     ).difference
 
 
-def fetch_from(model: Transformer) -> parity.Fetch:
-    """A model's weights by the names, and in the layout, that they have in a folder.
-
-    Biases that the model lacks are zeros.
-    """
-    from tinygpt.machine.transfer import read
-
-    parameters = model.parameters()
-    biased = shapes(replace(model.config, bias=True))
-
-    def fetch(name: str) -> Floats:
-        ours = name.removeprefix(PREFIX)
-        values = (
-            read(parameters[ours]) if ours in parameters else np.zeros(biased[ours], np.float32)
-        )
-        return values.T if TURNED.fullmatch(ours) else values  # (out, in) -> (in, out)
-
-    return fetch
-
-
 def _origin(pretrained: Pretrained) -> dict[str, str]:
     """Where weights come from, to be passed on with them: of a path no more than its last name."""
     snapshot = pretrained.snapshot
@@ -351,10 +311,8 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
     The folder appears whole or not at all. Weights go from file to file a piece at a time.
     """
     folder = user_path(folder)
-    layout = checkpoint.arrange(
-        (f"model.{name}", np.dtype(np.float32), shape)
-        for name, shape in shapes(pretrained.config).items()
-    )
+    named = {f"model.{weight.name}": weight for weight in weights(pretrained.config)}
+    layout = checkpoint.arrange((n, np.dtype(np.float32), w.shape) for n, w in named.items())
     meta = checkpoint.Meta(
         0,
         pretrained.config,
@@ -365,7 +323,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
     with new_folder(folder) as staging:
         run = checkpoint.ensure_run(staging)
         meta, path = replace(meta, run=run), checkpoint_path(staging, 0)
-        checkpoint.stream(path, layout, lambda name: pretrained.pieces(name[len("model.") :]), meta)
+        checkpoint.stream(path, layout, lambda name: pretrained.pieces(named[name]), meta)
         with replacing(staging / CONFIG) as file:
             file.write(to_toml({"model": pretrained.config}, comments=True).encode())
         if tokenizer is not None:

@@ -1,7 +1,7 @@
 """A trained model as one web page that needs no server and makes no request.
 
 ``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
-makes the same for graphics cards. ``weights`` rounds and cuts the weights, ``vocabulary`` describes
+makes the same for graphics cards. ``payload`` rounds and cuts the weights, ``vocabulary`` describes
 the tokenizer, ``page`` puts all of it into one file with the scripts in ``pages``,
 ``parity`` sees to it that what is in there computes the same as the model, and ``finished`` that
 the file starts.
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from tinygpt.config import MAX_TOKENS, GPTConfig, SampleConfig
 from tinygpt.errors import InteropError, UsageError
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
-from tinygpt.interop.web import page, vocabulary, weights
+from tinygpt.interop.web import page, payload, vocabulary
 from tinygpt.interop.web.capture import Source, capture
+from tinygpt.interop.web.payload import KINDS, Kind
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
 from tinygpt.interop.web.wasm import compile_wasm
-from tinygpt.interop.web.weights import KINDS, Kind
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.untrusted import utf8_name
 
@@ -82,13 +82,13 @@ def export_web(
     _check_size(model, kind)
     parameters = model.parameters()
     arrays = {name: read(p) for name, p in parameters.items()}
-    weights.check(arrays, kind)
+    payload.check(arrays, kind)
     source = capture(model.config)
     module = compile_wasm(source.text)
     places = {name: at for name, at, _ in source.weights}
-    chunks = list(weights.chunks(arrays, places, kind))
+    chunks = list(payload.chunks(arrays, places, kind))
     for name, values in arrays.items():
-        write(parameters[name], weights.rounded(values, kind))
+        write(parameters[name], payload.rounded(values, kind))
     difference = check(model, module, chunks)
     about: dict[str, Any] = {
         "title": title,

@@ -59,16 +59,55 @@ class Forward:
     functions: tuple[Function, ...]
 
 
+class PositionCache:
+    """Keys and values of one sequence, (1, H, block_size, D) for each layer, as the page has them.
+
+    ``position``, where the next token goes, is a variable of the kernels and not a buffer, so that
+    the number of a GPU's workgroups can depend on it. See ``tinygpt.model.cache.Cache``.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        from tinygrad import dtypes
+
+        from tinygpt.machine.transfer import zeros
+
+        self.config = config
+        shape = (1, config.n_head, config.block_size, config.head_size)
+        self.layers = [
+            (zeros(shape, dtypes.float32), zeros(shape, dtypes.float32))
+            for _ in range(config.n_layer)
+        ]
+        self.position: int | UOp = 0
+
+    def positions(self, table: Tensor, T: int) -> Tensor:
+        return table[self.position : self.position + T]
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        from tinygrad import Tensor
+
+        from tinygpt import kernels
+        from tinygpt.kernels.attention import merge_heads, split_heads
+
+        q, k, v = (split_heads(x, self.config.n_head) for x in qkv.chunk(3, dim=2))  # (1, H, T, D)
+        end = self.position + q.shape[2]
+
+        def extended(buffer: Tensor, new: Tensor) -> Tensor:
+            part = buffer[:, :, self.position : end]
+            return Tensor(buffer.uop.after(part.uop.store(new.cast(buffer.dtype).uop)))
+
+        keys, values = map(extended, self.layers[layer], (k, v))
+        return merge_heads(kernels.cached_attention(q, keys, values, end))  # (1, T, C)
+
+
 def forward(config: GPTConfig, plain: bool = False) -> Forward:
     """Capture both functions; ``plain`` takes tinygrad's own operations instead of our kernels."""
     from tinygrad import Context, TinyJit, Variable, dtypes
 
     from tinygpt import kernels
     from tinygpt.machine.transfer import zeros
-    from tinygpt.model.cache import KVCache
     from tinygpt.model.transformer import Transformer
 
-    model, cache = Transformer(config).eval(), KVCache(config, 1)
+    model, cache = Transformer(config), PositionCache(config)
     one, ids = (zeros((1, n), dtypes.int32) for n in (1, config.block_size))
 
     def step(position: UOp) -> Tensor:
@@ -90,7 +129,7 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
             calls = tuple(_calls(captured.captured.linear.src))
             result = captured.captured.ret.uop.buffer
             functions.append(Function(function.__name__, calls, result))
-    caches = [_buffer(t) for layer in cache.layers for t in (layer.keys, layer.values)]
+    caches = [_buffer(t) for layer in cache.layers for t in layer]
     weights = {name: _buffer(p) for name, p in model.parameters().items()}
     return Forward(weights, (_buffer(one), _buffer(ids)), tuple(caches), tuple(functions))
 

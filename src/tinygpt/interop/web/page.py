@@ -18,7 +18,7 @@ from typing import Any
 
 from tinygpt import pages
 from tinygpt.files.strict_json import to_json
-from tinygpt.interop.web.weights import Chunk
+from tinygpt.interop.web.payload import Chunk
 
 _STYLE = re.compile(r'<link rel="stylesheet" href="page/([^"]+)">')
 _SCRIPT = re.compile(r'<script src="page/([^"]+)"></script>')

@@ -21,11 +21,12 @@ from tinygpt import pages
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import InteropError, extras
 from tinygpt.files.strict_json import to_json
+from tinygpt.generation import decoder
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
-from tinygpt.interop.hf.pretrained import fetch_from
+from tinygpt.interop.hf.layout import fetch_from
 from tinygpt.interop.parity import compare, fixed_prompt, our_logits, rounding_error
-from tinygpt.interop.web.weights import Chunk, values
+from tinygpt.interop.web.payload import Chunk, values
 from tinygpt.model.transformer import Transformer
 
 Logits = npt.NDArray[np.float32]
@@ -69,11 +70,11 @@ def _compare_greedy(
     model: Transformer, prompt: npt.NDArray[np.int32], theirs: list[int], tie: float
 ) -> None:
     """InteropError where the texts part, unless the two logits lie within ``tie`` there."""
-    decoder, ids = Decoder(model), prompt[0].tolist()
-    for (token,) in generate_tokens(decoder, prompt, GREEDY, SampleConfig(temperature=0)):
+    decode, ids = Decoder(model), prompt[0].tolist()
+    for (token,) in generate_tokens(decode, prompt, GREEDY, SampleConfig(temperature=0)):
         other = theirs[len(ids)]
         if token != other:
-            row = decoder.next_logits(np.array([ids], np.int32), object())[0]
+            [row] = decode.next_logits([decoder.Sequence(ids)])
             if abs(row[token] - row[other]) <= tie:
                 return  # a tie, which rounding may decide either way; what follows differs rightly
             raise InteropError(

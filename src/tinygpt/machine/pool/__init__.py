@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -90,8 +89,6 @@ def _engine() -> Engine:
 
     if not (found := version("tinygrad")).startswith(TINYGRAD):
         raise RuntimeError(f"tinygrad {found} is installed, and running on all cores needs 0.14")
-    if sys.platform == "win32":
-        raise RuntimeError("running on all cores needs POSIX threads, which Windows lacks")
     from tinygpt.machine.pool.runner import Engine
 
     return Engine()

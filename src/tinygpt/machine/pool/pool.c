@@ -10,30 +10,32 @@
  *
  * A kernel of several pieces is called once for each piece, with the number of the piece in
  * argument `slot`. The pieces are independent. They lie in a few shares in a row; each thread, the
- * caller or a worker, takes one piece after another of its own share, and then of the others. So a
- * core mostly works on the same part of the data from one command to the next, which is in its
- * cache, and yet none is waited for that is slow. All of a command's pieces are done before the next
- * command starts.
+ * caller or a worker, takes one piece after another of its own share, and then of the others (work
+ * stealing). So a core mostly works on the same part of the data from one command to the next, which
+ * is in its cache, and no command waits for a slow core while another is idle. All pieces of a
+ * command are done before the next one starts.
  */
 
 typedef unsigned long long word;
 
-enum { RUN, SERVE, START, STOP }; /* what the caller from outside wants */
+enum { RUN, SERVE, START, STOP }; /* the four functions behind the one entry */
 enum { SHARES = 16 };             /* with more threads than that, several have one share */
 
-/* A word that one side changes and the other waits for: by spinning for a while, then asleep. */
-struct gate {
+/* A counter that one side raises and the other waits for: a "futex" with a mutex and a condition
+ * variable, because this file makes no system call. The waiter spins for a while, then sleeps.
+ * _Alignas(64): each lies in a cache line of its own, or cores would take turns owning the line. */
+struct event {
   _Alignas(64) word value;
   word sleepers;
   _Alignas(64) char condition[128];
 };
 
 struct share {
-  _Alignas(64) word next; /* its end << 32 | its first piece that nobody has yet */
+  _Alignas(64) word next; /* end of the share << 32 | its first piece that no thread has taken */
 };
 
 struct pool {
-  /* Filled in before the first call, in this order, by pool.py. */
+  /* Filled in before the first call, in this order, by workers.py. */
   int (*init_mutex)(void *mutex, const void *attributes);
   int (*lock)(void *mutex);
   int (*unlock)(void *mutex);
@@ -49,9 +51,9 @@ struct pool {
   word patience; /* nanoseconds to spin before going to sleep */
   word threads;  /* the caller and the workers; 1 runs everything on the caller */
   _Alignas(64) char mutex[128];
-  struct gate work; /* grows with every kernel, and when the pool stops */
-  struct gate done; /* the number of kernels whose last piece a worker finished */
-  word stopped;     /* once set it stays set, whatever happens to the gates */
+  struct event work; /* grows with every kernel, and when the pool stops */
+  struct event done; /* the number of kernels whose last piece a worker finished */
+  word stopped;      /* once set it stays set, whatever happens to the events */
   word busy;
   word home; /* the CPU of the caller */
   _Alignas(64) const word *command;
@@ -80,7 +82,7 @@ void tinygpt_pool(struct pool *pool, word wish, word x, word y) {
     stop(pool);
 }
 
-/* ---- gates ---- */
+/* ---- events ---- */
 
 static word now(struct pool *pool) {
   word time[2];
@@ -96,30 +98,34 @@ static void relax(void) {
 #endif
 }
 
-/* Wait until the gate's value is no longer `seen`, and return the new one. */
-static word pass(struct pool *pool, struct gate *gate, word seen) {
+/* Wait until the event's value is no longer `seen`, and return the new one.
+ *
+ * The clock costs more than a look, so it is read once for 16. relax() tells the core that
+ * it is spinning, so that it leaves the execution units to the other thread of the same core. */
+static word await_change(struct pool *pool, struct event *event, word seen) {
   word value, start = now(pool);
   do
     for (int i = 0; i < 16; i++) {
-      if ((value = load(&gate->value)) != seen) return value;
+      if ((value = load(&event->value)) != seen) return value;
       relax();
     }
   while (now(pool) - start < pool->patience);
-  /* Who changes the value looks for sleepers afterwards, and a sleeper looks at the value after
-   * it has signed in: one of the two sees the other, so that no change is slept through. */
+  /* advance() changes the value and then reads `sleepers`; a waiter adds itself to `sleepers` and
+   * then reads the value. With sequentially consistent atomics at least one of the two sees the
+   * other (Dekker's argument), so no change is slept through. */
   pool->lock(pool->mutex);
-  __atomic_add_fetch(&gate->sleepers, 1, __ATOMIC_SEQ_CST);
-  while ((value = load(&gate->value)) == seen) pool->wait(gate->condition, pool->mutex);
-  __atomic_sub_fetch(&gate->sleepers, 1, __ATOMIC_SEQ_CST);
+  __atomic_add_fetch(&event->sleepers, 1, __ATOMIC_SEQ_CST);
+  while ((value = load(&event->value)) == seen) pool->wait(event->condition, pool->mutex);
+  __atomic_sub_fetch(&event->sleepers, 1, __ATOMIC_SEQ_CST);
   pool->unlock(pool->mutex);
   return value;
 }
 
-static void open(struct pool *pool, struct gate *gate) {
-  __atomic_add_fetch(&gate->value, 1, __ATOMIC_SEQ_CST);
-  if (!load(&gate->sleepers)) return;
+static void advance(struct pool *pool, struct event *event) {
+  __atomic_add_fetch(&event->value, 1, __ATOMIC_SEQ_CST);
+  if (!load(&event->sleepers)) return;
   pool->lock(pool->mutex);
-  pool->wake_all(gate->condition);
+  pool->wake_all(event->condition);
   pool->unlock(pool->mutex);
 }
 
@@ -156,6 +162,7 @@ static void call(const word *command, word piece) {
 
 /* ---- fork and join ---- */
 
+/* Sixty-four bits hold a share, so that one atomic addition takes a piece: no lock, no retry. */
 #define LEFT(next) (((next) & 0xffffffff) < (next) >> 32)
 
 static word shares_of(struct pool *pool) { return pool->threads < SHARES ? pool->threads : SHARES; }
@@ -180,9 +187,9 @@ static int work(struct pool *pool, word rank) {
   return last;
 }
 
-/* A worker that is woken on the caller's CPU leaves for the others that the process may use. The
- * system would let the two share it: each is asleep or spinning when the other works, so that a
- * kernel takes a whole turn of patience while another CPU does nothing. */
+/* A worker that wakes up on the caller's CPU moves to the others that the process may use. Left
+ * alone, Linux keeps the two there: each sleeps or spins while the other works, so the load looks
+ * like that of one thread, and a kernel takes `patience` longer while another CPU is idle. */
 static void leave_home(struct pool *pool) {
   word mask[16] = {0}, home = load(&pool->home);
   if (!pool->cpu || (word)pool->cpu() != home || home >= 8 * sizeof mask) return;
@@ -192,10 +199,10 @@ static void leave_home(struct pool *pool) {
 }
 
 static void serve(struct pool *pool, word rank) {
-  /* `stopped` is looked at after every change of the gate, and is set before the gate's last. */
-  for (word seen = 0; seen = pass(pool, &pool->work, seen), !load(&pool->stopped);) {
+  /* `stopped` is read after every change of the event, and is set before the last one. */
+  for (word seen = 0; seen = await_change(pool, &pool->work, seen), !load(&pool->stopped);) {
     leave_home(pool);
-    if (work(pool, rank)) open(pool, &pool->done);
+    if (work(pool, rank)) advance(pool, &pool->done);
   }
 }
 
@@ -207,8 +214,8 @@ static void fork_join(struct pool *pool, const word *command) {
   word count = shares_of(pool), pieces = PIECES(command);
   for (word i = 0; i < count; i++)
     store(&pool->shares[i].next, (i + 1) * pieces / count << 32 | i * pieces / count);
-  open(pool, &pool->work);
-  if (!work(pool, 0)) pass(pool, &pool->done, before);
+  advance(pool, &pool->work);
+  if (!work(pool, 0)) await_change(pool, &pool->done, before);
 }
 
 static void start(struct pool *pool) {
@@ -219,11 +226,11 @@ static void start(struct pool *pool) {
 
 static void stop(struct pool *pool) {
   store(&pool->stopped, 1);
-  open(pool, &pool->work);
+  advance(pool, &pool->work);
 }
 
 static void run(struct pool *pool, const word *command, word count) {
-  /* A second caller, from another thread, does its work alone. */
+  /* While one thread has the workers, a second caller does its work alone. */
   int alone = pool->threads < 2 || __atomic_exchange_n(&pool->busy, 1, __ATOMIC_SEQ_CST);
   for (; count; count--, command += 2 + ARGUMENTS(command)) {
     if (!alone && PIECES(command) > 1)

@@ -1,41 +1,47 @@
 // The dashboard: runs, their curves, their samples, as they stand and as they go on.
 
 import { Chart } from "../shared/chart.js";
-import { showSettings } from "./differences.js";
 import { byId, debounced, h } from "../shared/dom.js";
-import { Feed } from "./feed.js";
-import { Film } from "./film.js";
 import * as format from "../shared/format.js";
 import { ApiError, get, request } from "../shared/net.js";
-import { look, repaint, RunList, showFigures } from "./runs.js";
-import { Series, smooth } from "../shared/series.js";
+import { Series } from "../shared/series.js";
+import { choices, choose } from "./choices.js";
+import { showSettings } from "./differences.js";
+import { saveCsv, savePng } from "./download.js";
+import { Feed } from "./feed.js";
+import { Film } from "./film.js";
+import { axis, curveLines, detail, hasBits, hasTokens, legend, lossLines, placing, unit } from "./lines.js";
+import { look, RunList, showFigures } from "./runs.js";
 import { Strip } from "./strip.js";
 
 const SHOWN_AT_FIRST = 10;
-const MANY = 3; // runs beyond which only the one in focus shows its spread
-const CHOICES = "tinygpt-dashboard";
-const SMOOTHED = ", smoothed";
+const UNIT_NAMES = { nats: "nats per token", bits: "bits per byte" };
 
 const runs = new Map(); // by id, in the order in which they came
 let order = [];
 let focused = null;
-let range = null; // the steps that are seen; null for all
 let away = false; // whether the server does not answer
-const choices = { log: false, smooth: true, ...stored() };
 
-const list = new RunList({ onShow: calmly(showRun), onFocus: calmly(focus) });
-const film = new Film({ onStep: point });
+const list = new RunList({ onShow: calmly(showRun), onFocus: calmly(chooseRun) });
+const film = new Film({ onStep: (step) => {
+  const run = runs.get(focused);
+  point(step === null || !run.series ? null : placing(run, axis(shown()))(step));
+} });
 const strip = new Strip(byId("layers"));
 const feed = new Feed({ cursor, onEvent: take, onState: tellLink });
-const charts = Object.fromEntries(
-  Object.entries({
-    loss: { title: "Loss", write: format.loss, ticks: 7 },
-    grad_norm: { title: "Gradient norm", write: format.short },
-    lr: { title: "Learning rate", write: format.short, zero: true },
-    tokens_per_second: { title: "Tokens per second", write: format.many, zero: true },
-    memory: { title: "Memory", write: format.megabytes, zero: true },
-  }).map(([key, options]) => [key, new Chart(byId(key), { ...options, onZoom: zoom, onPoint: point })]),
-);
+const SMALL = {
+  grad_norm: { title: "Gradient norm", unit: "before clipping", write: format.short },
+  lr: { title: "Learning rate", write: format.short, zero: true },
+  tokens_per_second: { title: "Speed", unit: "tokens per second", write: format.many, zero: true },
+  memory: { title: "Memory", write: format.megabytes, zero: true },
+};
+const charts = { loss: new Chart(byId("loss"), { title: "Loss", write: format.loss, ticks: 7, onZoom: zoom, onPoint: point }) };
+for (const [key, options] of Object.entries(SMALL)) {
+  const holder = h("div", { class: "chart", id: key });
+  const title = h("h2", { id: `${key}-title` }, `${options.title} `, options.unit && h("span", { class: "unit" }, options.unit));
+  byId("small").append(h("section", { class: "card", "aria-labelledby": title.id }, title, holder));
+  charts[key] = new Chart(holder, { ...options, onZoom: zoom, onPoint: point });
+}
 
 // ---- what there is ----
 
@@ -49,11 +55,12 @@ function cursor() {
 async function begin() {
   const answer = await get("dashboard/runs");
   byId("pages").hidden = !answer.playground;
-  answer.runs.forEach((card) => add(card, runs.size < SHOWN_AT_FIRST));
+  answer.runs.forEach((card) => add(card, choices.shown?.includes(card.id) ?? runs.size < SHOWN_AT_FIRST));
   order = answer.runs.map((card) => card.id);
   await Promise.all(listed().filter((run) => run.shown).map(load));
-  await focus(order[0] ?? null);
+  await focus(order.includes(choices.run) ? choices.run : order[0] ?? null);
   feed.restart();
+  await fetchDetail();
 }
 
 function add(card, isShown) {
@@ -131,83 +138,47 @@ function showAll() {
   list.show(listed(), focused);
   if (!run) return;
   document.title = `${run.state === "training" && !away ? "▶ " : ""}${run.name} · TinyGPT`;
-  showFigures(run);
+  const seen = shown();
+  const [x, of] = [axis(seen), unit(seen)];
+  const scale = (each) => (of === "bits" ? each.bits_per_nat : 1);
+  showFigures(run, of === "bits" && run.bits_per_nat ? run.bits_per_nat : 1);
   byId("buttons").hidden = run.state !== "training";
   byId("save").disabled = byId("stop").disabled = away;
   byId("away").hidden = !away;
   showOdd(run);
-  for (const of of document.querySelectorAll("[data-of-run]")) of.textContent = run.name;
-  showCurves();
-  showLayers(run);
-  showSettings(shown().length ? shown() : [run], choices.same);
-  byId("whole").hidden = range === null;
+  for (const part of document.querySelectorAll("[data-of-run]")) part.textContent = run.name;
+  byId("x").value = x;
+  byId("unit").value = of;
+  byId("x").options[1].disabled = !hasTokens(seen);
+  byId("unit").options[1].disabled = !hasBits(seen);
+  showCurves(run, seen, x, scale);
+  showLayers(run, x);
+  showSettings(seen.length ? seen : [run], choices.same);
+  byId("whole").hidden = choices.range === null;
   document.documentElement.dataset.ready = "true";
 }
 
 /** What is wrong with the run's files, if anything is. */
-function showOdd({ odd }) {
-  byId("odd").hidden = !odd.length;
-  byId("odd-list").replaceChildren(...odd.map((reason) => h("li", {}, reason)));
+function showOdd({ odd, damaged }) {
+  const told = damaged ? [...odd, `metrics.jsonl: ${format.steps(damaged)} damaged lines.`] : odd;
+  byId("odd").hidden = !told.length;
+  byId("odd-list").replaceChildren(...told.map((reason) => h("li", {}, reason)));
 }
 
-function showCurves() {
-  const seen = shown().sort((a, b) => (a.id === focused) - (b.id === focused)); // on top, it is last
-  const several = seen.length > 1;
-  const marks = seen.flatMap((run) => run.series.skipped);
-  charts.loss.show({ lines: seen.flatMap((run) => lossLines(run, several)), marks, range, log: choices.log });
-  for (const key of ["grad_norm", "lr", "tokens_per_second", "memory"]) {
-    const lines = seen.flatMap((run) => curveLines(run, key, run.name, choices.smooth && !["lr", "memory"].includes(key)));
-    charts[key].show({ lines, range, log: key === "grad_norm" });
+function showCurves(run, seen, x, scale) {
+  const order = seen.toSorted((a, b) => (a === run) - (b === run)); // the last is on top
+  const { range, log, outliers } = choices;
+  const marks = seen.flatMap((each) => each.series.skipped.map(([step, why]) => [placing(each, x)(step), why]));
+  const lines = order.flatMap((each) => lossLines(each, seen, run, x, scale(each)));
+  charts.loss.show({ lines, marks, range, log, cut: !outliers, unit: x });
+  for (const key of Object.keys(SMALL)) {
+    const of = order.flatMap((each) => curveLines(each, key, each.name, seen, run, x, key === "memory" ? 2 ** -20 : 1));
+    charts[key].show({ lines: of, range, log: key === "grad_norm", cut: !outliers && key === "tokens_per_second", unit: x });
   }
-  byId("keys").textContent = keysOf(charts.loss.lines, marks);
+  byId("keys").replaceChildren(...legend(lines, seen, marks));
 }
 
-/** What the lines of the losses mean that are drawn. */
-function keysOf(lines, marks) {
-  const smoothed = lines.some((line) => line.name?.endsWith(SMOOTHED));
-  return [
-    `Thick: training${smoothed ? SMOOTHED : ""}.`,
-    lines.some((line) => line.low) && "The shade behind it: from the lowest to the highest step.",
-    lines.some((line) => line.faint) && "Faint: as it was.",
-    lines.some((line) => line.dots && line.x.length) && "Thin: validation.",
-    marks.length > 0 && "▲ a step that was skipped.",
-  ].filter(Boolean).join(" ");
-}
-
-function lossLines(run, several) {
-  const { x, y } = (detail(run) ?? run.series).validation;
-  const name = (what) => (several ? `${run.name}, ${what}` : what);
-  const told = run.id === focused || shown().length <= MANY;
-  const color = several ? run.look : { color: "--run-1", dash: [] };
-  return [
-    ...curveLines(run, "train_loss", name("training"), choices.smooth),
-    { ...color, name: told ? name("validation") : null, x, y, width: 1.4, dots: true },
-  ];
-}
-
-/** Lines of one curve: as it is, or faint with a smooth one over it. */
-function curveLines(run, key, name, smoothly) {
-  const series = detail(run) ?? run.series;
-  const { mean: found, low, high } = series.curves[key];
-  const mean = key === "memory" ? found.map((n) => n && n / 2 ** 20) : found;
-  const line = { ...run.look, x: series.x.mean, name, stride: series.stride };
-  const many = shown().length > MANY;
-  const inFront = run.id === focused;
-  const spread = series.stride > 1 && (inFront || !many) ? { low, high } : {};
-  if (!smoothly || mean.length < 8) return [{ ...line, ...spread, y: mean }];
-  const rough = { ...line, ...spread, y: mean, name: null, faint: true, width: 1, dash: [] };
-  const even = key === "grad_norm" ? smoothLog(mean) : smooth(mean);
-  return [...(inFront || !many ? [rough] : []), { ...line, y: even, name: `${name}${SMOOTHED}`, width: inFront && many ? 2.8 : 2 }];
-}
-
-/** On a logarithmic axis a single spike must not lift its neighbours. */
-const smoothLog = (values) =>
-  smooth(values.map((n) => (n > 0 ? Math.log(n) : null))).map((n) => n && Math.exp(n));
-
-/** The finer curves of the steps that are seen, if they are there. */
-const detail = (run) => (range && run.detail?.of === range ? run.detail : null);
-
-function showLayers(run) {
+function showLayers(run, x) {
   const source = run.series && (detail(run) ?? run.series);
   const layers = source ? [...source.layers].map(([name, buckets]) => [name, buckets.mean]) : [];
   const there = layers.length > 0;
@@ -215,7 +186,7 @@ function showLayers(run) {
   byId("layers-hint").textContent = there
     ? "Embeddings first, then the layers from the text upwards; colours as on the scale, before clipping."
     : run.iter === null ? "They come with the first step." : "The rows of this run hold no gradient norms by layer.";
-  if (there) strip.show(source.layerX.mean, layers, range, source.layerX.stride);
+  if (there) strip.show(source.layerX.mean.map(placing(run, x)), layers, choices.range, source.layerX.stride, x);
 }
 
 // ---- what a person does ----
@@ -225,9 +196,15 @@ async function showRun(id, isShown) {
   run.shown = isShown;
   if (isShown && !run.series) await load(run);
   if (isShown && !order.includes(focused)) await focus(id);
+  choose({ shown: listed().filter((each) => each.shown).map((each) => each.id) });
   await fetchDetail();
   show();
   feed.restart();
+}
+
+async function chooseRun(id) {
+  choose({ run: id });
+  await focus(id);
 }
 
 async function focus(id) {
@@ -254,8 +231,8 @@ function calmly(action) {
   });
 }
 
-function zoom(to) {
-  range = to;
+function zoom(range) {
+  choose({ range });
   point(null);
   show();
   if (range) fetchDetailSoon();
@@ -263,13 +240,15 @@ function zoom(to) {
 
 const fetchDetailSoon = debounced(120, fetchDetail);
 
-/** Finer curves for the steps that are seen, of runs of which not every row is here. */
+/** Finer curves for what is seen, of runs of which not every row is here. */
 async function fetchDetail() {
-  const of = range;
+  const of = choices.range;
   if (!of) return;
+  const x = axis(shown());
   await Promise.all(shown().filter((run) => run.series.stride > 1 && !detail(run)).map(async (run) => {
-    const answer = await get(`dashboard/runs/${run.id}/curves?from=${of[0]}&to=${of[1]}`).catch(() => null);
-    if (answer && range === of) run.detail = Object.assign(new Series(answer), { of });
+    const [from, to] = of.map(placing(run, x, true));
+    const answer = await get(`dashboard/runs/${run.id}/curves?from=${from}&to=${to}`).catch(() => null);
+    if (answer && choices.range === of) run.detail = Object.assign(new Series(answer), { of });
   }));
   show();
 }
@@ -309,28 +288,23 @@ function tellLink(state) {
   show();
 }
 
-function stored() {
-  try {
-    return JSON.parse(localStorage.getItem(CHOICES)) ?? {};
-  } catch {
-    return {};
-  }
+for (const name of ["log", "smooth", "outliers", "same"]) {
+  byId(name).checked = choices[name];
+  byId(name).addEventListener("change", (event) => {
+    choose({ [name]: event.target.checked });
+    show();
+  });
 }
-
-function choose(name, value) {
-  choices[name] = value;
-  try {
-    localStorage.setItem(CHOICES, JSON.stringify(choices));
-  } catch {
-    // storage is switched off: the choice lasts as long as the page
-  }
+byId("x").addEventListener("change", (event) => {
+  choose({ x: event.target.value });
+  zoom(null); // another axis has other places
+});
+byId("unit").addEventListener("change", (event) => {
+  choose({ unit: event.target.value });
   show();
-}
-
-for (const name of ["log", "smooth", "same"]) {
-  byId(name).checked = Boolean(choices[name]);
-  byId(name).addEventListener("change", (event) => choose(name, event.target.checked));
-}
+});
+byId("csv").addEventListener("click", () => saveCsv(shown()));
+byId("png").addEventListener("click", () => savePng(charts.loss, `Loss, ${UNIT_NAMES[unit(shown())]}`, shown()));
 byId("whole").addEventListener("click", () => {
   zoom(null);
   charts.loss.canvas.focus();
@@ -341,7 +315,6 @@ byId("stopping").addEventListener("close", (event) => {
   if (event.target.returnValue === "stop") ask("stop", "It stops after the step in progress.");
 });
 document.addEventListener("themechange", () => {
-  repaint(list, listed());
   for (const chart of Object.values(charts)) chart.redraw();
   strip.redraw();
   show();

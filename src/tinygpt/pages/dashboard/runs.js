@@ -1,7 +1,7 @@
 // The list of runs: a card for each, with its state, its figures and a switch for its curves.
 
 import { swatch } from "../shared/chart.js";
-import { byId, h } from "../shared/dom.js";
+import { byId, counted, h } from "../shared/dom.js";
 import * as format from "../shared/format.js";
 
 const COLORS = 6;
@@ -54,13 +54,6 @@ export class RunList {
   }
 }
 
-/** Paint the legends again: the colours have changed with the theme. */
-export function repaint(list, runs) {
-  for (const run of runs) {
-    list.cards.get(run.id)?.item.querySelector("canvas").replaceWith(swatch(run.look));
-  }
-}
-
 function fill({ item, check, name, state, line, bar, odd }, run, focused) {
   item.classList.toggle("focused", focused);
   name.setAttribute("aria-current", focused);
@@ -79,8 +72,8 @@ function fill({ item, check, name, state, line, bar, odd }, run, focused) {
 
 const set = (element, text) => element.textContent !== text && (element.textContent = text);
 
-/** The figures of the run that is looked at. */
-export function showFigures(run) {
+/** The seven figures of the run that is looked at; losses are multiplied by ``scale``. */
+export function showFigures(run, scale) {
   const training = run.state === "training";
   const left = training && run.max_iters && run.steps_per_second
     ? (run.max_iters - run.iter) / run.steps_per_second : null;
@@ -88,17 +81,16 @@ export function showFigures(run) {
   byId("state").textContent = STATES[run.state];
   byId("state").dataset.state = run.state;
   byId("state").title = run.holder ?? "";
+  const { best_val_loss: best } = run;
+  const scaled = (value) => format.loss(value === null ? null : value * scale);
   const figures = [
-    ["Step", format.steps(run.iter), run.max_iters ? `of ${format.steps(run.max_iters)}` : ""],
-    ["Training loss", format.loss(run.train_loss), ""],
-    ["Best validation", format.loss(run.best_val_loss), run.best_iter === null ? "" : `at step ${format.steps(run.best_iter)}`],
-    ["Perplexity", run.best_val_loss === null ? "–" : format.short(Math.exp(run.best_val_loss)), "of the best"],
+    ["Step", format.steps(run.iter), run.max_iters && `of ${format.steps(run.max_iters)}`],
+    ["Training loss", scaled(run.train_loss), run.skips ? `${counted(run.skips, "step")} skipped` : ""],
+    ["Best validation", scaled(best), run.best_iter === null ? "" : `at step ${format.steps(run.best_iter)}`],
+    ["Perplexity", best === null ? "–" : format.short(Math.exp(best)), "of the best"],
     ["Speed", format.many(run.tokens_per_second), "tokens/s"],
-    ["Memory", format.megabytes(run.memory === null ? null : run.memory / 2 ** 20), ""],
-    training ? ["Left", format.duration(left), `${format.duration(run.elapsed)} so far`]
-      : ["Time", format.duration(run.elapsed), ""],
-    ...(run.skips ? [["Skipped", format.steps(run.skips), run.skips === 1 ? "step" : "steps"]] : []),
-    ...(run.damaged ? [["Damaged", format.steps(run.damaged), "lines of metrics.jsonl"]] : []),
+    ["Memory", format.megabytes(run.memory === null ? null : run.memory / 2 ** 20)],
+    training ? ["Left", format.duration(left), `${format.duration(run.elapsed)} so far`] : ["Time", format.duration(run.elapsed)],
   ];
   byId("figures").replaceChildren(...figures.map(([name, value, more]) =>
     h("div", {}, h("dt", {}, name), h("dd", {}, h("b", {}, value), more && h("span", {}, more)))));

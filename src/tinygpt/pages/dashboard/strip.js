@@ -1,25 +1,18 @@
 // A row for each layer, a column for each stretch of steps: how large the gradients were there.
 
 import { linear } from "../shared/axes.js";
-import { stepOf } from "../shared/chart.js";
+import { placeOf, UNITS } from "../shared/chart.js";
 import { byId, h } from "../shared/dom.js";
 import * as format from "../shared/format.js";
+import { Plot, shades, tickText } from "../shared/plot.js";
 import { nearest } from "../shared/series.js";
 
-const TYPE = 11;
 const ROW = 18;
 
-export class Strip {
+export class Strip extends Plot {
   constructor(holder) {
-    this.holder = holder;
-    this.canvas = h("canvas", {
-      tabindex: 0, role: "slider", "aria-label": "Gradient norm by layer", "aria-valuemin": 0,
-      "aria-valuemax": 0, "aria-valuenow": 0, "aria-valuetext": "nothing yet",
-    });
-    this.tip = h("div", { class: "tip", "aria-hidden": "true", hidden: true });
-    holder.append(this.canvas, this.tip);
+    super(holder, "Gradient norm by layer");
     this.place = null; // [column, row]
-    new ResizeObserver(() => this.redraw()).observe(holder);
     this.canvas.addEventListener("pointermove", (event) => this.#point(event));
     for (const gone of ["pointerleave", "blur"]) {
       this.canvas.addEventListener(gone, () => this.#move(null));
@@ -28,51 +21,34 @@ export class Strip {
   }
 
   /** ``layers`` are pairs of a name and means of ``stride`` steps, one for each of ``x``. */
-  show(x, layers, range, stride) {
-    Object.assign(this, { x, layers, range, stride });
+  show(x, layers, range, stride, unit) {
+    Object.assign(this, { x, layers, range, stride, unit });
     this.holder.style.blockSize = `${layers.length * ROW + 26}px`;
     this.redraw();
   }
 
-  redraw() {
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      if (this.layers?.length) this.#draw();
-    });
-  }
-
-  #draw() {
-    const { clientWidth: width, clientHeight: height } = this.holder;
-    if (!width) return;
-    const ratio = window.devicePixelRatio || 1;
-    this.canvas.width = Math.round(width * ratio);
-    this.canvas.height = Math.round(height * ratio);
-    const context = this.canvas.getContext("2d");
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    const style = getComputedStyle(this.canvas);
-    context.font = `${TYPE}px ${style.fontFamily}`;
+  paint(context, ink, width) {
+    if (!this.layers?.length) return;
     const names = this.layers.map(([name]) => clip(name));
     this.left = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 12;
     const [from, to] = this.range ?? [this.x[0] ?? 0, Math.max(this.x.at(-1) ?? 1, (this.x[0] ?? 0) + 1)];
-    this.axis = linear(from, to, this.left, width - 10, Math.floor((width - this.left) / 80));
+    this.axis = linear(from, to, this.left, width - 10, Math.floor((width - this.left) / 80), UNITS[this.unit].parts);
     const [low, high] = this.#extent();
-    const color = shades(style, low, high);
+    const shade = shades(ink);
+    const color = (norm) => shade(Math.log(Math.max(norm, low) / low) / Math.log(high / low));
     context.textBaseline = "middle";
-    context.textAlign = "right";
     this.layers.forEach(([, norms], row) => {
-      context.fillStyle = style.getPropertyValue(this.place?.[1] === row ? "--chart-ink" : "--chart-text");
+      context.textAlign = "right";
+      context.fillStyle = ink(this.place?.[1] === row ? "--chart-ink" : "--chart-text");
       context.fillText(names[row], this.left - 8, row * ROW + ROW / 2);
       this.#row(context, norms, row, color);
     });
-    context.fillStyle = style.getPropertyValue("--chart-text");
-    context.textAlign = "center";
-    for (const tick of this.axis.ticks.filter(Number.isInteger)) {
-      const half = context.measureText(format.steps(tick)).width / 2;
-      const at = Math.min(Math.max(this.axis.place(tick), this.left + half), width - half - 2);
-      context.fillText(format.steps(tick), at, this.layers.length * ROW + 14);
+    context.fillStyle = ink("--chart-text");
+    for (const tick of this.axis.ticks) {
+      tickText(context, UNITS[this.unit].tick(tick), this.axis.place(tick), this.layers.length * ROW + 14, this.left, width - 2);
     }
-    this.#scale(low, high);
-    this.#tell(context, style);
+    byId("scale").replaceChildren(h("span", {}, format.short(low)), h("i"), h("span", {}, format.short(high)));
+    this.#tell(context, ink);
   }
 
   #row(context, norms, row, color) {
@@ -102,29 +78,20 @@ export class Strip {
     return low < high ? [low, high] : [low / 2, high * 2];
   }
 
-  #scale(low, high) {
-    byId("scale").replaceChildren(h("span", {}, format.short(low)), h("i"), h("span", {}, format.short(high)));
-  }
-
-  #tell(context, style) {
+  #tell(context, ink) {
     const last = this.x.length - 1;
     const [column, row] = this.place ?? [last, 0];
-    const set = (name, value) => this.canvas.setAttribute(`aria-${name}`, value);
     const norms = this.layers.map(([name, values]) => `${name} ${format.short(values[column])}`);
-    const step = stepOf(this.x[column], this.stride);
-    set("valuemin", Math.round(this.x[0] ?? 0));
-    set("valuemax", Math.round(this.x[last] ?? 0));
-    set("valuenow", Math.round(this.x[column] ?? 0));
-    set("valuetext", this.place ? `${step}, ${norms[row]}` : [step, ...norms].join(", "));
+    const step = placeOf(this.x[column], this.stride, this.unit);
+    this.say(this.x[0] ?? 0, this.x[last] ?? 0, this.x[column] ?? 0,
+      this.place ? `${step}, ${norms[row]}` : [step, ...norms].join(", "));
     this.tip.hidden = !this.place;
     if (!this.place) return;
     const [a, b] = this.#columns(column);
-    context.strokeStyle = style.getPropertyValue("--chart-ink");
+    context.strokeStyle = ink("--chart-ink");
     context.strokeRect(a, row * ROW - 0.5, Math.max(b - a, 3), ROW - 1);
-    this.tip.replaceChildren(h("b", {}, step), h("dl", {}, h("dt", {}, this.layers[row][0]),
+    this.showTip(a, row * ROW + ROW + 4, h("b", {}, step), h("dl", {}, h("dt", {}, this.layers[row][0]),
       h("dd", {}, format.short(this.layers[row][1][column]))));
-    const left = a + 14 + this.tip.offsetWidth < this.holder.clientWidth ? a + 14 : a - this.tip.offsetWidth - 10;
-    this.tip.style.transform = `translate(${Math.round(Math.max(left, 0))}px, ${row * ROW + ROW + 4}px)`;
   }
 
   #point(event) {
@@ -156,15 +123,3 @@ export class Strip {
 }
 
 const clip = (name) => (name.length > 14 ? `${name.slice(0, 13)}…` : name);
-
-/** norm -> colour, by its logarithm. */
-function shades(style, low, high) {
-  const stops = [0, 1, 2, 3].map((i) => style.getPropertyValue(`--shade-${i}`).match(/[\d.]+/g).map(Number));
-  return (norm) => {
-    const part = Math.log(Math.max(norm, low) / low) / Math.log(high / low);
-    const at = Math.min(Math.max(part, 0), 1) * (stops.length - 1);
-    const i = Math.min(Math.floor(at), stops.length - 2);
-    const mixed = [0, 1, 2].map((c) => Math.round(stops[i][c] + (stops[i + 1][c] - stops[i][c]) * (at - i)));
-    return `rgb(${mixed.join(" ")})`;
-  };
-}

@@ -1,5 +1,7 @@
 // A picture of an attention map: a row for each token that looks, a column for each it looks at.
 
+import { shades } from "../shared/plot.js";
+
 const LABEL = 11; // pixels of type
 const MOST_LABEL = 9; // characters
 const SPACE = 6; // pixels between labels and cells
@@ -42,12 +44,13 @@ export class Heatmap {
   }
 
   #cells(context) {
-    const colors = scale(this.canvas);
+    const style = getComputedStyle(this.canvas);
+    const shade = shades((name) => style.getPropertyValue(name));
     const { margin, cell, rows } = this;
     const gap = cell > 8 ? 1 : 0;
     rows.forEach((row, i) =>
       row.forEach((weight, j) => {
-        context.fillStyle = colors(weight);
+        context.fillStyle = shade(Math.sqrt(weight)); // or most of a map would be empty
         context.fillRect(margin + j * cell, margin + i * cell, cell - gap, cell - gap);
       }),
     );
@@ -93,18 +96,3 @@ const short = (label) => (label.length > MOST_LABEL ? `${label.slice(0, MOST_LAB
 
 /** The colours of labels: of those pointed at, and of the others. */
 const inks = (canvas) => [canvas.parentElement, canvas].map((element) => getComputedStyle(element).color);
-
-/** weight -> colour. Its square root is shown, or most of a map would be empty. */
-function scale(canvas) {
-  const style = getComputedStyle(canvas);
-  const stops = [0, 1, 2, 3].map((i) => rgb(style.getPropertyValue(`--heat-${i}`)));
-  return (weight) => {
-    const place = Math.sqrt(weight) * (stops.length - 1);
-    const i = Math.min(Math.floor(place), stops.length - 2);
-    const mixed = stops[i].map((from, c) => Math.round(from + (stops[i + 1][c] - from) * (place - i)));
-    return `rgb(${mixed.join(" ")})`;
-  };
-}
-
-/** "rgb(11, 107, 95)", which a registered colour is read as -> [11, 107, 95] */
-const rgb = (color) => color.match(/[\d.]+/g).map(Number);

@@ -1,39 +1,25 @@
 // The text outlives a reload and the way back, in the tab and nowhere else; a link carries a prompt.
 
 import { Draft } from "./draft.js";
+import { store, stored } from "../shared/storage.js";
 
 const KEY = `tinygpt-text ${location.pathname}`;
 const OLD_NAMES = { count: "max_tokens", topK: "top_k", topP: "top_p" };
 
-/** Keep a draft whose ids are those of ``model``, a text that tells models apart. */
+/** Keep a draft whose ids are those of ``model``, a text that tells models apart; if it is too long, its text. */
 export function keepText(draft, model) {
   const link = location.hash; // another link is another text
-  const forms = [{ model, link, draft }, { link, draft: new Draft([], draft.text) }]; // the second is smaller
-  for (const form of draft.isEmpty ? [] : forms) {
-    try {
-      return sessionStorage.setItem(KEY, JSON.stringify(form));
-    } catch {
-      // too long, or storage is switched off: then the text lasts as long as the page
-    }
-  }
-  return forgetText();
+  const forms = [{ model, link, draft }, { link, draft: new Draft([], draft.text) }];
+  if (draft.isEmpty || !forms.some((form) => store(KEY, JSON.stringify(form)))) store(KEY, null);
 }
 
 /** -> { draft, model } as they were kept, or null. */
 export function keptText() {
   try {
-    const { draft, model, link } = JSON.parse(sessionStorage.getItem(KEY));
+    const { draft, model, link } = JSON.parse(stored(KEY));
     return link === location.hash ? { draft: Draft.revived(draft), model } : null;
   } catch {
-    return null;
-  }
-}
-
-function forgetText() {
-  try {
-    sessionStorage.removeItem(KEY);
-  } catch {
-    // there is none
+    return null; // nothing, or of another version of the page
   }
 }
 

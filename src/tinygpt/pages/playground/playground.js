@@ -115,6 +115,7 @@ export class Playground {
     if (!state) return;
     this.#forgive();
     this.last = state.last;
+    this.samples.close();
     this.#set(state.draft, state.selected);
     this.say(said);
   }
@@ -152,6 +153,7 @@ export class Playground {
     const length = () => this.draft.tokens.length - before.tokens.length;
     let began = 0;
     this.draft = before;
+    this.samples.close();
     await this.#busily(async (signal) => {
       for await (const { draft, isPrompt } of this.#drafts(before, settings, signal)) {
         if (isPrompt) before = draft;
@@ -253,6 +255,7 @@ export class Playground {
     this.#forgive();
     this.draft = this.draft.edited(value);
     this.last = null;
+    this.samples.close();
     this.#show();
     this.cutSoon();
     this.say(this.draft.head ? LONG : ""); // what was said of the text before is so no longer

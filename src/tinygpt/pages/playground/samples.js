@@ -39,9 +39,14 @@ export class Samples {
     for (const { button } of this.all) button.disabled = false;
   }
 
-  #take(sample) {
+  /** They belong to a text that is no longer there. */
+  close() {
     this.panel.hidden = true;
     this.panel.replaceChildren();
+  }
+
+  #take(sample) {
+    this.close();
     this.onTake(sample);
   }
 }

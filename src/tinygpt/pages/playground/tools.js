@@ -47,7 +47,7 @@ function programs(model, prompt, settings) {
   const more = given.filter(([name]) => own.includes(name)).map(([name, value]) => `"${name}": ${python(value)}`);
   return {
     curl: `curl ${base}/completions \\\n  -H "Authorization: Bearer $TINYGPT_API_KEY" \\\n  -H 'Content-Type: application/json' \\\n  -d '${body}'`,
-    Python: `import os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url=${JSON.stringify(base)}, api_key=os.environ.get("TINYGPT_API_KEY", "none"))\n`
+    Python: `import os\nfrom openai import OpenAI\n\nkey = os.environ.get("TINYGPT_API_KEY", "none")\nclient = OpenAI(base_url=${JSON.stringify(base)}, api_key=key)\n`
       + `answer = client.completions.create(\n${known.join("")}${more.length ? `    extra_body={${more.join(", ")}},\n` : ""})\nprint(answer.choices[0].text)`,
   };
 }

@@ -1,10 +1,12 @@
 // From values to places on an axis, and the round numbers that are written beside it.
 
-/** A linear axis: round ticks, about ``count`` of them. */
-export function linear(low, high, from, to, count) {
+/** A linear axis: ticks that are round in the largest of ``parts`` that fits, about ``count`` of them. */
+export function linear(low, high, from, to, count, parts = [1]) {
   const place = (value) => from + ((value - low) / (high - low)) * (to - from);
   const back = (at) => low + ((at - from) / (to - from)) * (high - low);
-  const step = roundStep((high - low) / Math.max(count, 1));
+  const size = (high - low) / Math.max(count, 1);
+  const part = parts.find((each) => each <= 2 * size) ?? parts.at(-1);
+  const step = part * roundStep(size / part);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
     ticks.push(Number((i * step).toPrecision(12)));
@@ -50,4 +52,13 @@ export function extent(values, log) {
   if (log) return low === high ? [low / 2, high * 2] : [low / 1.06, high * 1.06];
   const air = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
   return [low >= 0 && low - air < 0 ? 0 : low - air, high + air];
+}
+
+/** The values, with null for those further outside the middle 96 % than 1.5 times its width. */
+export function usual(values) {
+  const sorted = values.filter((value) => value !== null).sort((a, b) => a - b);
+  if (sorted.length < 20) return values;
+  const [low, high] = [0.02, 0.98].map((share) => sorted[Math.round((sorted.length - 1) * share)]);
+  const air = 1.5 * (high - low) || Infinity;
+  return values.map((value) => (value === null || value < low - air || value > high + air ? null : value));
 }

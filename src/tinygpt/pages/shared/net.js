@@ -1,6 +1,7 @@
 // Talking to the server the page came from, and to nobody else.
 
 import { h } from "./dom.js";
+import { store, stored } from "./storage.js";
 
 const KEY = "tinygpt-key";
 
@@ -79,24 +80,14 @@ async function explain(response) {
   return new ApiError(message, response.status);
 }
 
-function storedKey() {
-  try {
-    return sessionStorage.getItem(KEY) ?? "";
-  } catch {
-    return memory;
-  }
-}
+let memory = ""; // the key, where nothing can be stored
 
-let memory = "";
+const storedKey = () => stored(KEY) ?? memory;
 
 /** Send this key with every request from now on, in this tab. */
 function keepKey(key) {
   memory = key;
-  try {
-    sessionStorage.setItem(KEY, key);
-  } catch {
-    return; // storage is switched off: the key lasts as long as the page
-  }
+  store(KEY, key);
 }
 
 /** A key behind the # of the address, which browsers send to nobody, goes into the tab's storage. */

@@ -1,28 +1,19 @@
 """One self-describing safetensors file per checkpoint, written whole or not at all.
 
-``format`` is what stands in the file, ``reader`` checks every byte of it, ``writer`` makes it
-from memory, ``folder`` knows the names beside each other, and ``keeping`` which of them are good.
-``claim`` says which folders may take a run, and ``branch`` sets aside what a run leaves when it
-goes back. ``state`` is the way from and to a model, and ``background`` saves while a run goes on.
+``format`` defines the bytes of the file, ``reader`` checks every one of them, and ``writer`` writes
+the file from memory. ``copier`` copies a model's state into that memory, ``state`` loads it back,
+and ``background`` saves while a run goes on. ``keeping`` decides which checkpoints stay, ``claim``
+which folders may take a run, and ``branch`` sets later checkpoints aside when a run goes back.
 """
 
 from tinygpt.runs.checkpoint.background import Saver, ensure_run
 from tinygpt.runs.checkpoint.branch import set_aside
 from tinygpt.runs.checkpoint.claim import check_claim
+from tinygpt.runs.checkpoint.copier import Copier, layout_of, named_tensors, state_size
 from tinygpt.runs.checkpoint.format import FORMAT_VERSION, Meta, arrange
 from tinygpt.runs.checkpoint.keeping import newest_good, remove_old
 from tinygpt.runs.checkpoint.reader import describe, origin, read, read_meta, rehearse, verify
-from tinygpt.runs.checkpoint.state import (
-    Copier,
-    layout_of,
-    load,
-    named_tensors,
-    origin_of,
-    save,
-    start_from,
-    state_size,
-    weights,
-)
+from tinygpt.runs.checkpoint.state import load, origin_of, save, start_from, weights
 from tinygpt.runs.checkpoint.writer import Snapshot, foresee_space, stream, write
 
 __all__ = [

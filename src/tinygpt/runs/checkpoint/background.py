@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tinygpt.errors import CheckpointError
+from tinygpt.runs.checkpoint.copier import Copier
 from tinygpt.runs.checkpoint.format import Meta
 from tinygpt.runs.checkpoint.keeping import Verified, remove_old
 from tinygpt.runs.checkpoint.reader import read_meta
-from tinygpt.runs.checkpoint.state import Copier
 from tinygpt.runs.checkpoint.writer import Snapshot, write
 from tinygpt.runs.folder import (
     checkpoint_path,

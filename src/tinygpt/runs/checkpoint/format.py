@@ -63,45 +63,33 @@ class Meta:
     """The checkpoint that the run began with, if it did: path, iter_num, run and sha256."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "iter_num": self.iter_num,
-            "model": self.model.to_dict(),
-            "train": None if self.train is None else self.train.to_dict(),
-            "tokenizer": self.tokenizer,
-            "data": self.data,
-            "progress": self.progress,
-            "random_state": self.random_state,
-            "run": self.run,
-            "init": self.init,
-        }
+        train = None if self.train is None else self.train.to_dict()
+        return {**vars(self), "model": self.model.to_dict(), "train": train}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Meta:
-        train = values["train"]
+        """Raises KeyError for what is missing, and ValueError for values of another kind."""
         _check_kinds(values)
-        return cls(
-            iter_num=values["iter_num"],
-            model=GPTConfig.from_dict(values["model"]),
-            train=None if train is None else TrainConfig.from_dict(train),
-            tokenizer=values["tokenizer"],
-            data=values["data"],
-            progress=values["progress"],
-            random_state=values["random_state"],
-            run=values.get("run"),
-            init=values.get("init"),
-        )
+        train = values["train"]
+        plain: dict[str, Any] = {name: values[name] for name in ("iter_num", *OWN)}
+        plain |= {name: values.get(name) for name in ("run", "init")}  # older files lack them
+        model = GPTConfig.from_dict(values["model"])
+        train = None if train is None else TrainConfig.from_dict(train)
+        return cls(model=model, train=train, **plain)
 
 
+OWN = ("tokenizer", "data", "progress", "random_state")
+"""Entries that are plain JSON objects, or null."""
 NUMBERS = ("best_val_loss", "best_iter", "evaluations_since_best", "elapsed", "train_loss")
-"""What is reckoned with of the progress."""
+"""Entries of the progress that must be numbers."""
 
 
 def _check_kinds(values: Mapping[str, Any]) -> None:
-    """ValueError unless each entry is of the kind that those who use it expect."""
+    """ValueError unless each entry is of the kind that its readers expect."""
     step, progress, state = values["iter_num"], values["progress"], values["random_state"]
     if type(step) is not int or not 0 <= step < 2**63:
         raise ValueError(f"its step is {brief(step)}")
-    for name in ("tokenizer", "data", "random_state", "init"):
+    for name in (*OWN, "init"):
         if not isinstance(values.get(name), dict | None):
             raise ValueError(f"{name} is {brief(values[name])}")
     if not isinstance(progress, dict):
@@ -158,6 +146,11 @@ def arrange(kinds: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]]) -> Layo
         start, end = end, end + math.prod(shape) * dtype.itemsize
         layout[name] = Place(spelled[dtype], shape, start, end)
     return layout
+
+
+def data_size(layout: Layout) -> int:
+    """Bytes of all tensors."""
+    return max((place.end for place in layout.values()), default=0)
 
 
 # ---- writing ----

@@ -25,6 +25,7 @@ from tinygpt.runs.checkpoint.format import (
     Layout,
     Meta,
     Place,
+    data_size,
     decode,
     encode,
 )
@@ -41,27 +42,23 @@ def read_meta(path: str | Path) -> Meta:
     Raises CheckpointError if there is no such file, or it is damaged, foreign or of a newer format,
     or is not the checkpoint that its name and its folder say.
     """
-    path = user_path(path)
-    with _opened(path) as (_, header):
-        return _meta(path, header)
+    with _opened(path) as (_, _, meta):
+        return meta
 
 
 def verify(path: str | Path) -> Meta:
     """Check every byte of a checkpoint against its hash; CheckpointError names what is damaged."""
-    meta, _ = read(path, wanted=())
-    return meta
+    return read(path, wanted=())[0]
 
 
 def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta, dict[str, Array]]:
     """-> what a checkpoint says of itself, and its tensors or those ``wanted``
 
-    All of the file is checked, also what is not wanted. Raises CheckpointError as ``read_meta``
-    does, and if a byte is not what it was.
+    All of the file is checked, also tensors that are not wanted. Raises CheckpointError as
+    ``read_meta`` does, and if a byte has changed.
     """
-    path = user_path(path)
     arrays, damaged = {}, []
-    with _opened(path) as (file, header):
-        meta = _meta(path, header)
+    with _opened(path) as (file, header, meta):
         for name, place in header.layout.items():
             keep = wanted is None or name in wanted
             array, digest = _read_tensor(file, place) if keep else (None, _hash(file, place))
@@ -70,15 +67,15 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta,
             elif array is not None:
                 arrays[name] = array
     if damaged:
-        listed = clip(", ".join(damaged[:5]))
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-        raise CheckpointError(_damaged(path, f"{listed}{more}"))
+        raise CheckpointError(_damaged(path, clip(", ".join(damaged[:5])) + more))
     return meta, arrays
 
 
-def _damaged(path: Path, names: str) -> str:
+def _damaged(path: str | Path, names: str) -> str:
     return (
-        f"{path} is damaged: the bytes of {names} do not match their hash. Use an older checkpoint."
+        f"{user_path(path)} is damaged: the bytes of {names} do not match their hash. Use an older "
+        f"checkpoint."
     )
 
 
@@ -86,12 +83,10 @@ def _damaged(path: Path, names: str) -> str:
 def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array | None]]]:
     """-> what a checkpoint says of itself, and a function that reads one tensor by its name
 
-    For those who cannot have all of them in memory. Of a name that is not there it makes None.
-    Raises CheckpointError as ``read`` does, but only for what is asked for.
+    For models that do not fit in memory twice. The function returns None for a name that is not
+    there, and raises CheckpointError as ``read`` does, but only for the tensor it reads.
     """
-    path = user_path(path)
-    with _opened(path) as (file, header):
-        meta = _meta(path, header)
+    with _opened(path) as (file, header, meta):
 
         def fetch(name: str) -> Array | None:
             if (place := header.layout.get(name)) is None:
@@ -107,12 +102,10 @@ def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array |
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Everything but the values: the metadata, and dtype and shape of every tensor."""
-    path = user_path(path)
-    with _opened(path) as (_, header):
-        _meta(path, header)
+    with _opened(path) as (file, header, _):
         tensors = {n: {"dtype": p.dtype, "shape": list(p.shape)} for n, p in header.layout.items()}
         described = {k: v for k, v in header.described.items() if k != "sha256"}
-        return {**described, "tensors": tensors, "bytes": path.stat().st_size}
+        return {**described, "tensors": tensors, "bytes": os.fstat(file.fileno()).st_size}
 
 
 def origin(path: str | Path) -> dict[str, Any]:
@@ -127,12 +120,10 @@ def origin_and_hashes(
     path: str | Path, without: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """-> ``origin(path)``, and the hash of each weight but those ``without``, by its name"""
-    path = user_path(path)
-    with _opened(path) as (_, header):
-        meta = _meta(path, header)
+    with _opened(path) as (_, header, meta):
         hashes = sorted((n, h) for n, h in header.hashes.items() if n.startswith(WEIGHTS))
     digest = hashlib.sha256(to_json(hashes).encode()).hexdigest()
-    where = str(path.resolve())
+    where = str(user_path(path).resolve())
     found = {"path": where, "iter_num": meta.iter_num, "run": meta.run, "sha256": digest}
     return found, {name: value for name, value in hashes if name not in without}
 
@@ -140,12 +131,12 @@ def origin_and_hashes(
 def rehearse(meta: Meta, layout: Layout) -> None:
     """UsageError if a checkpoint that says this of itself would be refused when it is read.
 
-    To be called before the first step, since what is learned until then would be lost.
+    To be called before the first step: what is learned until the refusal would be lost.
     """
     place = Path("A checkpoint of this run")
     try:
         header = encode(meta, layout, dict.fromkeys(layout, ZEROS.decode()))
-        size = len(header) + max((place.end for place in layout.values()), default=0)
+        size = len(header) + data_size(layout)
         _described(place, decode(io.BytesIO(header), place, size))
     except CheckpointError as error:
         raise UsageError(f"{error} It could not be read again, so nothing is written.") from error
@@ -154,8 +145,9 @@ def rehearse(meta: Meta, layout: Layout) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
-    """An open checkpoint, placed where its data begins, and its header."""
+def _opened(path: str | Path) -> Iterator[tuple[BinaryIO, Header, Meta]]:
+    """An open checkpoint, placed where its data begins, its header, and what that says."""
+    path = user_path(path)
     if not path.is_file():
         beside = [p.name for p in list_checkpoints(path.parent)]
         there = f" In {path.parent}: {', '.join(beside[-5:])}." if beside else ""
@@ -164,7 +156,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
         with open_regular(path) as file:
             if is_sparse(file):
                 raise CheckpointError(f"{path} is damaged: nearly all of it was never written.")
-            yield file, decode(file, path, os.fstat(file.fileno()).st_size)
+            header = decode(file, path, os.fstat(file.fileno()).st_size)
+            yield file, header, _meta(path, header)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 

@@ -1,6 +1,6 @@
-"""Between a model with its optimizer and checkpoints.
+"""From a model and its optimizer to a checkpoint, and back.
 
-tinygrad is imported where it is used: who only looks at files does not wait for it.
+tinygrad is imported where it is used, so that a program which only looks at files starts quickly.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import check_overwritable, remove_stale, user_path
-from tinygpt.runs.checkpoint.format import Array, Layout, Meta, arrange
+from tinygpt.runs.checkpoint.copier import Copier, layout_of, named_tensors
+from tinygpt.runs.checkpoint.format import Array, Meta
 from tinygpt.runs.checkpoint.reader import (
     WEIGHTS,
     describe,
@@ -27,13 +28,12 @@ from tinygpt.runs.checkpoint.reader import (
     read_meta,
     rehearse,
 )
-from tinygpt.runs.checkpoint.writer import Snapshot, write
+from tinygpt.runs.checkpoint.writer import write
 
 if TYPE_CHECKING:
-    from tinygrad import Tensor, UOp
+    from tinygrad import Tensor
     from tinygrad.nn.optim import Optimizer
 
-    from tinygpt.machine.tinygrad_internals import Buffer
     from tinygpt.model.transformer import Transformer
 
 
@@ -63,11 +63,9 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     """
     path = user_path(path)
     wanted = named_tensors(model, optimizer)
-    _check_same_model(path, read_meta(path).model, model.config)
-    meta, arrays, changed = _read_merged(path, wanted)
-    found, hashes = origin_and_hashes(path, changed)
-    _assign(path, wanted, arrays)
-    _note_origin(model, found, hashes, arrays)
+    meta = read_meta(path)
+    _check_same_model(path, meta.model, model.config)
+    _take_over(path, model, wanted)
     return meta
 
 
@@ -85,15 +83,28 @@ def start_from(path: str | Path, model: Transformer) -> dict[str, Any]:
             f"more: they are learned, and nobody has learned those."
         )
     _check_same_model(path, replace(found, block_size=block_size), model.config)
-    wanted = named_tensors(model, None)
-    _, arrays, changed = _read_merged(path, wanted)
-    positions = f"{WEIGHTS}wpe.weight"
-    if positions in arrays:
-        arrays[positions] = arrays[positions][:block_size]
-        changed.add(positions)
+    return _take_over(path, model, named_tensors(model, None), positions=block_size)
+
+
+def _take_over(
+    path: Path, model: Transformer, wanted: Mapping[str, Tensor], positions: int | None = None
+) -> dict[str, Any]:
+    """Read the wanted Tensors into place; -> where the weights are from, which the model notes.
+
+    ``positions`` is how many of the embeddings of positions are taken, if not all.
+    """
+    arrays, changed = _read_merged(path, wanted)
+    table = f"{WEIGHTS}wpe.weight"
+    if positions is not None and table in arrays:
+        arrays[table] = arrays[table][:positions]
+        changed.add(table)
     origin, hashes = origin_and_hashes(path, changed)
     _assign(path, wanted, arrays)
-    _note_origin(model, origin, hashes, arrays)
+    own = (WEIGHTS + name for name in model.parameters())
+    model.read_from = (
+        origin,
+        {n.removeprefix(WEIGHTS): hashes.get(n) or _sha256(arrays[n]) for n in own},
+    )
     return origin
 
 
@@ -115,27 +126,12 @@ def origin_of(model: Transformer) -> dict[str, Any] | None:
     return dict(found) if same and not any(p.numpy().any() for p in idle) else None
 
 
-def _note_origin(
-    model: Transformer,
-    found: dict[str, Any],
-    hashes: Mapping[str, str],
-    arrays: Mapping[str, Array],
-) -> None:
-    """``hashes`` are the file's, of the weights that went into the model as they are there."""
-    model.read_from = (
-        found,
-        {n: hashes.get(WEIGHTS + n) or _sha256(arrays[WEIGHTS + n]) for n in model.parameters()},
-    )
-
-
 def _sha256(array: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _read_merged(
-    path: Path, wanted: Mapping[str, Tensor]
-) -> tuple[Meta, dict[str, Array], set[str]]:
-    """``read``; adapters that are not wanted themselves are added to the weights they belong to.
+def _read_merged(path: Path, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Array], set[str]]:
+    """The arrays of a file; adapters that are not wanted are added to the weights of their layer.
 
     -> also the names of the weights that are no longer as they are in the file
     """
@@ -148,7 +144,7 @@ def _read_merged(
             parts = [arrays.pop(layer + end, None) for end in (".weight", *ADAPTERS)]
             arrays[f"{layer}.weight"] = _merged(path, layer, meta.train, *parts)
             changed.add(f"{layer}.weight")
-    return meta, arrays, changed
+    return arrays, changed
 
 
 @contextmanager
@@ -208,133 +204,6 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array
             )
     for name, tensor in wanted.items():
         tensor.assign(Tensor(arrays[name], device=tensor.device).cast(tensor.dtype)).realize()
-
-
-def named_tensors(model: Transformer, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """All that a checkpoint holds, under the names that it has there.
-
-    Raises UsageError for an optimizer of another model.
-    """
-    from tinygpt.training.optim import optimizer_state
-
-    parameters = model.parameters()
-    tensors = {f"model.{name}": p for name, p in parameters.items()}
-    if optimizer is not None:
-        _check_own(model, optimizer)
-        state = optimizer_state(optimizer, parameters)
-        tensors |= {f"optimizer.{name}": t for name, t in state.items()}
-    return tensors
-
-
-def _check_own(model: Transformer, optimizer: Optimizer) -> None:
-    own = {id(p) for p in (*model.parameters().values(), *model.trainable().values())}
-    foreign = sum(id(p) not in own for p in optimizer.params)
-    if foreign:
-        raise UsageError(
-            f"{foreign} of the optimizer's {len(optimizer.params)} parameters are not this "
-            f"model's: it was made for another one. Make it from list(model.trainable().values())."
-        )
-
-
-def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    from tinygpt.machine.tinygrad_internals import _to_np_dtype
-
-    kinds = [(name, np.dtype(_to_np_dtype(t.dtype)), t.shape) for name, t in tensors.items()]
-    return arrange((name, dtype, tuple(map(int, shape))) for name, dtype, shape in kinds)
-
-
-def state_size(model: Transformer, optimizer: Optimizer | None) -> int:
-    """Bytes of a checkpoint's tensors."""
-    return max(place.end for place in layout_of(named_tensors(model, optimizer)).values())
-
-
-class Copier:
-    """Copies the state of a model and its optimizer into memory that is used again each time.
-
-    That takes as much memory as the state has, 12 bytes for each parameter with Adam.
-    """
-
-    def __init__(self, model: Transformer, optimizer: Optimizer | None) -> None:
-        self.model, self.optimizer = model, optimizer
-        self._prepare(named_tensors(model, optimizer))
-
-    def copy(self) -> Snapshot:
-        """The values of this moment. They stand in the snapshot until the next call."""
-        from tinygrad import Device
-
-        tensors = named_tensors(self.model, self.optimizer)
-        same = len(tensors) == len(self._sources) and all(
-            source.tensor is tensors.get(name) for name, source in self._sources.items()
-        )
-        if not same:  # somebody put other Tensors into the place of the former
-            self._prepare(tensors)
-        for device in self._devices:
-            Device[device].synchronize()
-        for source in self._sources.values():
-            source.copy()
-        return self.snapshot
-
-    def _prepare(self, tensors: Mapping[str, Tensor]) -> None:
-        self.snapshot = Snapshot(layout_of(tensors))
-        self._sources = {n: _Source(t, self.snapshot.array(n)) for n, t in tensors.items()}
-        self._devices = {t.device for t in tensors.values() if isinstance(t.device, str)}
-
-
-@dataclass
-class _Source:
-    """A Tensor, and where its values go.
-
-    They are fetched from its memory itself, because ``Tensor.numpy()`` takes half a millisecond:
-    for the 159 Tensors of a small model more time than a training step.
-    """
-
-    tensor: Tensor
-    out: Array
-    uop: UOp | None = None
-    buffer: Buffer | None = None
-    """What ``uop`` stands for."""
-    memory: Array | None = None
-    """What lies in ``buffer``, where the processor can reach it."""
-
-    def copy(self) -> None:
-        """Everything that was to be computed on the device has been."""
-        if self.tensor.uop is not self.uop:
-            self.uop, self.buffer = self.tensor.uop, _buffer(self.tensor, self.out)
-            self.memory = _memory(self.buffer, self.out)
-        if self.memory is not None:
-            np.copyto(self.out, self.memory)
-        elif self.buffer is not None:
-            _fetch(self.buffer, self.out)
-        else:  # not computed yet, a view of something larger, or on several devices
-            np.copyto(self.out, self.tensor.numpy())
-
-
-def _buffer(tensor: Tensor, out: Array) -> Buffer | None:
-    """The buffer that holds the values of a Tensor and nothing else, as they are in ``out``."""
-    from tinygpt.machine.tinygrad_internals import Buffer
-
-    if not tensor.uop.has_buffer_identity():
-        return None
-    buffer = tensor.uop.base.buffer
-    if not isinstance(buffer, Buffer) or not buffer.is_initialized():
-        return None
-    return buffer if buffer.nbytes == out.nbytes else None
-
-
-def _memory(buffer: Buffer | None, like: Array) -> Array | None:
-    """The memory of a buffer without a copy, if the processor can reach it."""
-    if buffer is None or not hasattr(buffer.allocator, "_as_buffer"):
-        return None
-    memory = buffer.as_memoryview(force_zero_copy=True)
-    return np.frombuffer(memory, like.dtype).reshape(like.shape)
-
-
-def _fetch(buffer: Buffer, out: Array) -> None:
-    """Copy from a device with memory of its own."""
-    from tinygpt.machine.tinygrad_internals import Buffer
-
-    memory = out.reshape(-1).view(np.uint8).data
-    Buffer("PYTHON", buffer.size, buffer.dtype, opaque=memory).copy_from(buffer)
 
 
 def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from tinygpt.files import disk
 from tinygpt.files.atomic import replacing, write_all
 from tinygpt.files.disk import check_space, size, writing
-from tinygpt.runs.checkpoint.format import ZEROS, Array, Layout, Meta, encode
+from tinygpt.runs.checkpoint.format import ZEROS, Array, Layout, Meta, data_size, encode
 
 
 class Snapshot:
@@ -19,16 +19,13 @@ class Snapshot:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.memory = np.empty(max((p.end for p in layout.values()), default=0), np.uint8)
+        self.memory = np.empty(data_size(layout), np.uint8)
 
     def array(self, name: str) -> Array:
         """The memory of one tensor, of its type and shape."""
         place = self.layout[name]
-        return self.bytes(name).view(place.numpy_dtype).reshape(place.shape)
-
-    def bytes(self, name: str) -> Array:
-        place = self.layout[name]
-        return self.memory[place.start : place.end]
+        memory = self.memory[place.start : place.end]
+        return memory.view(place.numpy_dtype).reshape(place.shape)
 
 
 def write(path: Path, snapshot: Snapshot, meta: Meta) -> Path:
@@ -36,29 +33,29 @@ def write(path: Path, snapshot: Snapshot, meta: Meta) -> Path:
 
     Raises CheckpointError if that does not work; what stood at ``path`` stays.
     """
-    hashes = {
-        name: hashlib.sha256(snapshot.bytes(name).data).hexdigest() for name in snapshot.layout
-    }
-    header = encode(meta, snapshot.layout, hashes)
+    layout, memory = snapshot.layout, snapshot.memory.data
+    hashes = {n: hashlib.sha256(memory[p.start : p.end]).hexdigest() for n, p in layout.items()}
+    header = encode(meta, layout, hashes)
     with writing(path):
-        check_space(path.parent, len(header) + snapshot.memory.nbytes)
+        check_space(path.parent, len(header) + memory.nbytes)
         with replacing(path) as file:
             write_all(file.fileno(), header)
-            write_all(file.fileno(), snapshot.memory.data)
+            write_all(file.fileno(), memory)
     return path
 
 
 def stream(
     path: Path, layout: Layout, pieces: Callable[[str], Iterable[Array]], meta: Meta
 ) -> Path:
-    """The same for tensors that come in pieces, flat, so that none has to be in memory whole.
+    """``write`` for tensors that come in pieces, flat, so that none has to be in memory whole.
 
-    The header with the hashes of what was written takes the place of one of the same length.
+    A header without hashes is written first; when the data is written and hashed, the final header,
+    which has the same length, replaces it.
     """
     hashes = dict.fromkeys(layout, ZEROS.decode())
     header = encode(meta, layout, hashes)
     with writing(path):
-        check_space(path.parent, len(header) + max(place.end for place in layout.values()))
+        check_space(path.parent, len(header) + data_size(layout))
         with replacing(path) as file:
             write_all(file.fileno(), header)
             for name, place in layout.items():

@@ -2,7 +2,7 @@
 
 Everything is read from the files of the runs, when a page asks: without a page nothing happens, and
 what trains is never waited for. Samples are made of texts that may be private, so reading needs the
-board's key, as asking a training to save or to stop does; the gate sees to that.
+board's key, as asking a training to save or to stop does; `AccessControl` checks it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tinygpt.server.http.assembly import assemble
 from tinygpt.server.http.event_stream import EventStream
 from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import Refusal
-from tinygpt.server.http.security import GateOptions
+from tinygpt.server.http.security import AccessOptions
 
 TICK = 0.5
 """Seconds between two events: what happens meanwhile comes together."""
@@ -74,10 +74,10 @@ class Board:
         return run
 
 
-def make_app(board: Board, **gate: Unpack[GateOptions]) -> Starlette:
-    """The dashboard alone, behind a `Gate` that wants the board's key."""
-    gate = {"board_key": board.key, "board_is_open": board.is_open, **gate}
-    return assemble([page_route("/"), *routes(board)], **gate)
+def make_app(board: Board, **access: Unpack[AccessOptions]) -> Starlette:
+    """The dashboard alone, behind `AccessControl` with the board's key."""
+    access = {"board_key": board.key, "board_is_open": board.is_open, **access}
+    return assemble([page_route("/"), *routes(board)], **access)
 
 
 def page_route(path: str) -> Route:

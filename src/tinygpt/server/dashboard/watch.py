@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import threading
 import time
@@ -14,13 +12,11 @@ from typing import Any
 
 from tinygpt.errors import UsageError
 from tinygpt.files.atomic import user_path
-from tinygpt.runs.folder import CONFIG, METRICS
+from tinygpt.runs.folder import MAX_RUNS, last_change, runs_in
 from tinygpt.server.dashboard.curves import Curves
-from tinygpt.server.dashboard.watched import MAX_ENTRIES, Run, run_id
+from tinygpt.server.dashboard.watched import Run, run_id
 from tinygpt.untrusted import utf8_name
 
-MAX_RUNS = 100
-"""The most runs that are shown of a folder, the newest of them."""
 MAX_TAIL = 1000
 """New rows that are sent one by one; the curves of more are sent anew."""
 PAUSE = 0.4
@@ -91,7 +87,7 @@ class Watch:
         found: dict[str, Run] = {}
         for place in self.places:
             changed = last_change(place)
-            for when, folder in _runs_in(place) if changed is None else [(changed, place)]:
+            for when, folder in runs_in(place) if changed is None else [(changed, place)]:
                 key = run_id(folder)
                 if key not in found:
                     found[key] = self.runs.get(key) or Run(folder)
@@ -123,37 +119,6 @@ def _new_rows(curves: Curves, known: tuple[int, str] | None) -> dict[str, Any]:
     if rows > curves.rows or mark != curves.mark(rows) or curves.rows - rows > MAX_TAIL:
         return now | {"reload": True}
     return now | {"from": rows, "new": curves.tail(rows)}
-
-
-def _runs_in(place: Path) -> list[tuple[float, Path]]:
-    """The run folders right below a folder; no links, which could lead anywhere."""
-    try:
-        with os.scandir(place) as entries:
-            below = [
-                place / entry.name
-                for entry in itertools.islice(entries, MAX_ENTRIES)
-                if entry.is_dir(follow_symlinks=False)
-            ]
-    except OSError:
-        return []
-    runs = [(when, folder) for folder in below if (when := last_change(folder)) is not None]
-    return sorted(runs, key=lambda run: run[0], reverse=True)[:MAX_RUNS]
-
-
-def last_change(folder: Path) -> float | None:
-    """When a run was last written to, in seconds since 1970; None for a folder that is no run.
-
-    A folder is one as soon as it has one of a run's files, of whatever kind that is. One that may
-    not be entered may be a run too, which is then shown with the reason.
-    """
-    for name in (METRICS, CONFIG):
-        try:
-            return (folder / name).lstat().st_mtime
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            return 0.0
-    return None
 
 
 def _names(runs: Iterable[Run]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from tinygpt.runs.folder import (
     CONFIG,
     FAR,
     LOCK,
+    MAX_ENTRIES,
     METRICS,
     SAMPLES,
     best_name,
@@ -32,8 +33,6 @@ from tinygpt.untrusted import (
     utf8_name,
 )
 
-MAX_ENTRIES = 10_000
-"""Entries of a folder that are looked at."""
 MAX_SAMPLES, MAX_TEXT = 1000, 4000
 """Sample texts kept of a run, and characters of each."""
 MAX_SETTINGS, MAX_VALUE = 200, 400
@@ -148,6 +147,7 @@ class Run:
             "best_val_loss": None if best is None else best[1],
             "best_iter": None if best is None else best[0],
             "steps_per_second": self._pace(),
+            "bits_per_nat": curves.bits_per_nat,
             "skips": curves.skips,
             "damaged": self._metrics.damaged,
             "samples": len(self.samples),

@@ -1,8 +1,8 @@
-"""What the engine computes beside its streams: calls into the model, and scores of texts.
+"""What the engine computes beside its sequences: calls into the model, and scores of texts.
 
-Such work comes in pieces. While streams run it may take at most `SHARE` of the time that they take:
-each piece is paid for by steps after it, so a stream beside any number of scorers goes on at
-1 / (1 + SHARE) of its pace or more.
+Such work comes in pieces. While sequences run it may take at most `SHARE` of the time that their
+steps take: after each piece the next one waits until enough steps have run. So a sequence beside
+any number of scorers keeps 1 / (1 + SHARE) of its pace or more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tinygpt.generation.batching import BatchDecoder
+from tinygpt.generation.decoder import Decoder
 from tinygpt.server.engine.scoring import Scored, score_texts
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text of which each token gets its log probability and those of the ``count`` likeliest."""
+    """A text whose tokens each get a log probability, and those of the ``count`` likeliest."""
 
     ids: Sequence[int]
     count: int
@@ -48,14 +48,14 @@ class Beside:
 
     def __init__(
         self,
-        decoder: BatchDecoder,
+        decoder: Decoder,
         vocab_size: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._decoder, self._vocab_size, self._clock = decoder, vocab_size, clock
         self._waiting: deque[Call | Text] = deque()
         self._current: tuple[list[Text], Generator[None, None, list[Scored]]] | None = None
-        self._debt = 0.0  # seconds that streams have to run before the next piece
+        self._debt = 0.0  # seconds that steps have to take before the next piece
 
     def __bool__(self) -> bool:
         """Whether there is something to do."""
@@ -71,12 +71,12 @@ class Beside:
         self._waiting.append(work)
 
     def earn(self, seconds: float) -> None:
-        """Streams have run for so long."""
+        """Steps have taken so many seconds."""
         self._debt = max(0.0, self._debt - SHARE * seconds)
 
-    def piece(self, streaming: bool) -> None:
-        """Do one piece of work, if there is any and the streams can spare the time."""
-        if not self or (streaming and self._debt > 0):
+    def piece(self, busy: bool) -> None:
+        """Do one piece of work, if there is any and the sequences have had their time."""
+        if not self or (busy and self._debt > 0):
             return
         begin = self._clock()
         if self._current is None:
@@ -84,10 +84,10 @@ class Beside:
         else:
             self._go_on()
         spent = self._clock() - begin
-        self._debt = self._debt + spent if streaming else 0.0
+        self._debt = self._debt + spent if busy else 0.0
 
     def cancel_all(self, error: Exception) -> None:
-        """The end: what is not done fails with this error."""
+        """Fail everything that is not done with this error."""
         texts = self._current[0] if self._current else []
         self._current = None
         for text in texts:

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 from tinygpt.errors import TinyGPTError
-from tinygpt.generation.batching import BatchDecoder, Line
-from tinygpt.generation.decoder import SMALLEST_BUCKET
+from tinygpt.generation.decoder import SMALLEST_BUCKET, Decoder
 from tinygpt.generation.sample import choose
 from tinygpt.machine import kernel_store
 from tinygpt.model.transformer import Transformer
@@ -92,10 +91,10 @@ class Engine:
         """``slots`` sequences are decoded together; up to ``queue`` more requests may wait."""
         self.model, self.tokenizer = model, tokenizer
         self.slots, self.queue = slots, queue
-        self._decoder = BatchDecoder(model, slots)
+        self.decoder = Decoder(model, slots)
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
-        self._beside = Beside(self._decoder, tokenizer.vocab_size)
+        self._beside = Beside(self.decoder, tokenizer.vocab_size)
         self._changed = threading.Condition()  # guards what is waiting, the counts, and the end
         self._thread: threading.Thread | None = None
         self._preparing: tuple[Iterator[Callable[[], object]], Future[None]] | None = None
@@ -120,7 +119,7 @@ class Engine:
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # it can no longer be cancelled
         with self._locked_open():
-            self._preparing = self._decoder.preparations(), future
+            self._preparing = self.decoder.preparations(), future
         return future
 
     def close(self, drain_seconds: float = 0.0) -> None:
@@ -222,7 +221,6 @@ class Engine:
         try:
             if request.max_tokens:
                 assert request.first is not None
-                sequence.line = Line(request.ids, self.slots)
                 sequence.begin(self.tokenizer)
                 [token] = choose([request.first], [request.ids], [sequence.choice])
                 reason = sequence.advance(int(token), request.first) or reason
@@ -308,7 +306,6 @@ class Engine:
                 self._stats.prompt_tokens += len(sequence.request.ids)
             tokens += max(len(sequence.request.ids), SMALLEST_BUCKET)
             self._running.append(sequence)
-            sequence.line = self._decoder.admit(sequence.request.ids)
             try:
                 sequence.begin(self.tokenizer)
             except Exception as error:  # settings that nobody has checked
@@ -320,10 +317,9 @@ class Engine:
     def _advance(self, sequences: list[Sequence]) -> None:
         """One token for each of these. If that fails, they end with the error."""
         try:
-            lines = [sequence.line for sequence in sequences]
-            logits = self._decoder.next_logits(lines)[:, : self.tokenizer.vocab_size]
+            logits = self.decoder.next_logits(sequences)[:, : self.tokenizer.vocab_size]
             choices = [sequence.choice for sequence in sequences]
-            tokens = choose(logits, [line.ids for line in lines], choices).tolist()
+            tokens = choose(logits, [sequence.ids for sequence in sequences], choices).tolist()
         except Exception as error:
             log.exception("A step of %d requests failed.", len(sequences))
             for sequence in sequences:
@@ -343,7 +339,7 @@ class Engine:
         self, sequence: Sequence, reason: FinishReason, error: Exception | None = None
     ) -> None:
         self._running.remove(sequence)
-        self._decoder.release(sequence.line)
+        self.decoder.release(sequence)
         self._end(sequence, reason, error)
 
     def _end(

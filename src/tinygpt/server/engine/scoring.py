@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.errors import TinyGPTError
-from tinygpt.generation.batching import CHUNK, BatchDecoder
-from tinygpt.generation.decoder import Logits
-from tinygpt.generation.sample import likeliest
+from tinygpt.generation.decoder import CHUNK, Decoder, Logits
+from tinygpt.generation.sample import likeliest, log_probabilities
 
 Score = tuple[float | None, tuple[tuple[int, float], ...]]
 """A token's log probability, and (id, log probability) of the likeliest ones in its place."""
@@ -30,7 +29,7 @@ class Scored:
 
 
 def score_texts(
-    decoder: BatchDecoder, asked: Sequence[Asked], vocab_size: int
+    decoder: Decoder, asked: Sequence[Asked], vocab_size: int
 ) -> Generator[None, None, list[Scored]]:
     """Scores of texts that fit into one forward pass; ids from vocab_size on are out.
 
@@ -59,9 +58,7 @@ def score_texts(
 
 def _score(logits: Logits, targets: npt.NDArray[np.int64], counts: Sequence[int]) -> list[Score]:
     """Scores of targets (n,), given logits (n, V)."""
-    logs = logits.astype(np.float64)
-    logs -= logs.max(axis=1, keepdims=True)
-    logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
+    logs = log_probabilities(logits)
     if not np.isfinite(logs.max()):
         raise TinyGPTError("The model's training diverged: what it computes are no numbers.")
     own = logs[np.arange(len(logs)), targets].tolist()

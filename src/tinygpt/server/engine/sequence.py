@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.config import SampleConfig
-from tinygpt.generation.batching import Line
+from tinygpt.generation import decoder
 from tinygpt.generation.sample import Penalties, first_choice, likeliest, log_probabilities
 from tinygpt.generation.stream import StopStrings
 from tinygpt.text.tokenizers import Tokenizer, ends_of
@@ -75,7 +75,7 @@ class Piece:
     """Characters of the text before the one in which the token begins."""
 
 
-class Sequence:
+class Sequence(decoder.Sequence):
     """One text in the engine: its request, how far it has come, and how it ended.
 
     A consumer reads pieces from it, ``for piece in sequence``, or from the ``Outputs`` that it
@@ -94,14 +94,13 @@ class Sequence:
         outputs: Outputs | None = None,
         on_cancel: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__(request.ids)
         self.request, self.outputs = request, outputs or Outputs()
         self.finish_reason: FinishReason | None = None
         """None while tokens may come; those that have come may still be unread."""
         self.error: Exception | None = None
         """What went wrong, if ``finish_reason`` is ``"error"``."""
         self.cancelled = False
-        self.line: Line
-        """Its slot in the decoder, with all its tokens: set when it gets one."""
         self._on_cancel = on_cancel
         self.outputs.open += 1
 
@@ -128,7 +127,7 @@ class Sequence:
 
     def advance(self, token: int, logits: npt.NDArray[np.float32]) -> FinishReason | None:
         """Put out the token, chosen from logits (V,); -> why it is the last one, if it is."""
-        self.line.ids.append(token)
+        self.ids.append(token)
         self._left -= 1
         ended, raw = token in self._ends, self._tokenizer.decode_bytes([token])
         text = "" if ended else self._decoder.decode(raw)

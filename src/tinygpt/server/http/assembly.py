@@ -1,4 +1,4 @@
-"""An application out of routes: the gate before them, and errors in one shape."""
+"""An application made of routes: access control before them, and errors in one shape."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from starlette.routing import BaseRoute
 
 from tinygpt.server.http import static
 from tinygpt.server.http.refusal import Refusal, answer_http_error, answer_refusal
-from tinygpt.server.http.security import Gate, GateOptions
+from tinygpt.server.http.security import AccessControl, AccessOptions
 
 
-def assemble(routes: Sequence[BaseRoute], **gate: Unpack[GateOptions]) -> Starlette:
-    """Any routes, with the files of the pages, behind the gate."""
+def assemble(routes: Sequence[BaseRoute], **access: Unpack[AccessOptions]) -> Starlette:
+    """Any routes, with the files of the pages, behind access control."""
     app = Starlette(
         routes=[*routes, *static.routes()],
-        middleware=[Middleware(Gate, **gate)],
+        middleware=[Middleware(AccessControl, **access)],
         exception_handlers={
             Refusal: answer_refusal,
             HTTPException: answer_http_error,

@@ -1,4 +1,4 @@
-"""Reading what a client sends, in bounded time and memory, and noticing when it has gone."""
+"""Reads request bodies in bounded time and memory, and notices when the client disconnects."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tinygpt.untrusted import parse_json
 T = TypeVar("T")
 
 CLOSE = {"connection": "close"}
-"""After a body that was not read to its end nothing else can follow."""
+"""A connection whose body was not read to its end cannot be used again."""
 OVERFLOW = 16
-"""So many times the limit is read, and forgotten, to let a client come to our answer."""
+"""Up to this many times the limit is read and dropped, so that the client reads our answer."""
 
 
 async def read_json(request: Request, limits: Limits) -> Any:
@@ -72,7 +72,7 @@ def check_model(name: str, body: object) -> None:
 
 
 def no_model(name: str) -> Refusal:
-    """For whoever asks for another than the one that is served."""
+    """The answer to a request for a model that is not served."""
     message = f"There is no such model here. The one that is served: {name}"
     return Refusal(404, message, param="model", code="model_not_found")
 

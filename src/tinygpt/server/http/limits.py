@@ -17,17 +17,17 @@ class Limits(Config):
     prompt_tokens: int = 8192
     """Tokens of one prompt."""
     max_tokens: int = 4096
-    """Tokens of each text; who asks for more gets so many."""
+    """Tokens of each text; a request for more gets this many."""
     choices: int = 16
     """Texts of one request: its prompts times n."""
     queue: int = 128
-    """Texts that may wait for a place, and texts that may wait for their scores."""
+    """Texts that may wait for a slot, and texts that may wait for their scores."""
     stops: int = 64
     """Stop strings of one request."""
     stop_length: int = 128
     """Characters of a stop string."""
     logprobs: int = 5
-    """Likeliest tokens that are told beside each one."""
+    """Likeliest tokens reported with each token."""
     top_logprobs: int = 20
     """The same in a chat."""
     messages: int = 256

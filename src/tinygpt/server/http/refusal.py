@@ -91,3 +91,9 @@ FAILURE = Refusal(
 def closing() -> Refusal:
     """The server ends: a program that starts it again, or a proxy, may have another one soon."""
     return Refusal(503, "The server is shutting down.", code="shutting_down")
+
+
+def timed_out() -> Refusal:
+    """For a request that gets no turn within its time."""
+    message = "The time for this request was over before it had its turn."
+    return Refusal(504, message, code="timeout")

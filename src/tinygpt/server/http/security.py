@@ -1,9 +1,9 @@
-"""Who may ask: the gate in front of every route.
+"""Access control: the middleware that checks Host, Origin and key of every request.
 
 A server on 127.0.0.1 is within reach of every page that a browser on the same machine has open.
-Such a page can send requests (the Origin header tells), and by a name that it points to 127.0.0.1
-it can also read the answers (the Host header tells). Both are refused. Whoever opens the server
-to a network needs a key.
+Such a page can send requests, which the Origin header shows, and under a name that resolves to
+127.0.0.1 it can also read the answers, which the Host header shows (DNS rebinding). Both are
+refused. A server that a network can reach needs a key.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ HEADERS = {
 
 PUBLIC = frozenset({"/", "/dashboard", "/healthz", "/favicon.ico"})
 PUBLIC_FOLDER = "/page/"
-"""What needs no key: pages that say nothing of the model until they are given one."""
+"""What needs no key: the pages themselves, which hold nothing of the model."""
 BOARD_FOLDER = "/dashboard/"
-"""What the dashboard tells: it has a key of its own, even where the model has none."""
+"""The dashboard's data: it has a key of its own, even if the model has none."""
 PLACE = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::([0-9]{1,5}))?")
 """A Host header, or an Origin behind its scheme: a number in brackets or a name, maybe a port."""
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -52,12 +52,12 @@ EXPOSED = "retry-after, x-tinygpt-ignored-fields"
 """Headers of answers that pages of ``--cors-origin`` may read."""
 PREFLIGHT_SECONDS = 600
 
-Place = tuple[str, str]
+HostPort = tuple[str, str]
 """Name and port in lower case; the port is empty where none is given."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to this host can only be reached from its own machine.
+    """Whether a server bound to this host is reachable only from its own machine.
 
     >>> is_loopback("localhost"), is_loopback("127.0.0.2"), is_loopback("::1"), is_loopback("::")
     (True, True, True, False)
@@ -68,33 +68,33 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def parse_place(text: str) -> Place | None:
+def parse_host(text: str) -> HostPort | None:
     """Name and port of a Host header.
 
-    >>> parse_place("Box:80"), parse_place("[::1]"), parse_place("a b")
+    >>> parse_host("Box:80"), parse_host("[::1]"), parse_host("a b")
     (('box', '80'), ('::1', ''), None)
     """
     match = PLACE.fullmatch(text)
     return ((match[1] or match[2]).lower(), match[3] or "") if match else None
 
 
-def allowed_place(text: str) -> Place:
-    """The place that ``--allow-host`` names; a scheme before it and a slash behind do no harm."""
+def allowed_host(text: str) -> HostPort:
+    """What ``--allow-host`` names; a scheme before it and a slash after it are ignored."""
     scheme, mark, rest = text.strip().rpartition("://")
-    place = parse_place(rest.removesuffix("/"))
-    if place is None or (mark and scheme.lower() not in ("http", "https")):
+    host_port = parse_host(rest.removesuffix("/"))
+    if host_port is None or (mark and scheme.lower() not in ("http", "https")):
         raise UsageError(
             f"--allow-host {text!r} is not the name of a host. Give the name that stands in the "
             f"browser's address, such as box.example."
         )
-    return place
+    return host_port
 
 
 def allowed_origin(text: str) -> str:
     """The origin that ``--cors-origin`` names, as browsers write it; ``*`` is any."""
     origin = text.strip().lower().removesuffix("/")
     scheme, _, rest = origin.partition("://")
-    if origin in ("*", "null") or (scheme and parse_place(rest)):
+    if origin in ("*", "null") or (scheme and parse_host(rest)):
         return origin
     raise UsageError(
         f"--cors-origin {text!r} is not an origin. Give scheme, host and port as they stand in "
@@ -102,8 +102,8 @@ def allowed_origin(text: str) -> str:
     )
 
 
-class GateOptions(TypedDict, total=False):
-    """What a Gate can be told."""
+class AccessOptions(TypedDict, total=False):
+    """The options of `AccessControl`."""
 
     api_key: str | None
     board_key: str | None
@@ -113,13 +113,13 @@ class GateOptions(TypedDict, total=False):
     cors: Collection[str]
 
 
-class Gate:
+class AccessControl:
     """ASGI middleware: checks Host, Origin and key, and adds the headers that protect pages.
 
-    ``hosts`` are names by which the server may be called besides ``localhost`` and ``bound``, the
-    name that it listens on; pages that were loaded from one of them, through a proxy say, may send
-    requests whatever Host the proxy puts there. A number is always right as a Host: only a name
-    can be made to point elsewhere. ``cors`` are origins of other pages that may use the server.
+    ``hosts`` are valid Host headers besides ``localhost`` and ``bound``, the name that the server
+    listens on; pages from one of them, loaded through a proxy for example, may send requests
+    whatever Host the proxy writes. An IP address is always valid as a Host: only a name can be
+    made to resolve elsewhere. ``cors`` are origins of other pages that may use the server.
 
     ``api_key`` is for everything that is not public, ``board_key`` for the dashboard; with
     ``board_is_open`` only for what changes something there.
@@ -138,8 +138,8 @@ class Gate:
     ) -> None:
         self.app, self.api_key = app, api_key
         self.board_key, self.board_is_open = board_key, board_is_open
-        self.places = set(map(allowed_place, hosts))
-        self.hosts = {"localhost", bound.lower(), *(name for name, _ in self.places)}
+        self.names = set(map(allowed_host, hosts))
+        self.hosts = {"localhost", bound.lower(), *(name for name, _ in self.names)}
         self.cors = frozenset(map(allowed_origin, cors))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,20 +171,20 @@ class Gate:
         except Refusal as refusal:
             await answer(refusal.response())
         except ClientDisconnect:
-            await answer(Response(status_code=GONE))  # nobody hears it; it is for the counts
-        except asyncio.CancelledError:  # the server ends, and has waited long enough for this one
+            await answer(Response(status_code=GONE))  # not sent: for the counts only
+        except asyncio.CancelledError:  # the server ends; its time for answers is over
             if started:
                 raise
             await answer(closing().response())
         except Exception:
             logger.exception("A request failed.")
             if started:
-                raise  # the connection ends, so that nobody takes the part for the whole
+                raise  # the connection ends: a part must not look like the whole
             await answer(FAILURE.response())
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+        if len(hosts) != 1 or not self._is_valid_host(hosts[0]):
             raise Refusal(
                 403,
                 "The Host header names a server that this one is not. Open it by the address that "
@@ -211,9 +211,9 @@ class Gate:
             return None if self.board_is_open and method in READING else self.board_key
         return self.api_key
 
-    def _is_ours(self, host: str) -> bool:
-        place = parse_place(host)
-        return place is not None and (place[0] in self.hosts or _is_number(place[0]))
+    def _is_valid_host(self, host: str) -> bool:
+        host_port = parse_host(host)
+        return host_port is not None and (host_port[0] in self.hosts or _is_number(host_port[0]))
 
     def _may_send(self, headers: Headers, host: str) -> bool:
         """Whether a request that changes something comes from no page, or from a welcome one."""
@@ -222,8 +222,8 @@ class Gate:
     def _is_known(self, headers: Headers) -> bool:
         """Whether the page was loaded from one of our names, with any port if none was named."""
         scheme, _, rest = _origin(headers).partition("://")
-        place = parse_place(rest) if scheme in ("http", "https") else None
-        return place is not None and bool({place, (place[0], "")} & self.places)
+        host_port = parse_host(rest) if scheme in ("http", "https") else None
+        return host_port is not None and bool({host_port, (host_port[0], "")} & self.names)
 
     def _is_welcome(self, headers: Headers) -> bool:
         """Whether the page is one of --cors-origin."""
@@ -288,5 +288,5 @@ def _same_origin(headers: Headers, host: str) -> bool:
         return False
     if not headers.getlist("origin"):
         return True
-    scheme, _, place = _origin(headers).partition("://")
-    return scheme in ("http", "https") and place == host.lower()
+    scheme, _, host_port = _origin(headers).partition("://")
+    return scheme in ("http", "https") and host_port == host.lower()

@@ -1,4 +1,4 @@
-"""A server in a thread of its own, beside a training that it must neither slow nor outlive."""
+"""A server in a thread of its own, beside a training that it must not slow down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRIES = 20
 
 
 def listen_nearby(host: str, port: int, flag: str = "--port") -> socket.socket:
-    """A socket that listens on the port or, if that is taken, on one of the next."""
+    """A socket that listens on ``port`` or, if it is taken, on one of the next ``TRIES`` - 1."""
     for candidate in [port, *range(port + 1, min(port + TRIES, 65536))]:
         try:
             return listen(host, candidate, flag)
@@ -29,7 +29,7 @@ def listen_nearby(host: str, port: int, flag: str = "--port") -> socket.socket:
 
 
 class ServerThread:
-    """Serves an application within a ``with`` block; the process does not wait for it to end."""
+    """Serves an application within a ``with`` block, in a daemon thread."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
         self._server = Server(app, Limits(shutdown_seconds=1))

@@ -10,7 +10,7 @@ from typing import Any
 from tinygpt.errors import TinyGPTError
 from tinygpt.server.engine.sequence import Output, Outputs, Piece, Sequence
 from tinygpt.server.http.event_stream import event
-from tinygpt.server.http.refusal import FAILURE, Refusal, closing
+from tinygpt.server.http.refusal import FAILURE, Refusal, closing, timed_out
 from tinygpt.server.openai.choices import Choice, Delta
 from tinygpt.server.openai.jobs import Job
 from tinygpt.server.openai.service import Service
@@ -90,8 +90,7 @@ class Answer:
             self.close()
             unread = self._outputs.take()
             if not any(choice.count for choice in self.choices) and not any(p for _, p in unread):
-                message = "The time for this request was over before it had its turn."
-                raise Refusal(504, message, code="timeout")
+                raise timed_out()
             yield self._deltas([*unread, *((sequence, None) for sequence in self._choice_of)])
 
     def _deltas(self, burst: Iterable[Output]) -> list[tuple[Choice, Delta]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tinygpt.config import __version__
 from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
-from tinygpt.server.openai.schema import Schema
+from tinygpt.server.openai.schema import Schema, object_schema
 from tinygpt.server.openai.service import Service
 
 Json = dict[str, Any]
@@ -128,12 +128,7 @@ def _refusals(statuses: dict[str, str]) -> Json:
 
 def _object(**properties: Schema) -> Json:
     """An object that has all of these and nothing else."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    return dict(object_schema(properties, *properties))
 
 
 def _array(items: Schema) -> Json:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tinygpt.server.http.body import check_model, no_model, read_json, unless_gone
 from tinygpt.server.http.event_stream import EventStream, event
 from tinygpt.server.http.json_answer import JSONResponse
-from tinygpt.server.http.refusal import DOCUMENT, Refusal, closing
+from tinygpt.server.http.refusal import DOCUMENT, Refusal, closing, timed_out
 from tinygpt.server.openai import tokenizing
 from tinygpt.server.openai.answering import DONE, Answer
 from tinygpt.server.openai.document import openapi
@@ -70,8 +70,7 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
         async with asyncio.timeout_at(deadline):
             job = await make_job(service, body)
     except TimeoutError:
-        message = "The time for this request was over before it had its turn."
-        raise Refusal(504, message, code="timeout") from None
+        raise timed_out() from None
     answer = Answer(service, job, deadline)
     if job.stream:
         return _EventStream(answer)

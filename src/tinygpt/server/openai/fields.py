@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt.server.http.limits import Limits
-from tinygpt.server.openai.schema import Schema
+from tinygpt.server.openai.schema import Schema, object_schema
 
 LARGEST_SEED = (1 << 63) - 1
 LARGEST_COUNT = (1 << 31) - 1
@@ -31,17 +31,16 @@ def completion_schema(name: str, vocab_size: int, limits: Limits, strict: bool =
         "prompt": prompt,
         "max_tokens": _tokens(limits, MAX_TOKENS),
         **_sampling(limits),
-        "best_of": _optional("integer", "As many as n.", minimum=1, maximum=limits.choices),
-        "logprobs": _optional(
-            "integer",
+        "best_of": _whole("As many as n.", 1, limits.choices),
+        "logprobs": _whole(
             "Tell log probabilities of the tokens, and of this many likeliest ones.",
-            minimum=0,
-            maximum=limits.logprobs,
+            0,
+            limits.logprobs,
         ),
-        "echo": _optional("boolean", "Begin each text with its prompt."),
+        "echo": _flag("Begin each text with its prompt."),
         "suffix": _neutral("", None),
     }
-    return _body(fields, "prompt", strict=strict)
+    return object_schema(fields, "prompt", strict=strict)
 
 
 def _prompt(vocab_size: int, limits: Limits) -> Schema:
@@ -67,18 +66,15 @@ def chat_schema(name: str, limits: Limits, strict: bool = False) -> Schema:
         "max_tokens": _tokens(limits, MAX_CHAT_TOKENS),
         "max_completion_tokens": _tokens(limits, MAX_CHAT_TOKENS),
         **_sampling(limits),
-        "logprobs": _optional("boolean", "Tell log probabilities of the tokens."),
-        "top_logprobs": _optional(
-            "integer",
-            "And of this many likeliest ones; needs logprobs.",
-            minimum=0,
-            maximum=limits.top_logprobs,
+        "logprobs": _flag("Tell log probabilities of the tokens."),
+        "top_logprobs": _whole(
+            "And of this many likeliest ones; needs logprobs.", 0, limits.top_logprobs
         ),
         "tools": _optional("array", f"None, unless tool_choice is none: {CALLS}."),
         "functions": _optional("array", f"None, unless function_call is none: {CALLS}."),
         "tool_choice": _neutral("none", "auto", None),
         "function_call": _neutral("none", "auto", None),
-        "parallel_tool_calls": _optional("boolean", NOTHING),
+        "parallel_tool_calls": _flag(NOTHING),
         "modalities": _neutral(["text"], None),
         "audio": _neutral(None),
         "web_search_options": _neutral(None),
@@ -90,7 +86,7 @@ def chat_schema(name: str, limits: Limits, strict: bool = False) -> Schema:
         "continue_final_message": _neutral(False, None),
         "chat_template": _neutral(None),
     }
-    return _body(fields, "messages", strict=strict)
+    return object_schema(fields, "messages", strict=strict)
 
 
 def tokenize_schema(name: str, limits: Limits) -> Schema:
@@ -101,28 +97,19 @@ def tokenize_schema(name: str, limits: Limits) -> Schema:
         "prompt": {**text, "description": "Text to cut into tokens."},
         "content": {**text, "description": "The same, as llama.cpp calls it."},
         "messages": {**_messages(limits), "type": ["array", "null"]},
-        "add_special_tokens": _optional("boolean", NOTHING),
-        "add_special": _optional("boolean", NOTHING),
+        "add_special_tokens": _flag(NOTHING),
+        "add_special": _flag(NOTHING),
         "add_generation_prompt": _neutral(True, None),
-        "return_token_strs": _optional("boolean", "Tell the text of each token."),
-        "with_pieces": _optional("boolean", "Tell tokens as objects with id and piece."),
+        "return_token_strs": _flag("Tell the text of each token."),
+        "with_pieces": _flag("Tell tokens as objects with id and piece."),
     }
-    return _body(fields)
+    return object_schema(fields, strict=False)
 
 
 def detokenize_schema(name: str, vocab_size: int, limits: Limits) -> Schema:
     """The body of POST /detokenize, of vLLM and llama.cpp alike."""
     ids = _ids(vocab_size, limits.body_bytes, least=0)
-    return _body({"model": _model(name), "tokens": ids}, "tokens")
-
-
-def _body(fields: Fields, *required: str, strict: bool = False) -> Schema:
-    return {
-        "type": "object",
-        "properties": fields,
-        "required": list(required),
-        "additionalProperties": not strict,
-    }
+    return object_schema({"model": _model(name), "tokens": ids}, "tokens", strict=False)
 
 
 def _model(name: str) -> Schema:
@@ -142,56 +129,35 @@ def _messages(limits: Limits, strict: bool = False) -> Schema:
 def _message(strict: bool) -> Schema:
     """A turn, and what clients hand back of an answer that was one."""
     text = {"type": "string"}
-    part = {
-        "type": "object",
-        "properties": {"type": {"enum": ["text"]}, "text": text},
-        "required": ["type", "text"],
-        "additionalProperties": not strict,
-    }
-    refusal = {
-        "type": "object",
-        "properties": {"type": {"enum": ["refusal"]}, "refusal": text},
-        "required": ["type", "refusal"],
-        "additionalProperties": not strict,
-    }
+    part, refusal = (
+        object_schema({"type": {"enum": [kind]}, kind: text}, "type", kind, strict=strict)
+        for kind in ("text", "refusal")
+    )
     several = {"type": "array", "items": {"anyOf": [part, refusal]}}
-    return {
-        "type": "object",
-        "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant"]},
-            "content": {"anyOf": [text, several, {"type": "null"}]},
-            "name": _optional("string", "Changes nothing: the template knows two speakers."),
-            "refusal": _optional("string", "Stands for a missing content."),
-            "tool_calls": {**_optional("array", "None: nothing was called."), "maxItems": 0},
-            "function_call": _neutral(None),
-            "tool_call_id": _neutral(None),
-            "audio": _neutral(None),
-            "annotations": _optional("array", NOTHING),
-        },
-        "required": ["role"],
-        "additionalProperties": not strict,
+    fields = {
+        "role": {"enum": ["system", "developer", "user", "assistant"]},
+        "content": {"anyOf": [text, several, {"type": "null"}]},
+        "name": _optional("string", "Changes nothing: the template knows two speakers."),
+        "refusal": _optional("string", "Stands for a missing content."),
+        "tool_calls": {**_optional("array", "None: nothing was called."), "maxItems": 0},
+        **dict.fromkeys(("function_call", "tool_call_id", "audio"), _neutral(None)),
+        "annotations": _optional("array", NOTHING),
     }
+    return object_schema(fields, "role", strict=strict)
 
 
 def _sampling(limits: Limits) -> Fields:
     """What both endpoints have in common."""
     string = {"type": "string", "minLength": 1, "maxLength": limits.stop_length}
     return {
-        "n": _optional("integer", "Texts for each prompt.", minimum=1, maximum=limits.choices),
-        "temperature": _optional("number", "0 is greedy.", minimum=0, maximum=2),
-        "top_p": _optional("number", "Nucleus sampling; 0 is greedy.", minimum=0, maximum=1),
-        "top_k": _optional(
-            "integer",
-            "Among this many likeliest; 0 and -1: all.",
-            minimum=-1,
-            maximum=LARGEST_COUNT,
-        ),
-        "min_p": _optional("number", "Drop what is less likely.", minimum=0, maximum=1),
-        "repetition_penalty": _optional("number", "1 is none.", minimum=0.1, maximum=10),
-        "presence_penalty": _optional(
-            "number", "Off the logit of each token written before.", minimum=-2, maximum=2
-        ),
-        "frequency_penalty": _optional("number", "As often as it was.", minimum=-2, maximum=2),
+        "n": _whole("Texts for each prompt.", 1, limits.choices),
+        "temperature": _number("0 is greedy.", 0, 2),
+        "top_p": _number("Nucleus sampling; 0 is greedy.", 0, 1),
+        "top_k": _whole("Among this many likeliest; 0 and -1: all.", -1, LARGEST_COUNT),
+        "min_p": _number("Drop what is less likely.", 0, 1),
+        "repetition_penalty": _number("1 is none.", 0.1, 10),
+        "presence_penalty": _number("Off the logit of each token written before.", -2, 2),
+        "frequency_penalty": _number("As often as it was.", -2, 2),
         "logit_bias": {
             "type": ["object", "null"],
             "properties": {},
@@ -207,19 +173,14 @@ def _sampling(limits: Limits) -> Fields:
             ],
             "description": "End before these strings.",
         },
-        "ignore_eos": _optional("boolean", "Go on behind the token that ends a text."),
-        "seed": _optional(
-            "integer",
-            "One seed, one text; -1: a random one.",
-            minimum=-LARGEST_SEED - 1,
-            maximum=LARGEST_SEED,
-        ),
-        "stream": _optional("boolean", "Send the text as it is written, as server-sent events."),
+        "ignore_eos": _flag("Go on behind the token that ends a text."),
+        "seed": _whole("One seed, one text; -1: a random one.", -LARGEST_SEED - 1, LARGEST_SEED),
+        "stream": _flag("Send the text as it is written, as server-sent events."),
         "stream_options": {
             "type": ["object", "null"],
             "properties": {
-                "include_usage": _optional("boolean", "Count tokens in a last event."),
-                "include_obfuscation": _optional("boolean", NOTHING),
+                "include_usage": _flag("Count tokens in a last event."),
+                "include_obfuscation": _flag(NOTHING),
             },
             "additionalProperties": True,
             "description": "How to stream, if it is one.",
@@ -233,7 +194,7 @@ def _sampling(limits: Limits) -> Fields:
         },
         "user": _optional("string", NOTHING, maxLength=256),
         "metadata": _optional("object", NOTHING),
-        "store": _optional("boolean", NOTHING),
+        "store": _flag(NOTHING),
         **{name: _optional("string", NOTHING) for name in REMARKS},
         **{name: _neutral(*values, None) for name, values in OTHERS.items()},
     }
@@ -244,47 +205,40 @@ CALLS = "the model calls nothing"
 REMARKS = ("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """OpenAI's words to its own machinery."""
 OTHERS: dict[str, tuple[Any, ...]] = {
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "include_stop_str_in_output": (False,),
+    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("length_penalty", "repeat_penalty", "typical_p", "tfs_z"), (1,)),
+    **dict.fromkeys(("min_tokens", "mirostat", "dynatemp_range"), (0,)),
+    **dict.fromkeys(("xtc_probability", "dry_multiplier"), (0,)),
+    **dict.fromkeys(("stop_token_ids", "bad_words"), ([],)),
+    **dict.fromkeys(("allowed_token_ids", "truncate_prompt_tokens", "prompt_logprobs"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+    **dict.fromkeys(("structured_outputs", "json_schema", "n_predict"), ()),
     "skip_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "grammar": ("",),
-    "json_schema": (),
-    "n_predict": (),
-    "repeat_penalty": (1,),
-    "typical_p": (1,),
-    "tfs_z": (1,),
-    "mirostat": (0,),
-    "dynatemp_range": (0,),
-    "xtc_probability": (0,),
-    "dry_multiplier": (0,),
 }
 """What would change the text in vLLM or llama.cpp, at the values that do not."""
 
 
 def _tokens(limits: Limits, default: int) -> Schema:
-    return _optional(
-        "integer",
-        f"Most tokens of each text; {default} if left out, {limits.max_tokens} at most.",
-        minimum=0,
-        maximum=LARGEST_SEED,
-    )
+    text = f"Most tokens of each text; {default} if left out, {limits.max_tokens} at most."
+    return _whole(text, 0, LARGEST_SEED)
 
 
 def _optional(kind: str, description: str, **bounds: float) -> Schema:
     """As in OpenAI's own API null stands for what is left out."""
     return {"type": [kind, "null"], **bounds, "description": description}
+
+
+def _whole(description: str, low: float, high: float) -> Schema:
+    return _optional("integer", description, minimum=low, maximum=high)
+
+
+def _number(description: str, low: float, high: float) -> Schema:
+    return _optional("number", description, minimum=low, maximum=high)
+
+
+def _flag(description: str) -> Schema:
+    return _optional("boolean", description)
 
 
 def _neutral(*values: Any) -> Schema:

@@ -26,6 +26,16 @@ NOUNS = {
 }
 
 
+def object_schema(fields: Mapping[str, Any], *required: str, strict: bool = True) -> Schema:
+    """An object with these fields; ``strict``: and with no others."""
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(required),
+        "additionalProperties": not strict,
+    }
+
+
 def check(value: Any, schema: Schema, path: str = "") -> None:
     """Refuse a value that is not as the schema says, naming the field and what was wanted there."""
     problem = next(problems(value, schema, path), None)

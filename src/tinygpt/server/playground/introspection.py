@@ -17,7 +17,7 @@ from tinygrad import Tensor
 from tinygpt import kernels
 from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.generation.decoder import Decoder, padded_length
-from tinygpt.generation.sample import next_logits, softmax
+from tinygpt.generation.sample import filter_logits, likeliest, softmax
 from tinygpt.machine.jit import jit
 from tinygpt.model.transformer import Transformer
 
@@ -37,14 +37,7 @@ class NextToken:
 
     def likeliest(self, count: int) -> list[int]:
         """The ``count`` likeliest ids by the model's own reckoning; of equals the lower first."""
-        count = min(count, self.model.size)
-        ids = np.argpartition(-self.model, count - 1)[:count]
-        least = self.model[ids].min()
-        certain = np.flatnonzero(self.model > least)
-        equal = np.flatnonzero(self.model == least)[: count - certain.size]
-        ids = np.concatenate([certain, equal])
-        order: list[int] = ids[np.lexsort((ids, -self.model[ids]))].tolist()
-        return order
+        return likeliest(self.model, count)
 
     def rank(self, token: int) -> int:
         """1 for the likeliest token."""
@@ -58,9 +51,9 @@ class NextToken:
 
 def next_token(decoder: Decoder, ids: Ids, config: SampleConfig, vocab_size: int) -> NextToken:
     """What may follow ``ids``, of which there is at least one; ids from vocab_size on are out."""
-    context = np.array(ids, np.int32)
-    logits = decoder.next_logits(context[None], object())[0, :vocab_size]
-    filtered = next_logits(logits, context, config)
+    _, [logits] = decoder.states([ids[-decoder.model.config.block_size :]])
+    logits = logits[:vocab_size]
+    filtered = filter_logits(logits, np.array(ids), config)
     if config.temperature == 0:
         sampled = np.zeros(vocab_size)
         sampled[filtered.argmax()] = 1

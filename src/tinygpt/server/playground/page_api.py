@@ -20,19 +20,18 @@ from starlette.routing import Route
 
 from tinygpt.config import MAX_TOKENS
 from tinygpt.errors import TinyGPTError, TokenizerError
-from tinygpt.generation.decoder import Decoder
 from tinygpt.server.engine.scheduler import EngineClosed
 from tinygpt.server.engine.sequence import Request as TextRequest
 from tinygpt.server.http import static
 from tinygpt.server.http.body import read_json, unless_gone
 from tinygpt.server.http.json_answer import JSONResponse
-from tinygpt.server.http.refusal import Refusal
+from tinygpt.server.http.refusal import Refusal, timed_out
 from tinygpt.server.openai.choices import Choice, Delta, finite
 from tinygpt.server.openai.endpoints import generate
 from tinygpt.server.openai.fields import completion_schema
 from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of, stops_of
 from tinygpt.server.openai.prompts import Ids, encode
-from tinygpt.server.openai.schema import Schema, check
+from tinygpt.server.openai.schema import Schema, check, object_schema
 from tinygpt.server.openai.service import Service
 from tinygpt.server.openai.shapes import CompletionShape, Json
 from tinygpt.server.playground import introspection
@@ -77,7 +76,7 @@ def routes(service: Service) -> list[Route]:
             partial(generate, service, schemas["generate"], _generation),
             methods=["POST"],
         ),
-        post("/api/beginnings", _body({}), looking.beginnings),
+        post("/api/beginnings", object_schema({}), looking.beginnings),
         post("/api/tokens", schemas["tokens"], looking.tokens),
         post("/api/candidates", schemas["candidates"], looking.candidates),
         post("/api/attention", schemas["attention"], looking.attention),
@@ -105,19 +104,10 @@ def _schemas(service: Service) -> dict[str, Schema]:
         "ignore_eos": fields["ignore_eos"],
     }
     return {
-        "tokens": _body({"text": text}, "text"),
-        "generate": _body({**context, **sampling, **writing}),
-        "candidates": _body({**context, **sampling, "token": told, "count": count}),
-        "attention": _body({**context, "layer": layer, "last": last}, "layer"),
-    }
-
-
-def _body(fields: Json, *required: str) -> Schema:
-    return {
-        "type": "object",
-        "properties": fields,
-        "required": list(required),
-        "additionalProperties": False,
+        "tokens": object_schema({"text": text}, "text"),
+        "generate": object_schema({**context, **sampling, **writing}),
+        "candidates": object_schema({**context, **sampling, "token": told, "count": count}),
+        "attention": object_schema({**context, "layer": layer, "last": last}, "layer"),
     }
 
 
@@ -130,8 +120,7 @@ async def _answer(service: Service, schema: Schema, answer: Answer, request: Req
             found = await unless_gone(request, answer(body))
         return await asyncio.to_thread(JSONResponse, found)
     except TimeoutError:
-        message = "The time for this request was over before it had its turn."
-        raise Refusal(504, message, code="timeout") from None
+        raise timed_out() from None
 
 
 class _Looking:
@@ -139,7 +128,7 @@ class _Looking:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._decoder, self._attention = Decoder(service.model), AttentionLook(service.model)
+        self._attention = AttentionLook(service.model)
         self._waiting = 0
 
     async def beginnings(self, body: Body) -> Json:
@@ -154,7 +143,7 @@ class _Looking:
     async def candidates(self, body: Body) -> Json:
         """The likeliest tokens after a text; of one token, its rank as well."""
         ids, config = await _context(self.service, body), sampling_of(body)
-        size, decoder = self.service.vocab_size, self._decoder
+        size, decoder = self.service.vocab_size, self.service.engine.decoder
         found = await self._look(lambda: introspection.next_token(decoder, ids, config, size))
 
         def told(token: int) -> Json:
