@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 from tinygrad.helpers import Context, GlobalCounters
+from tinygrad.tensor import all_tensors
 from tinygrad.uop.ops import UOpMetaClass
 
 from tinygpt import GPT, ByteTokenizer, GPTConfig, SampleConfig, kernels
@@ -124,6 +125,16 @@ def check_flat(before: dict[str, int], after: dict[str, int]) -> None:
 @pytest.mark.parametrize("call", CALLED)
 def test_memory_is_flat(model: GPT, call: Callable[[GPT], None]) -> None:
     check_flat(counted(model, call, CALLS), counted(model, call, CALLS))
+
+
+def test_a_decoder_that_ends_leaves_nothing_in_tinygrads_list_of_tensors(model: GPT) -> None:
+    def ended() -> int:
+        gc.collect()
+        return sum(entry() is None for entry in all_tensors)
+
+    before = ended()
+    "".join(generate_text(model, ByteTokenizer(), "a", 3))
+    assert ended() <= before
 
 
 @pytest.mark.slow

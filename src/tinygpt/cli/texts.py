@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tinygpt.text.tokens import Tokens
 
 
+LARGEST_BEGUN = 1 << 25
+"""Bytes of a text of which beginnings are offered."""
+
+
 def own_source(run: Path) -> DataConfig:
     """Where the text of a run, or of the run that a checkpoint lies in, comes from."""
     return DataConfig.from_dict(run_tables(folder_of(run)).get("data", {}))
@@ -64,19 +68,22 @@ def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> l
     """First lines from a run's own validation text, from places far apart; [] without that text.
 
     Only a text that is known to be the run's is read from: the folder may come from elsewhere, and
-    name a file that its author has never seen.
+    name a file that its author has never seen. A text that would take long to encode is left alone.
     """
     from tinygpt.runs import checkpoint
     from tinygpt.text.tokens import data_fingerprint
 
     try:
+        source = Path(own_source(run).source or "")
+        if source.exists() and not (source.is_file() and source.stat().st_size <= LARGEST_BEGUN):
+            return []
         _, tokens = own_validation(run, model, tokenizer, "")
         known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get("val")
         if known != data_fingerprint(tokens):
             return []
         starts = [len(tokens) * i // count for i in range(count)]
         passages = [tokenizer.decode(tokens[at : at + 200].tolist()) for at in starts]
-    except TinyGPTError:
+    except (TinyGPTError, OSError):
         return []
     lines = ["".join(passage.splitlines(keepends=True)[1:3]) for passage in passages]
     return [line[:80].rstrip() for line in lines if line.strip()]

@@ -1,8 +1,9 @@
 """From logits to the next token: filters, probabilities, a draw.
 
-A filter takes the logits (V,) of one sequence and returns logits of the same shape in which a token
-that is out of the question has -inf. Everything is float64 numpy on the host, so that a seed gives
-the same text on every device.
+A filter takes the logits (V,) of one sequence and returns logits (V,) in which excluded tokens have
+-inf. `filter_logits` applies those that a SampleConfig asks for, `draw` picks a token, `choose`
+does both for a batch. Everything is float64 numpy on the host, so that a seed gives the same text
+on every device.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ def penalise_repetition(logits: Logits, seen: Ids, penalty: float) -> Logits:
 
 @dataclass(frozen=True)
 class Penalties:
-    """What is subtracted from logits, or added, before anything else, as OpenAI's API has it."""
+    """What is subtracted from, or added to, the logits before any filter, as in OpenAI's API."""
 
     presence: float = 0.0
-    """Off each token that was written before."""
+    """Subtracted from each token that was generated before."""
     frequency: float = 0.0
-    """Off each token for every time that it was written."""
+    """Subtracted from each token once for every time that it was generated."""
     bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to tokens, by their ids; those that the vocabulary lacks have none."""
+    """Added to tokens, by their ids; ids outside the vocabulary are ignored."""
 
     def apply(self, logits: npt.ArrayLike, written: Ids) -> Logits:
-        """Logits (V,), given the ids that were written so far, without the prompt.
+        """New logits (V,), given the ids that were generated so far, without the prompt.
 
         >>> Penalties(1.0, 0.5, {2: 9.0}).apply([0.0, 0.0, 0.0], np.array([1, 1])).tolist()
         [0.0, -2.0, 9.0]
@@ -161,7 +162,7 @@ def draw_each(logits: Logits, uniforms: Sequence[float]) -> list[int]:
 
 
 class Choice:
-    """How the tokens of one text are chosen: the settings, and random numbers of its own."""
+    """How the tokens of one sequence are chosen: settings, and a random stream of its own."""
 
     __slots__ = ("config", "penalties", "plain", "prompt", "stream")
 
@@ -172,7 +173,7 @@ class Choice:
         penalties: Penalties | None = None,
         prompt: int = 0,
     ) -> None:
-        """``prompt`` is how many of the ids so far were not written: no penalty is for them."""
+        """``prompt`` is the length of the prompt, to which no penalty applies."""
         self.config, self.penalties, self.prompt = config, penalties, prompt
         self.stream = np.random.Generator(np.random.Philox(seed))
         filters = config.top_k, config.top_p, config.min_p, config.repetition_penalty
@@ -197,7 +198,7 @@ def first_choice(
     penalties: Penalties | None = None,
     prompt: int = 0,
 ) -> Choice:
-    """That of the first row of a sampler with this seed."""
+    """The `Choice` of the first row of ``make_sampler(config, seed)``."""
     first = np.random.SeedSequence(_checked_seed(seed)).spawn(1)[0]
     return Choice(config, first, penalties, prompt)
 
@@ -205,9 +206,9 @@ def first_choice(
 def choose(
     logits: npt.ArrayLike, seen: Ids | Sequence[Sequence[int]], choices: Sequence[Choice]
 ) -> npt.NDArray[np.int32]:
-    """The next tokens (B,) of several texts, given their logits (B, V) and all ids so far.
+    """The next tokens (B,) of several sequences, given their logits (B, V) and all ids so far.
 
-    Rows that ask for nothing but a temperature are done together, with the same results as alone.
+    Rows without filters or penalties are computed together, with the same results as alone.
     """
     rows: Logits = np.asarray(logits)
     picked = np.zeros(len(rows), np.int32)

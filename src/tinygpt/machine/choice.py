@@ -53,26 +53,24 @@ def available(device: ModuleType) -> Iterator[str]:
 
 def has_opencl() -> bool:
     """Whether OpenCL has any platform."""
-    try:
-        from tinygrad.runtime.autogen import opencl as cl
-
-        count = cl.cl_uint(0)
-        return not cl.clGetPlatformIDs(0, None, count) and count.value > 0
-    except Exception:  # no library, or no driver
-        return False
+    return _opencl_accelerators() is not None
 
 
 def has_opencl_accelerator() -> bool:
     """Whether the OpenCL device that tinygrad would open is anything but the processor."""
+    return bool(_opencl_accelerators())
+
+
+def _opencl_accelerators() -> int | None:
+    """The number of them on the first platform, the one that tinygrad takes; None without any."""
     try:
         from tinygrad.runtime.autogen import opencl as cl
 
-        platforms = (cl.cl_platform_id * 1)()  # tinygrad takes the first one
-        count = cl.cl_uint(0)
+        platforms, count = (cl.cl_platform_id * 1)(), cl.cl_uint(0)
         if cl.clGetPlatformIDs(1, platforms, None):
-            return False
+            return None
         kinds = cl.CL_DEVICE_TYPE_GPU | cl.CL_DEVICE_TYPE_ACCELERATOR
         failed = cl.clGetDeviceIDs(platforms[0], kinds, 0, None, count)
     except Exception:  # no library, or no driver
-        return False
-    return not failed and count.value > 0
+        return None
+    return 0 if failed else int(count.value)

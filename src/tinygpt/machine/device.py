@@ -40,10 +40,9 @@ def prepare() -> None:
     processor they run on, and a home folder may be shared. PARALLEL=0 keeps tinygrad from
     starting compile processes that would live as long as the program. DEV=CPU is set where there is
     plainly no other device: to try them all takes tinygrad half a second. Where tinygrad has to
-    look for one, ``choice`` has a say in it.
+    try, ``choice`` gives the order.
 
-    It starts no process and never fails: what is wrong is told later, by ``require_device`` or
-    ``doctor``, where there is someone to read it.
+    This starts no process and never fails: ``require_device`` and ``doctor`` report what is wrong.
     """
     os.environ.setdefault("PARALLEL", "0")
     if math.isinf(environment.number(os.environ["PARALLEL"], math.inf)):

@@ -22,7 +22,7 @@ from tinygpt.files.disk import size
 from tinygpt.machine import device, disk_cache, pace, resources
 
 NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
-"""Extras for those who work on tinygpt itself."""
+"""Extras for the development of tinygpt itself."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def clear_caches() -> tuple[int, list[str]]:
 
 
 def _clearable() -> list[Path]:
-    places = dict.fromkeys([folders.cache_dir(), folders.private_temp()])
-    kernels = [path for place in places for path in disk_cache.databases(place)]
+    folder = dict.fromkeys([folders.cache_dir(), folders.private_temp()])
+    kernels = [path for each in folder for path in disk_cache.databases(each)]
     return [*kernels, *folders.token_files()]
 
 

@@ -73,8 +73,15 @@ class Capture:
     ) -> None:
         self.inputs = [Tensor.empty(*shape, dtype=dtype.name) for shape, dtype in kinds]
         self._memories = [memory(x) for x in self.inputs]
-        self._compute, self._short = compute, short
-        self.kernels: Any = TinyJit(self._on_inputs)
+        self._short, inputs = short, self.inputs
+
+        # No method of this object, which would close a circle: of Tensors that are freed with one,
+        # tinygrad's own list of Tensors keeps an entry for ever.
+        def on_inputs() -> Any:
+            with all_gradients_taken():
+                return compute(*inputs)
+
+        self.kernels: Any = TinyJit(on_inputs)
         # TinyJit would run a function once before it captures, for state that is made in a first
         # call. That run would compile everything twice, and keep 3 GB more for a step of GPT-2.
         self.kernels.cnt = 1
@@ -89,10 +96,6 @@ class Capture:
             else:
                 numbers[...] = value
         return self._read(self._replay())
-
-    def _on_inputs(self) -> Any:
-        with all_gradients_taken():
-            return self._compute(*self.inputs)
 
     def _replay(self) -> Any:
         one_piece = self._short and self.kernels.captured is None

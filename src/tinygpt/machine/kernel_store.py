@@ -4,7 +4,7 @@ To make C of a kernel's graph takes tinygrad 30 to 120 ms of Python, for each of
 of a training step, in every process anew; only what the C compiler makes of it is kept. ``install``
 lets tinygrad find the whole program again, in the same cache, at 0.3 ms each. What a graph
 becomes depends on the graph, on tinygrad's settings, and on tinygrad itself: all three are in the
-key, and the machine is in the cache's (``runtime.kernelcache``).
+key. Processor and compiler are in the key of the cache file (``disk_cache``).
 
 The first time, the kernels of a step are shared out among forked processes, which end with it.
 """
@@ -27,7 +27,6 @@ from typing import Any, BinaryIO
 from tinygrad import UOp
 
 from tinygpt.machine import pool
-from tinygpt.machine.disk_cache import disconnect as disconnect
 from tinygpt.machine.tinygrad_internals import (
     CACHELEVEL,
     DEBUG,
@@ -79,7 +78,7 @@ def install() -> None:
     """
     _keep_nothing()
     own = codegen.to_program_cache
-    if isinstance(own, Programs) or DEBUG >= 2 or VIZ:  # whoever looks on wants to see it happen
+    if isinstance(own, Programs) or DEBUG >= 2 or VIZ:  # the user wants to see them lowered
         return
     if own is not getattr(realize, "to_program_cache", None):
         log.info("Kernels are lowered anew in each process: tinygrad is not as expected.")
@@ -172,7 +171,7 @@ class Forks:
                 for number, program in child.receive():
                     yield number, program
                     del todo[number]
-            for task in todo.values():  # of a child that failed: here its error is heard
+            for task in todo.values():  # of a child that failed: here its error is raised
                 yield make(task)
         finally:
             for child in children:

@@ -19,7 +19,7 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Resident memory of this process now, in bytes; its peak where the system tells no more."""
+    """Resident memory of this process now, in bytes; its peak where only that is known."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -38,7 +38,7 @@ def peak_memory() -> int:
 
 
 def total_memory() -> int:
-    """Memory this process could have at most, in bytes; 0 where the system does not tell."""
+    """Memory this process could have at most, in bytes; 0 where it is unknown."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -55,7 +55,7 @@ def available_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = {name: int(rest.split()[0]) * 1024 for name, rest in (s.split(":") for s in lines)}
     except (OSError, ValueError, IndexError):
-        return total_memory()  # all that can be told
+        return total_memory()  # the best guess
     free = found.get("MemAvailable", 0)
     left = groups.memory_left()
     return free if left is None else min(free, left)

@@ -1,7 +1,7 @@
 """What may differ between a run and its resumption, and what was allowed to.
 
 A run that goes on with another text or other settings is another run under the old one's name.
-So it is refused, unless the user names the fields that he means to change.
+So it is refused, unless the user names the fields that are meant to change.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ UNSPLIT = 0xFFFF  # the slot of a kernel that takes no number of a piece
 
 
 class Engine:
-    """The pool, and its place in tinygrad's CPU device."""
+    """The pool, and how it plugs into tinygrad's CPU device."""
 
     def __init__(self) -> None:
         device = Device["CPU"]
@@ -60,8 +60,8 @@ class Engine:
 class PoolGraph(GraphRunner):
     """Kernels that a ``TinyJit`` captured, as one list for the pool.
 
-    tinygrad makes one for each batch of kernels; this is the place where CUDA and Metal plug in
-    their graphs. A call writes what has changed, inputs and variables, into the list and runs it.
+    tinygrad makes one for each batch of kernels; CUDA and Metal plug in their graphs in the
+    same way. A call writes what has changed, inputs and variables, into the list and runs it.
     """
 
     def __init__(self, pool: Pool, linear: UOp, input_uops: tuple[UOp, ...] = ()) -> None:

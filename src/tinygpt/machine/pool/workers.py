@@ -6,7 +6,7 @@ ours on disk. What it needs of libc (a mutex, a condition variable, the clock) i
 pointers.
 
 The workers are Python threads that enter the C once and stay there, without the interpreter lock,
-until they are told to stop.
+until the pool stops.
 """
 
 from __future__ import annotations

@@ -4,20 +4,20 @@
 // settings: {temperature, top_k, top_p, min_p, repetition_penalty}, null for none; ids: those so far.
 export function distribution(logits, settings, ids = []) {
   const { temperature = 1, top_k, top_p, min_p, repetition_penalty: penalty } = settings;
-  const scores = new Float64Array(logits);
+  const scores = penalty ? new Float64Array(logits) : logits;
   if (penalty) {
     for (const id of new Set(ids)) scores[id] *= scores[id] > 0 ? 1 / penalty : penalty;
   }
   const best = argmax(scores);
-  if (!(temperature > 0)) return scores.fill(0).fill(1, best, best + 1);
+  if (!(temperature > 0)) return new Float64Array(scores.length).fill(1, best, best + 1);
   const weights = softmax(scores, temperature);
+  if (!top_k && !min_p && (top_p ?? 1) >= 1) return weights;
   keepLargest(weights, top_k ?? weights.length, top_p ?? 1);
-  if (min_p) {
-    const least = min_p * weights[best];
-    for (let i = 0; i < weights.length; i++) if (weights[i] < least) weights[i] = 0;
-  }
-  const total = weights.reduce((sum, w) => sum + w, 0);
-  return weights.map((w) => w / total);
+  const least = (min_p ?? 0) * weights[best];
+  let total = 0;
+  for (let i = 0; i < weights.length; i++) total += weights[i] = weights[i] < least ? 0 : weights[i];
+  for (let i = 0; i < weights.length; i++) weights[i] /= total;
+  return weights;
 }
 
 // The token that a number from [0, 1) picks.
@@ -56,16 +56,17 @@ function keepLargest(weights, top_k, top_p) {
   if (count === n && top_p >= 1) return;
   const ascending = weights.slice().sort();
   if (top_p < 1) {
-    const descending = ascending.slice(n - count).reverse();
-    const enough = top_p * descending.reduce((sum, w) => sum + w, 0);
-    let sum = 0;
-    count = descending.findIndex((w) => (sum += w) >= enough) + 1 || count;
+    let [sum, enough, taken] = [0, 0, 0];
+    for (let i = n - count; i < n; i++) enough += top_p * ascending[i];
+    while (taken < count && sum < enough) sum += ascending[n - ++taken];
+    count = taken;
   }
   const least = ascending[n - count];
-  let spare = count - weights.filter((w) => w > least).length;
-  weights.forEach((w, id) => {
-    if (w < least || (w === least && spare-- <= 0)) weights[id] = 0;
-  });
+  let spare = count;
+  for (let id = 0; id < n; id++) if (weights[id] > least) spare--;
+  for (let id = 0; id < n; id++) {
+    if (weights[id] < least || (weights[id] === least && spare-- <= 0)) weights[id] = 0;
+  }
 }
 
 export function argmax(values) {

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tinygpt.errors import CheckpointError
@@ -51,9 +50,9 @@ class _Job:
     best_loss: float | None
     """Given if it is the best checkpoint so far."""
     first: Callable[[], list[str]] | None
-    """To be called before."""
+    """Called before the checkpoint is written; returns messages."""
     again: bool
-    """Whether the try before was no success."""
+    """Whether the attempt before failed."""
     error: Exception | None = None
     """Why it is not written yet."""
 
@@ -61,8 +60,8 @@ class _Job:
 class Saver:
     """Saves the checkpoints of one run, each in a thread of its own, one after the other.
 
-    Used as a context: when it ends, the last checkpoint is written, or else a CheckpointError says
-    so. Until then a checkpoint that cannot be written is news, and no reason to stop.
+    It is a context manager: at its end the last checkpoint is written, or a CheckpointError is
+    raised. Until then a checkpoint that cannot be written is only a message of ``news``.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
@@ -128,12 +127,7 @@ class Saver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.wait()
         if self._thread is not None:
             self._jobs.put(None)
@@ -165,7 +159,7 @@ class Saver:
             run = ensure_run(self.folder)
             write(path, job.snapshot, replace(job.meta, run=run))
             self._verified.add(path)
-        except Exception as error:  # whatever it is, it must not be lost with the thread
+        except Exception as error:  # any error: it would be lost with the thread
             job.error = error
             self._news.append(f"NOT SAVED: {error} The run goes on and tries again.")
             return
@@ -191,7 +185,7 @@ class Saver:
                 self._news.append(f"{problem} It is left there, and an older one is kept for it.")
 
     def _rescue(self, job: _Job) -> str:
-        """Write the checkpoint to another place; -> what to tell about it"""
+        """Write the checkpoint to another place; -> the message that says where it is"""
         step = job.meta.iter_num
         for place in REFUGES.values():
             path = _write_below(place, step, job)
@@ -213,7 +207,7 @@ class Saver:
 
 
 def ensure_run(folder: Path) -> str:
-    """The number of a folder's run; drawn and written down if it has none yet."""
+    """The number of a folder's run; a new one is drawn and written down if there is none."""
     run = run_of(folder)
     if run is None:
         run = _run_of_newest(folder) or secrets.token_hex(8)

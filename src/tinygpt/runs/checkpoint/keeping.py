@@ -12,7 +12,7 @@ from tinygpt.runs.folder import best_checkpoint, list_checkpoints, named_step
 
 
 class Verified:
-    """The files that were found whole, so that none is read again unless it has changed."""
+    """Remembers which files were whole, so that none is read again unless it has changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[int, ...]] = {}

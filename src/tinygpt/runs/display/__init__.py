@@ -1,14 +1,13 @@
 """Training as it happens: a live view in a terminal, plain lines anywhere else.
 
-Both consume the steps of a run and change nothing about it, not even when their stream fails: see
-``Forgiving``. Whatever a model writes is shown as
-plain text: it cannot move the cursor, colour the screen or hide behind direction marks.
+Both show the steps of a run and change nothing about it, not even when their stream fails (see
+``Forgiving``). What a model writes is shown as plain text: it cannot move the cursor, colour the
+screen or hide behind direction marks.
 """
 
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
 from tinygpt.runs.display.stream import Forgiving
@@ -27,24 +26,20 @@ class Display(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def update(self, step: Step) -> None:
-        """Take note of one optimizer step."""
+        """Show one optimizer step."""
 
     def notice(self, message: str) -> None:
-        """Say something at once. Safe in a signal handler."""
+        """Show a message at once. Safe in a signal handler."""
 
 
 def follow(run: TrainingRun, *, show: bool = True) -> None:
-    """Train to the end, shown on stderr, or until Ctrl-C, which is a KeyboardInterrupt after that.
+    """Train to the end, shown on stderr, or until a signal.
 
-    Signals do after the step in progress, and its checkpoint, what they do otherwise.
+    A signal ends the run after the step in progress and its checkpoint; then it has its usual
+    effect, so Ctrl-C raises KeyboardInterrupt.
     """
     display = make_display(run.config, start=run.iter_num) if show else Hidden()
     with held_back(run.stop, run.save_soon, display.notice) as received:
@@ -71,12 +66,7 @@ class Hidden:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def update(self, step: Step) -> None:
