@@ -402,7 +402,8 @@ def test_strict_stands_anywhere_but_behind_two_dashes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(cases.KERNELS, "norm", (lambda: iter([]), norm_case))
-    for arguments in (["--strict", "check", "norm"], ["check", "norm", "--strict"]):
+    words = ["tokenizer", "encode", "byte", "a"]
+    for arguments in (["--strict", *words], [*words, "--strict"]):
         monkeypatch.setenv(dispatch.STRICT, "0")
         assert cli.main(arguments) == 0
         assert cli.os.environ[dispatch.STRICT] == "1"
