@@ -58,9 +58,9 @@ def generate(
         if there is such a path, or if it has a slash and no blank; any other is the text to
         continue. [default: the newest run in runs/]
     text
-        Text to continue; - reads it from stdin. [default: a line break, if the vocabulary has one]
+        Text to continue. [default: a line break, if the vocabulary has one]
     prompt
-        The same as a flag: with it a single word is the run.
+        The same as a flag: with it a single word is the run. --prompt - reads the text from stdin.
     max_tokens
         Most tokens to add.
     seed
