@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     SampleFlags = dict[str, Any]
 else:
     SampleFlags = flags(SampleConfig, "Sampling")
+
+Pieces = Callable[[str, int], Iterator[str]]
+"""The pieces of a prompt's continuation, by the prompt and the number of the text."""
 
 
 def generate(
@@ -56,9 +58,9 @@ def generate(
         if there is such a path, or if it has a slash and no blank; any other is the text to
         continue. [default: the newest run in runs/]
     text
-        Text to continue; - reads it from stdin. [default: a line break, if the vocabulary has one]
+        Text to continue. [default: a line break, if the vocabulary has one]
     prompt
-        The same as a flag: with it a single word is the run.
+        The same as a flag: with it a single word is the run. --prompt - reads the text from stdin.
     max_tokens
         Most tokens to add.
     seed
@@ -100,19 +102,29 @@ def generate(
     check_quantize(quantize, quantize_data)
     text = _prompt_text(text if prompt is None else prompt)
     folder = run_or_newest(None if run is None else user_path(run))
-    writer = _Writer(folder, tokenizer, config, max_tokens, seed, stop or [], quantize)
-    writer.ignore_eos = ignore_eos
+    model, own = load_model(folder, tokenizer, quantize)
     if quantize is not None:
-        tell_quantized(folder, writer.model, writer.tokenizer, quantize_data)
+        tell_quantized(folder, model, own, quantize_data)
+    from tinygpt.generation.stream import first_prompt, generate_text
+
+    def pieces(prompt: str, number: int) -> Iterator[str]:
+        """One continuation; each of several has a seed of its own."""
+        own_seed = None if seed is None else seed + number
+        return generate_text(
+            model.decoder, own, prompt, max_tokens, config, own_seed, stop or [],
+            ignore_eos=ignore_eos,
+        )  # fmt: skip
+
     if interactive:
-        _converse(writer, echo, count)
+        _converse(pieces, echo, count)
         return
     if text is None:
-        text = writer.default_prompt()
+        text = first_prompt(own)
     if json:
-        show_json(writer.collect(text, count))
+        texts = ["".join(pieces(text, number)) for number in range(count)]
+        show_json({"prompt": text, "seed": seed, "texts": texts})
     else:
-        _stream(writer, text, echo, count)
+        _stream(pieces, text, echo, count)
 
 
 def _is_path(word: str) -> bool:
@@ -133,56 +145,14 @@ def _prompt_text(prompt: str | None) -> str | None:
     return prompt
 
 
-class _Writer:
-    """A loaded model with everything that is the same for all its texts."""
-
-    def __init__(
-        self,
-        run: Path,
-        tokenizer: str | None,
-        config: SampleConfig,
-        max_tokens: int,
-        seed: int | None,
-        stop: list[str],
-        quantize: Quantize | None,
-    ) -> None:
-        self.model, self.tokenizer = load_model(run, tokenizer, quantize)
-        self.config, self.max_tokens, self.seed, self.stop = config, max_tokens, seed, stop
-        self.ignore_eos = False
-
-    def default_prompt(self) -> str:
-        from tinygpt.generation.stream import first_prompt
-
-        return first_prompt(self.tokenizer)
-
-    def pieces(self, prompt: str, number: int) -> Iterator[str]:
-        """The pieces of one continuation; with a seed the number-th has a seed of its own."""
-        from tinygpt.generation.stream import generate_text
-
-        return generate_text(
-            self.model.decoder,
-            self.tokenizer,
-            prompt,
-            self.max_tokens,
-            self.config,
-            None if self.seed is None else self.seed + number,
-            self.stop,
-            ignore_eos=self.ignore_eos,
-        )
-
-    def collect(self, prompt: str, count: int) -> dict[str, Any]:
-        texts = ["".join(self.pieces(prompt, number)) for number in range(count)]
-        return {"prompt": prompt, "seed": self.seed, "texts": texts}
-
-
-def _stream(writer: _Writer, prompt: str, echo: bool, count: int) -> None:
+def _stream(pieces: Pieces, prompt: str, echo: bool, count: int) -> None:
     for number in range(count):
         if number:
             _emit(f"\n{'-' * 20}\n")
-        pieces = writer.pieces(prompt, number)
+        continuation = pieces(prompt, number)
         if echo:
             _emit(prompt)
-        for piece in pieces:
+        for piece in continuation:
             _emit(piece)
         _emit("\n")
 
@@ -193,7 +163,7 @@ def _emit(text: str) -> None:
     sys.stdout.flush()
 
 
-def _converse(writer: _Writer, echo: bool, count: int) -> None:
+def _converse(pieces: Pieces, echo: bool, count: int) -> None:
     """One prompt after another until the end of the input; Ctrl-C ends a text, then the talk."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input()
@@ -207,7 +177,7 @@ def _converse(writer: _Writer, echo: bool, count: int) -> None:
             return
         if prompt:
             try:
-                _stream(writer, prompt, echo, count)
+                _stream(pieces, prompt, echo, count)
             except KeyboardInterrupt:
                 _emit("\n")
             except StreamError:  # nobody hears the next text either

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 from tinygpt.cli.console import command, say, show_json
+from tinygpt.cli.models import ready_tokenizer
 from tinygpt.cli.options import Switch
-from tinygpt.errors import UsageError
 from tinygpt.machine import device
 from tinygpt.text.names import is_name
 
@@ -84,21 +84,13 @@ def import_hf(
 
 def _tokenizer(found: Pretrained, spec: str | None) -> Tokenizer | None:
     """The one that was named, or else the one beside the weights; it has to fit."""
-    from tinygpt.text.tokenizers import make_tokenizer
-
     if spec is None:
         return found.tokenizer
     if is_name(spec, ("none",)):
         return None
-    named = make_tokenizer(spec, lambda: _no_text(spec))
+    named = ready_tokenizer(spec)
     found.check_vocabulary(named)
     return named
-
-
-def _no_text(spec: str) -> list[str]:
-    raise UsageError(
-        f"--tokenizer {spec} would have to be trained. Give gpt2, byte, a saved one or none."
-    )
 
 
 def _checked(found: Pretrained) -> float:

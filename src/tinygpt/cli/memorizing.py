@@ -14,7 +14,7 @@ from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.cli.texts import own_source, read_tokens, unlike_training
-from tinygpt.config import SampleConfig
+from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import DataError, TokenizerError, UsageError
 from tinygpt.runs.display.text import printable
 from tinygpt.untrusted import clip
@@ -44,7 +44,7 @@ def memorization(
         list[float] | None, Parameter(negative=(), consume_multiple=True)
     ] = None,
     samples: int = 10,
-    max_tokens: int = 200,
+    max_tokens: int = MAX_TOKENS,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     seed: int = 1,
     ignore_eos: Switch = False,

@@ -20,6 +20,19 @@ Quantize = Literal["int8"]
 """What weights can be rounded to, see ``tinygpt.model.int8``."""
 
 
+def ready_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that ``spec`` names; UsageError if it would have to be trained."""
+    from tinygpt.text.tokenizers import make_tokenizer
+
+    def refuse() -> list[str]:
+        raise UsageError(
+            f"The tokenizer {spec!r} has to be trained first. Give gpt2, byte, a run folder, or a "
+            f"file written by tokenizer train."
+        )
+
+    return make_tokenizer(spec, refuse)
+
+
 def load_model(
     run: Path, tokenizer: str | None, quantize: Quantize | None = None
 ) -> tuple[GPT, Tokenizer]:
@@ -28,12 +41,11 @@ def load_model(
     With ``quantize`` its weights are rounded as they are read: for generation only.
     """
     from tinygpt.api import load
-    from tinygpt.text.tokenizers import make_tokenizer
 
     device.require_device()
     model, own = load(run, quantize)
     if tokenizer is not None:
-        return model, make_tokenizer(tokenizer, lambda: _no_text(tokenizer))
+        return model, ready_tokenizer(tokenizer)
     if own is None:
         raise UsageError(
             f"{run} holds no tokenizer. Name the one its tokens were made with: --tokenizer gpt2, "
@@ -73,10 +85,4 @@ def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None
     say(
         f"loss on {found.tokens:,} tokens of {name}: {found.after:.4f} instead of "
         f"{found.before:.4f} ({found.after - found.before:+.4f})"
-    )
-
-
-def _no_text(spec: str) -> list[str]:
-    raise UsageError(
-        f"--tokenizer {spec} would have to be trained. Give gpt2, byte or a saved one."
     )

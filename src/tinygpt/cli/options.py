@@ -125,6 +125,12 @@ def undotted(words: Sequence[str]) -> list[str]:
     return [DOTTED.sub(r"--\1", word) for word in words[:end]] + list(words[end:])
 
 
+def given_tables(model: Values | None, train: Values | None, data: Values) -> Tables:
+    """What was given as flags; None in ``data`` means that it was not."""
+    given = {name: value for name, value in data.items() if value is not None}
+    return {"model": dict(model or {}), "train": dict(train or {}), "data": given}
+
+
 def resolve(*layers: Tables) -> Settings:
     """Later layers win, field by field; what no layer gives keeps its default.
 

@@ -23,6 +23,7 @@ from tinygpt.cli.options import (
     Tables,
     file_tables,
     flags,
+    given_tables,
     preset_tables,
     resolve,
     run_tables,
@@ -108,11 +109,7 @@ def verify_resume(
     if steps < 2:
         raise UsageError(f"--steps {steps} is too few: there must be one before and one after.")
     given = {"source": source, "tokenizer": tokenizer, "field": field, "glob": glob}
-    tables: Tables = {
-        "model": dict(model or {}),
-        "train": dict(train or {}),
-        "data": {name: value for name, value in given.items() if value is not None},
-    }
+    tables = given_tables(model, train, given)
     kept = _tables_of_run(source)
     if kept:
         tables["data"].pop("source")

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 from tinygpt.cli.console import aligned, read_stdin, say, show_json
+from tinygpt.cli.models import ready_tokenizer
 from tinygpt.cli.options import DataConfig, Switch
 from tinygpt.errors import UsageError
 from tinygpt.runs.display.text import printable
 
 if TYPE_CHECKING:
-    from tinygpt.text.tokenizers import Tokenizer
+    pass
 
 app = App(name="tokenizer", help="Train a vocabulary, or turn text into tokens and back.")
 
@@ -84,7 +85,7 @@ def encode(
     json
         Print a JSON list instead of numbers between spaces.
     """
-    ids = _ready(tokenizer).encode(read_stdin() if text is None else text)
+    ids = ready_tokenizer(tokenizer).encode(read_stdin() if text is None else text)
     if json:
         show_json(ids)
     else:
@@ -103,7 +104,7 @@ def decode(tokenizer: str, /, *ids: int) -> None:
         The ids. [default: stdin, between spaces]
     """
     wanted = list(ids) or _numbers(read_stdin())
-    text = _ready(tokenizer).decode(wanted)
+    text = ready_tokenizer(tokenizer).decode(wanted)
     print(printable(text) if sys.stdout.isatty() else text)
 
 
@@ -120,7 +121,7 @@ def info(tokenizer: str, /, *, json: Switch = False) -> None:
     """
     from tinygpt.text.tokenizers import fingerprint
 
-    found = _ready(tokenizer)
+    found = ready_tokenizer(tokenizer)
     spelled = [found.decode_bytes([i]).decode(errors="replace") for i in range(found.vocab_size)]
     longest = sorted(spelled, key=len, reverse=True)[:SHOWN]
     described = {
@@ -134,19 +135,6 @@ def info(tokenizer: str, /, *, json: Switch = False) -> None:
     else:
         shown = described | {"longest": " ".join(map(repr, longest))}
         print(aligned([(name.replace("_", " "), value) for name, value in shown.items()]))
-
-
-def _ready(spec: str) -> Tokenizer:
-    from tinygpt.text.tokenizers import make_tokenizer
-
-    return make_tokenizer(spec, lambda: _nothing_to_learn_from(spec))
-
-
-def _nothing_to_learn_from(spec: str) -> list[str]:
-    raise UsageError(
-        f"{spec!r} has to be trained first. Give gpt2, byte, a run folder, or a file written by "
-        f"tokenizer train."
-    )
 
 
 def _numbers(text: str) -> list[int]:

@@ -18,6 +18,7 @@ from tinygpt.cli.options import (
     Tables,
     file_tables,
     flags,
+    given_tables,
     preset_tables,
     resolve,
     run_tables,
@@ -130,11 +131,7 @@ def train(
         "glob": glob,
         "init": None if init is None else str(init),
     }
-    tables = {
-        "model": dict(model or {}),
-        "train": dict(train or {}),
-        "data": {name: value for name, value in given.items() if value is not None},
-    }
+    tables = given_tables(model, train, given)
     if init is not None:
         tables["data"]["init_sha256"] = None  # a file's would be of other weights
     allow = _fields(allow_change or [])

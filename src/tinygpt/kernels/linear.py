@@ -1,4 +1,4 @@
-"""Linear layers: y = x Wᵀ + b, a residual and GELU in the same kernel, and its gradients.
+"""Linear layers: y = x Wᵀ + b, optionally fused: + residual, then GELU; and the gradients.
 
 All three products of a layer are one kernel, `matmul`; they differ in how the operands lie.
 
@@ -24,52 +24,58 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp
 
-from tinygpt.kernels import reference
-from tinygpt.kernels.activation import gelu, gelu_backward
+from tinygpt.kernels.dispatch import operation
+from tinygpt.kernels.gelu import gelu_gradient, gelu_value, plain_gelu
+from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
-from tinygpt.kernels.norm import fill
-from tinygpt.kernels.phases import (
-    Array,
-    Backward,
-    Kernel,
-    Tile,
-    contiguous,
-    minimum,
-    on_gpu,
-    run,
-)
+from tinygpt.kernels.phases import Array, Backward, Kernel, contiguous, minimum, run, wide
 from tinygpt.machine.tinygrad_internals import least_upper_dtype
 
 FEW = 16
 """Up to so many rows of x, `few_rows` is the faster."""
-REAL = (dtypes.float16, dtypes.bfloat16, dtypes.float32, dtypes.float64)
+
+Activation = Literal["gelu"]
 
 
+def plain_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
+    """One operation after the other."""
+    y = x @ weight.transpose(0, 1)
+    if bias is not None:
+        y = y + bias
+    if residual is not None:
+        y = y + residual
+    return plain_gelu(y) if activation == "gelu" else y
+
+
+@operation("linear", plain_linear, cpu=True)
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    activation: Literal["gelu"] | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + b, and then + residual, and then GELU, for x (..., I), weight (O, I) -> (..., O).
+    """y = x Wᵀ + b, then + residual, then GELU, for x (..., I), weight (O, I) -> (..., O).
 
-    bias is (O,), residual is (..., O) like y.
-    Sums are float32, or float64 for float64. Where `supported` says no, the plain formula of
-    ``reference`` is used.
+    bias is (O,), residual (..., O) like y. Sums are float32, or float64 for float64. On GPUs
+    tinygrad's own products are used, which know the tensor cores.
     """
     given = [t for t in (x, weight, bias, residual) if t is not None]
-    if not supported(*given):
-        return reference.linear(x, weight, bias, residual, activation)
     (n_out, n_in), lead = map(int, weight.shape), x.shape[:-1]
     m = int(math.prod(lead))
     x2, w = contiguous(x.reshape(m, n_in)), contiguous(weight)
 
     def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         dy = contiguous(gradient)
-        du = gelu_backward(dy, outputs[1]) if activate else dy
+        du = gelu_gradient(dy, outputs[1]) if act else dy
         dx = matmul(du, w, (m, n_in, n_out), (n_out, 1), (n_in, 1))[0]
         dw, *db = matmul(du, x2, (n_out, n_in, m), (1, n_out), (n_in, 1), sums=bias is not None)
         grads = [dx, dw, *db] + [du] * (residual is not None)
@@ -77,9 +83,9 @@ def linear(
 
     b = None if bias is None else contiguous(bias)
     r = None if residual is None else contiguous(residual.reshape(m, n_out))
-    activate = activation == "gelu"
+    act = activation == "gelu"
     if m <= FEW:
-        y = matvec(x2, w, b, r, activate, backward)[0]
+        y = matvec(x2, w, b, r, act, backward)
     else:
         y = matmul(
             x2,
@@ -89,25 +95,38 @@ def linear(
             (1, n_in),
             bias=b,
             residual=r,
-            gelu=activate,
+            gelu=act,
             backward=backward,
         )[0]
     return y.cast(least_upper_dtype(x.dtype, weight.dtype)).reshape(*lead, n_out)
 
 
-def supported(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these: on one CPU, real, of fixed shapes without a zero.
-
-    On GPUs tinygrad's own products use the tensor cores; these kernels would not.
-    """
-    return all(
-        isinstance(t.device, str)
-        and t.device.split(":")[0] == "CPU"
-        and not on_gpu(t)
-        and t.dtype in REAL
-        and all(isinstance(n, int) and n > 0 for n in t.shape)
-        for t in tensors
-    )
+def matvec(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    r: Tensor | None,
+    act: bool,
+    backward: Backward,
+) -> Tensor:
+    """y, or GELU of y, for few rows of x (m, I)."""
+    (m, n_in), n_out = map(int, x.shape), int(w.shape[0])
+    real = wide(least_upper_dtype(x.dtype, w.dtype))
+    return run(
+        few_rows,
+        [Tensor.empty(m, n_out, dtype=real, device=x.device) for _ in range(1 + act)],
+        [t for t in (x, w, b, r) if t is not None],
+        lanes=16,
+        name=f"matvec_{m}x{n_out}x{n_in}" + "_gelu" * act,
+        ops=2 * m * n_in * n_out,
+        backward=backward,
+        m=m,
+        n_in=n_in,
+        n_out=n_out,
+        bias=b is not None,
+        residual=r is not None,
+        act=act,
+    )[0]
 
 
 def few_rows(
@@ -123,14 +142,14 @@ def few_rows(
     out, x, w = next(left), next(left), next(left)
     b = next(left) if bias else None
     r = next(left) if residual else None
-    real = dtypes.float64 if out.dtype == dtypes.float64 else dtypes.float32
+    real = wide(out.dtype)
 
     rows = min(4, n_out)
-    unit = k.units(-(-n_out // rows))
+    unit = k.units(blocks(n_out, rows))
     first = minimum(unit * rows, n_out - rows)  # the last unit may repeat some of the one before
-    acc, total = k.tile(rows, real, shared=True), k.tile(1, real, width=rows)
+    acc, total = k.tile(rows, real, shared=True), k.tile(rows, real, width=1)
     steps, rest = divmod(n_in, k.lanes)
-    vectors = -(-m * rows // k.lanes)
+    vectors = blocks(m * rows, k.lanes)
     before = k.tile(vectors, real)  # GELU, which is m x rows numbers
     if activated is not None:
         fill(k, 0.0, vectors, before)
@@ -154,9 +173,9 @@ def few_rows(
         if rest:
             with k.phase(rest) as lane:
                 add(steps * k.lanes, lane)
-        _add_lanes(k, total, acc, rows)
+        add_across(k, total, acc, rows)
         with k.phase(rows) as j:
-            at, value = i * n_out + first + j, total[0, j]
+            at, value = i * n_out + first + j, total[j, 0]
             value = value + b[first + j].cast(real) if b is not None else value
             value = value + r[at].cast(real) if r is not None else value
             out[at] = value
@@ -164,50 +183,6 @@ def few_rows(
                 before[place(i, j)] = value
     if activated is not None:
         with k.loop(vectors) as n, k.phase() as lane:
-            before[n, lane] = gelu(before[n, lane])
+            before[n, lane] = gelu_value(before[n, lane])
         with k.loop(m) as i, k.phase(rows) as j:
             activated[i * n_out + first + j] = before[place(i, j)]
-
-
-def _add_lanes(k: Kernel, total: Tile, acc: Tile, rows: int) -> None:
-    """total[0, j] = the sum of acc[j, lane] over the lanes: in vectors, by halves, down to 4.
-
-    One lane after another would take as long as a dot product of 128 numbers. acc is spent.
-    """
-    width = k.lanes
-    while width > 4:
-        width //= 2
-        with k.phase(width) as lane:
-            for j in range(rows):
-                acc[j, lane] = acc[j, lane] + acc[j, lane + width]
-    with k.phase(rows) as row:
-        total[0, row] = (acc[row, 0] + acc[row, 1]) + (acc[row, 2] + acc[row, 3])
-
-
-def matvec(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    r: Tensor | None,
-    act: bool,
-    backward: Backward,
-) -> list[Tensor]:
-    """[GELU of y,] y for few rows of x."""
-    (m, n_in), n_out = map(int, x.shape), int(w.shape[0])
-    wide = dtypes.float64 in (x.dtype, w.dtype)
-    real = dtypes.float64 if wide else dtypes.float32
-    return run(
-        few_rows,
-        [Tensor.empty(m, n_out, dtype=real, device=x.device) for _ in range(1 + act)],
-        [t for t in (x, w, b, r) if t is not None],
-        lanes=16,
-        name=f"matvec_{m}x{n_out}x{n_in}" + "_gelu" * act,
-        ops=2 * m * n_in * n_out,
-        backward=backward,
-        m=m,
-        n_in=n_in,
-        n_out=n_out,
-        bias=b is not None,
-        residual=r is not None,
-        act=act,
-    )

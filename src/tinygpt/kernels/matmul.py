@@ -33,9 +33,9 @@ from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.activation import gelu
-from tinygpt.kernels.norm import divisors
-from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, minimum, run
+from tinygpt.kernels.gelu import gelu_value
+from tinygpt.kernels.loops import divisors
+from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, minimum, run, wide
 
 BLOCK = 512
 """Most steps of depth between two visits to ``out``: a panel of 32 lanes is 64 KB, for level 2."""
@@ -182,7 +182,7 @@ class Product:
         self.scale = next(left) if plan.scale else None
         self.bias = next(left) if plan.bias else None
         self.residual = next(left) if plan.residual else None
-        self.real = dtypes.float64 if self.out.dtype == dtypes.float64 else dtypes.float32
+        self.real = wide(self.out.dtype)
 
         self.blocks = plan.blocks()
         self.once = len(self.blocks) == 1 and self.blocks[0][1] == 1
@@ -293,7 +293,7 @@ class Product:
         at = row * self.plan.n + column
         self.out.put(at, value, gate)
         if self.activated is not None:  # before the last block too: cheaper than another pass
-            self.activated.put(at, gelu(value), gate)
+            self.activated.put(at, gelu_value(value), gate)
 
     def inside(self, column: UOp, lane: UOp) -> UOp:
         """The lane's column, or the last one if it is beyond."""
@@ -349,11 +349,9 @@ def matmul(
         gelu,
         sums,
     )
-    wide = any(t.dtype == dtypes.float64 for t in (a, b))
-    empty = functools.partial(
-        Tensor.empty, dtype=dtypes.float64 if wide else dtypes.float32, device=a.device
-    )
-    outputs = [empty(m, n) for _ in range(1 + gelu)] + [empty(m) for _ in range(sums)]
+    real = dtypes.float64 if dtypes.float64 in (a.dtype, b.dtype) else dtypes.float32
+    new = functools.partial(Tensor.empty, dtype=real, device=a.device)
+    outputs = [new(m, n) for _ in range(1 + gelu)] + [new(m) for _ in range(sums)]
     return run(
         product,
         outputs,
