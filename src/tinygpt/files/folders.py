@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,9 +63,11 @@ SHARED = (
 between machines, or not at all."""
 
 
-def token_folders() -> list[Path]:
-    """Where token files are kept, the place to prefer first."""
-    return list(dict.fromkeys([cache_dir() / "tokens", private_temp() / "tokens"]))
+def token_folders() -> Iterator[Path]:
+    """Where token files are kept, the best first; the next is made when it is asked for."""
+    yield (first := cache_dir() / "tokens")
+    if (second := private_temp() / "tokens") != first:
+        yield second
 
 
 def token_files() -> list[Path]:

@@ -133,7 +133,7 @@ def _caches() -> Iterator[Check]:
     found = f"{kernels} {trouble or f'({size(disk_cache.size_of(kernels))})'}"
     yield Check("kernel cache", not trouble, found, clear if trouble else None, optional=True)
     taken, limit = sum(p.stat().st_size for p in folders.token_files()), folders.cache_limit()
-    found = f"{folders.token_folders()[0]} ({size(taken)}, kept below {size(limit)})"
+    found = f"{next(folders.token_folders())} ({size(taken)}, kept below {size(limit)})"
     yield Check("token cache", True, found, optional=True)
 
 

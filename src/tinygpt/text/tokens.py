@@ -90,26 +90,25 @@ def _cached(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None)
     content = corpus.fingerprint()
     key = hashlib.sha256(f"1 {content} {fingerprint(tokenizer)}".encode()).hexdigest()[:24]
     name = re.sub(r"[^A-Za-z0-9]+", "-", corpus.name)[:40].strip("-") or "text"
-    folders = token_folders() if cache_dir is None else [cache_dir]
-    paths = [folder / f"{name}-{key}.npy" for folder in folders]
-    for path in paths:
+    failure: OSError | None = None
+    for folder in token_folders() if cache_dir is None else [cache_dir]:
+        path = folder / f"{name}-{key}.npy"
         if _is_complete(path):
-            with suppress(OSError):  # the time of its last use: see runtime.keep_limit
+            with suppress(OSError):  # the time of its last use: see folders.keep_limit
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             return path
-    for path in paths:
         try:
             with replacing(path) as file:
                 if _write_tokens(file, corpus, tokenizer) != content:
                     raise DataError(f"{corpus.description} changed while it was read. Try again.")
-        except OSError:
-            if path == paths[-1]:
-                raise
+        except OSError as error:
+            failure = error
             continue
         if cache_dir is None:
-            keep_limit(path.parent, path)
+            keep_limit(folder, path)
         return path
-    raise AssertionError("there is at least one folder")
+    assert failure is not None, "there is at least one folder"
+    raise failure
 
 
 def _is_complete(path: Path) -> bool:
