@@ -109,12 +109,16 @@ class Ours(Works):
         super().__init__()
         from tinygrad import Tensor, TinyJit
 
-        from tinygpt.kernels import reference
-        from tinygpt.kernels.attention import flash_attention, packed_attention
+        from tinygpt.kernels.attention import (
+            flash_attention,
+            plain_attention,
+            plain_self_attention,
+            self_attention,
+        )
 
         *inputs, grad = numbers(shape)
-        heads = reference.attention if plain else flash_attention
-        whole = reference.packed_attention if plain else packed_attention
+        heads = plain_attention if plain else flash_attention
+        whole = plain_self_attention if plain else self_attention
         arrays = [pack(inputs)] if packed else inputs
         self.inputs = [Tensor(x).realize() for x in arrays]
         self.grad = Tensor(pack([grad]) if packed else grad).realize()

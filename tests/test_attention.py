@@ -32,13 +32,18 @@ from tinygpt import GPT, kernels, load
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ConfigError, KernelError, UsageError
 from tinygpt.generation.decoder import Decoder, Sequence
-from tinygpt.kernels import reference
-from tinygpt.kernels.attention import backward, decode_attention, flash_attention, packed_attention
+from tinygpt.kernels.attention import (
+    backward,
+    decode_attention,
+    flash_attention,
+    plain_attention,
+    rows,
+    self_attention,
+)
 from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
-from tinygpt.kernels.norm import empty
-from tinygpt.kernels.phases import build
+from tinygpt.kernels.phases import build, empty
 from tinygpt.model.transformer import Dropout, Transformer
 from tinygpt.training.loop import train_steps
 from tinygpt.training.optim import make_optimizer
@@ -150,7 +155,7 @@ def test_any_sizes_will_do(sizes: tuple[int, int, int, int], D: int, causal: boo
 def test_results_and_gradients_are_those_of_the_plain_twin() -> None:
     arrays = problem(*SHAPE)
     q, k, v, grad = (tensor(x) for x in arrays)
-    twin = reference.attention(q, k, v, True)
+    twin = plain_attention(q, k, v, True)
     wanted = [twin, *twin.gradient(q, k, v, gradient=grad)]
     assert_near(flash(*arrays, True), [x.numpy() for x in wanted])
 
@@ -183,7 +188,7 @@ def test_packed_attention_is_the_same_without_transposes(dtype: DType, T: int) -
     out, *gradients = exact(*rounded, True)
     qkv = np.stack(rounded[:3]).transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)
     x = tensor(qkv, dtype)
-    y = packed_attention(x, H)
+    y = self_attention(x, H)
     grad = tensor(rounded[3].transpose(0, 2, 1, 3).reshape(B, T, H * D), dtype)
     dx = y.gradient(x, gradient=grad)[0]
     assert y.shape == (B, T, H * D) and y.dtype == dx.dtype == dtype
@@ -201,7 +206,7 @@ def test_results_are_bitwise_the_same_for_any_number_of_pieces(
     for pieces, heads in itertools.product(CUTS, (1, 3)):  # below, other backward kernels
         cut(pieces)
         monkeypatch.setattr(attention, "HEADS", heads)
-        y = packed_attention(x, 2)
+        y = self_attention(x, 2)
         dx = y.gradient(x, gradient=grad)[0]  # before y is realized: a value has no gradient
         results.append((y.numpy(), dx.numpy()))
         assert results[-1][1].any()
@@ -268,7 +273,7 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
     with pytest.raises(UsageError, match="Cast them to one"):
         flash_attention(x, x, x.half())
     with pytest.raises(UsageError, match="does not split into"):
-        packed_attention(Tensor.empty(1, 5, 50), 4)
+        self_attention(Tensor.empty(1, 5, 50), 4)
     with pytest.raises(UsageError, match="one query per sequence"):
         decode_attention(x, x, x, 3)
 
@@ -394,20 +399,18 @@ def test_auto_and_flash_are_the_kernels_and_plain_is_the_same_to_rounding(dropou
     assert any((a != c).any() for a, c in zip(auto, plain, strict=True))
 
 
-FLASH = ("fast_packed_attention", "flash_attention", "decode_attention")
-PLAIN = ("attention", "packed_attention")
+FLASH = ((attention, "_attention"), (rows, "decode_rows"))  # what the ways come down to
+PLAIN = ((attention, "plain_attention"), (rows, "_in_place"))
 
 
-@pytest.mark.parametrize(
-    ("way", "module", "others"), [("plain", kernels, FLASH), ("flash", reference, PLAIN)]
-)
+@pytest.mark.parametrize(("way", "others"), [("plain", FLASH), ("flash", PLAIN)])
 def test_the_option_holds_for_training_prompts_and_decoding(
-    way: str, module: Any, others: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    way: str, others: tuple[tuple[Any, str], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError(f"attention={way!r} took another way")
 
-    for name in others:
+    for module, name in others:
         monkeypatch.setattr(module, name, forbidden)
     results(attention=way)
 

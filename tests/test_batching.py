@@ -18,10 +18,15 @@ from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import KernelError, TinyGPTError
 from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.generation.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
-from tinygpt.kernels import reference
 from tinygpt.kernels.attention import decode_attention
 from tinygpt.kernels.attention.decode import decode_rows
-from tinygpt.kernels.attention.rows import _keep, keep, rows_attention
+from tinygpt.kernels.attention.rows import (
+    _keep,
+    keep,
+    plain_keep,
+    plain_rows_attention,
+    rows_attention,
+)
 from tinygpt.model.int8 import quantize
 from tinygpt.model.transformer import Transformer
 
@@ -86,7 +91,7 @@ SHAPES = [(5, 2, 100, 16, 4), (3, 2, 130, 20, 3), (17, 1, 9, 8, 16), (1, 4, 256,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("function", [rows_attention, reference.rows_attention])
+@pytest.mark.parametrize("function", [rows_attention, plain_rows_attention])
 def test_every_row_attends_to_its_own_place_up_to_its_own_position(shape, function):
     problem = Problem(*shape)
     out, keys, values = problem.run(function)
@@ -106,7 +111,7 @@ def test_a_row_is_bitwise_what_decoding_it_alone_gives():
         np.testing.assert_array_equal(out[row], alone.ravel())
 
 
-@pytest.mark.parametrize("function", [keep, reference.keep])
+@pytest.mark.parametrize("function", [keep, plain_keep])
 def test_a_prompt_goes_to_the_beginning_of_its_place_and_nowhere_else(function):
     P, H, T, D, n = 3, 2, 12, 20, 7
     problem = Problem(P, H, T, D, n=1)
@@ -232,8 +237,8 @@ def test_plain_formulas_give_the_same_to_rounding():
 
 def test_flash_attention_that_must_and_cannot_run_is_an_error():
     x = Tensor.zeros(2, 3, 4).cast(dtypes.int32)
-    with pytest.raises(KernelError, match="flash"):
-        kernels.rows_attention(x[0], x, x, x[0, 0], x[0, 0], "flash")
+    with kernels.use("flash"), pytest.raises(KernelError, match="flash"):
+        kernels.rows_attention(x[0], x, x, x[0, 0], x[0, 0])
 
 
 def test_the_mode_of_the_model_and_its_dropout_do_not_matter(wanted):

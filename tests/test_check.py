@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt import cli, kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
-from tinygpt.kernels import fallback, reference
+from tinygpt.kernels import check, dispatch
+from tinygpt.kernels.attention import plain_attention
 from tinygpt.kernels.check import TOLERANCE, cases, check_case, check_kernel, exact, time_case
 from tinygpt.model.transformer import Transformer
 from tinygpt.training.gradcheck import gradcheck
@@ -29,14 +31,14 @@ SMALL = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd":
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    fallback.say_once.cache_clear()
-    monkeypatch.setenv(fallback.STRICT, "0")
+    dispatch.say_once.cache_clear()
+    monkeypatch.setenv(dispatch.STRICT, "0")
 
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device can run the kernels."""
-    monkeypatch.setattr(fallback, "_renderer_obstacle", lambda device: f"{device} is a toaster")
+    monkeypatch.setattr(dispatch, "_renderer_obstacle", lambda device: f"{device} is a toaster")
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -60,6 +62,18 @@ def test_every_kernel_agrees_with_float64_and_is_timed(kernel: str) -> None:
     report = check_kernel(kernel)
     assert report.ok and report.speed is not None
     assert report.speed.ours > 0 and report.speed.twin > 0
+
+
+def test_an_operation_that_no_case_checks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check.unchecked() == []
+    monkeypatch.setattr(dispatch, "OPERATIONS", dict(dispatch.OPERATIONS))
+    monkeypatch.setattr(check, "OPERATIONS", dispatch.OPERATIONS)
+
+    @dispatch.operation("norm", lambda x: x)
+    def root_mean_square(x: Tensor) -> Tensor:
+        return x
+
+    assert check.unchecked() == ["root_mean_square"]
 
 
 def norm_case() -> cases.Case:
@@ -147,14 +161,17 @@ FORMULAS: dict[str, tuple[Callable[..., list[Any]], list[np.ndarray], tuple[int,
         (1, 3, 4),
     ),
     "linear": (exact.linear, THREE, (3, 5)),
-    "gelu": (exact.linear_gelu, THREE, (3, 5)),
-    "gelu alone": (exact.gelu, [wide(3, 5)], (3, 5)),
-    "residual": (exact.linear_residual, [*THREE, wide(3, 5, seed=3)], (3, 5)),
+    "gelu": (exact.gelu, [wide(3, 5)], (3, 5)),
     "norm": (exact.layer_norm, [wide(3, 5), wide(5, seed=1), wide(5, seed=2)], (3, 5)),
     "embedding": (
         lambda weight, at, grad: exact.embedding(weight, at, TOKENS, grad),
         [wide(4, 2), wide(3, 2, seed=1)],
         (2, 3, 2),
+    ),
+    "logits": (
+        lambda logits, grad: exact.cross_entropy(logits, TARGETS, grad),
+        [wide(3, 5)],
+        (),
     ),
     "loss": (
         lambda x, weight, grad: exact.loss(x, weight, TARGETS, grad),
@@ -229,7 +246,7 @@ def test_a_fallback_is_told_once_for_each_kernel_and_reason(
         kernels.self_attention(qkv().cast(dtypes.fp8e4m3), 2)
     [message] = told(caplog)
     assert " for attention here: " in message and "float8" in message
-    monkeypatch.setattr(fallback, "_renderer_obstacle", lambda device: f"{device} is a toaster")
+    monkeypatch.setattr(dispatch, "_renderer_obstacle", lambda device: f"{device} is a toaster")
     for _ in range(2):
         found = kernels.self_attention(qkv(), 2).numpy()
     np.testing.assert_allclose(found, wanted, atol=1e-6)
@@ -270,7 +287,7 @@ def test_strict_makes_an_error_of_every_kernels_fallback(
     assert told(caplog) == []
     call()
     assert [f" for {kernel} here: " in message for message in told(caplog)] == [True]
-    monkeypatch.setenv(fallback.STRICT, "1")
+    monkeypatch.setenv(dispatch.STRICT, "1")
     with pytest.raises(KernelError, match=f"for {kernel} here: CPU is a toaster.*--strict"):
         call()
     with kernels.plain():
@@ -284,8 +301,9 @@ def test_copies_on_several_devices_are_updated_by_the_kernel(
         start = [Tensor(np.full((3, 5), x, np.float32)) for x in (1.0, 2.0, 0.5, 0.25)]
         p, g, m, v = ([t.to(device).contiguous().realize()] for t in start)
         scalars = [Tensor([x]).to(device).contiguous().realize() for x in (0.1, 0.9, 0.99)]
-        update = reference.adamw_update if plainly else kernels.adamw_update
-        report = update(p, g, m, v, *scalars, beta1=0.9, beta2=0.99, eps=1e-8, decay=[0.1])
+        rates = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+        with kernels.plain() if plainly else contextlib.nullcontext():
+            report = kernels.adamw_update(p, g, m, v, *scalars, decay=[0.1], **rates)
         Tensor.realize(report, *p, *m, *v)
         return p[0].numpy()
 
@@ -296,16 +314,19 @@ def test_copies_on_several_devices_are_updated_by_the_kernel(
 def test_flash_raises_where_it_cannot_run_and_plain_says_nothing(
     nowhere: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(KernelError, match=r"attention='flash'.*toaster.*attention='auto'"):
-        kernels.self_attention(qkv(), 2, "flash")
     q = qkv().reshape(2, 2, 8, 24)
-    with pytest.raises(KernelError, match="attention='flash'"):
-        kernels.cached_attention(q[:, :, :1], q, q, 8, "flash")
-    plain = kernels.self_attention(qkv(), 2, "plain").numpy()
+    with kernels.use("flash"):
+        with pytest.raises(KernelError, match=r"attention='flash'.*toaster.*attention='auto'"):
+            kernels.self_attention(qkv(), 2)
+        with pytest.raises(KernelError, match="attention='flash'"):
+            kernels.cached_attention(q[:, :, :1], q, q, 8)
+    with kernels.use("plain"):
+        plain = kernels.self_attention(qkv(), 2).numpy()
     assert told(caplog) == []
-    np.testing.assert_array_equal(kernels.self_attention(qkv(), 2, "auto").numpy(), plain)
-    step = kernels.cached_attention(q[:, :, :1], q, q, 8, "auto").numpy()
-    np.testing.assert_allclose(step, reference.attention(q[:, :, :1], q, q).numpy(), atol=1e-6)
+    with kernels.use("auto"):
+        np.testing.assert_array_equal(kernels.self_attention(qkv(), 2).numpy(), plain)
+        step = kernels.cached_attention(q[:, :, :1], q, q, 8).numpy()
+    np.testing.assert_allclose(step, plain_attention(q[:, :, :1], q, q).numpy(), atol=1e-6)
     assert len(told(caplog)) == 1
 
 
@@ -314,27 +335,27 @@ def test_a_device_that_cannot_run_kernels_is_not_checked(
 ) -> None:
     report = check_kernel("attention")
     assert report.ok and report.rows == () and "toaster" in report.note
-    monkeypatch.setenv(fallback.STRICT, "1")
+    monkeypatch.setenv(dispatch.STRICT, "1")
     with pytest.raises(KernelError, match="toaster"):
         check_kernel("attention")
 
 
 def test_what_cannot_run_is_recognised() -> None:
     x, ids = Tensor.ones(2, 3), Tensor([1, 2])
-    assert fallback.obstacle(x, x.half(), x.double(), x.bfloat16(), ids=[ids]) is None
-    size = Tensor.ones(4, 3)[: kernels.UOp.variable("n", 1, 4).bind(2)]
-    assert "not a fixed number" in (fallback.obstacle(x, size) or "")
-    assert "size is 0" in (fallback.obstacle(x[:0]) or "")
-    assert "type int" in (fallback.obstacle(ids) or "")
-    assert "several devices" in (fallback.obstacle(x.to(TWO)) or "")
-    assert fallback.obstacle(x.to(TWO), copies=True) is None
-    assert "several devices" in (fallback.obstacle(x.shard(TWO, axis=0), copies=True) or "")
+    assert dispatch.obstacle(x, x.half(), x.double(), x.bfloat16(), ids=[ids]) is None
+    size = Tensor.ones(4, 3)[: UOp.variable("n", 1, 4).bind(2)]
+    assert "not a fixed number" in (dispatch.obstacle(x, size) or "")
+    assert "size is 0" in (dispatch.obstacle(x[:0]) or "")
+    assert "type int" in (dispatch.obstacle(ids) or "")
+    assert "several devices" in (dispatch.obstacle(x.to(TWO)) or "")
+    assert dispatch.obstacle(x.to(TWO), copies=True) is None
+    assert "several devices" in (dispatch.obstacle(x.shard(TWO, axis=0), copies=True) or "")
 
 
 def test_a_small_models_training_and_gradcheck_never_fall_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(fallback.STRICT, "1")
+    monkeypatch.setenv(dispatch.STRICT, "1")
     ids = Tensor(np.arange(8, dtype=np.int32).reshape(1, 8)).realize()
     assert gradcheck(Transformer(GPTConfig(**SMALL)), ids, ids, samples=0).ok  # in float64
 
@@ -342,8 +363,8 @@ def test_a_small_models_training_and_gradcheck_never_fall_back(
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The program, in a process where no device can run the kernels."""
     code = (
-        "import sys; from tinygpt.cli import main; from tinygpt.kernels import fallback\n"
-        "fallback._renderer_obstacle = lambda device: f'{device} is a toaster'\n"
+        "import sys; from tinygpt.cli import main; from tinygpt.kernels import dispatch\n"
+        "dispatch._renderer_obstacle = lambda device: f'{device} is a toaster'\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     return subprocess.run(
@@ -381,11 +402,11 @@ def test_strict_stands_anywhere_but_behind_two_dashes(
     monkeypatch.setitem(cases.KERNELS, "norm", (lambda: iter([]), norm_case))
     words = ["tokenizer", "encode", "byte", "a"]
     for arguments in (["--strict", *words], [*words, "--strict"]):
-        monkeypatch.setenv(fallback.STRICT, "0")
+        monkeypatch.setenv(dispatch.STRICT, "0")
         assert cli.main(arguments) == 0
-        assert cli.os.environ[fallback.STRICT] == "1"
-    monkeypatch.setenv(fallback.STRICT, "0")
+        assert cli.os.environ[dispatch.STRICT] == "1"
+    monkeypatch.setenv(dispatch.STRICT, "0")
     assert cli.main(["check", "--", "--strict"]) == 2
     assert "no kernel '--strict'" in capsys.readouterr().err
-    assert cli.os.environ[fallback.STRICT] == "0"
-    assert cli.STRICT == fallback.STRICT
+    assert cli.os.environ[dispatch.STRICT] == "0"
+    assert cli.STRICT == dispatch.STRICT

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tests.conftest import CUTS
-from tinygpt.kernels import reference
-from tinygpt.kernels.cross_entropy import cross_entropy
+from tinygpt.kernels.loss.cross_entropy import cross_entropy, plain_cross_entropy
 
 FEW = settings(max_examples=4, phases=[Phase.generate])  # each shape is compiled: no shrinking
 EXTREME = 1e4
@@ -29,7 +28,7 @@ def poison() -> Iterator[None]:
         return Tensor.full(shape, value, dtype=kind, device=t.device).contiguous().realize()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["tinygpt.kernels.cross_entropy"], "empty", empty)
+        patch.setattr(sys.modules["tinygpt.kernels.loss.cross_entropy"], "empty", empty)
         yield
 
 
@@ -104,7 +103,7 @@ def test_logits_of_ten_thousand_keep_their_digits() -> None:
 
 def test_it_agrees_with_its_plain_twin() -> None:
     x, t = tensor(numbers(12, 20)), tensor(draw_targets(12, 20))
-    wanted = results(reference.cross_entropy(x, t), x)
+    wanted = results(plain_cross_entropy(x, t), x)
     for a, b in zip(results(cross_entropy(x, t), x), wanted, strict=True):
         agree(a, b)
 

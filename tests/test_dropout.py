@@ -18,12 +18,15 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
 from tinygpt.generation.decoder import Decoder, Sequence
-from tinygpt.kernels import reference
-from tinygpt.kernels.attention import backward, flash_attention, packed_attention
+from tinygpt.kernels.attention import (
+    backward,
+    flash_attention,
+    plain_self_attention,
+    self_attention,
+)
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
-from tinygpt.kernels.dropout import dropout
-from tinygpt.kernels.masks import mix
+from tinygpt.kernels.dropout import dropout, mix, plain_mask
 from tinygpt.model.transformer import Dropout, Transformer
 from tinygpt.training.gradcheck import gradcheck
 
@@ -68,7 +71,7 @@ def python_mask(rows: int, columns: int, p: float, first: int, second: int) -> n
 
 
 def mask_of(rows: int, columns: int, p: float, first: int, second: int) -> np.ndarray:
-    return reference.dropout_mask(rows, columns, p, key_of(first, second)).numpy()
+    return plain_mask(rows, columns, p, key_of(first, second)).numpy()
 
 
 def weights_mask(B: int, H: int, Tq: int, Tk: int, p: float, key: tuple[int, int]) -> np.ndarray:
@@ -164,7 +167,7 @@ def test_activations_are_dropped_by_the_mask(shape: tuple[int, ...]) -> None:
     mask = mask_of(math.prod(shape[:-1]), shape[-1], 0.5, *KEY).reshape(shape)
     x, residual, grad = (np.random.default_rng(i).normal(size=shape) for i in range(3))
     given = [tensor(a.astype(np.float32)) for a in (x, residual)]
-    y = dropout(given[0], 0.5, key_of(*KEY), given[1])
+    y = dropout(given[0], 0.5, key_of(*KEY)) + given[1]
     found = y.gradient(*given, gradient=tensor(grad.astype(np.float32)))
     np.testing.assert_allclose(y.numpy(), residual + mask * x * 2, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(found[0].numpy(), mask * grad.astype(np.float32) * 2)
@@ -183,7 +186,7 @@ def test_activations_of_other_types(dtype: DType) -> None:
 
 def test_dropped_activations_are_those_of_the_plain_twin() -> None:
     x = tensor(np.random.default_rng(0).normal(size=(2, 9, 20)).astype(np.float32))
-    given = (x, P, key_of(*KEY), x + 1)
+    given = (x, P, key_of(*KEY))
     with kernels.plain():
         wanted = kernels.dropout(*given).numpy()
     np.testing.assert_allclose(kernels.dropout(*given).numpy(), wanted, rtol=1e-6, atol=1e-7)
@@ -270,7 +273,7 @@ def test_packed_attention_and_its_gradient_are_those_of_the_plain_twin(T: int) -
     x = tensor(rng.normal(size=(2, T, 96)).astype(np.float32))
     grad = tensor(rng.normal(size=(2, T, 32)).astype(np.float32))
     found = []
-    for function in (packed_attention, reference.packed_attention):
+    for function in (self_attention, plain_self_attention):
         y = function(x, 2, P, key_of(*KEY))
         found.append([t.numpy() for t in (*y.gradient(x, gradient=grad), y)])
     for a, b in zip(*found, strict=True):
@@ -296,7 +299,7 @@ def test_results_are_bitwise_the_same_for_any_number_of_pieces(
     for pieces, heads in ((1, 1), (3, 1), (2, 3)):  # below 3 heads, other backward kernels
         cut(pieces)
         monkeypatch.setattr(attention, "HEADS", heads)
-        y = packed_attention(x, 2, P, key_of(*KEY))
+        y = self_attention(x, 2, P, key_of(*KEY))
         z = dropout(y, P, key_of(*KEY))
         results.append([t.numpy() for t in (*z.gradient(x, gradient=grad), y, z)])
         assert all((found != 0).any() for found in results[-1])
@@ -308,7 +311,7 @@ def test_results_are_bitwise_the_same_for_any_number_of_pieces(
 def test_a_jitted_step_equals_an_eager_one() -> None:
     def step(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         drop = Dropout(P, key)
-        y = dropout(packed_attention(x, 2, P, drop.draw()), P, drop.draw(), x[:, :, :32])
+        y = dropout(self_attention(x, 2, P, drop.draw()), P, drop.draw()) + x[:, :, :32]
         found = y, y.gradient(x, gradient=x[:, :, 32:64].contiguous())[0]
         Tensor.realize(*found)
         return found
@@ -330,18 +333,19 @@ def test_the_kernels_for_gpus_make_the_same_mask() -> None:
     wanted = in_float64(arrays, True, weights_mask(1, 1, 5, 6, P, KEY), P)
     assert_near(flash(arrays, True, device="PYTHON"), wanted)
     x = Tensor.ones(3, 5, device="PYTHON").contiguous()
-    y = dropout(x, 0.5, key_of(*KEY)).numpy()  # the key comes from another device
-    np.testing.assert_array_equal(y, 2 * mask_of(3, 5, 0.5, *KEY))
+    for device in ("PYTHON", None):  # with a key from another device it is the twin
+        y = dropout(x, 0.5, key_of(*KEY, device)).numpy()
+        np.testing.assert_array_equal(y, 2 * mask_of(3, 5, 0.5, *KEY))
 
 
 def test_tensors_on_several_devices_go_to_the_plain_twins() -> None:
     x = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
-    wanted = packed_attention(tensor(x), 2, P, key_of(*KEY)).numpy()
+    wanted = self_attention(tensor(x), 2, P, key_of(*KEY)).numpy()
     several = Tensor(x).shard(("CPU", "CPU:1"), axis=0)
-    found = packed_attention(several, 2, P, key_of(*KEY)).numpy()
+    found = self_attention(several, 2, P, key_of(*KEY)).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    wanted = dropout(tensor(x), P, key_of(*KEY), tensor(x)).numpy()
-    found = dropout(several, P, key_of(*KEY), several).numpy()
+    wanted = dropout(tensor(x), P, key_of(*KEY)).numpy()
+    found = dropout(several, P, key_of(*KEY)).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -353,7 +357,7 @@ def test_the_kernels_can_be_written_for_gpus(name: str) -> None:
         (forward, 2, (n, rows, 3 * n, 2), {"p": sizes}),
         (backward.queries, 1, (3 * n, n, rows, rows, 3 * n, 2), {"p": sizes}),
         (backward.keys, 1, (3 * n, n, rows, rows, 3 * n, 2), {"p": sizes}),
-        (dropout_module._dropout, 1, (n, n, 2, n), {"rows": 40, "width": 32, "p": P}),
+        (dropout_module._dropout, 1, (n, n, 2), {"rows": 40, "width": 32, "p": P}),
     ]
     for kernel, outputs, lengths, constants in written:
         source = render(name, kernel, outputs, lengths, constants)
@@ -389,8 +393,8 @@ def test_a_model_with_dropout_trains_by_the_kernels(monkeypatch: pytest.MonkeyPa
 
     with kernels.plain():
         wanted = loss_and_gradients()
-    for name in ("attention", "packed_attention", "dropout"):
-        monkeypatch.delattr(reference, name)
+    monkeypatch.delattr(attention, "plain_attention")
+    monkeypatch.delattr(dropout_module, "plain_mask")
     for a, b in zip(loss_and_gradients(), wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, abs(b).max()))
 
@@ -398,11 +402,11 @@ def test_a_model_with_dropout_trains_by_the_kernels(monkeypatch: pytest.MonkeyPa
 def test_every_place_in_the_model_has_a_mask_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def dropped(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) -> Tensor:
+    def dropped(x: Tensor, p: float, key: Tensor) -> Tensor:
         seen.append(("residual", p, tuple(key.tolist())))
         return x
 
-    def attended(qkv: Tensor, n_head: int, method: str, p: float, key: Tensor) -> Tensor:
+    def attended(qkv: Tensor, n_head: int, p: float, key: Tensor) -> Tensor:
         seen.append(("weights", p, tuple(key.tolist())))
         return qkv[:, :, : CONFIG["n_embd"]]
 
@@ -445,9 +449,9 @@ def test_every_gradient_agrees_with_finite_differences_under_dropout() -> None:
 def test_what_does_not_fit_is_refused_with_advice() -> None:
     x = Tensor.empty(1, 4, 24)
     with pytest.raises(UsageError, match=r"dropout=0\.5 needs a key.*given was none"):
-        packed_attention(x, 2, 0.5)
+        self_attention(x, 2, 0.5)
     with pytest.raises(UsageError, match=r"\(3,\) float"):
-        packed_attention(x, 2, 0.5, Tensor.empty(3))
+        self_attention(x, 2, 0.5, Tensor.empty(3))
     for p in (1.0, -0.1, math.nan):
         with pytest.raises(UsageError, match="not a probability"):
-            packed_attention(x, 2, p, key_of(*KEY))
+            self_attention(x, 2, p, key_of(*KEY))

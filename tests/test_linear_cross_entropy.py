@@ -11,9 +11,9 @@ from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.helpers import GlobalCounters
 
 from tests.conftest import CUTS
-from tinygpt.kernels import reference
-from tinygpt.kernels.cross_entropy import cross_entropy
-from tinygpt.kernels.linear_cross_entropy import linear_cross_entropy
+from tinygpt.kernels.linear import plain_linear
+from tinygpt.kernels.loss.cross_entropy import cross_entropy
+from tinygpt.kernels.loss.fused import loss as linear_cross_entropy
 
 EXTREME = 1e4
 N_C_V = (70, 16, 100)  # most tests' sizes: three chunks of rows, three parts
@@ -29,14 +29,14 @@ def poison() -> Iterator[None]:
         return Tensor.full(shape, value, dtype=kind, device=t.device).contiguous().realize()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["tinygpt.kernels.linear_cross_entropy"], "empty", empty)
+        patch.setattr(sys.modules["tinygpt.kernels.loss.fused"], "empty", empty)
         yield
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of rows and several parts, at sizes that are quick."""
-    monkeypatch.setattr(sys.modules["tinygpt.kernels.linear_cross_entropy"], "CHUNK", 32)
+    monkeypatch.setattr(sys.modules["tinygpt.kernels.loss.fused"], "CHUNK", 32)
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_it_agrees_with_the_two_by_themselves() -> None:
         tensor(numbers(100, 16, seed=1)),
         tensor(draw_targets(70, 100)),
     )
-    wanted = results(cross_entropy(reference.linear(x, w), t), x, w)
+    wanted = results(cross_entropy(plain_linear(x, w), t), x, w)
     for a, b in zip(results(fused(True)(x, w, t), x, w), wanted, strict=True):
         agree(a, b)
 

@@ -255,12 +255,12 @@ def test_an_evaluation_takes_less_memory_than_a_step():
 def test_what_the_loss_keeps_is_foreseen(monkeypatch):
     """Most of it is what the parts of a small vocabulary add to the gradient of x."""
     shape = GPTConfig(vocab_size=300, n_layer=1, n_embd=64, n_head=1, block_size=64)
-    module = importlib.import_module("tinygpt.kernels.linear_cross_entropy")
+    module = importlib.import_module("tinygpt.kernels.loss.fused")
     made, empty = [], module.empty
     monkeypatch.setattr(module, "empty", lambda *a, **o: made.append(empty(*a, **o)) or made[-1])
     x, w = Tensor.zeros(512, 64).contiguous(), Tensor.zeros(300, 64).contiguous()
     targets = Tensor.zeros(512, dtype=dtypes.int32).contiguous()
-    module.linear_cross_entropy(x, w, targets, gradient=True)
+    module.loss(x, w, targets, gradient=True)
     taken = sum(t.nbytes() for t in made)
     assert 0.8 < preflight.preflight(shape, TrainConfig(batch_size=8)).loss / taken < 1
 

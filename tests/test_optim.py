@@ -10,7 +10,7 @@ from tinygrad.helpers import Context
 from tinygrad.nn import optim
 
 from tinygpt.config import TrainConfig
-from tinygpt.kernels.reference import clip_factor, global_norm
+from tinygpt.kernels.adamw import clip_factor, global_norm
 from tinygpt.training.optim import AdamW, learning_rate, optimizer_state
 
 

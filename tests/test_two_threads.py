@@ -16,7 +16,7 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import UsageError
 from tinygpt.generation.decoder import Decoder
-from tinygpt.kernels import phases
+from tinygpt.kernels import dispatch, phases
 from tinygpt.machine.gradients import all_gradients_taken
 from tinygpt.model.transformer import Transformer
 from tinygpt.training import optim
@@ -60,7 +60,7 @@ def crossing(
 
 
 def test_plain_twins_are_those_of_one_thread() -> None:
-    assert crossing(kernels.plain, kernels._only_twins.get) == [True, True, False, False]
+    assert crossing(kernels.plain, dispatch._way.get) == ["plain", "plain", "auto", "auto"]
 
 
 def test_inference_and_evaluation_switch_no_mode_that_another_thread_could_see() -> None:

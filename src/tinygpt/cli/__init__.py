@@ -22,7 +22,7 @@ from tinygpt.machine import start
 from tinygpt.runs.display.text import printable
 
 STRICT = "TINYGPT_STRICT"
-"""Set to 1, this environment variable does what --strict does: see ``kernels.fallback``."""
+"""Set to 1, this environment variable does what --strict does: see ``kernels.dispatch``."""
 
 GROUPS = {
     "Everyday": {

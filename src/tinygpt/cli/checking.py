@@ -21,7 +21,8 @@ def check(*kernels: str, json: Switch = False) -> int:
     Parameters
     ----------
     kernels
-        Any of attention, linear, int8, norm, embedding, loss, adamw. [default: all of them]
+        Any of attention, linear, gelu, int8, norm, dropout, embedding, loss, adamw.
+        [default: all of them]
     json
         Print the reports as JSON.
     """

@@ -1,34 +1,33 @@
 """Clipping and AdamW over all parameters, in place, in a handful of launches.
 
-First the sum of the squares of all gradients, in a fixed number of parts, whatever the number of
-cores. Then, in one small kernel, their norm and what follows from it, and Adam's bias corrections.
-Last the update, for as many parameters at once as a kernel may have buffers. With the gradient g,
-scaled so that the norm of all of them is at most the limit::
+With the gradient g, scaled so that the norm of all gradients is at most ``clip``::
 
     m = β₁ m + (1 - β₁) g            v = β₂ v + (1 - β₂) g²
     p = p (1 - lr · decay) - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
-Whether the step is taken at all is decided by that small kernel too: if the loss or the norm is no
-number, or not below a limit, the updates write nothing. The host learns of it along with the loss:
-nothing has to wait for the decision.
+Three kernels do that: `_squares`, the sums of the squares of each gradient, in a fixed number of
+parts whatever the number of cores; `_numbers`, the norms and what follows from them, and Adam's
+bias corrections; `_update`, for as many parameters at once as a kernel may have buffers.
+
+`_numbers` also decides whether the step is taken. If the loss or the norm is not finite, or not
+below a limit, the updates write nothing. The decision reaches the host along with the loss, so
+that nothing waits for it.
 
 Kingma and Ba (2015); decoupled decay: Loshchilov and Hutter (2019).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, dtypes
 
-from tinygpt.kernels import reference
-from tinygpt.kernels.fallback import falls_back, first_device, obstacle
-from tinygpt.kernels.norm import empty, fill, own_share, share, sum_dtype
-from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, run
+from tinygpt.kernels.dispatch import first_device, operation
+from tinygpt.kernels.loops import fill, own_share, share
+from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
 
 LANES = 32
 PARTS = 16
@@ -37,6 +36,79 @@ BUFFERS = {"METAL": 31, "WEBGPU": 8}
 """The most buffers that a kernel may have, where that is less than tinygrad's 62 on the CPU."""
 
 
+# The plain twin --------------------------------------------------------------------------------
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm () of all gradients taken as one vector."""
+    total = gradients[0].float().square().sum()
+    for gradient in gradients[1:]:
+        total = total + gradient.float().square().sum()
+    return total.sqrt()
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """What to multiply gradients of this norm by so that it is at most ``limit``."""
+    return (limit / (norm + 1e-6)).minimum(1.0)
+
+
+def verdict(loss: Tensor, gradients: Sequence[Tensor], scale: float, limits: Tensor) -> Tensor:
+    """The report of a step, see `adamw_update`, from the loss () and the gradients."""
+    loss, norm = loss * scale, global_norm(gradients) * scale
+    taken = (loss > -math.inf) & (loss < limits[0]) & (norm < limits[1])
+    norms = [global_norm([gradient]) * scale for gradient in gradients]
+    return Tensor.stack(loss.cast(norm.dtype), norm, taken.cast(norm.dtype), *norms)
+
+
+def _judged(loss: Tensor | None, limits: Tensor | None, lr: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss () and the limits (2,) that decide on a step: 0 and infinities where not given."""
+    loss = lr.zeros_like().contiguous() if loss is None else loss
+    limits = lr.full_like(math.inf).expand(2).contiguous() if limits is None else limits
+    return loss.reshape(()), limits
+
+
+def plain_adamw_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lr: Tensor,
+    b1_t: Tensor,
+    b2_t: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: Sequence[float],
+    clip: float = 0.0,
+    scale: float = 1.0,
+    loss: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> Tensor:
+    """The formulas, one parameter after another; assignments keep old values in a skipped step."""
+    loss, limits = _judged(loss, limits, lr)
+    report = verdict(loss, grads, scale, limits)
+    taken = report[2] > 0
+    factor = clip_factor(report[1], clip) * scale if clip else scale
+
+    def assign(tensor: Tensor, value: Tensor) -> None:
+        tensor.assign(taken.where(value, tensor.detach()))
+
+    assign(b1_t, b1_t * beta1)
+    assign(b2_t, b2_t * beta2)
+    for p, gradient, m_p, v_p, rate in zip(params, grads, m, v, decay, strict=True):
+        g = gradient * factor
+        assign(m_p, beta1 * m_p + (1 - beta1) * g)
+        assign(v_p, beta2 * v_p + (1 - beta2) * g * g)
+        direction = (m_p / (1 - b1_t)) / ((v_p / (1 - b2_t)).sqrt() + eps)
+        assign(p, (p.detach() * (1 - lr * rate) - lr * direction).cast(p.dtype))
+    return report
+
+
+# The kernels -----------------------------------------------------------------------------------
+
+
+@operation("adamw", plain_adamw_update, copies=True)
 def adamw_update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -54,50 +126,28 @@ def adamw_update(
     scale: float = 1.0,
     loss: Tensor | None = None,
     limits: Tensor | None = None,
-    groups: Sequence[int] = (),
 ) -> Tensor:
-    """Take one step: update params, m, v, b1_t and b2_t in place.
+    """Take one step: update params, m, v, b1_t and b2_t in place; -> a report (3 + n,).
 
-    Returns what became of it (3,): the loss, the gradients' norm, and 1 if the step was taken, else
-    0. It is taken if ``loss`` () and the norm are finite and below the ``limits`` (2,), infinity
-    unless given. With ``groups``, the number, from 0, of the group that each parameter belongs to,
-    the norm of each group's gradients follows (3 + groups,). What is updated has to be realized
-    together with the result.
+    The report holds the loss, the norm of all gradients, 1 if the step was taken, else 0, and the
+    norm of each of the n gradients. The step is taken if ``loss`` () and the norm are finite and
+    below the ``limits`` (2,), infinity unless given. What is updated has to be realized together
+    with the report.
 
     ``lr``, ``b1_t`` and ``b2_t`` are (1,), the last two the products β₁ᵗ and β₂ᵗ so far. ``decay``
     is one number for each parameter. Loss and gradients are multiplied by ``scale``, for example
     1 / the number of micro-batches they were summed over, and the gradients then clipped to the
     norm ``clip``, if it is not 0.
     """
-    loss, limits = reference.judged(loss, limits, lr)
-    if falls_back("adamw", obstacle(*params, *grads, *m, *v, copies=True)):
-        return reference.adamw_update(
-            params, grads, m, v, lr, b1_t, b2_t,
-            beta1=beta1, beta2=beta2, eps=eps, decay=decay, clip=clip, scale=scale,
-            loss=loss, limits=limits, groups=groups,
-        )  # fmt: skip
+    loss, limits = _judged(loss, limits, lr)
     most = BUFFERS.get(first_device(params[0]).split(":")[0], 62)
     grads = [contiguous(g) for g in grads]
     sums: list[Tensor] = []
-    places: list[list[tuple[int, int]]] = [[] for _ in set(groups)]
     for i, j in split(tuple(g.shape for g in grads), most - 1):
         sizes = tuple(math.prod(map(int, g.shape)) for g in grads[i:j])
-        own = list(dict.fromkeys(groups[i:j]))
-        blocks = tuple(1 + own.index(group) for group in groups[i:j]) if len(own) > 1 else ()
-        for at, group in enumerate(own):
-            places[group].append((len(sums), 1 + at if blocks else 0))
-        shape = (1 + max(blocks, default=0)) * PARTS * LANES
-        out = [empty(grads[0], shape, dtype=sum_dtype(m[0]))]
-        sums += run(
-            _squares,
-            out,
-            grads[i:j],
-            lanes=LANES,
-            name=f"squares_{j - i}",
-            sizes=sizes,
-            blocks=blocks,
-        )
-    state = [empty(m[0], 5), empty(m[0], 3 + len(places)), b1_t, b2_t]
+        out = [empty(grads[0], j - i, PARTS, dtype=wide(m[0].dtype))]
+        sums += run(_squares, out, grads[i:j], lanes=LANES, name=f"squares_{j - i}", sizes=sizes)
+    state = [empty(m[0], 5), empty(m[0], 3 + len(grads)), b1_t, b2_t]
     state = run(
         _numbers,
         state,
@@ -108,7 +158,7 @@ def adamw_update(
         beta2=beta2,
         clip=clip,
         scale=scale,
-        places=tuple(map(tuple, places)),
+        counts=tuple(int(s.shape[0]) for s in sums),
     )
     numbers, report = state[:2]
     _replace([b1_t, b2_t], state[2:])
@@ -156,27 +206,18 @@ def _replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         before.replace(after)
 
 
-def _squares(
-    k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...], blocks: tuple[int, ...]
-) -> None:
-    """Lane by lane, the sum of the squares of this part of every gradient.
-
-    Block 0 of ``out`` is the sum over all, in their order. With ``blocks`` gradient i is also part
-    of the sum in block ``blocks[i]``, which has a phase of its own: sharing the square would make
-    a compiler round it, which the sum in block 0 does without, and change its last bit.
-    """
+def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...]) -> None:
+    """The sum of the squares of each gradient in one part of it: out (gradients, PARTS)."""
     part = k.units(PARTS)
-    rows = 1 + max(blocks, default=0)
-    acc = k.tile(rows, out.dtype)
-    fill(k, 0.0, rows, acc)
+    acc, total = k.tile(1, out.dtype, shared=True), k.tile(1, out.dtype)
     for i, (g, n) in enumerate(zip(grads, sizes, strict=True)):
-        rows_of = itertools.cycle((0, *blocks[i : i + 1]))
-        for at, lane, inside in share(k, n, part, PARTS, phases=2 if blocks else 1):
-            value, row = g[at].cast(out.dtype), next(rows_of)
-            acc[row, lane] = acc[row, lane] + inside.where(value * value, 0.0)
-    with k.phase() as lane:
-        for row in range(rows):
-            out[(row * PARTS + part) * k.lanes + lane] = acc[row, lane]
+        fill(k, 0.0, 1, acc)
+        for at, lane, inside in share(k, n, part, PARTS):
+            value = g[at].cast(out.dtype)
+            acc[0, lane] = acc[0, lane] + inside.where(value * value, 0.0)
+        k.fold(total, acc, 1)
+        with k.phase(1):
+            out[i * PARTS + part] = total[0, 0]
 
 
 def _numbers(
@@ -193,39 +234,39 @@ def _numbers(
     beta2: float,
     clip: float,
     scale: float,
-    places: tuple[tuple[tuple[int, int], ...], ...],
+    counts: tuple[int, ...],
 ) -> None:
     """numbers: what a gradient is multiplied by, lr, 1 / (1 - β₁ᵗ), 1 / (1 - β₂ᵗ), is it taken?"""
     k.units(1)
-    acc, total = k.tile(1, numbers.dtype, shared=True), k.tile(1, numbers.dtype)
-
-    def norm(blocks: Sequence[tuple[int, int]]) -> UOp:
-        """Of what these blocks, of which sums, are the squares."""
-        fill(k, 0.0, 1, acc)
-        for i, block in blocks:
-            with k.loop(PARTS) as part, k.phase() as lane:
-                at = (block * PARTS + part) * k.lanes + lane
-                acc[0, lane] = acc[0, lane] + sums[i][at]
-        k.fold(total, acc, 1)
-        return total[0, 0].sqrt() * scale
-
-    for i, blocks in enumerate([[(j, 0) for j in range(len(sums))], *places]):
-        value = norm(blocks)
-        with k.phase(1):
-            report[1 if i == 0 else 2 + i] = value
+    kind, first = numbers.dtype, 3
+    one, total = (
+        k.tile(1, kind, width=1),
+        k.tile(1, kind, width=1),
+    )  # squares: of a gradient, of all
     with k.phase(1):
-        report[0] = loss[0].cast(report.dtype) * scale
+        total[0, 0] = 0.0
+    for squares, count in zip(sums, counts, strict=True):
+        with k.loop(count) as i:
+            with k.phase(1):
+                one[0, 0] = 0.0
+            with k.loop(PARTS) as part, k.phase(1):
+                one[0, 0] = one[0, 0] + squares[i * PARTS + part]
+            with k.phase(1):
+                total[0, 0] = total[0, 0] + one[0, 0]
+                report[first + i] = one[0, 0].sqrt() * scale
+        first += count
+    with k.phase(1):
+        report[0], report[1] = loss[0].cast(kind) * scale, total[0, 0].sqrt() * scale
     with k.phase(1):  # strictly below: NaN is below nothing, and infinity not below itself
-        finite = as_uop(-math.inf, report.dtype) < report[0]
+        finite = as_uop(-math.inf, kind) < report[0]
         taken = finite & (report[0] < limits[0]) & (report[1] < limits[1])
-        numbers[4] = report[2] = taken.where(as_uop(1.0, report.dtype), 0.0)
+        numbers[4] = report[2] = taken.where(as_uop(1.0, kind), 0.0)
         b1_t[0] = taken.where(b1_t[0] * beta1, b1_t[0])
         b2_t[0] = taken.where(b2_t[0] * beta2, b2_t[0])
     with k.phase(1):
         factor = clip / (report[1] + 1e-6)
-        numbers[0] = (
-            (as_uop(1.0, report.dtype) < factor).where(1.0, factor) * scale if clip else scale
-        )
+        clipped = (as_uop(1.0, kind) < factor).where(1.0, factor)
+        numbers[0] = clipped * scale if clip else scale
         numbers[1] = lr[0]
         numbers[2] = 1.0 / (1.0 - b1_t[0])
         numbers[3] = 1.0 / (1.0 - b2_t[0])

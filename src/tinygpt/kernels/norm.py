@@ -1,51 +1,57 @@
-"""Layer normalisation, forward and backward.
+"""Layer normalisation, forward and backward (Ba et al., 2016).
 
 For a row x of C numbers, with mean μ, σ⁻¹ = 1/√(variance + ε) and x̂ = (x - μ)σ⁻¹::
 
     y  = x̂ ⊙ weight + bias
 
-The backward pass is given g = ∂loss/∂y. With h = g ⊙ weight::
+With g = ∂loss/∂y and h = g ⊙ weight, the gradients are::
 
     ∂loss/∂x      = σ⁻¹ (h - mean(h) - x̂ mean(h ⊙ x̂))
     ∂loss/∂weight = the sum over all rows of g ⊙ x̂,      ∂loss/∂bias = the sum of g
 
-The forward pass keeps μ and σ⁻¹, two numbers a row; x̂ is computed again. The sums over rows are
-formed in a fixed number of parts, whatever the number of cores, and the parts are added in their
-order, so that the result is always the same, bit for bit.
+The forward kernel keeps μ and σ⁻¹, two numbers a row, and the backward kernel computes x̂ again.
+Sums over rows are formed in a fixed number of parts, whatever the number of cores, and the parts
+are added in their order, so that the result is always the same, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp
 
-from tinygpt.kernels import reference
-from tinygpt.kernels.fallback import falls_back, obstacle
-from tinygpt.kernels.phases import Array, Kernel, Tile, as_uop, contiguous, minimum, run
-from tinygpt.machine.tinygrad_internals import DType
+from tinygpt.kernels.dispatch import operation
+from tinygpt.kernels.loops import across, fill, largest_divisor
+from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
 
 LANES = 16
 ROWS = 4  # rows at a time: the additions of one row wait for each other, those of four overlap
 PARTS = 16
 
 
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """The formula for y in stock operations."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    y = centred * (variance + eps).rsqrt() * weight
+    return y if bias is None else y + bias
+
+
+@operation("norm", plain_layer_norm)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Normalise the last axis of x (..., C) to mean 0 and variance 1, then scale and shift.
 
-    weight and bias are (C,). Half precision is summed in float32. Ba et al. (2016).
+    weight and bias are (C,). Half precision is summed in float32.
     """
-    if falls_back("norm", obstacle(x, weight)):
-        return reference.layer_norm(x, weight, bias, eps)
     *outer, width = map(int, x.shape)
     rows = prod(outer)
     group = largest_divisor(rows, ROWS)
     launch = partial(run, lanes=LANES, rows=rows, width=width, group=group)
     size = f"{rows}x{width}"
     x = contiguous(x)
-    affine = [contiguous(weight)] if bias is None else [contiguous(weight), contiguous(bias)]
+    affine = [contiguous(t) for t in (weight, bias) if t is not None]
 
     def backward(gradient: Tensor, forward: Sequence[Tensor]) -> list[Tensor | None]:
         _, mean, rstd = forward
@@ -56,7 +62,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
         sums = [empty(t, width) for t in affine]
         return [dx, *run(_add_parts, sums, pieces, lanes=LANES, parts=parts, width=width)]
 
-    statistics = [empty(x, rows, dtype=sum_dtype(x)) for _ in range(2)]
+    statistics = [empty(x, rows, dtype=wide(x.dtype)) for _ in range(2)]
     return launch(
         _forward,
         [empty(x, *outer, width), *statistics],
@@ -80,6 +86,7 @@ def _forward(
     group: int,
     eps: float,
 ) -> None:
+    """y, and each row's μ and σ⁻¹. A unit is a group of rows."""
     first = k.units(rows // group) * group
     kind = mean.dtype
     acc = k.tile(group, kind, shared=True)
@@ -127,6 +134,7 @@ def _backward(
     group: int,
     parts: int,
 ) -> None:
+    """dx, and for each part of the rows its sums for dweight and dbias (parts, width)."""
     *dbias, g, x, mean, rstd, weight = rest
     groups, part = rows // group // parts, k.units(parts)
     kind = mean.dtype
@@ -178,95 +186,3 @@ def _add_parts(k: Kernel, *arrays: Array, parts: int, width: int) -> None:
             for p in range(1, parts):
                 value = value + part[p * width + at]
             total.put(at, value, where=inside)
-
-
-def across(k: Kernel, n: int) -> Iterator[tuple[UOp, UOp, UOp]]:
-    """Phases over the elements below n, lane by lane: yields (element, lane, is it one?).
-
-    The loop's body, the assignments of a phase, runs twice at most: for whole blocks of lanes, and
-    for the rest. A CPU does the rest in a shorter loop, so that no lane is ever idle; on a GPU the
-    idle lanes see the last element, and must add or write nothing.
-    """
-    blocks, rest = divmod(n, k.lanes)
-    if blocks:
-        with k.loop(blocks) as j, k.phase() as lane:
-            yield j * k.lanes + lane, lane, as_uop(True)
-    if rest and k.gpu:
-        with k.phase() as lane:
-            at = blocks * k.lanes + lane
-            yield minimum(at, n - 1), lane, at < n
-    elif rest:
-        with k.phase(rest) as lane:
-            yield blocks * k.lanes + lane, lane, as_uop(True)
-
-
-def share(
-    k: Kernel, n: int, part: UOp, parts: int, phases: int = 1
-) -> Iterator[tuple[UOp, UOp, UOp]]:
-    """Phases over one part's share of the elements below n: yields (element, lane, is it one?).
-
-    Every part has as many whole blocks of lanes, and of what is left over a block or nothing. Lanes
-    that are left with nothing see the last element, and must add or write nothing. Every block can
-    have several ``phases``, one after the other.
-    """
-    blocks = n // k.lanes // parts
-    if blocks:
-        with k.loop(blocks) as j:
-            for _ in range(phases):
-                with k.phase() as lane:
-                    yield (part * blocks + j) * k.lanes + lane, lane, as_uop(True)
-    if n > (done := parts * blocks * k.lanes):
-        for _ in range(phases):
-            with k.phase() as lane:
-                at = done + part * k.lanes + lane
-                yield minimum(at, n - 1), lane, at < n
-
-
-def own_share(k: Kernel, n: int, part: UOp, parts: int) -> Iterator[tuple[UOp, UOp]]:
-    """Phases over one part's share of the elements below n: yields (element, is it one?).
-
-    The shares differ by a block of lanes at most; the last part has what is left over as well. For
-    kernels of one unit, ``part``, per piece, and state that is updated in place: no element is in
-    two shares.
-    """
-    blocks, rest = divmod(n, k.lanes)
-    if blocks:
-        first = part * blocks // parts
-        count = blocks if parts == 1 else (part + 1) * blocks // parts - first
-        with k.loop(count) as j, k.phase() as lane:
-            yield (first + j) * k.lanes + lane, as_uop(True)
-    if rest:
-        with k.phase(None if k.gpu else rest) as lane:
-            at, last = blocks * k.lanes + lane, part.eq(parts - 1)
-            yield minimum(at, n - 1), last & (at < n) if k.gpu else last
-
-
-def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
-    """Set rows of the tiles to a number."""
-    with k.phase() as lane:
-        for tile in tiles:
-            for u in range(rows):
-                tile[u, lane] = value
-
-
-def sum_dtype(x: Tensor) -> DType:
-    """The type to add up elements of x in: at least float32."""
-    return dtypes.float64 if x.dtype == dtypes.float64 else dtypes.float32
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def largest_divisor(n: int, limit: int) -> int:
-    """The largest number up to ``limit`` that divides n."""
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
-
-
-def empty(t: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
-    """Memory for a kernel's output, on t's devices, cut along the axis along which t is cut."""
-    new = partial(Tensor.empty, dtype=dtype or t.dtype, device=t.device)
-    if isinstance(t.device, tuple) and (axis := t.uop.axis) is not None:
-        local = [n // len(t.device) if i == axis else n for i, n in enumerate(shape)]
-        return Tensor(new(*local).uop.unshard(axis))
-    return new(*shape)

@@ -34,8 +34,47 @@ An example, the sums of the rows of ``x`` (n, m), a row per unit:
 >>> run(row_sums, [Tensor.empty(3)], [x], lanes=8, n=3, m=16)[0].tolist()
 [16.0, 16.0, 16.0]
 
-What tinygrad needs to be told (order tokens, ranges, tags, estimates) is in this file and nowhere
-else. It rests on ``Tensor.custom_kernel`` of tinygrad 0.14, which is marked as subject to change.
+The language rests on ``Tensor.custom_kernel`` of tinygrad 0.14, which may change. What tinygrad's
+code generation needs (order tokens, ranges, tags, estimates) is in this file and nowhere else. Its
+traps, each with the test or kernel that falls into it without the precaution:
+
+1. A load is ordered behind a store only if its buffer is ``.after()`` it: `Kernel._ordered`.
+   (test_phases: a phase reads everything before it writes)
+2. The END of a loop also ends the loops that its length was computed from. `Kernel.loop` refuses
+   such a length, `loops.counted` counts for itself. (attention/forward: blocks of a causal tile)
+3. A store through a RESHAPE loses its gate and writes out of bounds: `Array` unwraps it.
+   (test_phases: vector add writes every element and none beyond)
+4. Unrolled assignments of a phase all load before one of them stores, so that a sum over them
+   keeps only the last. `loops.product` writes its results in a loop of phases.
+   (attention/forward: the maximum over a block of keys)
+5. Two stores to one constant address are refused: `Kernel.fold` is a loop of phases.
+   (test_phases: the largest of all lanes is found wherever it is)
+6. tinygrad splits ranges, which makes cycles of these kernels, unless the sink has a tag; and it
+   cannot count the operations of loops of unknown length, which `finish` estimates instead.
+   (test_phases: a loop can be as long as a number in memory says)
+7. An index that two loops inside another one share may be left inside the first of them: the second
+   needs an outer loop of its own. (attention/forward: the last loop;
+   test_attention: lengths that fill no group of tiles)
+8. An index whose range is unknown is computed in 64 bits, which WebGPU lacks and vectors compare
+   slowly: `loops.at_most`, `int32`, `uint32`. (test_attention: the kernels can be written for GPUs)
+9. A select in an address keeps the C compiler from using vectors. `minimum` is written so that it
+   folds to its first argument where tinygrad knows that to be the smaller one. (attention/backward:
+   the columns of dQ)
+10. A product of three factors is multiplied in an order of tinygrad's choice, and then contracted
+    with a sum: a rewritten expression can change the last bit. (loss/chunk: `exp2` in statistics)
+11. An input that a kernel does not use must stand last, else arguments are mixed up and the process
+    crashes. (loss/chunk: x and the weight in `mean`, which are there for their gradients)
+12. ``Tensor.contiguous`` copies the output of a kernel; `contiguous` does not.
+    (test_linear: a layer is one launch forward and two backward)
+13. A launch is forgotten once one of its outputs is realized: asked for another output, tinygrad
+    launches it again, on buffers that later launches may have overwritten. `together` prevents it.
+    (test_linear_cross_entropy: the fused results may be realized in any order)
+14. tinygrad's cache of UOps holds ``backward`` for as long as the call lives: what it refers to is
+    not freed. (test_leaks)
+15. A gradient through an output that has been realized is 0 without a word: take it before.
+    (test_attention: results are bitwise the same for any number of pieces)
+16. Eight phases in a row inside nested loops of one round each were dropped without a word:
+    `loops.product` writes its results in a loop. (test_linear_cross_entropy: one row of width 8)
 """
 
 from __future__ import annotations
@@ -85,29 +124,37 @@ def as_index(value: Index) -> UOp:
 
 
 def minimum(a: Index, b: Index) -> UOp:
-    """The smaller of two indices."""
+    """The smaller of two indices; where a's range ends before a number b, just a (trap 9)."""
     a, b = as_index(a), as_index(b)
-    return (a < b).where(a, b)
+    return (b < a).where(b, a)
+
+
+def wide(dtype: DType) -> DType:
+    """The type in which numbers of type ``dtype`` are added up: float32, float64 for float64."""
+    return dtypes.float64 if dtype == dtypes.float64 else dtypes.float32
+
+
+LOG2E = 1 / math.log(2)
+"""exp(x) = 2 ** (x LOG2E)"""
+_EXP2_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
 
 
 def exp2(x: UOp) -> UOp:
     """2 ** x without branches, so that it vectorises; float32, relative error 2e-7.
 
-    Exactly 0 below -126, infinite from 127.5 on, NaN for NaN. Other types: tinygrad's own.
+    Exactly 0 up to -126.5, infinite from 127.5 on, NaN for NaN. Other types: tinygrad's own.
     """
     if x.dtype != dtypes.float32:
         return x.exp2()
-    low = x < -126.0
-    x = low.where(-126.0, (x > 128.0).where(128.0, x))
+    x = x.maximum(-127.0)
+    x = (x > 128.0).where(128.0, x)
     whole = (x + 150.5).cast(dtypes.int32) - 150  # round to nearest, by truncating above zero
     rest = x - whole.cast(dtypes.float32)  # |rest| <= 1/2: the series of 2 ** rest is short
     power = as_uop(_EXP2_SERIES[0], dtypes.float32)
     for coefficient in _EXP2_SERIES[1:]:
         power = power * rest + coefficient
-    return low.where(0.0, power * ((whole + 127) * (1 << 23)).bitcast(dtypes.float32))
-
-
-_EXP2_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
+    # a float's exponent is stored as whole + 127 from bit 23 on; for whole = -127 all bits are 0
+    return power * ((whole + 127) * (1 << 23)).bitcast(dtypes.float32)
 
 
 class Array:
@@ -311,6 +358,15 @@ def contiguous(x: Tensor) -> Tensor:
     return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
 
 
+def empty(like: Tensor, *shape: int, dtype: DType | None = None) -> Tensor:
+    """Memory for a kernel's output, on the devices of ``like`` and cut along the same axis."""
+    new = functools.partial(Tensor.empty, dtype=dtype or like.dtype, device=like.device)
+    if isinstance(like.device, tuple) and (axis := like.uop.axis) is not None:
+        local = [n // len(like.device) if i == axis else n for i, n in enumerate(shape)]
+        return Tensor(new(*local).uop.unshard(axis))
+    return new(*shape)
+
+
 @functools.lru_cache(maxsize=4096)
 def build(
     fn: Callable[..., None],
@@ -373,6 +429,16 @@ def run(
     gradient = Gradient(backward, len(outputs)) if backward else None
     filled = Tensor.custom_kernel(*outputs, *inputs, fxn=body, grad_fxn=gradient)
     return filled[: len(outputs)]
+
+
+def together(last: Tensor, *others: Tensor) -> list[Tensor]:
+    """The same Tensors, of which none is realized without the others (trap 13).
+
+    ``last`` is an output of the last launch of all.
+    """
+    launch, states = last.uop.src[1], [t.uop for t in others]
+    joined = [u.after(launch, *(s for s in states if s is not u)) for u in states]
+    return [Tensor(u) for u in (last.uop.src[0].after(launch, *states), *joined)]
 
 
 class Gradient:

@@ -54,7 +54,7 @@ class Prefill:
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         config = self._cache.config
         self.written += kernels.keep(qkv.squeeze(0), *self._cache.layers[layer], self._slot)
-        return kernels.self_attention(qkv, config.n_head, config.attention)
+        return kernels.self_attention(qkv, config.n_head)
 
 
 class Step:
@@ -71,8 +71,5 @@ class Step:
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         keys, values = self._cache.layers[layer]
-        method = self._cache.config.attention
-        y = kernels.rows_attention(
-            qkv.squeeze(0), keys, values, self._slots, self._positions, method
-        )
+        y = kernels.rows_attention(qkv.squeeze(0), keys, values, self._slots, self._positions)
         return y.unsqueeze(0)  # (n, C) -> (1, n, C)

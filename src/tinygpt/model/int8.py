@@ -141,7 +141,7 @@ class QuantizedEmbedding(Embedding):
         self.scale = scale
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return kernels.quantized_embedding(tokens, self.weight, self.scale, positions)
+        return kernels.embedding(tokens, self.weight, positions, self.scale)
 
     def projection(self) -> Linear:
         return QuantizedLinear(self.weight, self.scale)

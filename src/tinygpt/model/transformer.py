@@ -106,10 +106,11 @@ class CausalSelfAttention:
 
     def __call__(self, x: Tensor, drop: Dropout, attend: Attend | None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C)
-        if attend is None:
-            y = kernels.self_attention(qkv, self.n_head, self.method, drop.p, drop.draw())
-        else:
-            y = attend(qkv)  # (B, T, 3C) -> (B, T, C)
+        with kernels.use(self.method):
+            if attend is None:
+                y = kernels.self_attention(qkv, self.n_head, drop.p, drop.draw())
+            else:
+                y = attend(qkv)  # (B, T, 3C) -> (B, T, C)
         return self.c_proj(y)
 
 

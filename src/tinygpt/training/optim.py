@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
-from tinygpt.kernels.reference import clip_factor, global_norm, group_norms, verdict
+from tinygpt.kernels.adamw import clip_factor, verdict
 from tinygpt.machine.transfer import zeros_like
 
 
@@ -65,20 +65,18 @@ class AdamW(Optimizer):
         scale: float = 1.0,
         loss: Tensor | None = None,
         limits: Tensor | None = None,
-        groups: Sequence[int] = (),
     ) -> Tensor:
-        """Take one step; -> the loss, the gradients' norm, and whether it was taken: 1 or 0 (3,).
+        """Take one step; -> loss, norm, whether it was taken (1 or 0), each gradient's norm (3+n,).
 
         Loss and gradients are multiplied by ``scale``, the gradients then clipped to ``clip``, if
         it is not 0. Unless ``loss`` () and norm lie below the ``limits`` (2,), infinity where not
-        given, nothing changes. With ``groups``, see ``by_layer``, the norm of each follows. Realize
-        ``changed()`` together with the result.
+        given, nothing changes. Realize ``changed()`` together with the result.
         """
         decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in self.params]
         return kernels.adamw_update(
             self.params, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip, scale=scale,
-            loss=loss, limits=limits, groups=groups,
+            loss=loss, limits=limits,
         )  # fmt: skip
 
     def changed(self) -> list[Tensor]:
@@ -95,15 +93,13 @@ class AdamW(Optimizer):
         return self.changed()
 
 
-def by_layer(names: Iterable[str]) -> tuple[list[str], list[int]]:
-    """The layers that parameters belong to, and for each parameter the number of its layer.
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to.
 
-    >>> by_layer(["wte.weight", "h.0.ln_1.weight", "h.0.ln_1.bias", "h.1.ln_1.weight"])
-    (['wte', 'h.0', 'h.1'], [0, 1, 1, 2])
+    >>> layer_of("wte.weight"), layer_of("h.0.ln_1.bias")
+    ('wte', 'h.0')
     """
-    owners = [".".join(name.split(".")[: 2 if name.startswith("h.") else 1]) for name in names]
-    layers = list(dict.fromkeys(owners))
-    return layers, [layers.index(owner) for owner in owners]
+    return ".".join(name.split(".")[: 2 if name.startswith("h.") else 1])
 
 
 def realize_state(optimizer: Optimizer) -> None:
@@ -125,13 +121,10 @@ def stock_update(
     scale: float,
     loss: Tensor,
     limits: Tensor,
-    groups: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """What AdamW.update does, for tinygrad's own optimizers; -> its result, and what changes."""
-    norm = global_norm(gradients) * scale
-    others = group_norms(gradients, groups, scale)
-    report = verdict(loss.reshape(()) * scale, norm, limits, *others)
-    factor = clip_factor(norm, clip) * scale if clip else scale
+    report = verdict(loss.reshape(()), gradients, scale, limits)
+    factor = clip_factor(report[1], clip) * scale if clip else scale
     for p, g in zip(params, gradients, strict=True):
         p.grad = g * factor
     with assigning_only_if(report[2] > 0), Context(TRAINING=1):  # they insist on TRAINING

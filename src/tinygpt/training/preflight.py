@@ -21,7 +21,7 @@ from tinygpt.config.weights import weights
 from tinygpt.errors import UsageError
 from tinygpt.files.disk import size
 from tinygpt.kernels import linear
-from tinygpt.kernels.linear_cross_entropy import plan_of
+from tinygpt.kernels.loss.fused import cut_of
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
@@ -112,7 +112,7 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     activations = N * C * (PER_BLOCK * L_back + OUTSIDE)
     if model.attention == "plain":
         activations += L_back * train.batch_size * model.n_head * T * T
-    chunk = plan_of(N, C, V)
+    chunk = cut_of(N, C, V)
     powers, dx_parts = prod(chunk.powers), prod(chunk.dx_parts)
     accumulated = 3 * learning if train.grad_accum_steps > 1 else 0
     tied = V * C if model.tie_embeddings and learning == count else 0  # a gradient from either end

@@ -18,7 +18,7 @@ from tinygpt.machine.transfer import zeros, zeros_like
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
-from tinygpt.training.optim import AdamW, by_layer, realize_state, stock_update
+from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 
 Tokens = npt.NDArray[np.integer]
 
@@ -58,7 +58,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     """
     model.check_can_learn()
     params = list(model.trainable().values())
-    layers, groups = by_layer(model.trainable())
+    layers = list(map(layer_of, model.trainable()))
     micro_batches = config.grad_accum_steps
     realize_state(optimizer)
 
@@ -68,14 +68,14 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return loss, loss.gradient(*params)
 
     def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
-        """Change the weights, or not; -> loss, norm, whether they changed, norms of L layers."""
+        """Change the weights, or not; -> the report of ``AdamW.update``."""
         optimizer.lr.assign(lr.reshape(1))
-        judged = (config.grad_clip, 1 / micro_batches, loss, limits, groups)
+        judged = (config.grad_clip, 1 / micro_batches, loss, limits)
         if isinstance(optimizer, AdamW):
             report, changed = optimizer.update(grads, *judged), optimizer.changed()
         else:
             report, changed = stock_update(optimizer, params, grads, *judged)
-        return report.realize(optimizer.lr, *changed)  # (3 + L,)
+        return report.realize(optimizer.lr, *changed)  # (3 + n,)
 
     @jit
     def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
@@ -107,7 +107,10 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
                 accumulate(x[i], y[i], keys[i], i == 0)
             report = apply(lr, limits)
         loss, norm, taken, *norms = report.tolist()
-        return Outcome(loss, norm, taken > 0, dict(zip(layers, norms, strict=True)))
+        by_layer = dict.fromkeys(layers, 0.0)
+        for layer, other in zip(layers, norms, strict=True):
+            by_layer[layer] = math.hypot(by_layer[layer], other)
+        return Outcome(loss, norm, taken > 0, by_layer)
 
     return step
 

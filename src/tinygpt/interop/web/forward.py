@@ -86,7 +86,7 @@ class PositionCache:
         from tinygrad import Tensor
 
         from tinygpt import kernels
-        from tinygpt.kernels.reference import merge_heads, split_heads
+        from tinygpt.kernels.attention import merge_heads, split_heads
 
         q, k, v = (split_heads(x, self.config.n_head) for x in qkv.chunk(3, dim=2))  # (1, H, T, D)
         end = self.position + q.shape[2]
@@ -96,8 +96,7 @@ class PositionCache:
             return Tensor(buffer.uop.after(part.uop.store(new.cast(buffer.dtype).uop)))
 
         keys, values = map(extended, self.layers[layer], (k, v))
-        method = self.config.attention
-        return merge_heads(kernels.cached_attention(q, keys, values, end, method))  # (1, T, C)
+        return merge_heads(kernels.cached_attention(q, keys, values, end))  # (1, T, C)
 
 
 def forward(config: GPTConfig, plain: bool = False) -> Forward:

@@ -1,39 +1,101 @@
 """Flash attention: softmax(q kᵀ / √D) v and its gradients, without the T x T matrix of weights.
 
-Dao et al., "FlashAttention" (2022), and Milakov and Gimelshein, "Online normalizer calculation for
-softmax" (2018). Memory is linear in T: the forward pass keeps its result and one number per query,
-from which the backward pass makes the weights again, tile by tile. docs/attention.md derives it.
+The formula is Vaswani et al. (2017), and `plain_attention` computes it as it stands. The kernels
+follow Dao et al., "FlashAttention" (2022), and Milakov and Gimelshein, "Online normalizer
+calculation for softmax" (2018). Memory is linear in T: the forward kernel keeps its result and one
+number per query, from which the backward kernels make the weights again, tile by tile.
+docs/attention.md derives it; `tiles`, `forward`, `backward`, `rows` are to be read in this order.
 
 Results are the same, bit for bit, for any number of cores. float32, half and bfloat16 are
 computed in float32, float64 in float64. Tensors that are cut along the batch, or along the heads,
 are computed where they lie; cut otherwise, or with dropout, they go to the plain twins.
 
 ``dropout`` is the probability with which a weight is dropped; the others are divided by 1 - dropout
-(GPT-2 does so in training). ``key``, (2,) uint32, chooses which, as ``masks`` says.
+(GPT-2 does so in training). ``key``, (2,) uint32, chooses which: kernels/dropout.py says how.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
-from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.errors import KernelError, UsageError
-from tinygpt.kernels import reference
+from tinygpt.errors import UsageError
 from tinygpt.kernels.attention import backward
 from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
-from tinygpt.kernels.attention.tiles import Problem, sum_dtype, tile_shape
-from tinygpt.kernels.fallback import falls_back, first_device, obstacle
-from tinygpt.kernels.norm import empty
-from tinygpt.kernels.phases import Backward, contiguous, run
+from tinygpt.kernels.attention.tiles import Problem, tile_shape
+from tinygpt.kernels.dispatch import operation
+from tinygpt.kernels.dropout import plain_mask
+from tinygpt.kernels.phases import Backward, contiguous, empty, on_gpu, run, wide
 
 HEADS = 12
 """From so many on, of all sequences, a head is a unit of the backward pass."""
 
-__all__ = ["decode_attention", "flash_attention", "packed_attention"]
+
+# The plain twins -------------------------------------------------------------------------------
 
 
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    """(B, T, C) -> (B, H, T, D)"""
+    B, T, C = x.shape
+    return x.reshape(B, T, n_head, C // n_head).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C)"""
+    B, H, T, D = x.shape
+    return x.transpose(1, 2).reshape(B, T, H * D)
+
+
+def causal_mask(queries: int, keys: int) -> Tensor:
+    """Boolean (queries, keys): query i, the i-th of the last ones, sees keys up to its own."""
+    i = Tensor.arange(queries).reshape(queries, 1) + (keys - queries)
+    return Tensor.arange(keys).reshape(1, keys) <= i
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+) -> Tensor:
+    """The weights as a matrix. A mask of dropout has a row for each sequence, head and key."""
+    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))  # (B, H, Tq, Tk)
+    if is_causal and q.shape[-2] != 1:  # a single query is the last position: it sees every key
+        mask = causal_mask(int(q.shape[-2]), int(k.shape[-2]))
+        scores = mask.where(scores, -math.inf)
+    weights = scores.softmax(-1)
+    if dropout:
+        assert key is not None, "dropout needs a key"
+        (B, H, Tq, _), Tk = map(int, q.shape), int(k.shape[2])
+        mask = plain_mask(B * H * Tk, Tq, dropout, key.to(q.device))
+        mask = mask.reshape(B, H, Tk, Tq).transpose(2, 3)
+        weights = mask.where(weights / (1 - dropout), 0)
+    return weights @ v
+
+
+def plain_self_attention(
+    qkv: Tensor, n_head: int, dropout: float = 0.0, key: Tensor | None = None
+) -> Tensor:
+    """Causal attention by heads."""
+    q, k, v = (split_heads(part, n_head) for part in qkv.chunk(3, dim=2))  # (B, H, T, D)
+    return merge_heads(plain_attention(q, k, v, True, dropout, key))
+
+
+def plain_decode(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | UOp | int) -> Tensor:
+    """Attention to the part of the cache that is filled, whose length is no Tensor here."""
+    assert not isinstance(length, Tensor)
+    return plain_attention(q, keys[:, :, :length], values[:, :, :length])
+
+
+# The kernels -----------------------------------------------------------------------------------
+
+
+@operation("attention", plain_attention, integers=("key",), axes=(0, 1))
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -49,15 +111,14 @@ def flash_attention(
     """
     _check(q, k, v, is_causal)
     _check_dropout(dropout, key)
-    if falls_back("attention", obstacle(q, k, v, axes=() if dropout else (0, 1))):
-        return reference.attention(q, k, v, is_causal, dropout, key)
     (B, H, Tq, D), Tk = map(int, q.shape), int(k.shape[2])
     (b, h), causal = _each(q, B, H), is_causal and Tq > 1
     problem = Problem(b, h, Tq, Tk, D, causal, packed=False, dropout=dropout)
     return _attention(problem, (B, H, Tq, D), (B, H, Tq), [contiguous(x) for x in (q, k, v)], key)
 
 
-def packed_attention(
+@operation("attention", plain_self_attention, integers=("key",), axes=(0,))
+def self_attention(
     qkv: Tensor, n_head: int, dropout: float = 0.0, key: Tensor | None = None
 ) -> Tensor:
     """Causal self-attention of the queries, keys and values (B, T, 3C) side by side -> (B, T, C).
@@ -72,8 +133,6 @@ def packed_attention(
         )
     _check_dtypes(qkv)
     _check_dropout(dropout, key)
-    if falls_back("attention", obstacle(qkv, axes=() if dropout else (0,))):
-        return reference.packed_attention(qkv, n_head, dropout, key)
     B, T, width = map(int, qkv.shape)
     D = width // (3 * n_head)
     b, h = _each(qkv, B, n_head)
@@ -81,13 +140,14 @@ def packed_attention(
     return _attention(problem, (B, T, width // 3), (B, n_head, T), [contiguous(qkv)], key)
 
 
+@operation("attention", plain_decode, integers=("length",))
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | UOp | int) -> Tensor:
     """Attention of one query per sequence, q (B, H, 1, D), to a cache -> (B, H, 1, D).
 
     keys and values are (B, H, Tmax, D), of which the first ``length`` positions count, at least one
     and at most Tmax; what lies behind them is not read. ``length`` is data, an int32 Tensor with
     one element or a bound variable, so that one jitted function serves all positions. There is no
-    gradient. Raises UsageError for more queries, and KernelError where it cannot run (`obstacle`).
+    gradient. Raises UsageError for more queries.
     """
     _check(q, keys, values, False)
     if q.shape[2] != 1:
@@ -95,8 +155,6 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | U
             f"q {q.shape} and keys {keys.shape} were given; decode_attention takes one query per "
             f"sequence. flash_attention takes more."
         )
-    if why := obstacle(q, keys, values):
-        raise KernelError(f"decode_attention cannot run here: {why}. reference.attention can.")
     if not isinstance(length, Tensor):
         number = [length] if isinstance(length, int) else length
         length = Tensor(number, dtype=dtypes.int32, device=q.device)
@@ -105,13 +163,24 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | U
         decode,
         [empty(q, B, H, 1, D)],
         [contiguous(q), contiguous(keys), contiguous(values), contiguous(length.reshape(1))],
-        lanes=tile_shape(_gpu(q))[0],
+        lanes=tile_shape(on_gpu(q))[0],
         name=f"attention_decode_{B}_{H}_{T}_{D}",
         ops=4 * B * H * T * D,
         heads=B * H,
         T=T,
         D=D,
     )[0]
+
+
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: int | UOp) -> Tensor:
+    """Causal attention of q (B, H, T, D), the last T of ``length`` positions -> (B, H, T, D).
+
+    keys and values (B, H, block_size, D) are a cache. For a single query, the step of decoding,
+    ``length`` may be a bound variable.
+    """
+    if q.shape[2] == 1:
+        return decode_attention(q, keys, values, length)
+    return flash_attention(q, keys[:, :, :length], values[:, :, :length], is_causal=True)
 
 
 def _attention(
@@ -123,7 +192,7 @@ def _attention(
 ) -> Tensor:
     """The result, of the given shape; ``rows`` is that of a number for each query (B, H, Tq)."""
     x = inputs[0]
-    keys = [contiguous(key.to(x.device))] if p.dropout and key is not None else []
+    keys = [contiguous(key)] if p.dropout and key is not None else []
 
     def gradients(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         out, lse = outputs
@@ -131,7 +200,7 @@ def _attention(
         grad = contiguous(gradient.cast(out.dtype))
         return [*_gradients(p, grad, saved, inputs, keys), *(None for _ in keys)]
 
-    outputs = [empty(x, *shape), empty(x, *rows, dtype=sum_dtype(x.dtype))]
+    outputs = [empty(x, *shape), empty(x, *rows, dtype=wide(x.dtype))]
     return _run(forward, p, 2, outputs, [*inputs, *keys], gradients)[0]
 
 
@@ -142,7 +211,7 @@ def _gradients(
     out, lse = saved
     sums = [empty(x, *map(int, x.shape), dtype=lse.dtype) for x in inputs]
     delta = empty(lse, *map(int, lse.shape))
-    fuse = not _gpu(grad) and p.B * p.H >= HEADS
+    fuse = not on_gpu(grad) and p.B * p.H >= HEADS
     if fuse:
         found = _run(backward.fused, p, 5, [*sums, delta], [grad, out, lse, *inputs, *keys])[:-1]
     else:
@@ -167,7 +236,7 @@ def _run(
         kernel,
         outputs,
         inputs,
-        lanes=tile_shape(_gpu(inputs[0]))[0],
+        lanes=tile_shape(on_gpu(inputs[0]))[0],
         name=p.name(kernel.__name__),
         ops=p.ops(products),
         backward=gradients,
@@ -181,10 +250,6 @@ def _each(x: Tensor, B: int, H: int) -> tuple[int, int]:
         return B, H
     count = len(x.device or ())
     return (B // count, H) if x.uop.axis == 0 else (B, H // count)
-
-
-def _gpu(x: Tensor) -> bool:
-    return bool(Device[first_device(x)].renderer.has_local)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:

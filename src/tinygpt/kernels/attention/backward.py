@@ -22,23 +22,9 @@ from collections.abc import Sequence
 
 from tinygrad import UOp
 
-from tinygpt.kernels.attention.tiles import (
-    HIDDEN,
-    Dropout,
-    Head,
-    Matrix,
-    Problem,
-    block_size,
-    blocks,
-    clamp,
-    counted,
-    element,
-    position,
-    power,
-    product,
-    store,
-)
-from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, minimum
+from tinygpt.kernels.attention.tiles import HIDDEN, Dropout, Head, Problem, block_size, tile_shape
+from tinygpt.kernels.loops import Matrix, blocks, counted, element, int32, product, store
+from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, exp2, minimum
 
 
 def fused(k: Kernel, *arrays: Array, p: Problem) -> None:
@@ -95,10 +81,10 @@ def add_up(k: Kernel, p: Problem, head: UOp, delta: Array, grad: Array, out: Arr
         with k.phase() as lane:
             sums[0, lane] = 0.0
         with k.loop(p.D) as d, k.phase() as lane:
-            t = clamp(i * k.lanes + lane, p.Tq)
+            t = minimum(i * k.lanes + lane, p.Tq - 1)
             sums[0, lane] = sums[0, lane] + a[t, d] * b[t, d]
         with k.phase() as lane:
-            delta[head * p.Tq + clamp(i * k.lanes + lane, p.Tq)] = sums[0, lane]
+            delta[head * p.Tq + minimum(i * k.lanes + lane, p.Tq - 1)] = sums[0, lane]
 
 
 class Sweep:
@@ -115,6 +101,7 @@ class Sweep:
         inputs: Sequence[Array],
     ) -> None:
         self.k, self.p, self.block = k, p, block_size(p.Tq)
+        self.rows_of_tile = tile_shape(k.gpu)[1]
         self.q, self.key, self.value = p.heads(inputs, head)
         self.grad = p.head(grad, head, p.Tq)
         self.lse, self.delta, self.first = lse, delta, head * p.Tq
@@ -172,14 +159,15 @@ class Sweep:
         def weights(x: UOp, dw: UOp, lane: UOp) -> None:
             t = self.first + self.query_row(block, x)
             score = self.w[x, lane] - self.lse[t]
-            query = position(block) * self.block + position(x)
+            query = int32(block) * self.block + int32(x)
             seen = self.seen(query, tile, lane)
-            weight = power(score if seen is None else seen.where(score, HIDDEN))
+            weight = exp2(score if seen is None else seen.where(score, HIDDEN))
             self.w[x, lane] = self.drop(weight, lane, query)
             self.ds[x, lane] = weight * (self.drop(dw, lane, query) - self.delta[t])
 
-        product(k, self.block, p.D, q, element(self.key_t), store(self.w))
-        product(k, self.block, p.D, grad, element(self.value_t), weights)
+        rows = self.rows_of_tile
+        product(k, self.block, p.D, q, element(self.key_t), store(self.w), tile=rows)
+        product(k, self.block, p.D, grad, element(self.value_t), weights, tile=rows)
 
     def seen(self, query: UOp, tile: UOp, lane: UOp) -> UOp | None:
         """Whether a query sees a lane's key, None if all do. Queries beyond the last see none."""
@@ -187,7 +175,7 @@ class Sweep:
         exists = query < p.Tq if p.Tq % self.block else None
         if not p.causal:
             return exists
-        before = position(self.key_row(tile, lane)) < query + (p.ahead + 1)
+        before = int32(self.key_row(tile, lane)) < query + (p.ahead + 1)
         return before if exists is None else before & exists
 
     def add_to_keys(self, rows: Matrix, weights: Tile, sums: Tile) -> None:
@@ -200,6 +188,7 @@ class Sweep:
             element(weights),
             store(sums),
             element(sums),
+            tile=self.rows_of_tile,
         )
 
     def add_to_queries(self, tile: UOp, block: UOp, dq: Head) -> None:
@@ -210,13 +199,13 @@ class Sweep:
             value = self.ds[x, r]
             if p.Tk % k.lanes == 0:
                 return value
-            return (position(tile) * k.lanes + position(r) < p.Tk).where(value, 0.0)
+            return (int32(tile) * k.lanes + int32(r) < p.Tk).where(value, 0.0)
 
         with k.loop(blocks(p.D, k.lanes)) as part:
 
             def add(x: UOp, value: UOp, lane: UOp) -> None:
                 t, d = self.query_row(block, x), part * k.lanes + lane
-                total = dq[t, clamp(d, p.D)] + value * p.scale
+                total = dq[t, minimum(d, p.D - 1)] + value * p.scale
                 dq.put(t, d, total, self.inside(block, x, d))
 
             product(
@@ -224,8 +213,9 @@ class Sweep:
                 self.block,
                 k.lanes,
                 ds,
-                lambda r, lane: self.key_rows(r, clamp(part * k.lanes + lane, p.D)),
+                lambda r, lane: self.key_rows(r, minimum(part * k.lanes + lane, p.D - 1)),
                 add,
+                tile=self.rows_of_tile,
             )
 
     def clear(self, block: UOp, dq: Head) -> None:
@@ -233,7 +223,7 @@ class Sweep:
         k, p = self.k, self.p
         with k.loop(self.block) as x, k.loop(blocks(p.D, k.lanes)) as part, k.phase() as lane:
             d = part * k.lanes + lane
-            dq.put(self.query_row(block, x), clamp(d, p.D), 0.0)
+            dq.put(self.query_row(block, x), minimum(d, p.D - 1), 0.0)
 
     def inside(self, block: UOp, x: Index, d: Index) -> UOp | None:
         """Whether dQ has such an element; None if it surely has."""
@@ -244,11 +234,11 @@ class Sweep:
 
     def key_row(self, tile: UOp, lane: Index) -> UOp:
         at = tile * self.k.lanes + lane
-        return at if self.p.Tk % self.k.lanes == 0 else clamp(at, self.p.Tk)
+        return at if self.p.Tk % self.k.lanes == 0 else minimum(at, self.p.Tk - 1)
 
     def query_row(self, block: UOp, x: Index) -> UOp:
         at = block * self.block + x
-        return at if self.p.Tq % self.block == 0 else clamp(at, self.p.Tq)
+        return at if self.p.Tq % self.block == 0 else minimum(at, self.p.Tq - 1)
 
     def first_block_that_sees(self, tile: UOp) -> Index:
         if not self.p.causal:

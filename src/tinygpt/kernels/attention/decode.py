@@ -1,7 +1,7 @@
 """The decoding kernels: one query per head against a cache whose length is data.
 
 In `decode` all sequences of a batch have the same length. In `decode_rows` each has its own, and
-its own place in a cache that has places for more: texts that began at different times.
+its own place in a cache that has slots for more: texts that began at different times.
 """
 
 from __future__ import annotations
@@ -13,16 +13,9 @@ from dataclasses import dataclass
 
 from tinygrad import UOp
 
-from tinygpt.kernels.attention.tiles import (
-    HIDDEN,
-    at_most,
-    blocks,
-    clamp,
-    counted,
-    power,
-    sum_dtype,
-)
-from tinygpt.kernels.phases import Array, Index, Kernel, Tile, minimum
+from tinygpt.kernels.attention.tiles import HIDDEN
+from tinygpt.kernels.loops import add_across, at_most, blocks, counted
+from tinygpt.kernels.phases import LOG2E, Array, Index, Kernel, exp2, minimum, wide
 
 BLOCK = 64
 """Keys between two rescalings of the sum."""
@@ -59,7 +52,7 @@ def decode_rows(
     keys: Array,
     values: Array,
     qkv: Array,
-    places: Array,
+    slots: Array,
     positions: Array,
     *,
     rows: int,
@@ -71,17 +64,17 @@ def decode_rows(
     """Each row's own key and value into the cache, then out = softmax(q kᵀ / √D) v up to there.
 
     qkv is (rows, 3, H, D), out (rows, H, D), keys and values are (P, H, T, D). A row has the place
-    ``places[row]`` there, and stands at ``positions[row]``.
+    ``slots[row]`` there, and stands at ``positions[row]``.
     """
     unit = k.units(rows * H)
     row, h = unit // H, unit % H
     position = at_most(positions[row], T - 1)
     query = row * (3 * H * D) + h * D
-    at = Head(query, (at_most(places[row], P - 1) * H + h) * (T * D), unit * D)
+    at = Head(query, (at_most(slots[row], P - 1) * H + h) * (T * D), unit * D)
     for part, cache in enumerate((keys, values), start=1):
         with k.loop(blocks(D, k.lanes)) as j, k.phase() as lane:
             d = j * k.lanes + lane
-            new = qkv[query + part * (H * D) + clamp(d, D)]
+            new = qkv[query + part * (H * D) + minimum(d, D - 1)]
             cache.put(at.cache + position * D + d, new, d < D if D % k.lanes else None)
     n = position + 1
     loop = counted(k, (n + (BLOCK - 1)) // BLOCK, blocks(T, BLOCK))
@@ -113,7 +106,7 @@ def _attend(
     Online softmax, as in `forward`. Reading the cache is all the work there is, so lanes are the
     head's dimensions, in which it is read in order; the scores are added up across the lanes.
     """
-    dtype, W, parts = sum_dtype(q.dtype), k.lanes, range(blocks(D, k.lanes))
+    dtype, W, parts = wide(q.dtype), k.lanes, range(blocks(D, k.lanes))
     scaled, o = k.tile(len(parts), dtype), k.tile(len(parts), dtype)
     products, w = k.tile(ROWS, dtype, shared=True), k.tile(1, dtype, width=BLOCK, shared=True)
     lanes = k.tile(1, dtype, shared=True)
@@ -121,11 +114,11 @@ def _attend(
     groups = range(BLOCK // W)
 
     def number(cache: Array, t: Index, part: Index, lane: Index) -> UOp:
-        return cache[at.cache + minimum(t, n - 1) * D + clamp(part * W + lane, D)].cast(dtype)
+        return cache[at.cache + minimum(t, n - 1) * D + minimum(part * W + lane, D - 1)].cast(dtype)
 
     with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
-        query = q[at.query + clamp(d, D)].cast(dtype) * (math.log2(math.e) / math.sqrt(D))
+        query = q[at.query + minimum(d, D - 1)].cast(dtype) * (LOG2E / math.sqrt(D))
         scaled[part, lane] = (d < D).where(query, 0.0)
         o[part, lane] = 0.0
     with k.phase(1):
@@ -136,7 +129,7 @@ def _attend(
             with k.loop(ROWS) as x, k.phase() as lane:
                 terms = [scaled[part, lane] * number(keys, first + x, part, lane) for part in parts]
                 products[x, lane] = functools.reduce(UOp.add, terms)
-            _add_across(k, sums, products, ROWS)
+            add_across(k, sums, products, ROWS)
             with k.loop(ROWS) as x, k.phase(1):
                 w[0, i * ROWS + x] = (first + x < n).where(sums[x, 0], HIDDEN)
         with k.phase() as lane:
@@ -146,12 +139,12 @@ def _attend(
         with k.loop(W) as lane, k.phase(1):
             m_new[0, 0] = m_new[0, 0].maximum(lanes[0, lane])
         with k.phase(1):
-            m[0, 0], shrink[0, 0] = m_new[0, 0], power(m[0, 0] - m_new[0, 0])
+            m[0, 0], shrink[0, 0] = m_new[0, 0], exp2(m[0, 0] - m_new[0, 0])
         with k.loop(len(groups)) as g, k.phase() as lane:
-            w[0, g * W + lane] = power(w[0, g * W + lane] - m[0, 0])
+            w[0, g * W + lane] = exp2(w[0, g * W + lane] - m[0, 0])
         with k.phase() as lane:
             lanes[0, lane] = functools.reduce(UOp.add, [w[0, g * W + lane] for g in groups])
-        _add_across(k, sums, lanes, 1)
+        add_across(k, sums, lanes, 1)
         with k.phase(1):
             total[0, 0] = total[0, 0] * shrink[0, 0] + sums[0, 0]
         with k.loop(len(parts)) as part, k.phase() as lane:
@@ -165,23 +158,3 @@ def _attend(
     with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
         out.put(at.result + d, o[part, lane] / total[0, 0], d < D if D % W else None)
-
-
-def _add_across(k: Kernel, sums: Tile, tile: Tile, rows: int) -> None:
-    """sums[x, 0] = the sum of tile[x, lane] over the lanes. The tile is spent."""
-    width = k.lanes
-    while width % 2 == 0 and width > 4 and not k.gpu:  # by halves, in vectors
-        width //= 2
-        with k.phase(width) as lane:
-            for x in range(rows):
-                tile[x, lane] = tile[x, lane] + tile[x, lane + width]
-    if width == 4:
-        with k.phase(rows) as row:
-            sums[row, 0] = (tile[row, 0] + tile[row, 1]) + (tile[row, 2] + tile[row, 3])
-        return
-    with k.phase(1):
-        for x in range(rows):
-            sums[x, 0] = 0.0
-    with k.loop(width) as lane, k.phase(1):
-        for x in range(rows):
-            sums[x, 0] = sums[x, 0] + tile[x, lane]

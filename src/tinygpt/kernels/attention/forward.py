@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from tinygrad import UOp
 
-from tinygpt.kernels.attention.tiles import (
-    HIDDEN,
-    Dropout,
-    Problem,
-    block_size,
-    blocks,
-    clamp,
-    counted,
-    element,
-    position,
-    power,
-    product,
-    store,
-)
-from tinygpt.kernels.phases import Array, Index, Kernel, as_index, minimum
+from tinygpt.kernels.attention.tiles import HIDDEN, Dropout, Problem, block_size, tile_shape
+from tinygpt.kernels.loops import blocks, counted, element, int32, product, store
+from tinygpt.kernels.phases import Array, Index, Kernel, as_index, exp2, minimum
 
 GROUP = 4
 """Tiles of queries that share a block of keys, so that copying it costs next to nothing."""
@@ -47,12 +35,12 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
     result, dtype, D = p.head(out, head, p.Tq), lse.dtype, p.D
 
     def query(tile: Index, lane: Index) -> UOp:
-        return clamp(first + tile * k.lanes + lane, p.Tq)
+        return minimum(first + tile * k.lanes + lane, p.Tq - 1)
 
     scaled, o, w = k.tile(size * D, dtype), k.tile(size * D, dtype), k.tile(block, dtype)
     m, total = k.tile(size, dtype), k.tile(size, dtype)
     m_new, shrink = k.tile(1, dtype), k.tile(1, dtype)
-    drop = Dropout(k, p, head, inputs, block)
+    drop, rows = Dropout(k, p, head, inputs, block), tile_shape(k.gpu)[1]
     with k.loop(size) as tile:
         with k.loop(D) as d, k.phase() as lane:
             scaled[tile * D + d, lane] = q[query(tile, lane), d] * p.log2_scale
@@ -65,7 +53,7 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
 
         def row(x: Index) -> UOp:
             at = j * block + x
-            return at if p.Tk % block == 0 else clamp(at, p.Tk)
+            return at if p.Tk % block == 0 else minimum(at, p.Tk - 1)
 
         keys, values = key.rows(k, row, block, D), value.rows(k, row, block, D)
         drop.take(row)
@@ -75,23 +63,23 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
             tile = i + skipped
 
             def mask(x: UOp, score: UOp, lane: UOp) -> None:
-                seen = position(query(tile, lane)) + (p.ahead + 1) if p.causal else position(p.Tk)
+                seen = int32(query(tile, lane)) + (p.ahead + 1) if p.causal else int32(p.Tk)
                 if p.causal or p.Tk % block:
-                    score = (position(x) < seen - position(j) * block).where(score, HIDDEN)
+                    score = (int32(x) < seen - int32(j) * block).where(score, HIDDEN)
                 w[x, lane] = score
                 m_new[0, lane] = m_new[0, lane].maximum(score)
 
             with k.phase() as lane:
                 m_new[0, lane] = m[tile, lane]
-            product(k, block, D, keys, element(scaled, tile * D), mask)
+            product(k, block, D, keys, element(scaled, tile * D), mask, tile=rows)
             with k.phase() as lane:
-                shrink[0, lane] = power(m[tile, lane] - m_new[0, lane])
+                shrink[0, lane] = exp2(m[tile, lane] - m_new[0, lane])
                 m[tile, lane] = m_new[0, lane]
             with k.phase() as lane:
                 total[tile, lane] = total[tile, lane] * shrink[0, lane]
             with k.loop(block) as x, k.phase() as lane:
-                weight = power(w[x, lane] - m_new[0, lane])
-                w[x, lane] = drop(weight, x, position(query(tile, lane)))
+                weight = exp2(w[x, lane] - m_new[0, lane])
+                w[x, lane] = drop(weight, x, int32(query(tile, lane)))
                 total[tile, lane] = total[tile, lane] + weight
             product(
                 k,
@@ -101,6 +89,7 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
                 element(w),
                 store(o, tile * D),
                 lambda d, lane: o[tile * D + d, lane] * shrink[0, lane],
+                tile=rows,
             )
     with k.loop(size) as tile, k.phase() as lane:
         lse[head * p.Tq + query(tile, lane)] = m[tile, lane] + total[tile, lane].log2()

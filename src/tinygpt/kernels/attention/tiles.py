@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
 
-from tinygpt.kernels.masks import keeps, stream
+from tinygpt.kernels.dropout import keeps, stream
+from tinygpt.kernels.loops import Matrix, blocks, int32
 from tinygpt.kernels.matmul import register_tiles
-from tinygpt.kernels.phases import Array, Index, Kernel, Tile, Value, as_index, as_uop, exp2
-from tinygpt.machine.tinygrad_internals import DType
+from tinygpt.kernels.phases import LOG2E, Array, Index, Kernel, Value, as_index, wide
 
 BLOCK = 32
 """Rows of the other side that meet a tile at once: with them, all of a unit stays in a 32 KB L1."""
@@ -47,7 +46,7 @@ class Problem:
     @property
     def log2_scale(self) -> float:
         """The same for scores to the base 2: exp(x) is 2 ** (x log2(e))."""
-        return self.scale * math.log2(math.e)
+        return self.scale * LOG2E
 
     @property
     def ahead(self) -> int:
@@ -90,7 +89,7 @@ class Head:
 
     def __init__(self, array: Array, start: Index, stride: int) -> None:
         self._array, self._start, self._stride = array, start, stride
-        self.dtype = sum_dtype(array.dtype)
+        self.dtype = wide(array.dtype)
 
     def at(self, t: Index, d: Index) -> Index:
         return as_index(self._start) + as_index(t) * self._stride + d
@@ -113,10 +112,6 @@ class Head:
 
     def put(self, t: Index, d: Index, value: Value, where: UOp | None = None) -> None:
         self._array.put(self.at(t, d), value, where)
-
-
-Matrix = Callable[[Index, Index], UOp]
-"""The element of a row and a column."""
 
 
 class Dropout:
@@ -142,7 +137,7 @@ class Dropout:
         key = (self._key[0], self._key[1])
         with self._k.loop(self._n) as i, self._k.phase() as lane:
             x = i * self._k.lanes + lane
-            number = (position(self._first) + position(row(x))).cast(dtypes.uint32)
+            number = (int32(self._first) + int32(row(x))).cast(dtypes.uint32)
             self._start[0, x], self._stride[0, x] = stream(key, number)
 
     def __call__(self, value: UOp, x: Index, query: UOp) -> UOp:
@@ -151,11 +146,6 @@ class Dropout:
             return value
         start, stride = self._start[0, x], self._stride[0, x]
         return keeps(start, stride, query.cast(dtypes.uint32), self._p.dropout).where(value, 0.0)
-
-
-def sum_dtype(dtype: DType) -> DType:
-    """The type to compute in: float32, or float64 for float64."""
-    return dtypes.float64 if dtype == dtypes.float64 else dtypes.float32
 
 
 def tile_shape(gpu: bool) -> tuple[int, int]:
@@ -170,113 +160,6 @@ def tile_shape(gpu: bool) -> tuple[int, int]:
     return max(suitable, key=lambda shape: (shape[0] >= 16, shape[1]))
 
 
-def product(
-    k: Kernel,
-    rows: int,
-    depth: int,
-    a: Matrix,
-    b: Matrix,
-    then: Callable[[UOp, UOp, UOp], None],
-    start: Callable[[UOp, UOp], UOp] | None = None,
-) -> None:
-    """``sum over y of a(x, y) * b(y, lane)`` for all x below ``rows`` and all lanes.
-
-    The sums begin at ``start(x, lane)``, or 0, and are kept in registers for a few rows at a time:
-    a number of ``a`` meets a vector of ``b``. ``then(x, value, lane)``, in a phase, is given them.
-    """
-    step = math.gcd(rows, tile_shape(k.gpu)[1])
-    sums = k.tile(step, a(0, 0).dtype)
-    with k.loop(rows // step) as i:
-        with k.loop(step) as x, k.phase() as lane:
-            sums[x, lane] = 0.0 if start is None else start(i * step + x, lane)
-        with k.loop(depth) as y, k.phase() as lane:
-            factor = b(y, lane)
-            for row in range(step):
-                sums[row, lane] = sums[row, lane] + a(i * step + row, y) * factor
-        with k.loop(step) as x, k.phase() as lane:
-            then(i * step + x, sums[x, lane], lane)
-
-
-def element(tile: Tile, first: Index = 0) -> Matrix:
-    """For ``product``: the elements of a tile from a row on."""
-    return lambda row, column: tile[first + as_index(row), column]
-
-
-def store(tile: Tile, first: Index = 0) -> Callable[[UOp, UOp, UOp], None]:
-    """For ``product``: write the values to a tile from a row on."""
-
-    def then(x: UOp, value: UOp, lane: UOp) -> None:
-        tile[first + x, lane] = value
-
-    return then
-
-
-def power(x: UOp) -> UOp:
-    """2 ** x for x <= 0, and exactly 0 from -126.5 down; cheaper than ``exp2``.
-
-    2 ** whole is made from its bits, which are all zero for whole = -127.
-    """
-    if x.dtype != dtypes.float32:
-        return exp2(x)
-    x = x.maximum(-127.0)
-    whole = (x + 150.5).cast(dtypes.int32) - 150  # round to nearest, by truncating above zero
-    rest = x - whole.cast(dtypes.float32)
-    value = as_uop(SERIES[0], dtypes.float32)
-    for coefficient in SERIES[1:]:
-        value = value * rest + coefficient
-    return value * ((whole + 127) * (1 << 23)).bitcast(dtypes.float32)
-
-
-SERIES = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
-
-
-def clamp(i: Index, n: int) -> UOp:
-    """i, or n - 1 if that is less: surplus rows and lanes repeat the last one."""
-    i = as_index(i)
-    return (i < n).where(i, as_index(n - 1))
-
-
-def position(i: Index) -> UOp:
-    """An index as an int32, to compare in vectors: positions are small, addresses need not be."""
-    return as_uop(i, dtypes.int32)
-
-
-def blocks(n: int, size: int) -> int:
-    """How many blocks cover n."""
-    return -(-n // size)
-
-
 def block_size(T: int) -> int:
     """Rows of a block of T positions: a multiple of 4, so that rows can be taken together."""
     return min(BLOCK, blocks(T, 4) * 4)
-
-
-def at_most(x: UOp, most: int) -> UOp:
-    """An index read from memory, of which it is known that it is from 0 to ``most``.
-
-    That keeps the arithmetic with it in 32 bits, where addresses fit: WebGPU has no others. It is
-    at least one bit, even where ``most`` is 0: were the input not read at all, tinygrad would give
-    its number to a variable of the kernel, and the two would collide.
-    """
-    return as_index(x & (2 ** max(1, most.bit_length()) - 1))
-
-
-@contextmanager
-def counted(k: Kernel, n: Index, most: int) -> Iterator[UOp]:
-    """A loop like ``k.loop(n)`` with 1 <= n <= most, which may depend on the unit or other loops.
-
-    tinygrad, where it ends a loop, ends those that its length was computed from as well. So this
-    one has no length: it counts for itself, and ends with a question.
-    """
-    if isinstance(n, int):
-        with k.loop(n) as index:
-            yield index
-        return
-    count = k.tile(1, dtypes.int32)
-    with k.phase() as lane:
-        count[0, lane] = 0
-    with k.repeat_while(lambda: count[0, 0] < position(n)):
-        i = count[0, 0]
-        yield at_most(i, most)
-        with k.phase(1):
-            count[0, 0] = i + 1

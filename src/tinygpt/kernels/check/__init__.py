@@ -18,8 +18,7 @@ from tinygrad import Context, Device, Tensor, TinyJit
 
 from tinygpt.errors import KernelError
 from tinygpt.kernels.check.cases import KERNELS, Array, Case, Results
-from tinygpt.kernels.fallback import falls_back, obstacle
-from tinygpt.kernels.linear import supported
+from tinygpt.kernels.dispatch import OPERATIONS, falls_back, obstacle, on_cpu
 
 TOLERANCE = 2e-5
 """The largest error that passes, as a part of the largest number of a result, or of 1."""
@@ -95,13 +94,19 @@ def check_kernel(kernel: str, timed: bool = True) -> KernelReport:
     if falls_back(kernel, why := obstacle(probe)):
         return KernelReport(kernel, Device.DEFAULT, (), None, f"not checked: {why}")
     note = ""
-    if kernel == "linear" and not supported(probe):
+    if kernel == "linear" and not on_cpu(probe):
         note = "on this device linear layers are tinygrad's own products: both ways are the same"
     rows = tuple(map(check_case, cases()))
     good = all(row.passed for row in rows)
     return KernelReport(
         kernel, Device.DEFAULT, rows, time_case(typical()) if timed and good else None, note
     )
+
+
+def unchecked() -> list[str]:
+    """The operations that no case of their kernel checks; there should be none."""
+    checked = {(kernel, c.operation) for kernel, (cases, _) in KERNELS.items() for c in cases()}
+    return [name for name, kernel in OPERATIONS.items() if (kernel, name) not in checked]
 
 
 def check_case(case: Case) -> Row:

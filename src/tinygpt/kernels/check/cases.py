@@ -1,11 +1,12 @@
 """What is checked: for each kernel shapes that are usual, odd and small, and a typical one to time.
 
-A case has the same inputs for three ways to compute: our kernel, its plain twin, and float64.
+A case computes an operation in three ways from the same inputs: by its kernel, by its plain twin
+and in float64. Every operation of ``dispatch.OPERATIONS`` needs one: see `check.unchecked`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor
 
-from tinygpt.kernels import (
-    adamw_update,
-    embedding,
-    gelu,
-    layer_norm,
-    linear,
-    loss,
-    quantized_linear,
-    reference,
-    self_attention,
-)
+from tinygpt import kernels
 from tinygpt.kernels.attention import decode_attention, flash_attention
 from tinygpt.kernels.check import exact
 
@@ -35,8 +26,10 @@ Formula = Callable[..., list[exact.Array]]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape."""
+    """One operation at one shape."""
 
+    operation: str
+    """Its name in ``OPERATIONS``."""
     shape: str
     inputs: tuple[Array, ...]
     ours: Results
@@ -44,8 +37,25 @@ class Case:
     twin: Results
     exact: Formula
     """Of the inputs, of which the floating ones are float64."""
-    results: int = 1
+    results: int
     """How many of the computed arrays are results; the others are gradients."""
+
+
+def case(
+    operation: Callable[..., object],
+    shape: str,
+    inputs: Sequence[Array],
+    compute: Results,
+    formula: Formula,
+    results: int = 1,
+) -> Case:
+    """A case of an operation that ``compute`` calls: its twin is the same within ``plain()``."""
+
+    def twin(*given: Tensor) -> list[Tensor]:
+        with kernels.plain():
+            return compute(*given)
+
+    return Case(operation.__name__, shape, tuple(inputs), compute, twin, formula, results)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -62,6 +72,8 @@ def attention_cases() -> Iterator[Case]:
         yield _attention(f"B{B} H{H} {sizes} D{D}", B, H, Tq, Tk, D, causal)
     yield _packed("packed B2 H4 T40 D32", 2, 4, 40, 32)
     yield _decoding("decode B2 H4 T300 D64", 2, 4, 300, 64)
+    yield _rows("rows n3 of 5 H2 T100 D32", 3, 5, 2, 100, 32)
+    yield _keep("keep 7 of 5 H2 T20 D24", 7, 5, 2, 20, 24)
 
 
 def attention_timed() -> Case:
@@ -71,22 +83,22 @@ def attention_timed() -> Case:
 def _attention(shape: str, B: int, H: int, Tq: int, Tk: int, D: int, causal: bool) -> Case:
     q, grad = numbers(B, H, Tq, D), numbers(B, H, Tq, D, seed=3)
     k, v = numbers(B, H, Tk, D, seed=1), numbers(B, H, Tk, D, seed=2)
-    return Case(
+    return case(
+        flash_attention,
         f"{shape} causal" if causal else f"{shape} all to all",
         (q, k, v, grad),
         with_gradients(lambda q, k, v: flash_attention(q, k, v, causal), 3),
-        with_gradients(lambda q, k, v: reference.attention(q, k, v, causal), 3),
         lambda q, k, v, grad: exact.attention(q, k, v, causal, grad),
     )
 
 
 def _packed(shape: str, B: int, H: int, T: int, D: int) -> Case:
     """As the model calls it."""
-    return Case(
+    return case(
+        kernels.self_attention,
         f"{shape} causal",
         (numbers(B, T, 3 * H * D), numbers(B, T, H * D, seed=1)),
-        with_gradients(lambda qkv: self_attention(qkv, H), 1),
-        with_gradients(lambda qkv: reference.packed_attention(qkv, H), 1),
+        with_gradients(lambda qkv: kernels.self_attention(qkv, H), 1),
         lambda qkv, grad: exact.packed_attention(qkv, H, grad),
     )
 
@@ -94,48 +106,76 @@ def _packed(shape: str, B: int, H: int, T: int, D: int) -> Case:
 def _decoding(shape: str, B: int, H: int, T: int, D: int) -> Case:
     """One query and a cache that is filled up to ``length``, which has no gradients."""
     length = T * 2 // 3
-    return Case(
+    return case(
+        decode_attention,
         shape,
         (numbers(B, H, 1, D), numbers(B, H, T, D, seed=1), numbers(B, H, T, D, seed=2)),
         lambda q, k, v: [decode_attention(q, k, v, length)],
-        lambda q, k, v: [reference.attention(q, k[:, :, :length], v[:, :, :length])],
         lambda q, k, v: exact.attention(q, k[:, :, :length], v[:, :, :length], False, q)[:1],
     )
+
+
+def _rows(shape: str, n: int, P: int, H: int, T: int, D: int) -> Case:
+    """A step of n sequences in a cache of P slots."""
+    slots, positions = np.arange(P, dtype=np.int32)[::-1][:n].copy(), np.arange(n, dtype=np.int32)
+    positions *= T // n
+    inputs = (numbers(n, 3 * H * D), *_cache(P, H, T, D), slots, positions)
+
+    def compute(qkv: Tensor, keys: Tensor, values: Tensor, *where: Tensor) -> list[Tensor]:
+        keys, values = keys.clone().realize(), values.clone().realize()
+        out = kernels.rows_attention(qkv, keys, values, *where).realize()
+        return [out, keys, values]
+
+    return case(kernels.rows_attention, shape, inputs, compute, exact.rows_attention, results=3)
+
+
+def _keep(shape: str, n: int, P: int, H: int, T: int, D: int) -> Case:
+    """The keys and values of a prompt, written into slot 1."""
+    inputs = (numbers(n, 3 * H * D), *_cache(P, H, T, D), np.array([1], np.int32))
+
+    def compute(qkv: Tensor, keys: Tensor, values: Tensor, slot: Tensor) -> list[Tensor]:
+        return kernels.keep(qkv, keys.clone().realize(), values.clone().realize(), slot)
+
+    return case(kernels.keep, shape, inputs, compute, exact.keep, results=2)
+
+
+def _cache(P: int, H: int, T: int, D: int) -> tuple[Array, Array]:
+    return numbers(P, H, T, D, seed=1), numbers(P, H, T, D, seed=2)
 
 
 def linear_cases() -> Iterator[Case]:
     for rows, n_in, n_out in ((1, 64, 192), (24, 96, 160), (65, 33, 17)):
         yield _linear(rows, n_in, n_out)
-    yield _linear(48, 64, 256, "gelu")
-    yield _linear(300, 128, 64, "residual")
 
 
 def linear_timed() -> Case:
-    return _linear(768, 128, 512, "gelu")
+    return _linear(768, 128, 512)
 
 
-def _linear(rows: int, n_in: int, n_out: int, extra: str = "") -> Case:
+def _linear(rows: int, n_in: int, n_out: int) -> Case:
     inputs = [numbers(rows, n_in), numbers(n_out, n_in, seed=1), numbers(n_out, seed=2)]
-    inputs += [numbers(rows, n_out, seed=3)] * (extra == "residual")
-    formulas: dict[str, Formula] = {
-        "": exact.linear,
-        "gelu": exact.linear_gelu,
-        "residual": exact.linear_residual,
-    }
-
-    def computed(function: Callable[..., Tensor]) -> Results:
-        def layer(x: Tensor, w: Tensor, b: Tensor, residual: Tensor | None = None) -> Tensor:
-            return function(x, w, b, residual, "gelu" if extra == "gelu" else None)
-
-        return with_gradients(layer, len(inputs))
-
-    return Case(
-        f"{rows}x{n_in} to {n_out} {extra}".rstrip(),
+    return case(
+        kernels.linear,
+        f"{rows}x{n_in} to {n_out}",
         (*inputs, numbers(rows, n_out, seed=4)),
-        computed(linear),
-        computed(reference.linear),
-        formulas[extra],
+        with_gradients(kernels.linear, 3),
+        exact.linear,
     )
+
+
+def gelu_cases() -> Iterator[Case]:
+    for rows, width in ((1, 1), (7, 33), (96, 128)):
+        yield _gelu(rows, width)
+
+
+def gelu_timed() -> Case:
+    return _gelu(768, 512)
+
+
+def _gelu(rows: int, width: int) -> Case:
+    inputs = numbers(rows, width), numbers(rows, width, seed=1)
+    compute = with_gradients(kernels.gelu, 1)
+    return case(kernels.gelu, f"{rows}x{width}", inputs, compute, exact.gelu)
 
 
 def int8_cases() -> Iterator[Case]:
@@ -151,28 +191,13 @@ def _int8(rows: int, n_in: int, n_out: int) -> Case:
     """A layer whose weights are int8, which only generates and has no gradients."""
     weight = np.random.default_rng(1).integers(-127, 128, (n_out, n_in), np.int8)
     scale = np.abs(numbers(n_out, seed=2)) / 127
-    return Case(
+    return case(
+        kernels.quantized_linear,
         f"{rows}x{n_in} to {n_out}",
         (numbers(rows, n_in), weight, scale, numbers(n_out, seed=3)),
-        lambda *given: [quantized_linear(*given)],
-        lambda *given: [reference.quantized_linear(*given)],
+        lambda *given: [kernels.quantized_linear(*given)],
         exact.quantized_linear,
     )
-
-
-def gelu_cases() -> Iterator[Case]:
-    for rows, width in ((1, 1), (3, 33), (24, 512)):
-        yield _gelu(rows, width)
-
-
-def gelu_timed() -> Case:
-    return _gelu(768, 512)
-
-
-def _gelu(rows: int, width: int) -> Case:
-    inputs = (numbers(rows, width) * 3, numbers(rows, width, seed=1))
-    ours, twin = with_gradients(gelu, 1), with_gradients(reference.gelu, 1)
-    return Case(f"{rows}x{width}", inputs, ours, twin, exact.gelu)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -187,8 +212,29 @@ def norm_timed() -> Case:
 def _norm(rows: int, width: int) -> Case:
     x = numbers(rows, width) * 3 + 1
     inputs = (x, numbers(width, seed=1), numbers(width, seed=2), numbers(rows, width, seed=3))
-    ours, twin = with_gradients(layer_norm, 3), with_gradients(reference.layer_norm, 3)
-    return Case(f"{rows}x{width}", inputs, ours, twin, exact.layer_norm)
+    compute = with_gradients(kernels.layer_norm, 3)
+    return case(kernels.layer_norm, f"{rows}x{width}", inputs, compute, exact.layer_norm)
+
+
+def dropout_cases() -> Iterator[Case]:
+    for rows, width in ((1, 1), (7, 33), (96, 128)):
+        yield _dropout(rows, width)
+
+
+def dropout_timed() -> Case:
+    return _dropout(768, 128)
+
+
+def _dropout(rows: int, width: int) -> Case:
+    x, grad = (numbers(rows, width, seed=i) for i in range(2))
+    key, p = np.array([1337, 42], np.uint32), 0.3
+    return case(
+        kernels.dropout,
+        f"{rows}x{width}",
+        (x, key, grad),
+        with_gradients(lambda x, key: kernels.dropout(x, p, key), 1),
+        lambda x, key, grad: exact.dropout(x, key, p, grad),
+    )
 
 
 def embedding_cases() -> Iterator[Case]:
@@ -201,15 +247,12 @@ def embedding_timed() -> Case:
 
 
 def _embedding(B: int, T: int, V: int, C: int) -> Case:
-    def computed(function: Callable[..., Tensor]) -> Results:
-        return with_gradients(lambda weight, at, tokens: function(tokens, weight, at), 2)
-
     tokens = np.random.default_rng(0).integers(0, V, (B, T), np.int32)
-    return Case(
+    return case(
+        kernels.embedding,
         f"{B}x{T} of {V}x{C}",
         (numbers(V, C), numbers(T, C, seed=1), tokens, numbers(B, T, C, seed=2)),
-        computed(embedding),
-        computed(reference.embedding),
+        with_gradients(lambda weight, at, tokens: kernels.embedding(tokens, weight, at), 2),
         exact.embedding,
     )
 
@@ -217,6 +260,7 @@ def _embedding(B: int, T: int, V: int, C: int) -> Case:
 def loss_cases() -> Iterator[Case]:
     for rows, C, V in ((1, 16, 5), (7, 33, 300), (300, 64, 1000)):
         yield _loss(rows, C, V)
+    yield _cross_entropy(7, 300)
 
 
 def loss_timed() -> Case:
@@ -224,21 +268,28 @@ def loss_timed() -> Case:
 
 
 def _loss(rows: int, C: int, V: int) -> Case:
-    targets = np.random.default_rng(0).integers(0, V, rows).astype(np.int32)
-    targets[1::5] = -1  # left out
-    scale = np.array([rows], np.float32)  # the gradients of a mean are small; so they are about 1
-    return Case(
-        f"{rows}x{C} to {V}",
-        (numbers(rows, C), numbers(V, C, seed=1), targets, scale),
-        with_gradients(lambda x, weight, targets: loss(x, weight, targets, gradient=True), 2),
-        with_gradients(
-            lambda x, weight, targets: reference.cross_entropy(
-                reference.linear(x, weight), targets
-            ),
-            2,
-        ),
-        exact.loss,
+    def compute(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return kernels.loss(x, weight, targets, gradient=True)
+
+    inputs = (numbers(rows, C), numbers(V, C, seed=1), *_targets(rows, V))
+    shape = f"{rows}x{C} to {V}"
+    return case(kernels.loss, shape, inputs, with_gradients(compute, 2), exact.loss)
+
+
+def _cross_entropy(rows: int, V: int) -> Case:
+    """Of logits that exist."""
+    inputs = (numbers(rows, V), *_targets(rows, V))
+    compute = with_gradients(kernels.cross_entropy, 1)
+    return case(
+        kernels.cross_entropy, f"{rows} logits of {V}", inputs, compute, exact.cross_entropy
     )
+
+
+def _targets(rows: int, V: int) -> tuple[Array, Array]:
+    """Targets, some left out, and a gradient: those of a mean are small; so they are about 1."""
+    targets = np.random.default_rng(0).integers(0, V, rows).astype(np.int32)
+    targets[1::5] = -1
+    return targets, np.array([rows], np.float32)
 
 
 def adamw_cases() -> Iterator[Case]:
@@ -254,28 +305,24 @@ def adamw_timed() -> Case:
 def _adamw(name: str, *shapes: tuple[int, ...]) -> Case:
     """The third step, with weight decay, and clipped."""
     n, step = len(shapes), 3
-    rates = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip": 1.0}
+    rates: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip": 1.0}
     kinds = [[numbers(*s, seed=4 * i + j) for i, s in enumerate(shapes)] for j in range(4)]
     kinds[3] = [v**2 for v in kinds[3]]
     scalars = [np.array([x], np.float32) for x in (0.1, 0.9 ** (step - 1), 0.99 ** (step - 1))]
 
-    def computed(function: Callable[..., Tensor]) -> Results:
-        def results(*inputs: Tensor) -> list[Tensor]:
-            p, g, m, v = (list(inputs[i : i + n]) for i in range(0, 4 * n, n))
-            p, m, v = ([t.clone() for t in ts] for ts in (p, m, v))
-            lr, *powers = (t.clone() for t in inputs[4 * n :])
-            report = function(p, g, m, v, lr, *powers, decay=[0.1] * n, **rates)
-            return [report[1], *(t for part in zip(p, m, v, strict=True) for t in part)]
-
-        return results
+    def compute(*inputs: Tensor) -> list[Tensor]:
+        p, g, m, v = (list(inputs[i : i + n]) for i in range(0, 4 * n, n))
+        p, m, v = ([t.clone() for t in ts] for ts in (p, m, v))
+        lr, *powers = (t.clone() for t in inputs[4 * n :])
+        report = kernels.adamw_update(p, g, m, v, lr, *powers, decay=[0.1] * n, **rates)
+        return [report[1], *(t for part in zip(p, m, v, strict=True) for t in part)]
 
     def formula(*inputs: exact.Array) -> list[exact.Array]:
         parts = list(zip(*(inputs[i : i + n] for i in range(0, 4 * n, n)), strict=True))
         return exact.adamw(parts, step, lr=0.1, decay=0.1, **rates)
 
     inputs = (*kinds[0], *kinds[1], *kinds[2], *kinds[3], *scalars)
-    ours, twin = computed(adamw_update), computed(reference.adamw_update)
-    return Case(name, inputs, ours, twin, formula, results=1 + 3 * n)
+    return case(kernels.adamw_update, name, inputs, compute, formula, results=1 + 3 * n)
 
 
 def with_gradients(function: Function, count: int) -> Results:
@@ -300,9 +347,10 @@ def numbers(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
 KERNELS: dict[str, tuple[Callable[[], Iterator[Case]], Callable[[], Case]]] = {
     "attention": (attention_cases, attention_timed),
     "linear": (linear_cases, linear_timed),
-    "int8": (int8_cases, int8_timed),
     "gelu": (gelu_cases, gelu_timed),
+    "int8": (int8_cases, int8_timed),
     "norm": (norm_cases, norm_timed),
+    "dropout": (dropout_cases, dropout_timed),
     "embedding": (embedding_cases, embedding_timed),
     "loss": (loss_cases, loss_timed),
     "adamw": (adamw_cases, adamw_timed),

@@ -39,32 +39,40 @@ def packed_attention(qkv: Array, n_head: int, grad: Array) -> list[Array]:
     return [out.transpose(0, 2, 1, 3).reshape(B, T, width // 3), dqkv]
 
 
+def rows_attention(
+    qkv: Array, keys: Array, values: Array, slots: Ids, positions: Ids
+) -> list[Array]:
+    """Row i writes its key and value at its position of its slot, and attends up to there."""
+    (n, _), (_, H, _, D) = qkv.shape, keys.shape
+    q, k, v = qkv.reshape(n, 3, H, D).swapaxes(0, 1)
+    keys, values, out = keys.copy(), values.copy(), np.zeros((n, H, D))
+    keys[slots, :, positions], values[slots, :, positions] = k, v
+    for i, (slot, at) in enumerate(zip(slots, positions, strict=True)):
+        weights = softmax(np.einsum("hd,htd->ht", q[i], keys[slot, :, : at + 1]) / math.sqrt(D))
+        out[i] = np.einsum("ht,htd->hd", weights, values[slot, :, : at + 1])
+    return [out.reshape(n, H * D), keys, values]
+
+
+def keep(qkv: Array, keys: Array, values: Array, slot: Ids) -> list[Array]:
+    """The keys and values of T' tokens become the first positions of a slot."""
+    (n, _), (_, H, _, D) = qkv.shape, keys.shape
+    _, *new = qkv.reshape(n, 3, H, D).transpose(1, 2, 0, 3)
+    for cache, x in zip((keys := keys.copy(), values := values.copy()), new, strict=True):
+        cache[slot[0], :, :n] = x
+    return [keys, values]
+
+
 def linear(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
     """x Wᵀ + b"""
     return [x @ weight.T + bias, grad @ weight, grad.T @ x, grad.sum(0)]
 
 
-def linear_gelu(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
-    """GELU of x Wᵀ + b, by GPT-2's formula."""
-    u = linear(x, weight, bias, grad)[0]
+def gelu(u: Array, grad: Array) -> list[Array]:
+    """u (1 + tanh(c (u + 0.044715 u³))) / 2"""
     c = math.sqrt(2 / math.pi)
     t = np.tanh(c * (u + 0.044715 * u**3))
     slope = (1 + t) / 2 + u / 2 * (1 - t**2) * c * (1 + 3 * 0.044715 * u**2)
-    return [u * (1 + t) / 2, *linear(x, weight, bias, grad * slope)[1:]]
-
-
-def linear_residual(
-    x: Array, weight: Array, bias: Array, residual: Array, grad: Array
-) -> list[Array]:
-    """residual + x Wᵀ + b"""
-    y, *gradients = linear(x, weight, bias, grad)
-    return [residual + y, *gradients, grad]
-
-
-def gelu(x: Array, grad: Array) -> list[Array]:
-    """GPT-2's GELU."""
-    y, dx, *_ = linear_gelu(x, np.eye(x.shape[1]), np.zeros(x.shape[1]), grad)
-    return [y, dx]
+    return [u * (1 + t) / 2, grad * slope]
 
 
 def quantized_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[Array]:
@@ -82,6 +90,23 @@ def layer_norm(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]
     return [normal * weight + bias, dx, (grad * normal).sum(0), grad.sum(0)]
 
 
+def dropout(x: Array, key: Ids, p: float, grad: Array) -> list[Array]:
+    """x / (1 - p) where the mask keeps x: kernels/dropout.py has the mask's formula."""
+
+    def mix(x: Ids) -> Ids:
+        x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
+        x = (x ^ x >> np.uint32(15)) * np.uint32(0x846CA68B)
+        hashed: Ids = x ^ x >> np.uint32(16)
+        return hashed
+
+    row, column = (np.arange(n, dtype=np.uint32) for n in x.shape)
+    start = mix(mix(row ^ key[0]) + key[1])
+    stride = mix(mix(row ^ key[1]) + (key[:1] + np.uint32(0x9E3779B9))) | np.uint32(1)
+    bits = mix(start[:, None] + stride[:, None] * column)
+    factor = (bits < round((1 - p) * 2**32)) / (1 - p)
+    return [factor * x, factor * grad]
+
+
 def embedding(weight: Array, positions: Array, tokens: Ids, grad: Array) -> list[Array]:
     """weight[tokens] + positions, tokens (B, T)"""
     dweight = np.zeros_like(weight)
@@ -91,7 +116,12 @@ def embedding(weight: Array, positions: Array, tokens: Ids, grad: Array) -> list
 
 def loss(x: Array, weight: Array, targets: Ids, grad: Array) -> list[Array]:
     """Mean of -log softmax(x Wᵀ)[target] over the targets that are not negative."""
-    logits = x @ weight.T
+    mean, dlogits = cross_entropy(x @ weight.T, targets, grad)
+    return [mean, dlogits @ weight, dlogits.T @ x]
+
+
+def cross_entropy(logits: Array, targets: Ids, grad: Array) -> list[Array]:
+    """Mean of -log softmax(logits)[target] over the targets that are not negative."""
     counted = np.flatnonzero(targets >= 0)
     p = softmax(logits[counted])
     at = np.arange(len(counted)), targets[counted]
@@ -99,7 +129,7 @@ def loss(x: Array, weight: Array, targets: Ids, grad: Array) -> list[Array]:
     p[at] -= 1
     dlogits = np.zeros_like(logits)
     dlogits[counted] = p / len(counted) * grad
-    return [mean, dlogits @ weight, dlogits.T @ x]
+    return [mean, dlogits]
 
 
 def adamw(

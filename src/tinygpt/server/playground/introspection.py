@@ -124,7 +124,7 @@ class _Seen:
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         self.qkv = qkv if layer == 0 else (self.layer == layer).where(qkv, self.qkv)
-        return kernels.self_attention(qkv, self.config.n_head, self.config.attention)
+        return kernels.self_attention(qkv, self.config.n_head)
 
 
 def _heads(x: Weights, n_head: int) -> Weights:

@@ -1,0 +1,335 @@
+"""The kernels of the fused loss, in the order in which they are launched for a chunk of rows.
+
+`fused` explains the algorithm. A *panel* is so many rows, or columns, of a matrix as there are
+lanes, laid so that a vector of them is contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tinygrad import UOp
+
+from tinygpt.kernels.loops import blocks, fill, product, row_of
+from tinygpt.kernels.loss.cross_entropy import row_loss
+from tinygpt.kernels.phases import (
+    LOG2E,
+    Array,
+    Index,
+    Kernel,
+    Tile,
+    as_index,
+    as_uop,
+    exp2,
+    minimum,
+)
+
+BLOCK = 48
+"""Rows of the weight that are worked off at a time, or half so many; a multiple of a tile's."""
+PARTS = 32
+LOWEST = -3e38
+"""Below every score but those beyond V, which are -inf: a block of these has exp(S - m) = 0."""
+DEPTH = 256
+"""Most steps of a product between two visits to memory."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How N rows of width C and V rows of weight are cut up."""
+
+    N: int
+    C: int
+    V: int
+    lanes: int
+    tile: int  # rows of a register tile
+    chunk: int  # about how many rows are worked off at a time
+    frozen: bool = False  # the gradient of the weight is not wanted
+
+    @property
+    def name(self) -> str:
+        """For profiles."""
+        return f"{self.N}x{self.V}x{self.C}"
+
+    @property
+    def chunks(self) -> int:
+        """Their number."""
+        return blocks(self.N, self.chunk)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a chunk, a multiple of the lanes; those beyond N are zero and do not count."""
+        return blocks(self.N, self.chunks * self.lanes) * self.lanes
+
+    @property
+    def padded(self) -> int:
+        """Rows of all chunks."""
+        return self.chunks * self.rows
+
+    @property
+    def columns(self) -> int:
+        """C, rounded up to a multiple of the lanes."""
+        return blocks(self.C, self.lanes) * self.lanes
+
+    @property
+    def block(self) -> int:
+        """Rows of the weight of a block; fewer where they would not make a block for each part."""
+        return BLOCK if self.V > BLOCK * PARTS else BLOCK // 2
+
+    @property
+    def parts(self) -> int:
+        """Parts of the vocabulary that are worked off independently."""
+        return min(PARTS, blocks(self.V, self.block))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the vocabulary, the same number for each part; the last may lie beyond V."""
+        return blocks(self.V, self.block * self.parts) * self.parts
+
+    @property
+    def powers(self) -> tuple[int, int]:
+        """The shape of a chunk's exp(S - m), in numbers."""
+        return self.blocks * self.block, self.rows
+
+    @property
+    def dx_parts(self) -> tuple[int, int, int]:
+        """The shape of what the parts add to a chunk's dx, in numbers."""
+        return self.parts, self.rows, self.C
+
+    @property
+    def depth(self) -> int:
+        """Steps of the sum over C between two visits to memory."""
+        return next((d for d in range(DEPTH, DEPTH // 4, -1) if self.C % d == 0), self.C)
+
+
+def prepare(k: Kernel, inverse: Array, padded: Array, *arrays: Array, cut: Cut) -> None:
+    """1 / the number of counted rows; the targets, -1 beyond the last one; each chunk's number.
+
+    A chunk's number is data: one kernel serves all chunks.
+    """
+    *numbers, targets = arrays
+    k.units(1)
+    acc, total = k.tile(1, inverse.dtype, shared=True), k.tile(1, inverse.dtype)
+    fill(k, 0.0, 1, acc)
+    with k.loop(cut.padded // k.lanes) as j, k.phase() as lane:
+        at = j * k.lanes + lane
+        target = (at < cut.N).where(targets[minimum(at, cut.N - 1)], -1)
+        padded[at] = target
+        acc[0, lane] = acc[0, lane] + (target >= 0).where(as_uop(1.0, inverse.dtype), 0.0)
+    k.fold(total, acc, 1)
+    with k.phase(1):
+        inverse[0] = 1.0 / total[0, 0].maximum(as_uop(1.0, inverse.dtype))
+        for i, number in enumerate(numbers):
+            number[0] = i
+
+
+def pack(k: Kernel, by_row: Array, by_column: Array, x: Array, *, cut: Cut) -> None:
+    """x in panels of so many rows, and in panels of so many columns, zero beyond N and C."""
+    N, C, L = cut.N, cut.C, k.lanes
+    panel = k.units(cut.padded // L)
+
+    def element(row: UOp, column: UOp) -> UOp:
+        value = x[minimum(row, N - 1) * C + minimum(column, C - 1)]
+        return ((row < N) & (column < C)).where(value.cast(by_row.dtype), 0.0)
+
+    with k.loop(C) as c, k.phase() as lane:
+        by_row[(panel * C + c) * L + lane] = element(panel * L + lane, c)
+    with k.loop(cut.columns // L) as j, k.loop(L) as r, k.phase() as lane:
+        row = panel * L + r
+        by_column[(j * cut.padded + row) * L + lane] = element(row, j * L + lane)
+
+
+def scores(
+    k: Kernel,
+    scores: Array,
+    largest: Array,
+    sums: Array,
+    number: Array,
+    by_row: Array,
+    weight: Array,
+    *,
+    cut: Cut,
+) -> None:
+    """A block of S = W Xᵀ: the largest m of each column, all exp(S - m), and their sum."""
+    block, C, V, L, rows, kind = k.units(cut.blocks), cut.C, cut.V, k.lanes, cut.rows, scores.dtype
+    first = block * cut.block
+    m, z = k.tile(1, kind), k.tile(1, kind)
+    with k.loop(rows // L) as j:
+        panel = (as_index(number[0]) * (rows // L) + j) * C * L
+
+        def at(v: Index, lane: UOp) -> UOp:
+            return (first + v) * rows + j * L + lane
+
+        with k.loop(C // cut.depth) as part:
+            step = part * cut.depth
+
+            def put(v: UOp, score: UOp, lane: UOp) -> None:
+                scores[at(v, lane)] = (first + v < V).where(score, -math.inf)
+
+            product(
+                k,
+                cut.block,
+                cut.depth,
+                lambda v, d: weight[minimum(first + v, V - 1) * C + step + d].cast(kind),
+                lambda d, lane: by_row[panel + (step + d) * L + lane],
+                put,
+                lambda v, lane: part.eq(0).where(0.0, scores[at(v, lane)]),
+                tile=cut.tile,
+            )
+        fill(k, LOWEST, 1, m)
+        with k.loop(cut.block) as v, k.phase() as lane:
+            m[0, lane] = m[0, lane].maximum(scores[at(v, lane)])
+        fill(k, 0.0, 1, z)
+        with k.loop(cut.block) as v, k.phase() as lane:
+            power = exp2((scores[at(v, lane)] - m[0, lane]) * LOG2E)
+            scores[at(v, lane)] = power
+            z[0, lane] = z[0, lane] + power
+        with k.phase() as lane:
+            largest[block * rows + j * L + lane] = m[0, lane]
+            sums[block * rows + j * L + lane] = z[0, lane]
+
+
+def statistics(
+    k: Kernel,
+    out: Array,
+    number: Array,
+    largest: Array,
+    sums: Array,
+    by_row: Array,
+    weight: Array,
+    targets: Array,
+    inverse: Array,
+    *,
+    cut: Cut,
+) -> None:
+    """Each row's loss, its m, and 1 / (z · the number of rows), 0 if the row does not count."""
+    panel = k.units(cut.rows // k.lanes)
+    first, rows, kind, C = panel * k.lanes, cut.rows, out.dtype, cut.C
+    m, z, logit = k.tile(1, kind), k.tile(1, kind), k.tile(1, kind)
+    fill(k, LOWEST, 1, m)
+    with k.loop(cut.blocks) as b, k.phase() as lane:
+        m[0, lane] = m[0, lane].maximum(largest[b * rows + first + lane])
+    fill(k, 0.0, 1, z, logit)
+    with k.loop(cut.blocks) as b, k.phase() as lane:
+        at = b * rows + first + lane
+        z[0, lane] = z[0, lane] + sums[at] * exp2((largest[at] - m[0, lane]) * LOG2E)
+    chunk = as_index(number[0])
+    with k.loop(C) as c, k.phase() as lane:  # the target's score again: exp has overwritten it
+        row, _ = row_of(targets[chunk * rows + first + lane], cut.V)
+        x = by_row[((chunk * (rows // k.lanes) + panel) * C + c) * k.lanes + lane]
+        logit[0, lane] = logit[0, lane] + x * weight[row * C + c].cast(kind)
+    with k.phase() as lane:
+        at = first + lane
+        target = targets[chunk * rows + at]
+        out[at] = row_loss(target, cut.V, logit[0, lane], m[0, lane], z[0, lane])
+        out[rows + at] = m[0, lane]
+        out[2 * rows + at] = (target < 0).where(as_uop(0.0, kind), inverse[0] / z[0, lane])
+
+
+def products(k: Kernel, dx: Array, *arrays: Array, cut: Cut) -> None:
+    """This part's blocks of the vocabulary: P, its own dx = P W, and its rows of [dweight] Pᵀ X.
+
+    dx is (parts, panels of rows, C, lanes). Inputs: the chunk's number, exp(S - m), the blocks' m,
+    the rows' statistics, targets, 1 / counted rows, the weight and x in panels of columns.
+    """
+    dweight = arrays[: 1 - cut.frozen]
+    number, powers, largest, statistics, targets, inverse = arrays[1 - cut.frozen : -2]
+    weight, by_column = arrays[-2:]
+    C, V, L, rows, kind = cut.C, cut.V, k.lanes, cut.rows, powers.dtype
+    part, chunk, per_part = k.units(cut.parts), as_index(number[0]), cut.blocks // cut.parts
+    # columns of these tiles are read one behind the other: a width that is no power of two
+    # keeps them from falling on the same few lines of the cache
+    p, w = k.tile(cut.block, kind, width=rows + L), k.tile(C, kind, width=cut.block)
+    factor = k.tile(1, kind, width=rows)
+
+    with k.loop(rows * C // L) as j, k.phase() as lane:
+        dx[part * rows * C + j * L + lane] = 0.0
+    with k.loop(per_part) as i:
+        block = part * per_part + i
+        first = block * cut.block
+        with k.loop(rows // L) as j, k.phase() as lane:
+            row = j * L + lane
+            shrink = exp2((largest[block * rows + row] - statistics[rows + row]) * LOG2E)
+            factor[0, row] = shrink * statistics[2 * rows + row]
+        with k.loop(cut.block) as v:
+            with k.loop(rows // L) as j, k.phase() as lane:
+                row = j * L + lane
+                hit = as_index(targets[chunk * rows + row]).eq(first + v)
+                power = powers[(first + v) * rows + row]
+                p[v, row] = power * factor[0, row] - hit.where(inverse[0], 0.0)
+            with k.phase(C) as c:
+                w[c, v] = weight[minimum(first + v, V - 1) * C + c].cast(kind)
+        with k.loop(rows // L) as j:
+
+            def at(c: UOp, lane: UOp) -> UOp:
+                return ((part * (rows // L) + j) * C + c) * L + lane
+
+            def put(c: UOp, value: UOp, lane: UOp) -> None:
+                dx[at(c, lane)] = value
+
+            product(
+                k,
+                C,
+                cut.block,
+                lambda c, v: w[c, v],
+                lambda v, lane: p[v, j * L + lane],
+                put,
+                lambda c, lane: dx[at(c, lane)],
+                tile=cut.tile,
+            )
+        for total in dweight:
+            with k.loop(cut.columns // L) as j:
+                _add_dweight(k, total, first, j, chunk, p, by_column, cut)
+
+
+def _add_dweight(
+    k: Kernel, dweight: Array, first: UOp, j: UOp, chunk: UOp, p: Tile, by_column: Array, cut: Cut
+) -> None:
+    """A block of rows of dweight, in one panel of columns, += Pᵀ X over the rows of the chunk."""
+    C, V, L = cut.C, cut.V, k.lanes
+    panel = (j * cut.chunks + chunk) * cut.rows
+    ragged = cut.columns != C or cut.blocks * cut.block != V
+
+    def put(v: UOp, value: UOp, lane: UOp) -> None:
+        row, column = first + v, j * L + lane
+        dweight.put(row * C + column, value, (row < V) & (column < C) if ragged else None)
+
+    def start(v: UOp, lane: UOp) -> UOp:
+        at = minimum(first + v, V - 1) * C + minimum(j * L + lane, C - 1)
+        return chunk.eq(0).where(0.0, dweight[at])
+
+    product(
+        k,
+        cut.block,
+        cut.rows,
+        lambda v, r: p[v, r],
+        lambda r, lane: by_column[(panel + r) * L + lane],
+        put,
+        start,
+        tile=cut.tile,
+    )
+
+
+def add_parts(k: Kernel, dx: Array, number: Array, parts: Array, *, cut: Cut) -> None:
+    """The chunk's rows of dx (N, C): the sums of all parts, which lie in panels."""
+    C, L, panels = cut.C, k.lanes, cut.rows // k.lanes
+    panel = k.units(panels)
+    with k.loop(C) as c, k.phase() as lane:
+        value = parts[(panel * C + c) * L + lane]
+        for part in range(1, cut.parts):
+            value = value + parts[((part * panels + panel) * C + c) * L + lane]
+        row = as_index(number[0]) * cut.rows + panel * L + lane
+        dx.put(row * C + c, value, row < cut.N if cut.padded != cut.N else None)
+
+
+def mean(k: Kernel, loss: Array, inverse: Array, *arrays: Array, cut: Cut) -> None:
+    """The mean of the counted rows' losses, which stand first in each chunk's statistics."""
+    k.units(1)
+    acc, total = k.tile(1, loss.dtype, shared=True), k.tile(1, loss.dtype)
+    fill(k, 0.0, 1, acc)
+    for statistics in arrays[: cut.chunks]:
+        with k.loop(cut.rows // k.lanes) as j, k.phase() as lane:
+            acc[0, lane] = acc[0, lane] + statistics[j * k.lanes + lane]
+    k.fold(total, acc, 1)
+    with k.phase(1):
+        loss[0] = total[0, 0] * inverse[0]
