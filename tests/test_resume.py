@@ -121,7 +121,7 @@ def test_the_comparison_sees_a_single_bit(whole, tmp_path):
         snapshot = Snapshot(arrange((n, a.dtype, a.shape) for n, a in arrays.items()))
         for key, array in arrays.items():
             snapshot.array(key)[...] = array
-        snapshot.bytes(name)[0] ^= 1
+        snapshot.array(name).view(np.uint8).flat[0] ^= 1
         checkpoint.write(path, snapshot, meta)
         assert differing(whole, folder) == [name]
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)

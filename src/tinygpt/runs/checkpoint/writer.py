@@ -24,8 +24,12 @@ class Snapshot:
     def array(self, name: str) -> Array:
         """The memory of one tensor, of its type and shape."""
         place = self.layout[name]
-        memory = self.memory[place.start : place.end]
-        return memory.view(place.numpy_dtype).reshape(place.shape)
+        return self.bytes(name).view(place.numpy_dtype).reshape(place.shape)
+
+    def bytes(self, name: str) -> Array:
+        """The memory of one tensor, byte by byte."""
+        place = self.layout[name]
+        return self.memory[place.start : place.end]
 
 
 def write(path: Path, snapshot: Snapshot, meta: Meta) -> Path:
@@ -34,7 +38,7 @@ def write(path: Path, snapshot: Snapshot, meta: Meta) -> Path:
     Raises CheckpointError if that does not work; what stood at ``path`` stays.
     """
     layout, memory = snapshot.layout, snapshot.memory.data
-    hashes = {n: hashlib.sha256(memory[p.start : p.end]).hexdigest() for n, p in layout.items()}
+    hashes = {n: hashlib.sha256(snapshot.bytes(n).data).hexdigest() for n in layout}
     header = encode(meta, layout, hashes)
     with writing(path):
         check_space(path.parent, len(header) + memory.nbytes)
