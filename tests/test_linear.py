@@ -1,4 +1,4 @@
-"""Linear layers through the kernels: against numpy in float64, and against the plain twin."""
+"""Linear layers through the kernels, alone, with a residual and before GELU: against numpy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.helpers import GlobalCounters
 
+from tinygpt import kernels
 from tinygpt.kernels import matmul as product_module
 from tinygpt.kernels.dispatch import obstacle
-from tinygpt.kernels.linear import FEW, linear, plain_linear
+from tinygpt.kernels.linear import FEW, linear
 from tinygpt.kernels.matmul import Plan, matmul, register_tile, register_tiles
 
 ENDINGS = st.sampled_from([None, "gelu", "residual", "residual gelu"])
@@ -54,7 +55,9 @@ def by_numpy(args: list[Tensor], ending: str | None, dy: Tensor | None = None) -
 
 
 def layer(args: list[Tensor], ending: str | None) -> Tensor:
-    return linear(*args, activation="gelu" if "gelu" in (ending or "") else None)
+    x, w, b, *residual = args
+    y = linear(x, w, b) + residual[0] if residual else linear(x, w, b)
+    return kernels.gelu(y) if "gelu" in (ending or "") else y
 
 
 def gradients(y: Tensor, dy: Tensor, of: list[Tensor]) -> list[np.ndarray]:
@@ -98,7 +101,8 @@ def test_gradients_equal_numpys(m: int, i: int, o: int, ending: str | None) -> N
 
 def test_gradients_equal_the_twins_in_float64() -> None:
     *args, dy = tensors(33, 12, 20, "gelu", "float64")
-    wanted = gradients(plain_linear(*args, activation="gelu"), dy, args)
+    with kernels.plain():
+        wanted = gradients(layer(args, "gelu"), dy, args)
     assert_close(gradients(layer(args, "gelu"), dy, args), wanted, 1e-13)
 
 
@@ -158,7 +162,7 @@ def test_jit_equals_eager_over_many_calls() -> None:
     x, w, b, dy = tensors(24, 20, 33, "gelu")
 
     def step(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        y = linear(x.reshape(2, 12, 20), w, b, activation="gelu")
+        y = layer([x.reshape(2, 12, 20), w, b], "gelu")
         grads = (y * dy.reshape(2, 12, 33)).sum().gradient(x, w, b)
         Tensor.realize(y, *grads)
         return (y, *grads)

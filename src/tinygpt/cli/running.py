@@ -141,7 +141,7 @@ def introduce(run: TrainingRun) -> None:
         for found in (run.model.parameters(), run.model.trainable())
     )
     if learning != everything:
-        say(f"learning: {learning:,} of {everything:,} parameters")
+        say(f"learning: {everything:,} parameters, of which {learning:,} learn")
     say(f"run: {run.folder}" + (f", from step {run.iter_num:,}" if run.iter_num else ""))
     for message in run.take_notices():
         say(message)

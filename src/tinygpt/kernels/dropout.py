@@ -17,7 +17,6 @@ https://github.com/skeeto/hash-prospector (2018), for the hash, lowbias32. It is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from typing import TypeVar
 
@@ -25,7 +24,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import across, blocks, uint32
-from tinygpt.kernels.phases import Array, Kernel, contiguous, empty, minimum, run, wide
+from tinygpt.kernels.phases import Array, Backward, Kernel, contiguous, empty, minimum, run, wide
 
 Number = TypeVar("Number", Tensor, UOp)
 """The masks' functions take Tensors, and numbers inside kernels, alike: uint32, which wraps."""
@@ -68,38 +67,46 @@ def plain_mask(rows: int, columns: int, p: float, key: Tensor) -> Tensor:
     return keeps(start, stride, column, p)
 
 
-def plain_dropout(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) -> Tensor:
+def plain_dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
     """The mask as a matrix, and a choice."""
     width = int(x.shape[-1])
     mask = plain_mask(int(x.numel()) // width, width, p, key.to(x.device))
-    y = mask.reshape(x.shape).where(x / (1 - p), 0)
-    return y if residual is None else residual + y
+    return mask.reshape(x.shape).where(x / (1 - p), 0)
 
 
 @operation("dropout", plain_dropout, integers=("key",))
-def dropout(x: Tensor, p: float, key: Tensor, residual: Tensor | None = None) -> Tensor:
-    """residual + x (..., C), of which each element is 0 with probability p, or divided by 1 - p.
+def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
+    """x (..., C), of which each element is 0 with probability p, or divided by 1 - p.
 
     ``key`` (2,) uint32 chooses the mask. Its rows are those of x.
     """
-    given = [x] if residual is None else [x, residual]
-    *outer, width = map(int, x.shape)
-    rows = prod(outer)
-    launch = partial(run, lanes=LANES, ops=20 * rows * width, rows=rows, width=width, p=p)
     key = contiguous(key)
 
     def backward(gradient: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
-        inputs = [contiguous(gradient), key]
-        dx = launch(_dropout, [empty(x, *outer, width)], inputs, name=f"dropout_{rows}x{width}")
-        return [*dx, None, *(gradient for _ in given[1:])]
+        return [_launch(contiguous(gradient), p, key), None]
 
-    name = f"dropout_{rows}x{width}" + ("" if residual is None else "_add")
-    inputs = [contiguous(x), key, *(contiguous(r) for r in given[1:])]
-    return launch(_dropout, [empty(x, *outer, width)], inputs, name=name, backward=backward)[0]
+    return _launch(contiguous(x), p, key, backward)
+
+
+def _launch(x: Tensor, p: float, key: Tensor, backward: Backward | None = None) -> Tensor:
+    *outer, width = map(int, x.shape)
+    rows = prod(outer)
+    return run(
+        _dropout,
+        [empty(x, *outer, width)],
+        [x, key],
+        lanes=LANES,
+        name=f"dropout_{rows}x{width}",
+        ops=20 * rows * width,
+        backward=backward,
+        rows=rows,
+        width=width,
+        p=p,
+    )[0]
 
 
 def _dropout(
-    k: Kernel, out: Array, x: Array, key: Array, *residual: Array, rows: int, width: int, p: float
+    k: Kernel, out: Array, x: Array, key: Array, *, rows: int, width: int, p: float
 ) -> None:
     """A unit is as many rows as there are lanes: so the streams of the rows are vectors too."""
     first = k.units(blocks(rows, k.lanes)) * k.lanes
@@ -113,6 +120,4 @@ def _dropout(
         for at, _, inside in across(k, width):
             kept = keeps(start[0, i], stride[0, i], uint32(at), p)
             value = kept.where(x[row * width + at].cast(kind) * (1 / (1 - p)), 0.0)
-            for r in residual:
-                value = r[row * width + at].cast(kind) + value
             out.put(row * width + at, value, where=inside)

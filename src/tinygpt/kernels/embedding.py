@@ -36,8 +36,9 @@ def plain_embedding(
     rows = weight[row]
     if scale is not None:
         rows = rows.cast(scale.dtype) * scale[row].unsqueeze(-1)
-    rows = known.unsqueeze(-1).where(rows, math.nan)
-    return rows if positions is None else rows + positions[: tokens.shape[1]]
+    if positions is not None:
+        rows = rows + positions[: tokens.shape[1]]
+    return known.unsqueeze(-1).where(rows, math.nan)
 
 
 @operation("embedding", plain_embedding, integers=("tokens", "weight"))

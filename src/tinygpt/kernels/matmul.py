@@ -33,7 +33,6 @@ from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.gelu import gelu_value
 from tinygpt.kernels.loops import divisors
 from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, minimum, run, wide
 
@@ -113,15 +112,12 @@ class Plan:
     rows: int  # of a register tile
     scale: bool = False  # (n,), each column of b is multiplied by its number
     bias: bool = False  # (n,), added to every row
-    residual: bool = False  # (m, n), added
-    gelu: bool = False  # another output: the GELU of the sum
     sums: bool = False  # another output: the rows of a, summed over the depth (m,)
 
     @property
     def name(self) -> str:
         kind = "tn" if self.copies_a else "nt" if self.b_strides[0] == 1 else "nn"
-        endings = "_scaled" * self.scale + "_gelu" * self.gelu
-        return f"matmul_{kind}_{self.m}x{self.n}x{self.depth}{endings}"
+        return f"matmul_{kind}_{self.m}x{self.n}x{self.depth}" + "_scaled" * self.scale
 
     @property
     def copies_a(self) -> bool:
@@ -169,19 +165,17 @@ class Plan:
 class Product:
     """Writes a plan's kernel.
 
-    Outputs: [GELU,] out, [sums]; inputs: a, b, [scale,] [bias,] [residual].
+    Outputs: out, [sums]; inputs: a, b, [scale,] [bias].
     """
 
     def __init__(self, k: Kernel, arrays: tuple[Array, ...], plan: Plan) -> None:
         self.k, self.plan = k, plan
         left = iter(arrays)
-        self.activated = next(left) if plan.gelu else None
         self.out = next(left)
         self.sums = next(left) if plan.sums else None
         self.a, self.b = next(left), next(left)
         self.scale = next(left) if plan.scale else None
         self.bias = next(left) if plan.bias else None
-        self.residual = next(left) if plan.residual else None
         self.real = wide(self.out.dtype)
 
         self.blocks = plan.blocks()
@@ -278,22 +272,16 @@ class Product:
         return self.a[row * self.plan.a_strides[0] + start + d].cast(self.real)
 
     def begin(self, row: UOp, column: UOp, fresh: UOp | bool) -> UOp:
-        """What an element of ``out`` starts from: bias and residual, or the sum so far."""
+        """What an element of ``out`` starts from: the bias, or the sum so far."""
         at = row * self.plan.n + column
         if fresh is False:
             return self.out[at]
-        value = as_uop(0.0, self.real)
-        if self.bias is not None:
-            value = self.bias[column].cast(self.real)
-        if self.residual is not None:
-            value = value + self.residual[at].cast(self.real)
+        bias = None if self.bias is None else self.bias[column].cast(self.real)
+        value = as_uop(0.0, self.real) if bias is None else bias
         return value if fresh is True else fresh.where(value, self.out[at])
 
     def end(self, row: UOp, column: UOp, gate: UOp | None, value: UOp) -> None:
-        at = row * self.plan.n + column
-        self.out.put(at, value, gate)
-        if self.activated is not None:  # before the last block too: cheaper than another pass
-            self.activated.put(at, gelu_value(value), gate)
+        self.out.put(row * self.plan.n + column, value, gate)
 
     def inside(self, column: UOp, lane: UOp) -> UOp:
         """The lane's column, or the last one if it is beyond."""
@@ -324,12 +312,10 @@ def matmul(
     *,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gelu: bool = False,
     sums: bool = False,
     backward: Backward | None = None,
 ) -> list[Tensor]:
-    """[GELU of out,] out (m, n) = a (m, depth) @ b (depth, n) + bias + residual [, sums].
+    """out (m, n) = a (m, depth) @ b (depth, n) + bias [, sums].
 
     ``shape`` is (m, n, depth); the strides say where the operands' elements lie in memory, which
     must be contiguous. With ``scale`` (n,) each column of ``b``, which may then be integers, is
@@ -337,7 +323,7 @@ def matmul(
     """
     m, n, depth = shape
     lanes, rows = register_tile(n)
-    extra = [t for t in (scale, bias, residual) if t is not None]
+    extra = [t for t in (scale, bias) if t is not None]
     plan = Plan(
         *shape,
         a_strides,
@@ -345,13 +331,11 @@ def matmul(
         min(rows, m),
         scale is not None,
         bias is not None,
-        residual is not None,
-        gelu,
         sums,
     )
     real = dtypes.float64 if dtypes.float64 in (a.dtype, b.dtype) else dtypes.float32
     new = functools.partial(Tensor.empty, dtype=real, device=a.device)
-    outputs = [new(m, n) for _ in range(1 + gelu)] + [new(m) for _ in range(sums)]
+    outputs = [new(m, n)] + [new(m) for _ in range(sums)]
     return run(
         product,
         outputs,

@@ -16,8 +16,7 @@ import math
 from tinygrad import Tensor, UOp
 
 from tinygpt.kernels.dispatch import operation
-from tinygpt.kernels.gelu import gelu_value
-from tinygpt.kernels.linear import FEW, Activation, plain_linear
+from tinygpt.kernels.linear import FEW, plain_linear
 from tinygpt.kernels.loops import blocks
 from tinygpt.kernels.matmul import matmul
 from tinygpt.kernels.phases import Array, Kernel, contiguous, run, wide
@@ -36,78 +35,51 @@ def dequantized(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def plain_quantized_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: Activation | None = None,
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """The same layer with the dequantised weight."""
-    return plain_linear(x, dequantized(weight, scale), bias, residual, activation)
+    return plain_linear(x, dequantized(weight, scale), bias)
 
 
 @operation("int8", plain_quantized_linear, integers=("weight",), cpu=True)
 def quantized_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: Activation | None = None,
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """y = x Wᵀ + b, then + residual, then GELU, where W = weight scale, for x (..., I) -> (..., O).
+    """y = x Wᵀ + b, where W = weight scale, for x (..., I) -> (..., O).
 
-    weight is int8 (O, I), scale (O,), bias (O,), and residual (..., O) like y. Sums are float32, or
-    float64 for float64. There is no gradient.
+    weight is int8 (O, I), scale and bias are (O,). Sums are float32, or float64 for float64. There
+    is no gradient.
     """
     (n_out, n_in), lead = map(int, weight.shape), x.shape[:-1]
     m = int(math.prod(lead))
     x2, q, s = contiguous(x.reshape(m, n_in)), contiguous(weight), contiguous(scale)
     b = None if bias is None else contiguous(bias)
-    r = None if residual is None else contiguous(residual.reshape(m, n_out))
-    act = activation == "gelu"
     if m <= FEW:
         y = run(
             few_rows_int8,
             [Tensor.empty(m, n_out, dtype=wide(x.dtype), device=x.device)],
-            [t for t in (x2, q, s, b, r) if t is not None],
+            [t for t in (x2, q, s, b) if t is not None],
             lanes=min(LANES, n_in),
-            name=f"matvec_int8_{m}x{n_out}x{n_in}" + "_gelu" * act,
+            name=f"matvec_int8_{m}x{n_out}x{n_in}",
             ops=2 * m * n_in * n_out,
             m=m,
             n_in=n_in,
             n_out=n_out,
             bias=b is not None,
-            residual=r is not None,
-            act=act,
         )[0]
     else:
-        y = matmul(
-            x2,
-            q,
-            (m, n_out, n_in),
-            (n_in, 1),
-            (1, n_in),
-            scale=s,
-            bias=b,
-            residual=r,
-            gelu=act,
-        )[0]
+        y = matmul(x2, q, (m, n_out, n_in), (n_in, 1), (1, n_in), scale=s, bias=b)[0]
     return y.cast(x.dtype).reshape(*lead, n_out)
 
 
-def few_rows_int8(
-    k: Kernel, *arrays: Array, m: int, n_in: int, n_out: int, bias: bool, residual: bool, act: bool
-) -> None:
-    """y = x Wᵀ + b for a few rows of x. Output: y; inputs: x, q, scale, [b,] [residual].
+def few_rows_int8(k: Kernel, *arrays: Array, m: int, n_in: int, n_out: int, bias: bool) -> None:
+    """y = x Wᵀ + b for a few rows of x. Output: y; inputs: x, q, scale, [b].
 
     The lanes run along the rows of q, and are added up at the end.
     """
     left = iter(arrays)
     out, x, q, scale = next(left), next(left), next(left), next(left)
     b = next(left) if bias else None
-    r = next(left) if residual else None
     real = out.dtype
 
     shares = min(SHARES, n_out)
@@ -140,9 +112,7 @@ def few_rows_int8(
         with k.phase(1):
             for i, (a, j) in enumerate(sums):
                 at, value = (first + a) * n_out + rows[j], total[i, 0] * scale[rows[j]].cast(real)
-                value = value + b[rows[j]].cast(real) if b is not None else value
-                value = value + r[at].cast(real) if r is not None else value
-                out[at] = gelu_value(value) if act else value
+                out[at] = value + b[rows[j]].cast(real) if b is not None else value
 
     if m >= TOGETHER:
         with k.loop(m // TOGETHER) as i:

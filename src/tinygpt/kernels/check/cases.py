@@ -146,32 +146,20 @@ def _cache(P: int, H: int, T: int, D: int) -> tuple[Array, Array]:
 def linear_cases() -> Iterator[Case]:
     for rows, n_in, n_out in ((1, 64, 192), (24, 96, 160), (65, 33, 17)):
         yield _linear(rows, n_in, n_out)
-    yield _linear(48, 64, 256, "gelu")
-    yield _linear(300, 128, 64, "residual")
 
 
 def linear_timed() -> Case:
-    return _linear(768, 128, 512, "gelu")
+    return _linear(768, 128, 512)
 
 
-def _linear(rows: int, n_in: int, n_out: int, extra: str = "") -> Case:
+def _linear(rows: int, n_in: int, n_out: int) -> Case:
     inputs = [numbers(rows, n_in), numbers(n_out, n_in, seed=1), numbers(n_out, seed=2)]
-    inputs += [numbers(rows, n_out, seed=3)] * (extra == "residual")
-    formulas: dict[str, Formula] = {
-        "": exact.linear,
-        "gelu": exact.linear_gelu,
-        "residual": exact.linear_residual,
-    }
-
-    def layer(x: Tensor, w: Tensor, b: Tensor, residual: Tensor | None = None) -> Tensor:
-        return kernels.linear(x, w, b, residual, "gelu" if extra == "gelu" else None)
-
     return case(
         kernels.linear,
-        f"{rows}x{n_in} to {n_out} {extra}".rstrip(),
+        f"{rows}x{n_in} to {n_out}",
         (*inputs, numbers(rows, n_out, seed=4)),
-        with_gradients(layer, len(inputs)),
-        formulas[extra],
+        with_gradients(kernels.linear, 3),
+        exact.linear,
     )
 
 
@@ -238,14 +226,14 @@ def dropout_timed() -> Case:
 
 
 def _dropout(rows: int, width: int) -> Case:
-    x, residual, grad = (numbers(rows, width, seed=i) for i in range(3))
+    x, grad = (numbers(rows, width, seed=i) for i in range(2))
     key, p = np.array([1337, 42], np.uint32), 0.3
     return case(
         kernels.dropout,
-        f"{rows}x{width} added",
-        (x, residual, key, grad),
-        with_gradients(lambda x, residual, key: kernels.dropout(x, p, key, residual), 2),
-        lambda x, residual, key, grad: exact.dropout(x, residual, key, p, grad),
+        f"{rows}x{width}",
+        (x, key, grad),
+        with_gradients(lambda x, key: kernels.dropout(x, p, key), 1),
+        lambda x, key, grad: exact.dropout(x, key, p, grad),
     )
 
 

@@ -67,26 +67,12 @@ def linear(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
     return [x @ weight.T + bias, grad @ weight, grad.T @ x, grad.sum(0)]
 
 
-def linear_gelu(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
-    """GELU of x Wᵀ + b, by GPT-2's formula."""
-    y, du = gelu(linear(x, weight, bias, grad)[0], grad)
-    return [y, *linear(x, weight, bias, du)[1:]]
-
-
 def gelu(u: Array, grad: Array) -> list[Array]:
     """u (1 + tanh(c (u + 0.044715 u³))) / 2"""
     c = math.sqrt(2 / math.pi)
     t = np.tanh(c * (u + 0.044715 * u**3))
     slope = (1 + t) / 2 + u / 2 * (1 - t**2) * c * (1 + 3 * 0.044715 * u**2)
     return [u * (1 + t) / 2, grad * slope]
-
-
-def linear_residual(
-    x: Array, weight: Array, bias: Array, residual: Array, grad: Array
-) -> list[Array]:
-    """residual + x Wᵀ + b"""
-    y, *gradients = linear(x, weight, bias, grad)
-    return [residual + y, *gradients, grad]
 
 
 def quantized_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[Array]:
@@ -104,8 +90,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]
     return [normal * weight + bias, dx, (grad * normal).sum(0), grad.sum(0)]
 
 
-def dropout(x: Array, residual: Array, key: Ids, p: float, grad: Array) -> list[Array]:
-    """residual + x / (1 - p) where the mask keeps x: kernels/dropout.py has the mask's formula."""
+def dropout(x: Array, key: Ids, p: float, grad: Array) -> list[Array]:
+    """x / (1 - p) where the mask keeps x: kernels/dropout.py has the mask's formula."""
 
     def mix(x: Ids) -> Ids:
         x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
@@ -118,7 +104,7 @@ def dropout(x: Array, residual: Array, key: Ids, p: float, grad: Array) -> list[
     stride = mix(mix(row ^ key[1]) + (key[:1] + np.uint32(0x9E3779B9))) | np.uint32(1)
     bits = mix(start[:, None] + stride[:, None] * column)
     factor = (bits < round((1 - p) * 2**32)) / (1 - p)
-    return [residual + factor * x, factor * grad, grad]
+    return [factor * x, factor * grad]
 
 
 def embedding(weight: Array, positions: Array, tokens: Ids, grad: Array) -> list[Array]:
