@@ -10,9 +10,9 @@ from rich.console import Console
 
 from tinygpt.config import TrainConfig
 from tinygpt.runs.display import follow, make_display
+from tinygpt.runs.display.forgiving import Forgiving, hung_up
 from tinygpt.runs.display.live import LiveDisplay
 from tinygpt.runs.display.plain import PlainDisplay
-from tinygpt.runs.display.stream import Forgiving, hung_up
 from tinygpt.runs.display.text import Curve, duration, printable, sparkline
 from tinygpt.training.loop import Step
 

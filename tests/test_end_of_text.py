@@ -17,7 +17,7 @@ from tinygpt.config import SampleConfig
 from tinygpt.errors import TokenizerError
 from tinygpt.generation.stream import generate_text
 from tinygpt.interop.gguf.gguf_tokens import tokens_of
-from tinygpt.interop.web.vocabulary import describe
+from tinygpt.interop.web.page_vocabulary import describe
 from tinygpt.server.engine.scheduler import Engine
 from tinygpt.server.engine.sequence import Request
 from tinygpt.text.tokenizers import END, tokenizer_from_dict

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,55 @@ def test_files_of_one_package_may_import_each_other() -> None:
 def test_a_module_without_a_place_is_refused_with_advice() -> None:
     [message] = violations(PACKAGE / "helpers.py", "import os")
     assert "'helpers'" in message and "ORDER" in message
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def without_types(tree: ast.AST) -> ast.AST:
+    """The tree without what stands below ``if TYPE_CHECKING``, which is never run."""
+
+    class Run(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            typing_only = ast.unparse(node.test).endswith("TYPE_CHECKING")
+            return None if typing_only else self.generic_visit(node)
+
+    return Run().visit(tree)  # type: ignore[no-any-return]
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next, and the last the first; empty if there are none."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {module_of(path): path for path in FILES}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        package = ".".join(["tinygpt", *path.relative_to(PACKAGE).parts[:-1]])
+        tree = without_types(ast.parse(path.read_text(encoding="utf-8")))
+        names = (name for _, name in imported(tree, package))
+        needed = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = (needed & set(modules)) - {module}
+    assert circle(graph) == []
+    assert len(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == 4
+
+
+def test_no_two_modules_have_one_name() -> None:
+    names = Counter(path.stem for path in FILES if not path.stem.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []
+    libraries = sys.stdlib_module_names | {"tinygrad", "numpy", "requests", "tiktoken", "rich"}
+    assert {"inspect", "requests"} <= libraries and not set(names) & libraries
+
+
+def test_the_top_of_the_package_shows_twenty_entries_at_most() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 20
 
 
 def test_every_early_module_leaves_tinygrad_alone() -> None:

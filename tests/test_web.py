@@ -22,9 +22,10 @@ from tinygpt.errors import InteropError, MissingExtraError, UsageError, extras
 from tinygpt.generation.generate import generate
 from tinygpt.generation.sample import filter_logits, softmax
 from tinygpt.interop.parity import TOLERANCE, fixed_prompt, our_logits
-from tinygpt.interop.web import Kind, export_web, parity, payload, wasm
+from tinygpt.interop.web import Kind, export_web, page_parity, payload, wasm
 from tinygpt.interop.web.capture import capture
-from tinygpt.interop.web.vocabulary import describe
+from tinygpt.interop.web.page_parity import GREEDY
+from tinygpt.interop.web.page_vocabulary import describe
 from tinygpt.machine.transfer import read
 from tinygpt.text.tokenizers import Tokenizer
 
@@ -160,12 +161,12 @@ def test_a_module_computes_what_the_model_computes(
         pytest.importorskip("wasmtime", reason="the extra web is not installed")
     model, module, chunks = built
     prompt = fixed_prompt(SMALL)
-    ran = getattr(parity, place)(module, chunks, SMALL, prompt[0].tolist())
+    ran = getattr(page_parity, place)(module, chunks, SMALL, prompt[0].tolist())
     ours = our_logits(model, prompt)
     assert np.abs(ran.by_steps - ours).max() <= 1e-4
     assert np.abs(ran.at_once - ours[-1]).max() <= 1e-4
     # 24 positions and 100 tokens more: the window has slid for most of the way
-    expected = generate(model, prompt, parity.GREEDY, SampleConfig(temperature=0))
+    expected = generate(model, prompt, GREEDY, SampleConfig(temperature=0))
     assert ran.ids == expected.numpy()[0].tolist()
 
 
@@ -187,15 +188,15 @@ def test_another_text_is_refused_and_a_tie_is_not(
 ) -> None:
     model = built[0]
     prompt = fixed_prompt(SMALL)
-    ids = generate(model, prompt, parity.GREEDY, SampleConfig(temperature=0)).numpy()[0].tolist()
-    parity._compare_greedy(model, prompt, ids, TOLERANCE)
+    ids = generate(model, prompt, GREEDY, SampleConfig(temperature=0)).numpy()[0].tolist()
+    page_parity._compare_greedy(model, prompt, ids, TOLERANCE)
     wrong = [*ids[:-1], (ids[-1] + 1) % 256]
     with pytest.raises(InteropError, match="would write another text"):
-        parity._compare_greedy(model, prompt, wrong, TOLERANCE)
+        page_parity._compare_greedy(model, prompt, wrong, TOLERANCE)
     flat = GPT(SMALL).eval()
     for parameter in flat.parameters().values():
         parameter.assign(parameter * 0).realize()  # every token is as likely as every other
-    parity._compare_greedy(flat, prompt, [*prompt[0].tolist(), *[7] * parity.GREEDY], TOLERANCE)
+    page_parity._compare_greedy(flat, prompt, [*prompt[0].tolist(), *[7] * GREEDY], TOLERANCE)
 
 
 # The scripts ------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def test_nowhere_to_run_names_the_extra(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setitem(__import__("sys").modules, "wasmtime", None)
     with pytest.raises(MissingExtraError, match=re.escape(extras.cure("web"))):
-        parity.check(*built)
+        page_parity.check(*built)
 
 
 def test_a_model_too_large_for_a_page_is_told_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

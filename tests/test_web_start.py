@@ -18,7 +18,7 @@ from tinygpt.cli import main
 from tinygpt.errors import InteropError
 from tinygpt.interop.web import export_web
 from tinygpt.interop.web.finished import check_finished
-from tinygpt.pages.card import run_card
+from tinygpt.pages.run_card import run_card
 from tinygpt.runs.history import History
 
 

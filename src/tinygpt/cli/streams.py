@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from tinygpt.errors import StreamError
-from tinygpt.runs.display.stream import Forgiving
+from tinygpt.runs.display.forgiving import Forgiving
 
 CLOSED = (
     "stdin is closed, so there is nothing to read. Give it a file or a pipe, as in < FILE.",

@@ -61,9 +61,9 @@ traps, each with the test or kernel that falls into it without the precaution:
    folds to its first argument where tinygrad knows that to be the smaller one. (attention/backward:
    the columns of dQ)
 10. A product of three factors is multiplied in an order of tinygrad's choice, and then contracted
-    with a sum: a rewritten expression can change the last bit. (loss/chunk: `exp2` in statistics)
+    with a sum: a rewritten expression can change the last bit. (loss/chunked: `exp2` in statistics)
 11. An input that a kernel does not use must stand last, else arguments are mixed up and the process
-    crashes. (loss/chunk: x and the weight in `mean`, which are there for their gradients)
+    crashes. (loss/chunked: x and the weight in `mean`, which are there for their gradients)
 12. ``Tensor.contiguous`` copies the output of a kernel; `contiguous` does not.
     (test_linear: a layer is one launch forward and two backward)
 13. A launch is forgotten once one of its outputs is realized: asked for another output, tinygrad

@@ -44,7 +44,7 @@ def export_hf(
     run = run_or_newest(run)
     from dataclasses import asdict
 
-    from tinygpt.interop.folders import check_free
+    from tinygpt.interop.destination import check_free
     from tinygpt.interop.hf.hf_export import export
     from tinygpt.runs.checkpoint import read_meta
     from tinygpt.runs.folder import choose_checkpoint, text_of

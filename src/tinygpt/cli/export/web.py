@@ -54,7 +54,7 @@ def export_web(
     began = time.perf_counter()
     model, own = load_model(run, tokenizer)
 
-    from tinygpt.pages.card import run_card
+    from tinygpt.pages.run_card import run_card
     from tinygpt.runs.folder import choose_checkpoint
 
     told = run_card(choose_checkpoint(run))

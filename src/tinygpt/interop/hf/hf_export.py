@@ -19,7 +19,7 @@ from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.strict_json import write_json
 from tinygpt.interop import parity
 from tinygpt.interop.card import Parity, model_card
-from tinygpt.interop.folders import new_folder
+from tinygpt.interop.destination import new_folder
 from tinygpt.interop.hf.hf_config import config_to_hf, end_of_text
 from tinygpt.interop.hf.hf_tokenizer import write_tokenizer
 from tinygpt.interop.hf.layout import all_weights, fetch_from, stored_shape

@@ -22,7 +22,7 @@ from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
 from tinygpt.files.atomic import replacing, user_path
 from tinygpt.interop import parity
-from tinygpt.interop.folders import new_folder
+from tinygpt.interop.destination import new_folder
 from tinygpt.interop.hf import hub
 from tinygpt.interop.hf.hf_config import read_config, read_end_name, read_ends
 from tinygpt.interop.hf.hf_tokenizer import read_tokenizer

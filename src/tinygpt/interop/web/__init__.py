@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tinygpt.config import MAX_TOKENS, GPTConfig, SampleConfig
 from tinygpt.errors import InteropError, UsageError
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
-from tinygpt.interop.web import page, payload, vocabulary
+from tinygpt.interop.web import page, page_vocabulary, payload
 from tinygpt.interop.web.capture import Source, capture
 from tinygpt.interop.web.payload import KINDS, Kind
 from tinygpt.interop.web.shaders import WORTH_IT, shaders
@@ -72,13 +72,13 @@ def export_web(
     does not start. No file is left then.
     """
     from tinygpt.interop.web.finished import check_finished
-    from tinygpt.interop.web.parity import check
+    from tinygpt.interop.web.page_parity import check
     from tinygpt.machine.transfer import read, write
 
     path = user_path(path)
     check_target(path)
     title, description = utf8_name(title), utf8_name(description)
-    described = vocabulary.describe(tokenizer)
+    described = page_vocabulary.describe(tokenizer)
     _check_size(model, kind)
     parameters = model.parameters()
     arrays = {name: read(p) for name, p in parameters.items()}

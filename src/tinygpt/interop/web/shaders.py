@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
-from tinygpt.interop.web.forward import Call, Forward, answer, forward, in_own_process
+from tinygpt.interop.web.page_forward import Call, Forward, answer, forward, in_own_process
 
 if TYPE_CHECKING:
     from tinygpt.machine.tinygrad_internals import Buffer

@@ -32,8 +32,8 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.linear import linear
 from tinygpt.kernels.loops import largest_divisor
-from tinygpt.kernels.loss import chunk
-from tinygpt.kernels.loss.chunk import BLOCK, Cut
+from tinygpt.kernels.loss import chunked
+from tinygpt.kernels.loss.chunked import BLOCK, Cut
 from tinygpt.kernels.loss.cross_entropy import cross_entropy
 from tinygpt.kernels.matmul import register_tile
 from tinygpt.kernels.phases import contiguous, empty, run, together, wide
@@ -76,7 +76,7 @@ def loss(
 
     out, inputs = [empty(x, 1, dtype=wide(x.dtype))], [inverse, *statistics, x, weight]
     launch = partial(run, lanes=cut.lanes, cut=cut, name="loss", backward=backward)
-    return launch(chunk.mean, out, inputs)[0].reshape(())
+    return launch(chunked.mean, out, inputs)[0].reshape(())
 
 
 def _is_one(g: UOp) -> bool:
@@ -101,13 +101,13 @@ def work_off(
     new, ids = partial(empty, x, dtype=wide(x.dtype)), partial(empty, x, dtype=dtypes.int32)
     launch = partial(run, lanes=cut.lanes, cut=cut)
     inverse, padded, *numbers = launch(
-        chunk.prepare,
+        chunked.prepare,
         [new(1), ids(cut.padded), *(ids(1) for _ in range(cut.chunks))],
         [contiguous(targets.cast(dtypes.int32))],
         name=f"loss_prepare_{cut.name}",
     )
     by_row, by_column = launch(
-        chunk.pack,
+        chunked.pack,
         [new(cut.padded * cut.C), new(cut.padded * cut.columns)],
         [x],
         name=f"loss_pack_{cut.name}",
@@ -117,27 +117,27 @@ def work_off(
     found, flops = list[Tensor](), 2 * cut.rows * cut.V * cut.C
     for number in numbers:
         powers, largest, sums = launch(
-            chunk.scores,
+            chunked.scores,
             [powers, new(cut.blocks, cut.rows), new(cut.blocks, cut.rows)],
             [number, by_row, weight],
             name=f"loss_scores_{cut.name}",
             ops=flops,
         )
         found += launch(
-            chunk.statistics,
+            chunked.statistics,
             [new(3, cut.rows)],
             [number, largest, sums, by_row, weight, padded, inverse],
             name=f"loss_rows_{cut.name}",
         )
         if gradient:
             parts, *dweight = launch(
-                chunk.products,
+                chunked.products,
                 [parts, *dweight],
                 [number, powers, largest, found[-1], padded, inverse, weight, by_column],
                 name=f"loss_products_{cut.name}",
                 ops=flops * (1 + len(dweight)),
             )
-            [dx] = launch(chunk.add_parts, [dx], [number, parts], name=f"loss_dx_{cut.name}")
+            [dx] = launch(chunked.add_parts, [dx], [number, parts], name=f"loss_dx_{cut.name}")
     if not gradient:
         return inverse, found, []
     dx, *rest = together(dx, *found, *dweight)

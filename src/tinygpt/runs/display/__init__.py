@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
-from tinygpt.runs.display.stream import Forgiving
-from tinygpt.runs.display.stream import hung_up as hung_up
+from tinygpt.runs.display.forgiving import Forgiving
+from tinygpt.runs.display.forgiving import hung_up as hung_up
 from tinygpt.runs.display.text import printable
 from tinygpt.runs.interrupts import held_back
 

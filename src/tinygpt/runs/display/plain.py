@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import IO, TYPE_CHECKING, Self
 
 from tinygpt.config import TrainConfig
-from tinygpt.runs.display.stream import Forgiving
+from tinygpt.runs.display.forgiving import Forgiving
 from tinygpt.runs.display.text import printable
 from tinygpt.training.metrics import perplexity
 

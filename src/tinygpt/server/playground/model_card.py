@@ -7,7 +7,7 @@ from typing import Any
 
 from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import CheckpointError
-from tinygpt.pages.card import run_card
+from tinygpt.pages.run_card import run_card
 from tinygpt.runs.folder import choose_checkpoint
 from tinygpt.server.openai.service import Service
 from tinygpt.text.tokenizers import ends_of
