@@ -461,7 +461,7 @@ def test_on_a_disk_without_locks_downloads_leave_each_other_alone(
 
 def test_what_a_killed_process_left_is_resumed(server: Server, tmp_path: Path) -> None:
     server.stall = 8192 * 10
-    code = "import sys; from pathlib import Path; from tinygpt.files import download; "
+    code = "import sys; from pathlib import Path; from tinygpt.files.download import download; "
     code += "download(sys.argv[1], Path(sys.argv[2]), sys.argv[3])"
     command = [sys.executable, "-c", code, server.url, str(tmp_path / "text"), SHA256]
     part = tmp_path / "text.part"

@@ -14,7 +14,7 @@ import pytest
 from tinygpt.files.strict_json import to_json, write_json
 
 PACKAGE = Path(__file__).parents[1] / "src" / "tinygpt"
-LEGACY = ("checkpoint/format.py", "_first_digest")
+LEGACY = ("runs/checkpoint/format.py", "_first_digest")
 """Hashes what older versions wrote, NaN included; the text is never written."""
 
 

@@ -15,7 +15,7 @@ from tinygrad.helpers import TRAINING
 from tinygpt import kernels
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import UsageError
-from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.kernels import dispatch, phases
 from tinygpt.machine.gradients import all_gradients_taken
 from tinygpt.model.transformer import Transformer
@@ -74,7 +74,7 @@ def test_inference_and_evaluation_switch_no_mode_that_another_thread_could_see()
     ids = np.ones((1, 8), np.int32)
     for training in (True, False):
         model = Watched(MODEL.config).train(training)
-        Decoder(model).next_logits(ids, object())
+        Decoder(model).next_logits([Sequence([1] * 8)])
         make_evaluate(model)(ids, ids)
         make_train_step(model, optim.make_optimizer(model.parameters(), ONE), ONE)(
             ids[None], ids[None], 0.1, (0, 0)
