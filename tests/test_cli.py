@@ -18,7 +18,8 @@ import pytest
 from tinygpt.api import GPT
 from tinygpt.cli import GROUPS, VERBS, main, make_app
 from tinygpt.cli.console import command
-from tinygpt.cli.options import CONFIGS, DataConfig, file_tables, preset_tables, resolve, undotted
+from tinygpt.cli.flags import undotted
+from tinygpt.cli.options import CONFIGS, DataConfig, file_tables, preset_tables, resolve
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig, __version__, field_docs
 from tinygpt.errors import ConfigError, DeviceError
 from tinygpt.generation.stream import first_prompt
@@ -137,7 +138,7 @@ def test_no_two_settings_share_a_name_and_the_dotted_flags_are_other_names_of_th
     assert len(names) == len(set(names))
     words = ["--train.max-iters", "5", "--model.no-bias", "--model.n-layer=3", "--train.max-iter"]
     assert undotted([*words, "--", "--train.seed"]) == [
-        *("--max-iters", "5", "--no-bias", "--n-layer=3", "--train.max-iter", "--", "--train.seed")
+        *("--max-iters", "5", "--no-bias", "--n-layer=3", "--max-iter", "--", "--train.seed")
     ]
 
 

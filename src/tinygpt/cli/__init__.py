@@ -13,10 +13,9 @@ from typing import Annotated, Any
 from cyclopts import App, Group, Parameter, validators
 
 from tinygpt.cli.console import BROKEN_PIPE, INTERRUPTED, PROGRAMS, program_name
+from tinygpt.cli.flags import Switch, undotted
 from tinygpt.cli.mistakes import DEBUG, explain
-from tinygpt.cli.options import Switch, undotted
 from tinygpt.cli.streams import standard_streams
-from tinygpt.config import __version__
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import start
 from tinygpt.runs.display.text import printable
@@ -70,6 +69,12 @@ AT_LEAST_0 = Parameter(validator=validators.Number(gte=0))
 VERBS = [name for verbs in (*GROUPS.values(), OTHER_NAMES) for name in verbs]
 
 
+def _version() -> str:
+    from tinygpt.config import __version__
+
+    return f"{program_name()} {__version__}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on ``arguments``, by default those it was started with; -> the exit code.
 
@@ -114,7 +119,7 @@ def make_app(program: str = PROGRAMS[0], verb: str | None = None) -> App:
         help="Train a GPT on your own text, watch it learn, and let it write.",
         help_epilogue=None if verb else f"Help of one command: {program} train --help.",
         help_format="plaintext",
-        version=f"{program} {__version__}",
+        version=_version,
         version_format="plaintext",
         suppress_keyboard_interrupt=False,
     )

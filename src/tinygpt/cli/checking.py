@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import aligned, say, show_json
-from tinygpt.cli.options import Switch
+from tinygpt.cli.flags import Switch
 from tinygpt.errors import UsageError, nearest
 from tinygpt.machine import device
 

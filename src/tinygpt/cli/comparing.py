@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.cli.console import aligned, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.newest import newest_runs
-from tinygpt.cli.options import CONFIGS, Switch, Tables, run_tables
+from tinygpt.cli.options import CONFIGS, Tables, run_tables
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, MissingExtraError, UsageError
 from tinygpt.runs import checkpoint

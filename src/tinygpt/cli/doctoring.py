@@ -5,7 +5,7 @@ from __future__ import annotations
 from cyclopts import App, Group
 
 from tinygpt.cli.console import aligned, say, show_json
-from tinygpt.cli.options import Switch
+from tinygpt.cli.flags import Switch
 from tinygpt.files.disk import size
 from tinygpt.machine import doctor as machine
 

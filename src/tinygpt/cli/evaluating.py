@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import aligned, command, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
-from tinygpt.cli.options import DataConfig, Switch
+from tinygpt.cli.options import DataConfig
 from tinygpt.cli.texts import own_validation, read_tokens
 from tinygpt.errors import UsageError
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from tinygpt.cli.console import program_name, read_stdin, say, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.newest import run_or_newest
-from tinygpt.cli.options import Switch, flags
+from tinygpt.cli.options import flags
 from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import StreamError, TinyGPTError, UsageError
 from tinygpt.files.atomic import user_path

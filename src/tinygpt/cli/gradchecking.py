@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tinygpt.cli.console import show_json
-from tinygpt.cli.options import Flat, Switch, Values, flags
+from tinygpt.cli.flags import Flat, Switch
+from tinygpt.cli.options import Values, flags
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError
 from tinygpt.machine import device

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 from tinygpt.cli.console import command, say, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.models import ready_tokenizer
-from tinygpt.cli.options import Switch
 from tinygpt.machine import device
 from tinygpt.text.names import is_name
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.cli.console import aligned, command, say, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.newest import RUNS
-from tinygpt.cli.options import Switch, run_tables
+from tinygpt.cli.options import run_tables
 from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.files.disk import size
 from tinygpt.runs.columns import Columns

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
@@ -28,10 +27,6 @@ Values = Mapping[str, Any]
 Tables = dict[str, dict[str, Any]]
 """Values that were given, by table and field: ``{"model": {"n_layer": 6}}``."""
 
-Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
-"""A flag that is given or not."""
-Flat = Parameter(name="*")
-"""Makes flags of the fields of an argument, without the argument's name before them."""
 
 FOUND_LATER = {"vocab_size": "from the tokenizer"}
 """Defaults that the data decides, in words."""
@@ -65,9 +60,6 @@ class DataConfig(Config):
 
 
 CONFIGS: dict[str, type[Config]] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig}
-
-_FLAGS = "|".join(f.name.replace("_", "-") for c in CONFIGS.values() for f in fields(c))  # type: ignore[arg-type]
-DOTTED = re.compile(rf"^--(?:model|train)\.((?:no-)?(?:{_FLAGS})(?:=|$))")
 
 
 @dataclass(frozen=True)
@@ -114,15 +106,6 @@ def flags(config: type[Config], title: str, defaults: Values = FOUND_LATER) -> A
         parameter = Parameter(name=field.name.replace("_", "-"), help=text, group=group)
         types[field.name] = Annotated[hints[field.name], parameter]
     return TypedDict(f"{config.__name__}Flags", types, total=False)  # type: ignore[operator]
-
-
-def undotted(words: Sequence[str]) -> list[str]:
-    """Flags with the name of their table, such as --train.max-iters, without it: an older spelling.
-
-    Words behind -- are no flags.
-    """
-    end = words.index("--") if "--" in words else len(words)
-    return [DOTTED.sub(r"--\1", word) for word in words[:end]] + list(words[end:])
 
 
 def given_tables(model: Values | None, train: Values | None, data: Values) -> Tables:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from tinygpt.cli.console import say
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.newest import newest_runs
-from tinygpt.cli.options import Switch
 
 
 def plot(

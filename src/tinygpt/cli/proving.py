@@ -16,10 +16,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from tinygpt.cli.console import aligned, say, show_json
+from tinygpt.cli.flags import Flat, Switch
 from tinygpt.cli.options import (
-    Flat,
     Settings,
-    Switch,
     Tables,
     file_tables,
     flags,

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from tinygpt.cli.console import command, say
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
 from tinygpt.cli.newest import RUNS, run_or_newest
-from tinygpt.cli.options import Switch, flags
+from tinygpt.cli.options import flags
 from tinygpt.cli.signals import Words, run_signals
 from tinygpt.cli.texts import beginnings
 from tinygpt.errors import UsageError, extras

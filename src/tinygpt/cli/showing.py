@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.cli.console import aligned, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.newest import run_or_newest
-from tinygpt.cli.options import Switch
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError
 from tinygpt.files.disk import size

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
+from tinygpt.cli.flags import Flat, Switch
 from tinygpt.cli.newest import RUNS, newest_runs
 from tinygpt.cli.options import (
-    Flat,
     Settings,
-    Switch,
     Tables,
     file_tables,
     flags,

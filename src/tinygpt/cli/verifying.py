@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinygpt.cli.console import aligned, say, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.newest import newest_runs
-from tinygpt.cli.options import Switch, file_tables
+from tinygpt.cli.options import file_tables
 from tinygpt.errors import CheckpointError, TinyGPTError
 from tinygpt.files.disk import size
 from tinygpt.runs import checkpoint

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from tinygpt.cli.console import say, show_json
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
-from tinygpt.cli.options import Switch
 from tinygpt.files.disk import size
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from tinygpt.cli import texts
 from tinygpt.cli.console import say
+from tinygpt.cli.flags import Switch
 from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
-from tinygpt.cli.options import Switch
 from tinygpt.files.disk import size
 
 

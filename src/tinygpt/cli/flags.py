@@ -1,0 +1,25 @@
+"""How flags are spelt. Nothing slow is imported here, so that --help answers at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import Parameter
+
+Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
+"""A flag that is given or not."""
+Flat = Parameter(name="*")
+"""Makes flags of the fields of an argument, without the argument's name before them."""
+
+DOTTED = re.compile(r"^--(?:model|train)\.(?=[a-z])")
+
+
+def undotted(words: Sequence[str]) -> list[str]:
+    """Flags with the name of their table, such as --train.max-iters, without it: an older spelling.
+
+    Words behind -- are no flags.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    return [DOTTED.sub("--", word) for word in words[:end]] + list(words[end:])
