@@ -106,6 +106,7 @@ class Capture:
         if made is not self._made:  # a replay returns the Tensors of the capture again
             self._made = made
             self._outputs = [(x, memory(x)) for x in (made if isinstance(made, tuple) else [made])]
-        Device[self._outputs[0][0].device].synchronize()
+            self._device = Device[self._outputs[0][0].device]
+        self._device.synchronize()
         results = [read(x) if numbers is None else numbers.copy() for x, numbers in self._outputs]
         return tuple(results) if isinstance(made, tuple) else results[0]
