@@ -18,7 +18,7 @@ import pytest
 from tinygpt.api import GPT
 from tinygpt.cli import GROUPS, VERBS, main, make_app
 from tinygpt.cli.console import command
-from tinygpt.cli.flags import undotted
+from tinygpt.cli.flags import proof_first, undotted
 from tinygpt.cli.options import CONFIGS, DataConfig, file_tables, preset_tables, resolve
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig, __version__, field_docs
 from tinygpt.errors import ConfigError, DeviceError
@@ -140,6 +140,19 @@ def test_no_two_settings_share_a_name_and_the_dotted_flags_are_other_names_of_th
     assert undotted([*words, "--", "--train.seed"]) == [
         *("--max-iters", "5", "--no-bias", "--n-layer=3", "--max-iter", "--", "--train.seed")
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("doctor --json --kernels adamw", "doctor --kernels --json adamw"),
+        ("doctor --json", "doctor --json"),
+        ("train --json --resume", "train --json --resume"),
+        ("", ""),
+    ],
+)
+def test_a_proof_may_stand_anywhere(given, taken):
+    assert proof_first(given.split()) == taken.split()
 
 
 def test_the_options_of_every_command_are_in_the_help_of_each(run_cli):

@@ -13,6 +13,8 @@ Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
 Flat = Parameter(name="*")
 """Makes flags of the fields of an argument, without the argument's name before them."""
 
+PROOFS = ("--kernels", "--gradients", "--resume")
+"""Flags of ``doctor`` that are commands with flags of their own."""
 DOTTED = re.compile(r"^--(?:model|train)\.(?=[a-z])")
 
 
@@ -23,3 +25,9 @@ def undotted(words: Sequence[str]) -> list[str]:
     """
     end = words.index("--") if "--" in words else len(words)
     return [DOTTED.sub("--", word) for word in words[:end]] + list(words[end:])
+
+
+def proof_first(words: Sequence[str]) -> list[str]:
+    """``doctor --json --kernels`` as ``doctor --kernels --json``: a command comes first."""
+    proofs = [word for word in words if words[0] == "doctor" and word in PROOFS]
+    return [*words[:1], *proofs, *(word for word in words[1:] if word not in proofs)]
