@@ -192,7 +192,7 @@ WRONG_USE = {
     "train a.txt b.txt": "Unexpected argument 'b.txt'.",
     "train a.txt --seed": "--seed needs a value.",
     "train a.txt --max-iters many": 'unable to convert "many" into int',
-    "train a.txt --decay exponential": '"cosine", "linear", "constant"',
+    "train a.txt --decay exponential": '"cosine", "linear", "sqrt", "constant"',
     "train a.txt --n-embd 130": "n_embd=130 is not divisible by n_head=4. Try n_embd=128",
     "train a.txt --n-layer 0": "n_layer=0 is too small",
     "train a.txt --n-layer -2": "n_layer=-2 is too small",
