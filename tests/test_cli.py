@@ -187,7 +187,7 @@ WRONG_USE = {
     "train a.txt --threads": "--threads needs a value.",
     "train a.txt --threads many": 'unable to convert "many" into int',
     "train a.txt --threads -1": "Must be >= 0",
-    "train a.txt --optimizer sgd": "Unknown option: --optimizer",
+    "train a.txt --optimizer sgd": '"adam", "muon"',
     "trian a.txt": 'Did you mean "train"?',
     "train a.txt b.txt": "Unexpected argument 'b.txt'.",
     "train a.txt --seed": "--seed needs a value.",

@@ -210,8 +210,7 @@ class TrainConfig(Config):
     decay_start: float = 0.0
     """Share of the steps after the warm-up at the full rate, before the decay begins."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """The way weights change: by Adam, or by Muon the matrices of the blocks and by Adam the rest.
-    """
+    """How weights change: by Adam, or the blocks' matrices by Muon and the rest by Adam."""
     muon_learning_rate: float = 0.02
     """Muon's peak learning rate; it rises and decays as learning_rate does."""
     muon_momentum: float = 0.95
