@@ -249,6 +249,7 @@ def plan(
         budget.seconds,
         resources.process_age(),
         len(material.training),
+        flags["train"].get("eval_interval"),
     )
     if not budget.whole:  # the warm-up of a preset, a file or fine-tuning, in proportion
         share = settings.train.warmup_steps / settings.train.max_iters

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tinygpt.config import GPTConfig, TrainConfig
@@ -30,9 +30,15 @@ BLOCKS = ((64, 0), (128, 1e6), (256, 1e7))
 HEAD = 32
 """Width of a head; twice that in models wider than 256."""
 RECIPES: dict[str, dict[str, Any]] = {
-    "adam": {"learning_rate": 5e-3, "beta2": 0.99, "weight_decay": 0.1},
+    "muon": {"muon_learning_rate": 0.02, "learning_rate": 4e-3, "beta2": 0.95, "decay_start": 0.4},
+    "adam": {"learning_rate": 5e-3, "beta2": 0.99, "decay_start": 0.0},
 }
 """What each optimizer learns best with, whatever the shape."""
+MUON = 180
+"""Operations of Muon for each block and step, in cubes of the width: Newton and Schulz's products.
+"""
+PER_BYTE = 10
+"""Parameters for each byte of the text, at most: a larger model learns it by heart."""
 MAX_EPOCHS = 40
 """After so many times through a text a model learns it by heart, and nothing else."""
 EVALUATING = 0.05
@@ -97,14 +103,17 @@ def expected_bits(parameters: float, vocabulary: Vocabulary, tokens: float, epoc
     once = read / max(1.0, epochs)
     again = max(0.0, epochs - 1)
     worth = once * (1 + REPEATS * (1 - math.exp(-again / REPEATS)))
-    rare = RARE * vocabulary.size / max(1.0, worth / vocabulary.bytes_per_token)
-    return float(SIZE * parameters**-SIZE_POWER + READ * worth**-READ_POWER + rare)
+    rare = RARE * vocabulary.size * vocabulary.bytes_per_token / worth
+    words = WORDS * math.log2(vocabulary.size)
+    return float(SIZE * parameters**-SIZE_POWER + READ * worth**-READ_POWER + rare - words)
 
 
-SIZE, SIZE_POWER = 60.0, 0.4
-READ, READ_POWER = 120.0, 0.35
+SIZE, SIZE_POWER = 30.0, 0.4
+READ, READ_POWER = 180.0, 0.4
+WORDS, RARE = 0.08, 4.0
+"""What a vocabulary of twice the size is worth, and what an entry costs for each time it is met."""
 REPEATS = 10.0
-RARE = 5.0
+"""Epochs after which reading once more teaches little."""
 
 
 def choose(
@@ -115,13 +124,19 @@ def choose(
     ``rate`` is that of a matrix product, in floating-point operations per second. What ``model``
     and ``train`` say is kept.
     """
-    fixed = [{**shape, **model} for shape in shapes]
+    fixed = sorted(({**shape, **model} for shape in shapes), key=_blocks)
+    small = [shape for shape in fixed if _blocks(shape) <= PER_BYTE * text.training]
     plans = [
         _plan(text, name, rate, seconds, shape, train)
         for name in text.vocabularies
-        for shape in fixed
+        for shape in small or fixed[:1]
     ]
     return min(plans, key=lambda plan: plan.bits)
+
+
+def _blocks(shape: Values) -> int:
+    """Parameters of the blocks, without biases and norms."""
+    return int(12 * shape["n_layer"] * shape["n_embd"] ** 2)
 
 
 def ladder(model: Values) -> Iterator[dict[str, Any]]:
@@ -156,8 +171,8 @@ def _plan(
 ) -> Plan:
     """The run with this vocabulary and this shape."""
     vocabulary = text.vocabularies[name]
-    optimizer = train.get("optimizer", next(iter(RECIPES)))
-    recipe = {**RECIPES[optimizer], "min_lr": 0.0, **train}
+    optimizer = train.get("optimizer", "muon")
+    recipe = {"optimizer": optimizer, "decay": "linear", "weight_decay": 0.1, **RECIPES[optimizer]}
     model, tokens = dict(shape), 1e6
     for _ in range(3):  # block and batch follow from the tokens, and these from the pace with both
         model = {**model, "block_size": _block(text, vocabulary, tokens), **shape}
@@ -166,12 +181,14 @@ def _plan(
         recipe = {**recipe, "batch_size": batch, **train}
         config = GPTConfig(**{"vocab_size": vocabulary.size, **model})
         estimate = preflight(config, TrainConfig(**{**recipe, "max_iters": 1}))
+        if optimizer == "muon":
+            extra = MUON * config.n_layer * config.n_embd**3
+            estimate = replace(estimate, flops=estimate.flops + extra)
         tokens = estimate.tokens * seconds / seconds_per_step(estimate, rate)
     epochs = tokens * vocabulary.bytes_per_token / max(1, text.training)
     if epochs > MAX_EPOCHS:
         tokens, epochs = tokens * MAX_EPOCHS / epochs, MAX_EPOCHS
-    blocks = 12 * config.n_layer * config.n_embd**2
-    bits = expected_bits(blocks, vocabulary, tokens, epochs)
+    bits = expected_bits(_blocks(shape), vocabulary, tokens, epochs)
     model = {**model, "dropout": dropout(epochs), **shape}
     return Plan(seconds, name, vocabulary, model, recipe, int(tokens), epochs, bits)
 
@@ -189,17 +206,25 @@ def dropout(epochs: float) -> float:
 
 
 def fix_steps(
-    model: GPTConfig, train: TrainConfig, pace: Pace, seconds: float, spent: float, training: int
+    model: GPTConfig,
+    train: TrainConfig,
+    pace: Pace,
+    seconds: float,
+    spent: float,
+    training: int,
+    interval: int | None = None,
 ) -> dict[str, int]:
     """Steps, warm-up and evaluations that fill ``seconds``, of which some are ``spent``.
 
-    ``training`` is the number of tokens to learn from. Raises UsageError if there is no time for
-    a single step.
+    ``training`` is the number of tokens to learn from; evaluations are ``interval`` steps apart, if
+    that is given. Raises UsageError if there is no time for a single step.
     """
-    batches, left = 20, seconds - spent
-    cost = batches * pace.evaluation + pace.sample
+    left = seconds - spent - CLOSING
+    cost = train.eval_iters * pace.evaluation + pace.sample
     evaluations = int(min(max(EVALUATING * left / cost, 1), MAX_EVALUATIONS))
-    steps = int((left - CLOSING - evaluations * cost) / pace.step)
+    steps = int((left - evaluations * cost) / pace.step)
+    if interval is not None:
+        steps = int((left - cost) / (pace.step + cost / interval))
     if steps < 1:
         least = spent + CLOSING + cost + pace.step
         raise UsageError(
@@ -210,7 +235,6 @@ def fix_steps(
     steps = min(steps, math.ceil(MAX_EPOCHS * training / positions))
     return {
         "max_iters": steps,
-        "warmup_steps": min(20, steps // 5),
-        "eval_interval": math.ceil(steps / evaluations),
-        "eval_iters": batches,
+        "warmup_steps": min(max(20, steps // 50), steps // 5),
+        "eval_interval": interval or math.ceil(steps / evaluations),
     }
