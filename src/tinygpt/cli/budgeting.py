@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.cli.console import say
 from tinygpt.cli.options import Settings, Tables, Values, preset_tables, resolve
+from tinygpt.cli.running import (
+    Beginning,
+    Material,
+    begin,
+    foresee,
+    gather,
+    open_text,
+    say_material,
+    vocabulary_of,
+)
 from tinygpt.config import PRESETS, TrainConfig
 from tinygpt.errors import UsageError, nearest
 from tinygpt.machine import resources
 from tinygpt.runs.display.text import duration
 
 if TYPE_CHECKING:
-    from tinygpt.cli.running import Beginning, Material
     from tinygpt.text.corpus import Corpus
     from tinygpt.text.tokenizers import Tokenizer
     from tinygpt.text.tokens import Tokens
@@ -170,7 +179,8 @@ def _guessed(settings: Settings, tokens: Tokens, own: Tokenizer | None) -> Vocab
     """The vocabulary of a file of tokens: their bytes are not known, but grow with its size."""
     from tinygpt.training.budget import Vocabulary
 
-    size = own.vocab_size if own else settings.model.get("vocab_size", int(tokens.max()) + 1)
+    found = vocabulary_of(settings, str(settings.data.source), tokens, own)
+    size = max(found, settings.model.get("vocab_size", 0))
     return Vocabulary(size, max(1.0, math.log2(size) / 4))
 
 
@@ -229,7 +239,6 @@ def plan(
     budget: Budget, settings: Settings, own: Tokenizer | None, flags: Tables, allow_memory: bool
 ) -> Planned:
     """Choose what ``flags`` leave open, measure the pace of that, and fix the steps."""
-    from tinygpt.cli.running import begin, foresee, gather, open_text, say_material
     from tinygpt.runs.trial import Trial
     from tinygpt.training.budget import fix_steps
 

@@ -72,15 +72,22 @@ def gather(
     from tinygpt.text import batches
 
     name, tokens, tokenizer = _read(settings, own, corpus or open_text(settings.data))
-    vocab_size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
-    if tokenizer is None and "vocab_size" not in settings.model and vocab_size > LARGEST_VOCAB:
-        raise DataError(
-            f"{name} has a token of number {vocab_size - 1:,}, and the model would need a row for "
-            f"each below it. If that is right, say so: --vocab-size {vocab_size}"
-        )
-    shape = settings.model_config(vocab_size)
+    shape = settings.model_config(vocabulary_of(settings, name, tokens, tokenizer))
     training, held_out = batches.split(tokens, settings.data.val_fraction, shape.block_size)
     return Material(name, training, held_out, tokenizer, shape)
+
+
+def vocabulary_of(
+    settings: Settings, name: str, tokens: Tokens, tokenizer: Tokenizer | None
+) -> int:
+    """The size of the vocabulary; DataError if only one strange token makes it large."""
+    size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
+    if tokenizer is None and "vocab_size" not in settings.model and size > LARGEST_VOCAB:
+        raise DataError(
+            f"{name} has a token of number {size - 1:,}, and the model would need a row for "
+            f"each below it. If that is right, say so: --vocab-size {size}"
+        )
+    return size
 
 
 def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: bool = True) -> None:
@@ -197,7 +204,10 @@ def _read(
             tokenizer = make_tokenizer(spec, lambda: _no_text(source))
         size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
         return Path(source).stem, load_tokens(source, size), tokenizer
-    tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
+    if tokenizer is None:
+        merges = spec is None or spec.startswith("bpe")  # not of words that are only held out
+        share = 1 - settings.data.val_fraction if merges else 1.0
+        tokenizer = make_tokenizer(spec, lambda: corpus.beginning(share))
     return corpus.name, tokens_of(corpus, tokenizer), tokenizer
 
 
