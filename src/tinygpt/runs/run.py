@@ -174,7 +174,7 @@ class TrainingRun:
         changes.check(path, found, allow, meta.iter_num)
         self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
         for change in found:
-            self.notice(f"changed from here on, as allowed: {change}")
+            self.notice(f"changed from here on: {change}")
         self._save_soon = bool(found)  # the next checkpoint, which records them, comes at once
         changes.check_random_state(path, meta)
         resuming.check_same_folder(path, meta, self.output)
@@ -366,7 +366,11 @@ class TrainingRun:
             tokenizer=None if self.tokenizer is None else self.tokenizer.to_dict(),
             data=self.fingerprints,
             progress=progress,
-            random_state={"seed": self.config.seed, "step": self.iter_num},
+            random_state={
+                "seed": self.config.seed,
+                "step": self.iter_num,
+                "order": batches.ORDER,
+            },
             init=self.init,
         )
 
