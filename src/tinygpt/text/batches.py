@@ -66,8 +66,8 @@ def check_length(tokens: Tokens, block_size: int) -> None:
 # Batches ----------------------------------------------------------------------------------------
 
 ORDER = 1
-"""Number of the order of batches. Checkpoints hold it, so that a run that was begun with another one
-is told: in order 0, which they do not name, blocks came from random places."""
+"""Number of this order of batches. Checkpoints hold it, so that the end of another order is said
+when a run goes on: in order 0, which they do not name, blocks came from random places."""
 ROUNDS = 6
 """Rounds of the Feistel network that shuffles the blocks of an epoch."""
 MASK = (1 << 64) - 1
