@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,8 @@ class Record:
         no row says more.
         """
         columns, known = self.columns, progress or {}
-        speeds = [speed for _, speed in columns.points("tokens_per_second")]
+        speeds = columns["tokens_per_second"]
+        speeds = speeds[~np.isnan(speeds)]
         step, loss = columns.best() or (known.get("best_iter"), number_of(known, "best_val_loss"))
         return {
             "steps": int(columns["iter"].max(initial=done)),
@@ -61,7 +61,7 @@ class Record:
             "best_loss": loss,
             "best_bits_per_byte": bits_per_byte(loss, self.bytes_per_token),
             "best_step": None if loss is None else step,
-            "tokens_per_second": statistics.median(speeds) if speeds else None,
+            "tokens_per_second": float(np.median(speeds)) if len(speeds) else None,
             "seconds": columns.last("elapsed") or number_of(known, "elapsed"),
         }
 
