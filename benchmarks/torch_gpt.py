@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tinygpt.config import GPTConfig, TrainConfig
+from tinygpt.config.weights import matrices_in
+from tinygpt.kernels.newton_schulz import STEPS, TINY
 
 Cache = tuple[Tensor, Tensor]
 """Keys and values of one layer, both (B, H, block_size, D)."""
@@ -128,6 +130,44 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.learning_rate - config.min_lr) * left
 
 
+class Muon:
+    """Jordan's, of all matrices of one shape together; queries, keys and values are three."""
+
+    def __init__(self, model: GPT, config: TrainConfig) -> None:
+        named = [(p, matrices_in(name)) for name, p in model.named_parameters()]
+        self.params = [p for p, count in named if count]
+        self.counts = [count for _, count in named if count]
+        self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.config = config
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        mu, gradients = self.config.muon_momentum, [p.grad for p in self.params]
+        torch._foreach_lerp_(self.momenta, gradients, 1 - mu)
+        updates = torch._foreach_lerp(gradients, self.momenta, mu)
+        parts = [u.view(n, -1, u.shape[1]) for u, n in zip(updates, self.counts, strict=True)]
+        factors = dict[int, Tensor]()
+        for shape in {part.shape[1:] for part in parts}:
+            chosen = [i for i, part in enumerate(parts) if part.shape[1:] == shape]
+            found = orthogonal(torch.cat([parts[i] for i in chosen]))
+            factors |= zip(chosen, found.split([self.counts[i] for i in chosen]), strict=True)
+        rate = lr * self.config.muon_learning_rate / self.config.learning_rate
+        torch._foreach_mul_(self.params, 1 - rate * self.config.weight_decay)
+        for i, p in enumerate(self.params):
+            root = math.sqrt(max(1, p.shape[0] / p.shape[1]))
+            p.add_(factors[i].reshape(p.shape), alpha=-rate * root)
+
+
+def orthogonal(u: Tensor) -> Tensor:
+    """Matrices (N, O, I) with their singular values brought near 1, in batched products."""
+    x = u.mT if u.shape[1] > u.shape[2] else u
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + TINY)
+    for a, b, c in STEPS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if u.shape[1] > u.shape[2] else x
+
+
 TrainStep = Callable[[np.ndarray, np.ndarray, float], float]
 """(x (B, T), y (B, T), learning rate) -> loss"""
 
@@ -137,8 +177,14 @@ def make_train_step(
 ) -> TrainStep:
     """Forward, backward, clipping and update."""
     params = list(model.parameters())
+    muon = Muon(model, config) if config.optimizer == "muon" else None
+    taken = set(map(id, muon.params)) if muon else set[int]()
+    decay = 0.0 if muon else config.weight_decay
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in params if p.dim() >= 2 and id(p) not in taken],
+            "weight_decay": decay,
+        },
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas, kind = (config.beta1, config.beta2), OPTIMIZERS[optimizer]
@@ -152,7 +198,9 @@ def make_train_step(
         loss.backward()
         nn.utils.clip_grad_norm_(params, config.grad_clip)
         adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        if muon:
+            muon.step(lr)
+        model.zero_grad(set_to_none=True)
         return loss.item()
 
     return step

@@ -2,18 +2,26 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tinygrad import Tensor
 
+from tests.run_script import TRAIN as RUN
+from tests.run_script import make_run
+from tests.test_resume import differing, stopped_at
 from tinygpt import kernels
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.config.weights import matrices_in, weights
+from tinygpt.errors import CheckpointError
 from tinygpt.kernels.muon import TOGETHER, together
 from tinygpt.kernels.newton_schulz import plain_orthogonal
+from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
+from tinygpt.runs import checkpoint
 from tinygpt.training.optim import AdamW, Muon, make_optimizer, optimizer_state
+from tinygpt.training.preflight import preflight
 from tinygpt.training.step import make_train_step
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
@@ -171,3 +179,40 @@ def test_no_more_matrices_are_worked_on_at_once_than_memory_is_meant_for():
     for some in chosen:
         assert len({blocks[i][1:] for i in some}) == 1
         assert sum(blocks[i][0] for i in some) <= TOGETHER
+
+
+def test_a_run_goes_on_bit_for_bit_and_with_no_other_optimizer(tmp_path):
+    config = replace(RUN, optimizer="muon", max_iters=4, eval_interval=2, checkpoint_interval=2)
+    whole = tmp_path / "whole"
+    list(make_run(whole, config=config))
+    folder = stopped_at(whole, 2, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"optimizer \(was 'muon', now 'adam'\) would"):
+        make_run(folder, resume=True, config=replace(config, optimizer="adam"))
+    assert [step.iter for step in make_run(folder, resume=True, config=config)] == [3, 4]
+    assert differing(whole, folder) == []
+
+
+@pytest.mark.parametrize("kinds", [("adam", "muon"), ("muon", "adam")])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, kinds):
+    model = Transformer(CONFIG)
+    one, other = (
+        make_optimizer(model.parameters(), replace(TRAIN, optimizer=kind)) for kind in kinds
+    )
+    path = checkpoint.save(tmp_path / "ckpt_1.safetensors", model, one, checkpoint.Meta(1, CONFIG))
+    with pytest.raises(CheckpointError, match="saved with another kind of optimizer"):
+        checkpoint.load(path, model, other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"freeze": 1}, {"lora_rank": 2}])
+def test_what_is_needed_is_known_before(settings):
+    train, adam = (replace(TRAIN, optimizer=kind, **settings) for kind in ("muon", "adam"))
+    model = Transformer(CONFIG)
+    lora.prepare(model, train)
+    estimate, other = preflight(CONFIG, train), preflight(CONFIG, adam)
+    size = checkpoint.state_size(model, make_optimizer(model.trainable(), train))
+    assert 0 <= size - estimate.saving < 20
+    if "lora_rank" in settings:
+        assert estimate.needed == other.needed and estimate.flops == other.flops
+    else:
+        assert estimate.optimizer < other.optimizer and estimate.gradients > other.gradients
+        assert estimate.flops > other.flops

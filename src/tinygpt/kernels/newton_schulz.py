@@ -86,6 +86,12 @@ class Sizes(NamedTuple):
         """Of all matrices together."""
         return self.matrices * self.m * self.n
 
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of the kernel; symmetric products take half."""
+        products, _ = program()
+        return self.matrices * self.n**2 * (self.m + self.n * len(products) + 2 * self.m)
+
 
 def lanes() -> int:
     """Columns of a panel."""
@@ -122,8 +128,6 @@ def program() -> tuple[list[Multiply], int]:
 def orthogonal(stack: Tensor, sizes: Sizes) -> Tensor:
     """Of ``stack``, matrices in panels, each one's orthogonal factor in panels."""
     count, m, n = sizes
-    products, _ = program()
-    ops = count * n * n * (m + n * len(products) + 2 * m)
     work = empty(stack, count * SLOTS * n * n)
     out = empty(stack, sizes.numbers)
     rows = register_tiles()[lanes()]
@@ -133,7 +137,7 @@ def orthogonal(stack: Tensor, sizes: Sizes) -> Tensor:
         [stack],
         lanes=lanes(),
         name=f"orthogonal_{count}x{m}x{n}",
-        ops=ops,
+        ops=sizes.operations,
         sizes=sizes,
         rows=rows,
     )[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tinygpt.config import GPTConfig, TrainConfig
@@ -34,9 +34,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adam": {"learning_rate": 5e-3, "beta2": 0.99, "decay_start": 0.0},
 }
 """What each optimizer learns best with, whatever the shape."""
-MUON = 180
-"""Operations of Muon for each block and step, in cubes of the width: Newton and Schulz's products.
-"""
 PER_BYTE = 10
 """Parameters for each byte of the text, at most: a larger model learns it by heart."""
 MAX_EPOCHS = 40
@@ -181,9 +178,6 @@ def _plan(
         recipe = {**recipe, "batch_size": batch, **train}
         config = GPTConfig(**{"vocab_size": vocabulary.size, **model})
         estimate = preflight(config, TrainConfig(**{**recipe, "max_iters": 1}))
-        if optimizer == "muon":
-            extra = MUON * config.n_layer * config.n_embd**3
-            estimate = replace(estimate, flops=estimate.flops + extra)
         tokens = estimate.tokens * seconds / seconds_per_step(estimate, rate)
     epochs = tokens * vocabulary.bytes_per_token / max(1, text.training)
     if epochs > MAX_EPOCHS:

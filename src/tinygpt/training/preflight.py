@@ -9,7 +9,7 @@ attention's result, eight in the MLP, and their gradients while they are used), 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 from tinygrad import Device, dtypes
 
 from tinygpt.config import Config, GPTConfig, TrainConfig
-from tinygpt.config.weights import weights
+from tinygpt.config.weights import Weight, matrices_in, weights
 from tinygpt.errors import UsageError
 from tinygpt.files.disk import size
 from tinygpt.kernels import linear
 from tinygpt.kernels.loss.fused import cut_of
+from tinygpt.kernels.muon import together
+from tinygpt.kernels.newton_schulz import SLOTS, Sizes
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
@@ -52,9 +54,9 @@ class Estimate:
     """What the process has already."""
     weights: int
     optimizer: int
-    """Adam's two moments."""
+    """Adam's two moments; Muon has one of the matrices."""
     gradients: int
-    """Of all parameters, and where they are accumulated."""
+    """Of all parameters, where they are accumulated, and what Muon makes of them."""
     activations: int
     """What the backward pass needs of the forward pass."""
     loss: int
@@ -107,6 +109,10 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
     N = train.batch_size * T  # positions of a micro-batch
     learning, adapters = count_trainable(model, train)
+    matrices = muon_matrices(model, train)
+    moments = 2 * learning - sum(weight.size for weight in matrices)
+    stacks = muon_stacks(matrices)
+    at_once = max((2 * s.numbers + SLOTS * s.matrices * s.n**2 for s in stacks), default=0)
     count = model.num_params() + adapters
     L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
     activations = N * C * (PER_BLOCK * L_back + OUTSIDE)
@@ -121,16 +127,33 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
         parameters=count,
         process=resources.memory(),
         weights=FLOAT * count,
-        optimizer=FLOAT * 2 * learning,
-        gradients=FLOAT * (learning + accumulated + tied),
+        optimizer=FLOAT * moments,
+        gradients=FLOAT * (learning + accumulated + tied + at_once),
         activations=FLOAT * activations,
         loss=FLOAT * (powers + dx_parts + projection),
         evaluation=FLOAT * (N * C * EVALUATING + powers),
-        saving=FLOAT * (count + 2 * learning) if saves else 0,
+        saving=FLOAT * (count + moments) if saves else 0,
         layers=L,
         tokens=N * train.grad_accum_steps,
-        flops=N * train.grad_accum_steps * flops_per_token(model, train),
+        flops=N * train.grad_accum_steps * flops_per_token(model, train)
+        + sum(sizes.operations for sizes in stacks),
     )
+
+
+def muon_matrices(model: GPTConfig, train: TrainConfig) -> list[Weight]:
+    """The weights that Muon changes: none with Adam, and no adapters."""
+    if train.optimizer != "muon":
+        return []
+    learns = learning(model, train)
+    return [w for w in weights(model) if w.name in learns and matrices_in(w.name)]
+
+
+def muon_stacks(matrices: Sequence[Weight]) -> list[Sizes]:
+    """The matrices that Muon works on at once, stack by stack."""
+    parts = [(w.shape, matrices_in(w.name)) for w in matrices]
+    shapes = [(n, rows // n, columns) for (rows, columns), n in parts]
+    stacks = ([shapes[i] for i in chosen] for chosen in together(shapes))
+    return [Sizes.of(sum(n for n, _, _ in some), *some[0][1:]) for some in stacks]
 
 
 def _output_frozen(model: GPTConfig, train: TrainConfig) -> bool:
