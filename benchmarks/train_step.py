@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py [--config baby|seeds|gpt2|muon|blocks] [--threads N]
                                     [--rounds R] [--eager] [--plain]
-                                    [--optimizer fused|foreach|plain] [--check N] [--cpu-time] [--json FILE]
+                                    [--optimizer fused|foreach|plain] [--check N]
+                                    [--cpu-time] [--json FILE]
 
 A step is forward, backward, clipping and AdamW, from numpy batches to the loss as a number. All
 sides start from the same weights and see the same batches; their losses over the first steps must
