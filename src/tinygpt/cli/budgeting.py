@@ -42,10 +42,12 @@ SAMPLE = 1 << 20
 """Characters of a text, at its beginning, that vocabularies are compared on."""
 MERGES = (512, 1024, 2048, 4096, 8192)
 """Sizes of the BPE vocabularies to choose from."""
-ENTRY = 1000
+ENTRY = 500
 """Bytes that a text must have for each byte pair: others mean nothing in texts that are new."""
 TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.9
 """Shares of the time for making tokens, at most, for timing steps, and for the steps, about."""
+WATCHED = 0.5
+"""Seconds for which the pace of a product is watched."""
 OPENING = 3.0
 """Seconds, about, until the first step is compiled."""
 
@@ -287,7 +289,7 @@ def _chosen(
     elif budget.size is not None:
         shapes = [sized(budget.size, shapes)]
     seconds = max(1.0, STEPPING * budget.left - OPENING)
-    best = choose(text, measured_rate(), seconds, settings.model, flags, shapes)
+    best = choose(text, measured_rate(WATCHED), seconds, settings.model, flags, shapes)
     data = settings.data
     if data.tokenizer is None and own is None:
         data = replace(data, tokenizer=best.tokenizer)

@@ -30,7 +30,7 @@ BLOCKS = ((64, 0), (128, 1e6), (256, 1e7))
 HEAD = 32
 """Width of a head; twice that in models wider than 256."""
 RECIPES: dict[str, dict[str, Any]] = {
-    "muon": {"muon_learning_rate": 0.02, "learning_rate": 4e-3, "beta2": 0.95, "decay_start": 0.4},
+    "muon": {"muon_learning_rate": 0.02, "learning_rate": 1e-2, "beta2": 0.95, "decay_start": 0.4},
     "adam": {"learning_rate": 5e-3, "beta2": 0.99, "decay_start": 0.0},
 }
 """What each optimizer learns best with, whatever the shape."""
@@ -110,7 +110,7 @@ def expected_bits(parameters: float, vocabulary: Vocabulary, tokens: float, epoc
 
 SIZE, SIZE_POWER = 30.0, 0.4
 READ, READ_POWER = 180.0, 0.4
-WORDS, RARE = 0.08, 4.0
+WORDS, RARE = 0.02, 0.5
 """What a vocabulary of twice the size is worth, and what an entry costs for each time it is met."""
 REPEATS = 10.0
 """Epochs after which reading once more teaches little."""
@@ -204,7 +204,7 @@ def _block(text: Text, vocabulary: Vocabulary, tokens: float) -> int:
 
 def dropout(epochs: float) -> float:
     """Dropout keeps a model from learning by heart what it reads again and again."""
-    return 0.0 if epochs < 4 else 0.1 if epochs < 12 else 0.2
+    return 0.0 if epochs < 5 else 0.1 if epochs < 20 else 0.2
 
 
 def fix_steps(
