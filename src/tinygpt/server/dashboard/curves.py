@@ -1,10 +1,9 @@
 """Curves of any length in a bounded number of points.
 
-Rows fall into buckets of ``stride`` rows, a power of two, and a bucket keeps the lowest, the
-highest and the mean of its values: a spike stays visible at every width, and what is smoothed later
-is a mean, not a choice. Buckets begin at multiples of the stride, so the page can put new rows into
-the last one, and halve the number of all by joining neighbours, and has what it would get from
-here.
+Rows fall into buckets of ``stride`` rows, a power of two. A bucket keeps the lowest, the highest
+and the mean of its values, so a spike stays visible at every width. Buckets begin at multiples of
+the stride, so a page can add new rows to the last one, and can halve their number by joining
+neighbours; the result is the same as from here.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from tinygpt.runs.history import Row
 from tinygpt.untrusted import has_surrogates, is_number
 
 RANGES = ("train_loss", "grad_norm", "tokens_per_second")
-"""Curves of which least and greatest values are shown beside the mean."""
+"""Curves that are shown with their lowest and highest values beside the mean."""
 POINTS = 1024
 """The most points of one curve."""
 LAYER_POINTS = 256
 """The most points of one layer's gradient norm."""
 MAX_ROWS = 2_000_000
-"""Rows of a run that are kept; what comes after is not shown."""
+"""Rows of a run that are kept; later ones are not shown."""
 MAX_LAYERS, MAX_NAME = 128, 100
 """Layers that are shown, and characters of a layer's name."""
 MAX_SKIPPED = 500
@@ -48,11 +47,11 @@ class Curves(Columns):
         self.bits_per_nat: float | None = None
         """Bits per byte of text for each nat per token of loss; None where no row says so."""
         self.odd: set[str] = set()
-        """What is not shown of the rows, and why."""
+        """Reasons why parts of the rows are not shown."""
         self._norms = np.empty((0, self._columns.shape[1]), np.float32)  # (layers, capacity)
 
     def add(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Take in rows; -> those that have a step, up to ``MAX_ROWS`` in all."""
+        """Add rows; -> those that have a step, up to ``MAX_ROWS`` in all."""
         start = self.rows
         if len(rows) > MAX_ROWS - start:
             self.odd.add(f"Rows after the first {MAX_ROWS:,} are not shown.")
@@ -71,13 +70,13 @@ class Curves(Columns):
         return rows
 
     def frozen(self) -> Self:
-        """The curves as they are now, to be read while more rows are added to these."""
+        """A snapshot, to be read while more rows are added to these."""
         now = copy.copy(self)  # whose columns have the same first rows, which never change
         now.layers, now.skipped = self.layers[:], self.skipped[:]
         return now
 
     def mark(self, rows: int) -> str:
-        """What tells the first ``rows`` rows from those of another, or of a resumed, run."""
+        """A checksum of row number ``rows``, which differs after a run is replaced or resumed."""
         if not 0 < rows <= self.rows:
             return ""
         return f"{zlib.crc32(self._columns[:, rows - 1].tobytes()):08x}"
@@ -141,7 +140,7 @@ class Curves(Columns):
         return max(first, 0), min(last, self.rows)
 
     def _see_layers(self, norms: Sequence[Row]) -> None:
-        """Take note of layers in the first and the last of some rows' norms."""
+        """Register the layers in the first and the last of some rows' norms."""
         for found in (*norms[:1], *norms[-1:]):
             for name in found:
                 if name in self.layers:
@@ -210,7 +209,7 @@ def _described(values: Numbers, stride: int, with_range: bool) -> dict[str, Any]
 
 
 def plain(values: npt.NDArray[Any], digits: int = 6) -> list[float | None]:
-    """Numbers as JSON can hold them, no longer than a screen can show."""
+    """Numbers for JSON, NaN as None, rounded to so many significant digits."""
     return [None if v != v else float(f"{v:.{digits}g}") for v in values.tolist()]
 
 
