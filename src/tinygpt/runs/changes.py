@@ -30,8 +30,8 @@ ALWAYS_FREE = {
 """Settings that do not change the course of the weights."""
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_embeddings"}
 """What decides which weights there are, and what they mean."""
-LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init"}
-"""What decides which weights learn, and where they began."""
+LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init", "optimizer"}
+"""What decides which weights learn, and how, and where they began."""
 FIXED = SHAPE | LEARNING
 TRAIN_FIELDS = [f.name for f in fields(TrainConfig)]
 MODEL_FIELDS = [f.name for f in fields(GPTConfig)]
@@ -111,7 +111,7 @@ def check(path: Path, found: Sequence[Change], allow: frozenset[str], iter_num: 
     if fixed := [str(change) for change in refused if change.field in LEARNING]:
         raise CheckpointError(
             f"{path} cannot be resumed: {', '.join(fixed)} would change, and other weights would "
-            f"learn than so far. Use the run's own settings. {START_ANEW}"
+            f"learn than so far, or in another way. Use the run's own settings. {START_ANEW}"
         )
     if refused:
         raise ChangedRunError(
