@@ -67,7 +67,7 @@ def open_a_token(page: Page) -> None:
 def open_attention(page: Page) -> None:
     page.get_by_role("tab", name="Attention").click()
     expect(page.locator("#pair")).to_contain_text("looks at", timeout=60_000)
-    page.get_by_label("Tokens", exact=True).and_(page.locator("select")).select_option("24")
+    page.locator("#window").select_option("24")
     expect(page.locator("#attention")).to_contain_text("Layer")
     page.get_by_role("button", name="Head 1").click()
 

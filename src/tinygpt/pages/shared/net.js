@@ -1,6 +1,6 @@
 // Talking to the server the page came from, and to nobody else.
 
-import { h } from "./dom.js";
+import { h, modal } from "./dom.js";
 import { store, stored } from "./storage.js";
 
 const KEY = "tinygpt-key";
@@ -14,10 +14,7 @@ export class ApiError extends Error {
 }
 
 /** POST some JSON; -> the answer's JSON. Asks for the key where the server wants one. */
-export async function post(path, body, signal) {
-  const response = await send(path, body, signal);
-  return response.json();
-}
+export const post = async (path, body, signal) => (await send(path, body, signal)).json();
 
 /** POST some JSON; yields the objects of a stream of server-sent events. */
 export async function* events(path, body, signal) {
@@ -50,10 +47,7 @@ export async function* eventData(response, signal, onHeard = () => {}) {
 }
 
 /** The JSON at a path. */
-export async function get(path, signal) {
-  const response = await request(path, { signal });
-  return response.json();
-}
+export const get = async (path) => (await request(path)).json();
 
 const send = (path, body, signal) => request(path, {
   method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
@@ -115,35 +109,16 @@ function askForKey(refused) {
   return asking;
 }
 
-function dialog(again) {
-  return new Promise((resolve) => {
-    const input = h("input", { type: "password", id: "key", autocomplete: "off", required: true });
-    const form = h(
-      "form",
-      { class: "key" },
-      h("h2", { id: "key-title" }, "This server wants a key"),
-      h("p", {}, again ? "That key was not the right one." : "It stands in the terminal of the server, behind #key= or as it was set there."),
-      h("label", { for: "key" }, "Key"),
-      input,
-      h("p", { class: "hint" }, "It is kept in this tab, until you close it."),
-      h(
-        "div",
-        { class: "row" },
-        h("button", { type: "submit", class: "primary" }, "Continue"),
-        h("button", { type: "button", onclick: () => box.close() }, "Cancel"),
-      ),
-    );
-    const box = h("dialog", { "aria-labelledby": "key-title" }, form);
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      box.returnValue = input.value.trim();
-      box.close();
-    });
-    box.addEventListener("close", () => {
-      box.remove();
-      resolve(box.returnValue);
-    });
-    document.body.append(box);
-    box.showModal();
-  });
+async function dialog(again) {
+  const input = h("input", { type: "password", id: "key", autocomplete: "off", required: true });
+  const given = await modal({ "aria-labelledby": "key-title" },
+    h("h2", { id: "key-title" }, "This server wants a key"),
+    h("p", {}, again ? "That key was not the right one." : "It stands in the terminal of the server, behind #key= or as it was set there."),
+    h("label", { for: "key" }, "Key"),
+    input,
+    h("p", { class: "hint" }, "It is kept in this tab, until you close it."),
+    h("div", { class: "row" },
+      h("button", { value: "key", class: "primary" }, "Continue"),
+      h("button", { formnovalidate: true }, "Cancel")));
+  return given && input.value.trim();
 }
