@@ -105,15 +105,15 @@ export class Playground {
   }
 
   undo() {
-    this.#return("back", "Undone.");
+    this.#return(this.history.past, "Undone.");
   }
 
   redo() {
-    this.#return("forward", "Done again.");
+    this.#return(this.history.future, "Done again.");
   }
 
-  #return(way, said) {
-    const state = this.writing ? null : this.history[way](this.#state());
+  #return(from, said) {
+    const state = this.writing ? null : this.history.step(this.#state(), from);
     if (!state) return;
     this.#forgive();
     this.last = state.last;
@@ -368,8 +368,8 @@ export class Playground {
   #buttons() {
     const busy = Boolean(this.writing);
     byId("continue").disabled = !this.card;
-    byId("undo").disabled = !this.history.canUndo || busy;
-    byId("redo").disabled = !this.history.canRedo || busy;
+    byId("undo").disabled = !this.history.past.length || busy;
+    byId("redo").disabled = !this.history.future.length || busy;
     byId("regenerate").disabled = busy || !this.last || this.draft !== this.last.after;
     byId("beginnings").hidden = busy || !this.draft.isEmpty || byId("beginnings").childElementCount < 2;
     for (const button of byId("tools").children) button.disabled = busy || !this.card;

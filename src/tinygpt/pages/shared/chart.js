@@ -87,9 +87,7 @@ export class Chart extends Plot {
     return low < high ? [low, high] : [0, Math.max(high, 1)];
   }
 
-  #tick(value) {
-    return this.write === format.loss ? format.short(value) : this.write(value);
-  }
+  #tick = (value) => (this.write === format.loss ? format.short : this.write)(value);
 
   #grid(context, ink) {
     context.lineWidth = 1;

@@ -4,6 +4,7 @@ import { h, modal } from "./dom.js";
 import { store, stored } from "./storage.js";
 
 const KEY = "tinygpt-key";
+let memory = ""; // the key, where nothing can be stored
 
 /** What the server, or the way to it, had to say against a request. */
 export class ApiError extends Error {
@@ -74,8 +75,6 @@ async function explain(response) {
   return new ApiError(message, response.status);
 }
 
-let memory = ""; // the key, where nothing can be stored
-
 const storedKey = () => stored(KEY) ?? memory;
 
 /** Send this key with every request from now on, in this tab. */
@@ -87,10 +86,9 @@ function keepKey(key) {
 /** A key behind the # of the address, which browsers send to nobody, goes into the tab's storage. */
 function takeKey() {
   const key = new URLSearchParams(location.hash.slice(1)).get("key");
-  if (!key) return false;
-  keepKey(key);
-  history.replaceState(null, "", location.pathname + location.search);
-  return true;
+  if (key) keepKey(key);
+  if (key) history.replaceState(null, "", location.pathname + location.search);
+  return Boolean(key);
 }
 
 takeKey();

@@ -29,9 +29,8 @@ from tinygpt.server.dashboard.curves import POINTS
 from tinygpt.server.dashboard.steering import ByLock, Steering
 from tinygpt.server.dashboard.watch import Cursor, Watch, parse_cursor, write_cursor
 from tinygpt.server.dashboard.watched import Run
+from tinygpt.server.http.answers import EventStream, JSONResponse
 from tinygpt.server.http.assembly import assemble
-from tinygpt.server.http.event_stream import EventStream
-from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.http.security import AccessOptions
 from tinygpt.server.http.static import page_files

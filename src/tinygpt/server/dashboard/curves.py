@@ -9,6 +9,7 @@ neighbours; the result is the same as from here.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import zlib
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Curves(Columns):
             self.odd.add(f"Rows after the first {MAX_ROWS:,} are not shown.")
             rows = rows[: MAX_ROWS - start]
         rows = super().add(rows)
-        at = [i for i, row in enumerate(rows) if _mapping(row.get("grad_norms"))]
+        at = [i for i, row in enumerate(rows) if isinstance(row.get("grad_norms"), dict)]
         norms = [rows[i]["grad_norms"] for i in at]
         self._see_layers(norms)
         for i, layer in enumerate(self.layers if at else ()):  # where there is none it is NaN
@@ -141,26 +142,18 @@ class Curves(Columns):
 
     def _see_layers(self, norms: Sequence[Row]) -> None:
         """Register the layers in the first and the last of some rows' norms."""
-        for found in (*norms[:1], *norms[-1:]):
-            for name in found:
-                if name in self.layers:
-                    continue
-                if len(self.layers) == MAX_LAYERS:
-                    self.odd.add(f"Layers after the first {MAX_LAYERS} are not shown.")
-                    break
-                self._see_layer(name)
-        missing = len(self.layers) - len(self._norms)
-        if missing:
+        for name in dict.fromkeys(itertools.chain(*norms[:1], *norms[-1:])):
+            if len(name) > MAX_NAME:
+                self.odd.add(f"Layers with names of more than {MAX_NAME} characters are not shown.")
+            elif name not in self.layers and len(self.layers) == MAX_LAYERS:
+                self.odd.add(f"Layers after the first {MAX_LAYERS} are not shown.")
+            elif name not in self.layers:
+                self.layers.append(name)
+                if has_surrogates(name):
+                    self.odd.add("The name of a layer holds half a character (a lone surrogate).")
+        if missing := len(self.layers) - len(self._norms):
             more = np.full((missing, self._columns.shape[1]), np.nan, np.float32)
             self._norms = np.concatenate([self._norms, more])
-
-    def _see_layer(self, name: str) -> None:
-        if len(name) > MAX_NAME:
-            self.odd.add(f"Layers with names of more than {MAX_NAME} characters are not shown.")
-            return
-        if has_surrogates(name):
-            self.odd.add("The name of a layer holds half a character (a lone surrogate).")
-        self.layers.append(name)
 
     def _see_skipped(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -211,7 +204,3 @@ def _described(values: Numbers, stride: int, with_range: bool) -> dict[str, Any]
 def plain(values: npt.NDArray[Any], digits: int = 6) -> list[float | None]:
     """Numbers for JSON, NaN as None, rounded to so many significant digits."""
     return [None if v != v else float(f"{v:.{digits}g}") for v in values.tolist()]
-
-
-def _mapping(value: Any) -> Row:
-    return value if isinstance(value, dict) else {}

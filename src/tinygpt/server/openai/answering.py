@@ -9,7 +9,7 @@ from typing import Any
 
 from tinygpt.errors import TinyGPTError
 from tinygpt.server.engine.sequence import Output, Outputs, Piece, Sequence
-from tinygpt.server.http.event_stream import event
+from tinygpt.server.http.answers import event
 from tinygpt.server.http.refusal import FAILURE, Refusal, closing, timed_out
 from tinygpt.server.openai.choices import Choice, Delta
 from tinygpt.server.openai.jobs import Job

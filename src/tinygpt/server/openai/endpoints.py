@@ -11,9 +11,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from tinygpt.server.http.answers import EventStream, JSONResponse, event
 from tinygpt.server.http.body import unless_gone
-from tinygpt.server.http.event_stream import EventStream, event
-from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import DOCUMENT, Refusal, closing, timed_out
 from tinygpt.server.openai import tokenizing
 from tinygpt.server.openai.answering import DONE, Answer
@@ -59,7 +58,7 @@ async def generate(
     deadline = asyncio.get_running_loop().time() + service.limits.request_seconds
     body = await service.body(request, schema)
     response = await unless_gone(request, _answer(service, make_job, given(body), deadline))
-    response.headers.update(service.ignored.header(unknown(body, schema)))
+    response.headers.update(service.ignored(unknown(body, schema)))
     return response
 
 

@@ -2,8 +2,8 @@
 
 A field that would change the text is either implemented or refused by name. Of some that are not
 implemented, the values that change nothing are accepted: those fields are `_neutral`. Unknown
-fields are accepted too, and named in a header of the answer (see `ignored`), unless the API is
-strict.
+fields are accepted too, and named in a header of the answer (`Service.ignored`), unless the API
+is strict.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,18 @@ from tinygpt.server.engine.scheduler import Engine
 from tinygpt.server.http.body import read_json
 from tinygpt.server.http.limits import Limits
 from tinygpt.server.http.refusal import Refusal
-from tinygpt.server.openai.ignored import Ignored
 from tinygpt.server.openai.metrics_page import Counts
 from tinygpt.server.openai.schema import Schema, check
 from tinygpt.text.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+IGNORED = "x-tinygpt-ignored-fields"
+PLAIN = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
+"""Names that a log or a header may show; others could hold anything."""
+MOST_NAMES = 32
+"""Names in one header."""
+REMEMBERED = 1000
 
 
 @dataclass
@@ -38,9 +48,9 @@ class Service:
     counts: Counts = field(default_factory=Counts)
     strict: bool = False
     """Whether unknown fields are refused."""
-    ignored: Ignored = field(default_factory=Ignored)
     beginnings: Callable[[], list[str]] = list
     """Finds texts that a page offers as beginnings."""
+    _logged: set[str] = field(default_factory=set, init=False)
 
     @property
     def vocab_size(self) -> int:
@@ -63,3 +73,13 @@ class Service:
         if model != self.name:
             message = f"There is no such model here. The one that is served: {self.name}"
             raise Refusal(404, message, param="model", code="model_not_found")
+
+    def ignored(self, paths: Iterable[str]) -> dict[str, str]:
+        """The header that names a body's unknown fields; the log names each of them once."""
+        names = sorted({p if PLAIN.fullmatch(p) else "(other)" for p in paths})[:MOST_NAMES]
+        new = [name for name in names if name not in self._logged]
+        if new and len(self._logged) < REMEMBERED:
+            self._logged.update(new)
+            listed = ", ".join(new)
+            logger.warning("Requests have unknown fields, which are ignored: %s", listed)
+        return {IGNORED: ", ".join(names)} if names else {}

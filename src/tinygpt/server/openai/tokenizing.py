@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TokenizerError
-from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.answers import JSONResponse
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
 from tinygpt.server.openai.prompts import chat_text, strange

@@ -22,8 +22,8 @@ from tinygpt.config import MAX_TOKENS
 from tinygpt.errors import TinyGPTError, TokenizerError
 from tinygpt.server.engine.scheduler import EngineClosed
 from tinygpt.server.engine.sequence import Request as TextRequest
+from tinygpt.server.http.answers import JSONResponse
 from tinygpt.server.http.body import unless_gone
-from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import Refusal, queue_full, timed_out
 from tinygpt.server.http.static import page_files
 from tinygpt.server.openai.choices import Choice, Delta, finite
