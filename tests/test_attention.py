@@ -40,7 +40,7 @@ from tinygpt.kernels.attention import (
     rows,
     self_attention,
 )
-from tinygpt.kernels.attention.decode import decode
+from tinygpt.kernels.attention.decode import Cache, decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.phases import build, empty
@@ -313,7 +313,7 @@ def test_the_kernels_can_be_written_for_gpus(name: str) -> None:
         (backward.deltas, 1, (rows, n, n), {"p": sizes}),
         (backward.queries, 1, (3 * n, n, rows, rows, 3 * n), {"p": sizes}),
         (backward.keys, 1, (3 * n, n, rows, rows, 3 * n), {"p": sizes}),
-        (decode, 1, (32, 32, n, n, 1), {"heads": 2, "T": 40, "D": 16}),
+        (decode, 1, (32, 32, n, n, 1), {"s": Cache(1, 1, 2, 40, 16)}),
     ]
     for kernel, outputs, lengths, constants in kernels:
         source = render(name, kernel, outputs, lengths, constants)

@@ -104,6 +104,7 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
     from tinygrad import Context, TinyJit, Variable, dtypes
 
     from tinygpt import kernels
+    from tinygpt.machine.tinygrad_internals import ONE_PIECE
     from tinygpt.machine.transfer import zeros
     from tinygpt.model.transformer import Transformer
 
@@ -120,7 +121,7 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
         return model.unembed(x[:, last : last + 1]).float().realize()
 
     functions = []
-    with Context(JIT=2, NUM_CPU_THREADS=1):  # each kernel by itself, and whole
+    with Context(JIT=2, **ONE_PIECE):  # each kernel by itself, and whole
         for function, name in ((step, "position"), (window, "last")):
             captured: Any = TinyJit(function)
             captured.cnt = 1  # captured at the first call

@@ -23,7 +23,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.errors import UsageError
 from tinygpt.kernels.attention import backward
-from tinygpt.kernels.attention.decode import decode
+from tinygpt.kernels.attention.decode import Cache, decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, tile_shape
 from tinygpt.kernels.dispatch import operation
@@ -110,7 +110,6 @@ def flash_attention(
     themselves.
     """
     _check(q, k, v, is_causal)
-    _check_dropout(dropout, key)
     (B, H, Tq, D), Tk = map(int, q.shape), int(k.shape[2])
     (b, h), causal = _each(q, B, H), is_causal and Tq > 1
     problem = Problem(b, h, Tq, Tk, D, causal, packed=False, dropout=dropout)
@@ -132,7 +131,6 @@ def self_attention(
             f"heads. Give (batch, time, 3 * n_head * head_size)."
         )
     _check_dtypes(qkv)
-    _check_dropout(dropout, key)
     B, T, width = map(int, qkv.shape)
     D = width // (3 * n_head)
     b, h = _each(qkv, B, n_head)
@@ -166,9 +164,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | U
         lanes=tile_shape(on_gpu(q))[0],
         name=f"attention_decode_{B}_{H}_{T}_{D}",
         ops=4 * B * H * T * D,
-        heads=B * H,
-        T=T,
-        D=D,
+        s=Cache(B, B, H, T, D),
     )[0]
 
 
@@ -192,6 +188,7 @@ def _attention(
 ) -> Tensor:
     """The result, of the given shape; ``rows`` is that of a number for each query (B, H, Tq)."""
     x = inputs[0]
+    _check_dropout(p.dropout, key)
     keys = [contiguous(key)] if p.dropout and key is not None else []
 
     def gradients(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:

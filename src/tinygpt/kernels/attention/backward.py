@@ -34,7 +34,7 @@ def fused(k: Kernel, *arrays: Array, p: Problem) -> None:
     head = k.units(p.B * p.H)
     dq, dk, dv = p.heads(gradients, head)
     add_up(k, p, head, delta, grad, out)
-    sweep = Sweep(k, p, head, grad, lse, delta, inputs)
+    sweep = Sweep(k, p, head, (grad, lse, delta, *inputs))
     with k.loop(blocks(p.Tq, sweep.block)) as block:
         sweep.clear(block, dq)
     with k.loop(blocks(p.Tk, k.lanes)) as tile:
@@ -44,22 +44,21 @@ def fused(k: Kernel, *arrays: Array, p: Problem) -> None:
 def keys(k: Kernel, *arrays: Array, p: Problem) -> None:
     """dK and dV, with a tile of keys per unit."""
     n = 1 if p.packed else 2
-    gradients, (grad, lse, delta), inputs = arrays[:n], arrays[n : n + 3], arrays[n + 3 :]
+    gradients, given = arrays[:n], arrays[n:]
     n_tiles = blocks(p.Tk, k.lanes)
     unit = k.units(p.B * p.H * n_tiles)
     head = unit // n_tiles
-    dk, dv = p.heads(gradients if p.packed else (grad, *gradients), head)[1:]
-    Sweep(k, p, head, grad, lse, delta, inputs).keys(unit % n_tiles, dk, dv)
+    dk, dv = p.heads(gradients if p.packed else (given[0], *gradients), head)[1:]
+    Sweep(k, p, head, given).keys(unit % n_tiles, dk, dv)
 
 
-def queries(k: Kernel, gradient: Array, *arrays: Array, p: Problem) -> None:
+def queries(k: Kernel, gradient: Array, *given: Array, p: Problem) -> None:
     """dQ, with a block of queries per unit."""
-    (grad, lse, delta), inputs = arrays[:3], arrays[3:]
     n_blocks = blocks(p.Tq, block_size(p.Tq))
     unit = k.units(p.B * p.H * n_blocks)
     head, block = unit // n_blocks, unit % n_blocks
     dq = p.head(gradient, head, p.Tq, 0, 3)
-    sweep = Sweep(k, p, head, grad, lse, delta, inputs)
+    sweep = Sweep(k, p, head, given)
     sweep.clear(block, dq)
     q, grad_rows = sweep.rows(block)
     with counted(k, sweep.tiles_seen_by(block), blocks(p.Tk, k.lanes)) as tile:
@@ -90,16 +89,9 @@ def add_up(k: Kernel, p: Problem, head: UOp, delta: Array, grad: Array, out: Arr
 class Sweep:
     """One tile of keys of one head, and the blocks of queries that pass by it."""
 
-    def __init__(
-        self,
-        k: Kernel,
-        p: Problem,
-        head: UOp,
-        grad: Array,
-        lse: Array,
-        delta: Array,
-        inputs: Sequence[Array],
-    ) -> None:
+    def __init__(self, k: Kernel, p: Problem, head: UOp, given: Sequence[Array]) -> None:
+        """``given``: dO, lse, delta, and the inputs of the forward kernel."""
+        grad, lse, delta, *inputs = given
         self.k, self.p, self.block = k, p, block_size(p.Tq)
         self.rows_of_tile = tile_shape(k.gpu)[1]
         self.q, self.key, self.value = p.heads(inputs, head)

@@ -10,11 +10,10 @@ import math
 
 from tinygrad import Tensor
 
-from tinygpt.kernels.attention.decode import decode_rows
+from tinygpt.kernels.attention.decode import Cache, decode_rows, keep_rows
 from tinygpt.kernels.attention.tiles import tile_shape
 from tinygpt.kernels.dispatch import operation
-from tinygpt.kernels.loops import at_most, blocks
-from tinygpt.kernels.phases import Array, Kernel, contiguous, empty, minimum, on_gpu, run
+from tinygpt.kernels.phases import contiguous, empty, on_gpu, run
 
 
 def plain_rows_attention(
@@ -64,19 +63,15 @@ def rows_attention(
     slot and position; its query then sees the positions up to there. slots and positions are
     int32 (n,). Two rows must not have the same slot, unless they are alike. There is no gradient.
     """
-    (P, H, T, D), n = map(int, keys.shape), int(qkv.shape[0])
+    s = Cache(int(qkv.shape[0]), *map(int, keys.shape))
     return run(
         decode_rows,
-        [empty(qkv, n, H * D), keys, values],
+        [empty(qkv, s.n, s.H * s.D), keys, values],
         [contiguous(qkv), contiguous(slots), contiguous(positions)],
         lanes=tile_shape(on_gpu(qkv))[0],
-        name=f"attention_rows_{n}_{P}_{H}_{T}_{D}",
-        ops=4 * n * H * T * D,
-        rows=n,
-        P=P,
-        H=H,
-        T=T,
-        D=D,
+        name="attention_rows_" + "_".join(map(str, s)),
+        ops=4 * s.n * s.H * s.T * s.D,
+        s=s,
     )[0]
 
 
@@ -86,39 +81,7 @@ def keep(qkv: Tensor, keys: Tensor, values: Tensor, slot: Tensor) -> list[Tensor
 
     They become its first positions. The caller realizes the keys and values that are returned.
     """
-    (P, H, T, D), n = map(int, keys.shape), int(qkv.shape[0])
-    return run(
-        _keep,
-        [keys, values],
-        [contiguous(qkv), contiguous(slot)],
-        lanes=tile_shape(on_gpu(qkv))[0],
-        name=f"attention_keep_{n}_{P}_{H}_{T}_{D}",
-        rows=n,
-        P=P,
-        H=H,
-        T=T,
-        D=D,
-    )
-
-
-def _keep(
-    k: Kernel,
-    keys: Array,
-    values: Array,
-    qkv: Array,
-    slot: Array,
-    *,
-    rows: int,
-    P: int,
-    H: int,
-    T: int,
-    D: int,
-) -> None:
-    unit = k.units(rows * H)
-    row, h = unit // H, unit % H
-    start = ((at_most(slot[0], P - 1) * H + h) * T + row) * D
-    for part, cache in enumerate((keys, values), start=1):
-        with k.loop(blocks(D, k.lanes)) as j, k.phase() as lane:
-            d = j * k.lanes + lane
-            new = qkv[((row * 3 + part) * H + h) * D + minimum(d, D - 1)]
-            cache.put(start + d, new, d < D if D % k.lanes else None)
+    s = Cache(int(qkv.shape[0]), *map(int, keys.shape))
+    inputs, name = [contiguous(qkv), contiguous(slot)], "attention_keep_" + "_".join(map(str, s))
+    lanes = tile_shape(on_gpu(qkv))[0]
+    return run(keep_rows, [keys, values], inputs, lanes=lanes, name=name, s=s)
