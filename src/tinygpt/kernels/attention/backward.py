@@ -9,10 +9,14 @@ where delta, one number for each query, is the sum of dO * O along the head: the
 gradient. W is not stored: 2 ** (score - lse) makes it again. Dropout, a mask M of zeros and of
 1 / (1 - p), turns the first W into M * W and dW into M * dW, and leaves delta as it is.
 
-Lanes are keys, and blocks of queries pass by. dQ is summed in memory, key tile after key tile,
-with the head's dimensions for lanes. There are two ways to share out the work, which add the same
-numbers in the same order: `fused`, a head per unit; and, for more units than heads, `queries` and
-`keys`, at the price of making W and dW twice.
+Lanes are keys: a tile of keys stays in place, and one block of queries after another is computed
+against it. dK and dV of the tile are summed in tiles, (D, lanes) each. dQ belongs to the queries:
+it is summed in memory, key tile after key tile, with the head's dimensions for lanes.
+
+There are two ways to share out the work, which add the same numbers in the same order. `fused` has
+a head per unit, and makes W and dW once. On a GPU, or where there are few heads, `keys` has a tile
+of keys per unit, for dK and dV, and `queries` a block of queries per unit, for dQ: more units, at
+the price of making W and dW twice.
 """
 
 from __future__ import annotations
@@ -99,7 +103,7 @@ class Sweep:
         self.lse, self.delta, self.first = lse, delta, head * p.Tq
         dtype = lse.dtype
         self.key_t, self.value_t = k.tile(p.D, dtype), k.tile(p.D, dtype)  # (D, lanes)
-        self.w = k.tile(self.block, dtype)  # (queries, lanes)
+        self.w = k.tile(self.block, dtype)  # (queries, lanes), as is ds
         self.ds = k.tile(self.block, dtype, shared=True)
         self.drop = Dropout(k, p, head, inputs, k.lanes)
 
@@ -125,7 +129,7 @@ class Sweep:
             dv.put(self.key_row(tile, lane), d, dv_t[d, lane] * p.boost)
 
     def take(self, tile: UOp) -> None:
-        """A tile of keys and values, with lanes for keys; and the keys as they are, for dQ."""
+        """Load a tile of keys and values, (D, lanes) each; the keys also row by row, for dQ."""
         self.key_rows = self.key.rows(
             self.k, lambda r: self.key_row(tile, r), self.k.lanes, self.p.D
         )
@@ -225,20 +229,24 @@ class Sweep:
         return functools.reduce(lambda a, b: a & b, gates) if gates else None
 
     def key_row(self, tile: UOp, lane: Index) -> UOp:
+        """The position of a lane's key; lanes behind the last key repeat it."""
         at = tile * self.k.lanes + lane
         return at if self.p.Tk % self.k.lanes == 0 else minimum(at, self.p.Tk - 1)
 
     def query_row(self, block: UOp, x: Index) -> UOp:
+        """The position of query x of a block; those behind the last repeat it."""
         at = block * self.block + x
         return at if self.p.Tq % self.block == 0 else minimum(at, self.p.Tq - 1)
 
     def first_block_that_sees(self, tile: UOp) -> Index:
+        """The first block of queries of which one may see a key of the tile (causal: not all)."""
         if not self.p.causal:
             return 0
         query = tile * self.k.lanes - self.p.ahead  # the first that sees the tile's first key
         return (query < 0).where(as_index(0), query) // self.block
 
     def tiles_seen_by(self, block: UOp) -> Index:
+        """How many tiles of keys, from the first on, the queries of a block may see."""
         if not self.p.causal:
             return blocks(self.p.Tk, self.k.lanes)
         last = minimum(block * self.block + (self.block - 1), self.p.Tq - 1) + self.p.ahead

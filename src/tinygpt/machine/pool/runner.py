@@ -1,4 +1,11 @@
-"""What tinygrad calls: a graph of kernels inside a ``TinyJit``, and a kernel outside of one."""
+"""What tinygrad calls: a graph of kernels inside a ``TinyJit``, and a kernel outside of one.
+
+tinygrad has two places where a device may put code of its own. ``device.graph`` makes an object of
+each batch of captured kernels, which is called at every replay: `PoolGraph` writes the batch once as
+a list of commands, and a replay only replaces the addresses and numbers that have changed.
+``device.runtime_t`` makes an object of each compiled kernel, which is called at every launch:
+`PoolProgram`. Both end in `Pool.run`, which returns when everything is done.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +80,7 @@ class PoolGraph(GraphRunner):
         self.variables: dict[tuple[int, int], int] = {}  # (call, its variable) -> place
         words: list[int] = []
         for j, call in enumerate(self.linear.src):
+            # a command is two words and its arguments: first the buffers, then the variables
             info, buffers, place = call.src[0].arg, self.calls[j][2], len(words) + 2
             core, runtime = info.runtimevars.get("core_id"), self.runtimes[j]
             assert isinstance(runtime, CPUProgram), "supports_uop takes compiled kernels only"
@@ -82,6 +90,7 @@ class PoolGraph(GraphRunner):
                 slot=UNSPLIT if core is None else len(info.globals) + core,
                 arguments=[_pointer(buffers[p]) for p in info.globals] + [0] * len(info.vars),
             )
+            # the batch's own buffers stay where they are; inputs may be others at every call
             moving = {p for p, u in enumerate(get_call_arg_uops(call)) if _is_input(u)}
             for i, p in enumerate(info.globals):
                 if p in moving:
