@@ -1,8 +1,8 @@
 """What tinygrad calls: a graph of kernels inside a ``TinyJit``, and a kernel outside of one.
 
 tinygrad has two places where a device may put code of its own. ``device.graph`` makes an object of
-each batch of captured kernels, which is called at every replay: `PoolGraph` writes the batch once as
-a list of commands, and a replay only replaces the addresses and numbers that have changed.
+each batch of captured kernels, which is called at every replay: `PoolGraph` writes the batch as a
+list of commands, once, and a replay only replaces the addresses and numbers that have changed.
 ``device.runtime_t`` makes an object of each compiled kernel, which is called at every launch:
 `PoolProgram`. Both end in `Pool.run`, which returns when everything is done.
 """
