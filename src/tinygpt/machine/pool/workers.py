@@ -2,8 +2,7 @@
 
 The C is compiled by the compiler that makes tinygrad's kernels, kept in the same cache and loaded
 into memory in the same way. So it works wherever a kernel does: no linker, no headers, no file of
-ours on disk. The functions of libc that it needs (a mutex, a condition variable, the clock) it gets as
-pointers.
+ours on disk. It gets what it needs of libc (a mutex, a condition variable, the clock) as pointers.
 
 The workers are Python threads that enter the C once and stay there, without the interpreter lock,
 until the pool stops. The words of this folder:
