@@ -16,10 +16,10 @@ until the pool stops. The words of this folder:
 - A *worker* waits for the next command, takes pieces until none is left, and waits again.
 
 Both wait by spinning first. From one kernel to the next a few microseconds pass, and a thread that
-sleeps takes 50 µs to wake up: with a hundred kernels in a step of 10 ms, sleeping at once would cost
-half of it. After `PATIENCE` the thread sleeps, so that a pool without work takes no processor time.
-Where there are more threads than CPUs, none spins: it would hold the very CPU that the thread it
-waits for needs.
+sleeps takes 50 µs to wake up: with a hundred kernels in a step of 10 ms, sleeping at once would
+cost half of it. After `PATIENCE` the thread sleeps, so that a pool without work takes no processor
+time. Where there are more threads than CPUs, none spins: it would hold the very CPU that the thread
+it waits for needs.
 """
 
 from __future__ import annotations
