@@ -20,7 +20,7 @@ from tinygpt import cli, kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
 from tinygpt.kernels import check, dispatch
-from tinygpt.kernels.attention import plain_attention
+from tinygpt.kernels.attention import flash_attention, plain_attention
 from tinygpt.kernels.check import TOLERANCE, cases, check_case, check_kernel, exact, time_case
 from tinygpt.model.transformer import Transformer
 from tinygpt.training.gradcheck import gradcheck
@@ -261,6 +261,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     parts = [[x.clone()] for _ in range(4)]
     scalars = [Tensor([0.5]).contiguous() for _ in range(3)]
     settings = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": [0.0]}
+    muon = {"ratio": 1.0, "momentum": 0.9, "decay": 0.0}
+    report = Tensor([1.0, 1.0, 1.0]).contiguous()
     return {
         "linear": lambda: kernels.linear(x, w),
         "gelu": lambda: kernels.gelu(x),
@@ -270,6 +272,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "dropout": lambda: kernels.dropout(x, 0.5, Tensor([1, 2], dtype=dtypes.uint32)),
         "loss": lambda: kernels.loss(x, w, ids, gradient=True),
         "adamw": lambda: kernels.adamw_update(*parts, *scalars, **settings),
+        "muon": lambda: kernels.muon_update(*parts[:3], [1], *scalars[:1], report, **muon),
     }
 
 
@@ -318,13 +321,13 @@ def test_flash_raises_where_it_cannot_run_and_plain_says_nothing(
         with pytest.raises(KernelError, match=r"attention='flash'.*toaster.*attention='auto'"):
             kernels.self_attention(qkv(), 2)
         with pytest.raises(KernelError, match="attention='flash'"):
-            kernels.cached_attention(q[:, :, :1], q, q, 8)
+            flash_attention(q[:, :, :1], q, q)
     with kernels.use("plain"):
         plain = kernels.self_attention(qkv(), 2).numpy()
     assert told(caplog) == []
     with kernels.use("auto"):
         np.testing.assert_array_equal(kernels.self_attention(qkv(), 2).numpy(), plain)
-        step = kernels.cached_attention(q[:, :, :1], q, q, 8).numpy()
+        step = flash_attention(q[:, :, :1], q, q).numpy()
     np.testing.assert_allclose(step, plain_attention(q[:, :, :1], q, q).numpy(), atol=1e-6)
     assert len(told(caplog)) == 1
 

@@ -9,7 +9,6 @@ Shapes use the field's letters: B batch, T positions, C width, H heads, D head s
 """
 
 from tinygpt.kernels.adamw import adamw_update as adamw_update
-from tinygpt.kernels.attention import cached_attention as cached_attention
 from tinygpt.kernels.attention import self_attention as self_attention
 from tinygpt.kernels.attention.rows import keep as keep
 from tinygpt.kernels.attention.rows import rows_attention as rows_attention

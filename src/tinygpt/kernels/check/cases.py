@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.kernels.attention import decode_attention, flash_attention
+from tinygpt.kernels.attention import flash_attention
 from tinygpt.kernels.check import exact
 
 Array = npt.NDArray[Any]
@@ -99,18 +99,6 @@ def _packed(B: int, H: int, T: int, D: int) -> Case:
         lambda qkv, grad: exact.packed_attention(qkv, H, grad),
         lambda qkv: kernels.self_attention(qkv, H),
         gradients=1,
-    )
-
-
-def _decoding(B: int, H: int, T: int, D: int) -> Case:
-    """One query and a cache that is filled up to ``length``, which has no gradients."""
-    length = T * 2 // 3
-    return case(
-        decode_attention,
-        f"decode B{B} H{H} T{T} D{D}",
-        several((B, H, 1, D), (B, H, T, D), (B, H, T, D)),
-        lambda q, k, v: exact.attention(q, k[:, :, :length], v[:, :, :length], False, q)[:1],
-        lambda q, k, v: decode_attention(q, k, v, length),
     )
 
 
@@ -229,6 +217,27 @@ def _adamw(*shapes: tuple[int, ...]) -> Case:
     return case(kernels.adamw_update, shape, inputs, formula, compute, results=1 + 3 * n)
 
 
+def _muon(*shapes: tuple[int, int, int]) -> Case:
+    """Clipped, with weight decay, of weights (rows, columns, matrices one above the other)."""
+    n, counts, norm = len(shapes), [count for *_, count in shapes], 4.0
+    rates: dict[str, Any] = {"momentum": 0.95, "decay": 0.1, "clip": 1.0}
+    numbers = several(*[(rows, columns) for rows, columns, _ in shapes] * 3)
+    scalars = [np.array(x, np.float32) for x in ([0.01], [1.0, norm, 1.0])]
+
+    def compute(*inputs: Tensor) -> list[Tensor]:
+        p, g, m = (list(inputs[i : i + n]) for i in range(0, 3 * n, n))
+        p, m = ([t.clone() for t in ts] for ts in (p, m))
+        kernels.muon_update(p, g, m, counts, *inputs[3 * n :], ratio=2.0, **rates)
+        return [t for part in zip(p, m, strict=True) for t in part]
+
+    def formula(*inputs: exact.Array) -> list[exact.Array]:
+        parts = list(zip(*(inputs[i : i + n] for i in range(0, 3 * n, n)), strict=True))
+        return exact.muon(parts, counts, lr=0.02, norm=norm, **rates)
+
+    inputs, shape = numbers + scalars, f"{n} matrices from {shapes[0]}"
+    return case(kernels.muon_update, shape, inputs, formula, compute, results=2 * n)
+
+
 Make = Callable[[], Case]
 
 
@@ -247,8 +256,7 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
             *each(_attention, (1, 2, 1000, 1000, 16, True), (1, 2, 20, 100, 64, True)),
             *each(_attention, (1, 2, 33, 50, 128, False)),
             *each(_packed, (2, 4, 40, 32)),
-            *each(_decoding, (2, 4, 300, 64)),
-            *each(_rows, (3, 5, 2, 100, 32)),
+            *each(_rows, (2, 2, 4, 300, 64), (3, 5, 2, 100, 32)),
             *each(_keep, (7, 5, 2, 20, 24)),
         ],
         partial(_packed, 2, 4, 256, 32),
@@ -275,6 +283,10 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
     "adamw": (
         each(_adamw, ((1,),), ((33, 7), (7,)), ((64, 64), (64, 64), (300, 64), (64,))),
         partial(_adamw, *LAYERS),
+    ),
+    "muon": (
+        each(_muon, ((99, 33, 3), (33, 48, 1)), ((192, 64, 3), (64, 256, 1))),
+        partial(_muon, (384, 128, 3), (512, 128, 1)),
     ),
 }
 """What can be checked: what makes its cases, and the one that is timed."""
