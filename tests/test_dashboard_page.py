@@ -249,7 +249,8 @@ def test_what_is_chosen_stands_in_the_address_and_a_link_shows_the_same(tmp_path
         (folder / "config.toml").write_text(
             settings.replace("[train]", "block_size = 8\n[train]\nbatch_size = 4")
         )
-        (folder / "run.json").write_text('{"run": "0123456789abcdef", "bytes_per_token": 0.5}')
+        number = {"run": "0123456789abcdef", "bytes_per_token": 0.5 / math.log(2)}
+        (folder / "run.json").write_text(json.dumps(number))
     with serving(tmp_path) as address:
         page = ready(open_page(address))
         seen = {picture(page, "loss")}
