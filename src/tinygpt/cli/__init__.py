@@ -40,7 +40,10 @@ GROUPS = {
     },
     "Exchange": {
         "import": ("importing:app", "Take in weights that others trained."),
-        "export": ("export:app", "Hand a model on: to Hugging Face, to llama.cpp, as a web page."),
+        "export": (
+            "exporting:app",
+            "Hand a model on: to Hugging Face, llama.cpp, as a web page.",
+        ),
         "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
     },
     "Proofs": {
@@ -57,8 +60,8 @@ GROUPS = {
 """The verbs under their headings in the help: where each one is, and what it does in one line."""
 
 OTHER_NAMES = {
-    "check": ("checking:check", "doctor --kernels"),
-    "gradcheck": ("gradchecking:gradcheck", "doctor --gradients"),
+    "check": ("doctoring:check", "doctor --kernels"),
+    "gradcheck": ("doctoring:gradcheck", "doctor --gradients"),
     "verify-resume": ("proving:verify_resume", "doctor --resume"),
 }
 """Verbs that were called so before; the help leaves them out."""

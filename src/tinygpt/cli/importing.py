@@ -49,7 +49,7 @@ def import_hf(
     json
         Print a summary as JSON.
     """
-    from tinygpt.interop.destination import check_free
+    from tinygpt.files.atomic import check_free
     from tinygpt.interop.hf.pretrained import import_run, open_pretrained
 
     check_free(out)

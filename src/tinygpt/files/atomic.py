@@ -102,11 +102,11 @@ def building(folder: Path) -> Iterator[Path]:
 
     It is made beside ``folder``, under a name that begins with a dot, and is removed if anything
     goes wrong; what a killed process left there of an earlier try is removed too. ``folder`` itself
-    may be there if it is empty. Raises OSError, FileExistsError if something is in it.
+    may be there if it is empty. Raises UsageError if something is in it, and OSError.
     """
+    check_free(folder)
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  # without any ..
     make_folder(folder.parent)
-    check_free(folder)
     _sweep(folder.parent, folders_of=folder.name)
     temporary, handle = _new_temporary_folder(folder)
     try:
@@ -133,10 +133,12 @@ def _new_temporary_folder(folder: Path) -> tuple[Path, int]:
 
 
 def check_free(folder: Path) -> None:
-    """FileExistsError if something is at ``folder`` already, but for a folder without content."""
+    """UsageError if something is at ``folder`` already, but for a folder without content."""
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if not empty and (folder.is_symlink() or folder.exists()):
-        raise FileExistsError(errno.EEXIST, "it is there already", str(folder))
+        raise UsageError(
+            f"{folder} is there already, and nothing in it is overwritten. Choose another folder."
+        )
 
 
 def check_overwritable(path: Path, mark: bytes, kind: str) -> None:

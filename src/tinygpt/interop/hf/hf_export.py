@@ -15,11 +15,11 @@ import numpy as np
 
 from tinygpt.config import GPTConfig, __version__
 from tinygpt.errors import InteropError
-from tinygpt.files.atomic import replacing, user_path
+from tinygpt.files.atomic import building, replacing, user_path
+from tinygpt.files.disk import writing
 from tinygpt.files.strict_json import write_json
 from tinygpt.interop import parity
 from tinygpt.interop.card import Parity, model_card
-from tinygpt.interop.destination import new_folder
 from tinygpt.interop.hf.hf_config import config_to_hf, end_of_text
 from tinygpt.interop.hf.hf_tokenizer import write_tokenizer
 from tinygpt.interop.hf.layout import all_weights, fetch_from, stored_shape
@@ -48,7 +48,7 @@ def export(
     folder, if they differ.
     """
     config = model.config
-    with new_folder(user_path(folder)) as staging:
+    with writing(folder := user_path(folder)), building(folder) as staging:
         write_json(staging / "config.json", config_to_hf(config, tokenizer), indent=2)
         write_json(staging / "generation_config.json", _generation(tokenizer), indent=2)
         write_weights(model, staging / WEIGHTS_FILE)

@@ -30,7 +30,7 @@ from tinygpt.files import folders
 from tinygpt.files.atomic import replacing
 from tinygpt.files.download import download, network_advice
 from tinygpt.interop.hf import hub_cache
-from tinygpt.interop.hf.shards import INDEX, weight_map
+from tinygpt.interop.hf.weight_files import INDEX, weight_map
 from tinygpt.untrusted import brief, read_bounded
 
 if TYPE_CHECKING:

@@ -20,15 +20,24 @@ import numpy as np
 from tinygpt.config import GPTConfig, to_toml
 from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
-from tinygpt.files.atomic import replacing, user_path
+from tinygpt.files.atomic import building, replacing, user_path
+from tinygpt.files.disk import writing
+from tinygpt.files.tensor_file import arrange
 from tinygpt.interop import parity
-from tinygpt.interop.destination import new_folder
 from tinygpt.interop.hf import hub
 from tinygpt.interop.hf.hf_config import read_config, read_end_name, read_ends
 from tinygpt.interop.hf.hf_tokenizer import read_tokenizer
 from tinygpt.interop.hf.layout import PREFIX, stored_shape
-from tinygpt.interop.hf.shards import INDEX, read_shards
-from tinygpt.interop.hf.weight_files import WEIGHTS, Entry, Floats, read_file, refuse_pickle
+from tinygpt.interop.hf.weight_files import (
+    INDEX,
+    LISTED,
+    WEIGHTS,
+    Entry,
+    Floats,
+    read_file,
+    read_shards,
+    refuse_pickle,
+)
 from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import CONFIG, TOKENIZER, checkpoint_path, list_checkpoints
 from tinygpt.text.names import exists, is_name
@@ -56,8 +65,6 @@ MOST_PADDING = 1024
 """Rows of an embedding beyond the tokens: vocabularies are padded to a multiple of 64, as nanoGPT's
 50,304 rows for GPT-2's 50,257 tokens, or of up to so many. More tell that the tokenizer is not the
 model's."""
-LISTED = 5
-"""Names that an error lists at most."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +319,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
     """
     folder = user_path(folder)
     named = {f"model.{weight.name}": weight for weight in weights(pretrained.config)}
-    layout = checkpoint.arrange((n, np.dtype(np.float32), w.shape) for n, w in named.items())
+    layout = arrange((n, np.dtype(np.float32), w.shape) for n, w in named.items())
     meta = checkpoint.Meta(
         0,
         pretrained.config,
@@ -320,7 +327,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
         progress={"imported": {**_origin(pretrained), "types": pretrained.dtypes}},
     )
     checkpoint.rehearse(meta, layout)
-    with new_folder(folder) as staging:
+    with writing(folder), building(folder) as staging:
         run = checkpoint.ensure_run(staging)
         meta, path = replace(meta, run=run), checkpoint_path(staging, 0)
         checkpoint.stream(path, layout, lambda name: pretrained.pieces(named[name]), meta)

@@ -17,14 +17,13 @@ from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
+from tinygpt.files.tensor_file import Layout, Place
 from tinygpt.runs.checkpoint.format import (
     BROKEN,
     ZEROS,
     Array,
     Header,
-    Layout,
     Meta,
-    Place,
     data_size,
     decode,
     encode,

@@ -11,7 +11,8 @@ import numpy as np
 from tinygpt.files import disk
 from tinygpt.files.atomic import replacing, write_all
 from tinygpt.files.disk import check_space, size, writing
-from tinygpt.runs.checkpoint.format import ZEROS, Array, Layout, Meta, data_size, encode
+from tinygpt.files.tensor_file import Layout
+from tinygpt.runs.checkpoint.format import ZEROS, Array, Meta, data_size, encode
 
 
 class Snapshot:
