@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from cyclopts import App, Group, Parameter, validators
 
 from tinygpt.cli.console import BROKEN_PIPE, INTERRUPTED, PROGRAMS, program_name
-from tinygpt.cli.flags import Switch, proof_first, undotted
+from tinygpt.cli.flags import Switch, dash_as_prompt, proof_first, undotted
 from tinygpt.cli.mistakes import DEBUG, explain
 from tinygpt.cli.streams import standard_streams
 from tinygpt.files.atomic import user_path
@@ -158,7 +158,7 @@ def make_app(program: str = PROGRAMS[0], verb: str | None = None) -> App:
         if strict:
             os.environ[STRICT] = "1"
         start()
-        command, given, _ = _parse(app, proof_first(undotted(words)))
+        command, given, _ = _parse(app, proof_first(undotted(dash_as_prompt(words))))
         options = {name: _at_home(value) for name, value in given.kwargs.items()}
         return command(*map(_at_home, given.args), **options)
 

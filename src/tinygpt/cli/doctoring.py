@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Group
 
 from tinygpt.cli.console import aligned, say, show_json
-from tinygpt.cli.flags import Flat, Switch
+from tinygpt.cli.flags import Count, Flat, Switch
 from tinygpt.cli.options import Values, flags
 from tinygpt.config import GPTConfig
 from tinygpt.errors import UsageError, nearest
@@ -156,7 +156,7 @@ def _speed(speed: Speed) -> str:
 def gradcheck(
     *,
     model: Annotated[SmallModelFlags | None, Flat] = None,
-    batch_size: int = 2,
+    batch_size: Count = 2,
     samples: int = 3,
     seed: int = 1337,
     json: Switch = False,
@@ -177,8 +177,6 @@ def gradcheck(
         Print the report as JSON.
     """
     config = GPTConfig.from_dict({**SMALL_MODEL, **(model or {})})
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is too small: it must be at least 1.")
     device.require_device()
     import numpy as np
     from tinygrad import Tensor

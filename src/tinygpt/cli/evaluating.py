@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import aligned, command, show_json
-from tinygpt.cli.flags import Switch
+from tinygpt.cli.flags import Count, Switch
 from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
 from tinygpt.cli.texts import own_validation, read_tokens
-from tinygpt.errors import UsageError
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -32,7 +31,7 @@ def evaluate(
     field: str = DataConfig.field,
     glob: str = DataConfig.glob,
     stride: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: Count = BATCH_SIZE,
     tokenizer: str | None = None,
     json: Switch = False,
 ) -> None:
@@ -62,8 +61,6 @@ def evaluate(
         Print the result as JSON.
     """
     run = run_or_newest(run)
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is too small: it must be at least 1.")
     model, own = load_model(run, tokenizer)
     name, tokens = (
         own_validation(run, model, own, f"Give one: {command('eval', run, '--data', 'TEXT.txt')}")

@@ -181,10 +181,7 @@ def export_web(
         card=told,
     )
     seconds = time.perf_counter() - began
-    say(
-        f"checked: logits within {made.difference:.1e} of the model's (weights as {weights}), and "
-        f"the same text"
-    )
+    say(f"checked: logits within {made.difference:.1e} ({weights}), and the same text")
     say(
         f"wrote {made.path}, {size(made.size)} ({size(made.weights)} of weights, "
         f"{size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."

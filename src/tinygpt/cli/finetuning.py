@@ -37,8 +37,7 @@ class Beginning:
         self.path = choose_checkpoint(path).resolve()
         if out is not None and out.resolve() == self.path.parent:
             raise UsageError(
-                f"--out {out} is where --init is from, and nothing there is overwritten. Give the "
-                f"new run a folder of its own."
+                f"--init is from --out {out}: nothing there is overwritten. Choose another."
             )
         self.meta: Meta = checkpoint.read_meta(self.path)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from tinygpt.cli.console import aligned, command, say, show_json
-from tinygpt.cli.flags import Switch
+from tinygpt.cli.flags import Count, Switch
 from tinygpt.cli.models import load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
@@ -44,12 +44,12 @@ def memorization(
     temperature: Annotated[
         list[float] | None, Parameter(negative=(), consume_multiple=True)
     ] = None,
-    samples: int = 10,
-    max_tokens: int = MAX_TOKENS,
+    samples: Count = 10,
+    max_tokens: Count = MAX_TOKENS,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     seed: int = 1,
     ignore_eos: Switch = False,
-    min_length: int = 50,
+    min_length: Count = 50,
     show: int = 3,
     tokenizer: str | None = None,
     json: Switch = False,
@@ -101,7 +101,6 @@ def memorization(
     from tinygpt.text.overlap import overlaps
     from tinygpt.text.tokenizers import ends_of
 
-    _check(samples=samples, max_tokens=max_tokens, min_length=min_length)
     temperatures = list(TEMPERATURES if temperature is None else temperature)
     configs = [SampleConfig(temperature=t) for t in temperatures]
     model, own = load_model(run, tokenizer)
@@ -143,13 +142,6 @@ def memorization(
         )
     else:
         _report(temperatures, found, baseline, min_length)
-
-
-def _check(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {count} is too small: it must be at least 1.")
 
 
 def _source(

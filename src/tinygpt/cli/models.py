@@ -34,34 +34,34 @@ def ready_tokenizer(spec: str) -> Tokenizer:
 
 
 def load_model(
-    run: Path, tokenizer: str | None, quantize: Quantize | None = None
+    run: Path,
+    tokenizer: str | None,
+    quantize: Quantize | None = None,
+    quantize_data: str | None = None,
 ) -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
 
-    With ``quantize`` its weights are rounded as they are read: for generation only.
+    With ``quantize`` its weights are rounded as they are read, for generation only, and messages
+    say what that has saved and what it costs, on ``quantize_data`` or the run's validation text.
     """
     from tinygpt.api import load
 
+    if quantize_data is not None and quantize is None:
+        raise UsageError("--quantize-data goes with --quantize int8.")
     device.require_device()
     model, own = load(run, quantize)
-    if tokenizer is not None:
-        return model, ready_tokenizer(tokenizer)
+    own = own if tokenizer is None else ready_tokenizer(tokenizer)
     if own is None:
         raise UsageError(
             f"{run} holds no tokenizer. Name the one its tokens were made with: --tokenizer gpt2, "
             f"byte, or the path of a saved one."
         )
+    if quantize is not None:
+        _say_quantized(run, model, own, quantize_data)
     return model, own
 
 
-def check_quantize(quantize: Quantize | None, data: str | None) -> None:
-    """UsageError for a text to compare on where there is nothing to compare."""
-    if data is not None and quantize is None:
-        raise UsageError("--quantize-data goes with --quantize int8.")
-
-
-def tell_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
-    """Say what rounding has saved, and what it costs on ``data`` or the run's validation text."""
+def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
     from tinygpt.files.disk import size
     from tinygpt.model import int8
     from tinygpt.runs import checkpoint

@@ -193,15 +193,11 @@ def new_folder(name: str) -> Path:
     folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     with writing(RUNS):
         make_folder(RUNS)
-        while not _made(folder):
-            folder = folder.with_name(folder.name + "x")
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                folder = folder.with_name(folder.name + "x")
         sync_folder(RUNS)
     return folder
-
-
-def _made(folder: Path) -> bool:
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True

@@ -58,8 +58,7 @@ def train(
     check_overwritable(out, MARK, "a tokenizer")
     if run_of(out.parent) is not None:
         raise UsageError(
-            f"{out.parent} is the folder of a run, whose tokenizer belongs to its weights. Write "
-            f"to another place."
+            f"{out.parent} is the folder of a run, whose tokenizer has to stay. Write elsewhere."
         )
     corpus = open_corpus(source, field=field, glob=glob)
     say(f"text: {corpus.description}")

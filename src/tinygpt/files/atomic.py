@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -41,9 +41,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     _check_replaceable(path)
     make_folder(path.parent)
-    temporary, file = _new_temporary(path)
+    temporary, handle = _new_temporary(path, _new_file)
     try:
-        with file:
+        with open(temporary, "wb", opener=lambda *_: handle) as file:
             yield file
             file.flush()
             sync(file.fileno())
@@ -60,14 +60,28 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(name)
 
 
-def _new_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside ``path``, open and locked; one that a sweeper took first is left to it."""
+def _new_temporary(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new file or folder beside ``path``, made by ``make``, and locked by the handle returned.
+
+    One that a sweeper took between the two is left to it.
+    """
     while True:
         temporary = temporary_name(path)
-        file = open(temporary, "xb", opener=create)  # noqa: SIM115
-        if lock(file.fileno()) is not False and is_at(file.fileno(), temporary):
-            return temporary, file
-        file.close()
+        handle = make(temporary)
+        if lock(handle) is not False and is_at(handle, temporary):
+            return temporary, handle
+        os.close(handle)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _new_folder(path: Path) -> int:
+    while True:
+        path.mkdir()
+        with suppress(FileNotFoundError):  # a sweeper took it first
+            return os.open(path, os.O_RDONLY)
 
 
 def user_path(path: str | Path) -> Path:
@@ -92,10 +106,6 @@ def _check_replaceable(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
 
 
-def create(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o666)
-
-
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which becomes ``folder`` when the block ends without an error.
@@ -108,7 +118,7 @@ def building(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  # without any ..
     make_folder(folder.parent)
     _sweep(folder.parent, folders_of=folder.name)
-    temporary, handle = _new_temporary_folder(folder)
+    temporary, handle = _new_temporary(folder, _new_folder)
     try:
         yield temporary
         sync_folder(temporary)
@@ -119,17 +129,6 @@ def building(folder: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
     sync_folder(folder.parent)
-
-
-def _new_temporary_folder(folder: Path) -> tuple[Path, int]:
-    while True:
-        temporary = temporary_name(folder)
-        temporary.mkdir()
-        with suppress(FileNotFoundError):  # a sweeper took it first
-            handle = os.open(temporary, os.O_RDONLY)
-            if lock(handle) is not False and is_at(handle, temporary):
-                return temporary, handle
-            os.close(handle)
 
 
 def check_free(folder: Path) -> None:

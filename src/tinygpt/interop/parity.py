@@ -80,8 +80,7 @@ def compare(
     """
     if ours.shape != theirs.shape:
         raise InteropError(
-            f"{reader} gives logits of shape {theirs.shape}, and this model {ours.shape}. "
-            f"Nothing was written."
+            f"{reader} gives logits of shape {theirs.shape}, and this model {ours.shape}."
         )
     difference = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
     allowed = TOLERANCE

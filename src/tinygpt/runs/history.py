@@ -98,8 +98,7 @@ def read(path: str | Path) -> Iterator[Row]:
                 yield row
             elif len(line) == MAX_LINE or (line.endswith(b"\n") and line.strip()):
                 raise DataError(
-                    f"{path}, line {number}: not a JSON object. The file is damaged there; delete "
-                    f"that line to go on without it."
+                    f"{path}, line {number}: not a JSON object. Delete it to go on without it."
                 )
 
 

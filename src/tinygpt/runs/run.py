@@ -21,9 +21,9 @@ from tinygpt.generation.generate import generate_tokens
 from tinygpt.machine import resources
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
-from tinygpt.runs import changes, checkpoint, resuming
+from tinygpt.runs import changes, checkpoint
 from tinygpt.runs.history import History
-from tinygpt.runs.output import Notices, Output
+from tinygpt.runs.output import Output
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
 from tinygpt.text.tokens import byte_count, data_fingerprint
@@ -133,8 +133,7 @@ class TrainingRun:
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
         self._stop = self._save_soon = False
-        self._notices = Notices()
-        self.output = Output(self.folder, config, self._notices)
+        self.output = Output(self.folder, config)
         self.fingerprints = {"train": data_fingerprint(train_tokens)}
         if val_tokens is not None:
             self.fingerprints["val"] = data_fingerprint(val_tokens)
@@ -163,7 +162,7 @@ class TrainingRun:
             if allow:
                 raise UsageError("allow_change is for a run that is resumed: give resume=True too.")
             return
-        path = resuming.find(resume, self.output)
+        path = self.output.find(resume)
         if path is None:
             return
         meta = checkpoint.read_meta(path)
@@ -177,7 +176,7 @@ class TrainingRun:
             self.notice(f"changed from here on, as allowed: {change}")
         self._save_soon = bool(found)  # the next checkpoint, which records them, comes at once
         changes.check_random_state(path, meta)
-        resuming.check_same_folder(path, meta, self.output)
+        self.output.check_same_run(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
         self.iter_num, self.output.newest, self.init = meta.iter_num, path, meta.init
         known = {k: v for k, v in meta.progress.items() if k in vars(self.progress)}
@@ -233,11 +232,11 @@ class TrainingRun:
 
     def notice(self, message: str) -> None:
         """Add a message for the user, which comes with the step in progress."""
-        self._notices.add(message)
+        self.output.notices.add(message)
 
     def take_notices(self) -> tuple[str, ...]:
         """The messages since the last step; they will not come with the next one."""
-        return self._notices.take()
+        return self.output.notices.take()
 
     @property
     def result(self) -> TrainResult:
@@ -249,7 +248,7 @@ class TrainingRun:
             self.output.newest,
             stopped=self.iter_num < self.config.max_iters,
             skipped=self.guard.skipped,
-            notices=tuple(self._notices.kept),
+            notices=tuple(self.output.notices.kept),
         )
 
     def __iter__(self) -> Iterator[Step]:

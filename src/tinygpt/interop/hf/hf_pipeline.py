@@ -120,10 +120,7 @@ def check_added(tokens: Sequence[Mapping[str, Any]], roles: Set[str], around: bo
                 f"become it, mark it as special in the file. {TAKEN}"
             )
         if not around and not is_bracketed(text):
-            raise TokenizerError(
-                f"The special token {brief(text)} may stand in any text, which would become it. "
-                f"{TAKEN}"
-            )
+            raise TokenizerError(f"The special token {brief(text)} may stand in any text. {TAKEN}")
         if around and any(token.get(name) for name in AROUND):
             raise TokenizerError(f"The added token {brief(text)} takes more than its own text.")
 

@@ -49,8 +49,6 @@ class _Job:
     meta: Meta
     best_loss: float | None
     """Given if it is the best checkpoint so far."""
-    first: Callable[[], list[str]] | None
-    """Called before the checkpoint is written; returns messages."""
     again: bool
     """Whether the attempt before failed."""
     error: Exception | None = None
@@ -64,8 +62,9 @@ class Saver:
     raised. Until then a checkpoint that cannot be written is only a message of ``news``.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int, first: Callable[[], list[str]] = list) -> None:
+        """``first`` is called in the thread, before each checkpoint is written; it returns news."""
+        self.folder, self.keep_last, self.first = folder, keep_last, first
         self.newest: Path | None = None
         """The last checkpoint that is written."""
         self._copier: Copier | None = None
@@ -83,25 +82,17 @@ class Saver:
         optimizer: Optimizer | None,
         meta: Meta,
         best_loss: float | None = None,
-        first: Callable[[], list[str]] | None = None,
     ) -> Path:
         """Copy the state and begin to write it; -> where it will be.
 
-        The save before is waited for. ``best_loss`` marks the best checkpoint so far. ``first`` is
-        called in the thread, does what must be done before there is a new one, and returns news.
+        The save before is waited for. ``best_loss`` marks the best checkpoint so far.
         """
         self.wait()
         if self._copier is None:
             self._copier = Copier(model, optimizer)
-        return self.save_snapshot(self._copier.copy(), meta, best_loss, first)
+        return self.save_snapshot(self._copier.copy(), meta, best_loss)
 
-    def save_snapshot(
-        self,
-        snapshot: Snapshot,
-        meta: Meta,
-        best_loss: float | None = None,
-        first: Callable[[], list[str]] | None = None,
-    ) -> Path:
+    def save_snapshot(self, snapshot: Snapshot, meta: Meta, best_loss: float | None = None) -> Path:
         """The same from a copy, which must not change until ``wait`` has returned."""
         self.wait()
         if self._thread is None:
@@ -109,7 +100,7 @@ class Saver:
                 target=self._work, name="tinygpt-checkpoint", daemon=True
             )
             self._thread.start()
-        job = _Job(snapshot, meta, best_loss, first, again=self._unsaved is not None)
+        job = _Job(snapshot, meta, best_loss, again=self._unsaved is not None)
         self._unsaved = job
         self._jobs.put(job)
         return checkpoint_path(self.folder, meta.iter_num)
@@ -155,7 +146,7 @@ class Saver:
     def _write(self, job: _Job) -> None:
         path = checkpoint_path(self.folder, job.meta.iter_num)
         try:
-            self._news += job.first() if job.first else []
+            self._news += self.first()
             run = ensure_run(self.folder)
             write(path, job.snapshot, replace(job.meta, run=run))
             self._verified.add(path)

@@ -72,10 +72,7 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta,
 
 
 def _damaged(path: str | Path, names: str) -> str:
-    return (
-        f"{user_path(path)} is damaged: the bytes of {names} do not match their hash. Use an older "
-        f"checkpoint."
-    )
+    return f"{user_path(path)} is damaged: {names} do not match their hash. Use an older one."
 
 
 @contextlib.contextmanager
@@ -183,8 +180,7 @@ def _meta(path: Path, header: Header) -> Meta:
         )
     if step is not None and None not in (run, meta.run) and run != meta.run:
         raise CheckpointError(
-            f"{path} belongs to another run than its folder does. Move it into a folder of its own "
-            f"to use it."
+            f"{path} belongs to another run than its folder. Move it into a folder of its own."
         )
     return meta
 
@@ -208,16 +204,14 @@ def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
     count = sum(math.prod(place.shape) for place in own)
     if count != config.num_params():
         raise CheckpointError(
-            f"{path} is damaged or made up: its config claims {config.num_params():,} parameters, "
-            f"but it holds {count:,}."
+            f"{path} is made up: it claims {config.num_params():,} parameters, but holds {count:,}."
         )
     if any(place.numpy_dtype.kind != "f" for place in weights.values()):
         raise CheckpointError(f"{path} is damaged or made up: its weights are no real numbers.")
     strange = [name for name in layout if not name.startswith((WEIGHTS, STATE))]
     if strange:
         raise CheckpointError(
-            f"{path} is damaged or made up: {clip(strange[0], 40)} is neither a weight nor a state "
-            f"of the optimizer."
+            f"{path} is damaged or made up: {clip(strange[0], 40)} is no weight and no state."
         )
     rest = sum(math.prod(place.shape) for place in layout.values()) - count
     if rest > MOST_STATE * count + FEW:

@@ -45,8 +45,7 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
     """
     if model.quantized:
         raise UsageError(
-            "This model was quantised, and a checkpoint holds the weights before: they are in the "
-            "one that it was loaded from."
+            "This model was quantised: a checkpoint of its weights is the one it was loaded from."
         )
     check_overwritable(path, b"tinygpt", "a checkpoint")
     rehearse(meta, layout_of(named_tensors(model, optimizer)))
@@ -217,9 +216,6 @@ def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:
 
 def _explain_missing(path: Path, missing: list[str]) -> str:
     if not any(name.startswith("optimizer.") for name in describe(path)["tensors"]):
-        return (
-            f"{path} holds weights but no optimizer state. Load it without an optimizer to use the "
-            f"weights alone."
-        )
+        return f"{path} holds weights but no optimizer state. Load it without an optimizer."
     listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
     return f"{path} lacks {listed}. It was saved with another kind of optimizer or model."
