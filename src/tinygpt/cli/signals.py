@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -38,9 +37,6 @@ def run_signals(
     the exit code of a program that was stopped is 128 and the number of the first. A signal that is
     ignored, as nohup does with SIGHUP, stays ignored. Outside the main thread nothing is changed.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield []
-        return
     terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
 
     def first(number: int) -> None:

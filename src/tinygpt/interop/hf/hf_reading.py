@@ -59,8 +59,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if vocab.exists() and merges.exists():
         roles = _settings(folder)
         with _about(folder):
-            path = folder / "added_tokens.json"
-            added = _ids(read_json(path)) if path.exists() else {}
+            added = _ids(extra) if (extra := _read(folder / "added_tokens.json")) else {}
             found = _of_bytes(_ids(read_json(vocab)), _read_merges(merges), added)
             check_added([{"content": text} for text in added], roles)
             return found
@@ -88,20 +87,23 @@ def _about(path: Path) -> Iterator[None]:
 
 def _settings(folder: Path) -> set[str]:
     """The special tokens that a folder names beside its vocabulary, once its settings are known."""
-    roles: set[str] = set()
-    for name in (SETTINGS, SPECIAL):
-        if (folder / name).exists():
-            with _about(folder / name):
-                roles |= special_roles(read_json(folder / name))
-    if (folder / SETTINGS).exists():
-        with _about(folder / SETTINGS):
-            check_settings(read_json(folder / SETTINGS), roles)
+    settings = _read(folder / SETTINGS)
+    roles = special_roles(settings) | special_roles(_read(folder / SPECIAL))
+    with _about(folder / SETTINGS):
+        check_settings(settings, roles)
     for name in NAMING:
-        if (folder / name).exists():
-            with _about(folder / name):
-                if check_class(read_json(folder / name)):
-                    break
+        with _about(folder / name):
+            if check_class(_read(folder / name)):
+                break
     return roles
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is no such file."""
+    if not path.exists():
+        return {}
+    with _about(path):
+        return read_json(path)
 
 
 def _refused(kind: str) -> str:

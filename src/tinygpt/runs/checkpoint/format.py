@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO
 
 import numpy.typing as npt
@@ -69,7 +70,12 @@ class Meta:
 FREE = ("dropout", "attention")
 """Model settings that say how a model is trained and computed, not which weights it has."""
 OWN = ("tokenizer", "data", "progress", "random_state")
-"""Entries that are plain JSON objects, or null."""
+"""Entries that are plain JSON and are in every file."""
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("tokenizer", "data", "random_state", "init"), dict | None),
+    "progress": dict,
+    "run": str | None,
+}
 NUMBERS = ("best_val_loss", "best_iter", "evaluations_since_best", "elapsed", "train_loss")
 """Entries of the progress that must be numbers."""
 
@@ -79,19 +85,14 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
     step, progress, state = values["iter_num"], values["progress"], values["random_state"]
     if type(step) is not int or not 0 <= step < 2**63:
         raise ValueError(f"its step is {brief(step)}")
-    for name in (*OWN, "init"):
-        if not isinstance(values.get(name), dict | None):
-            raise ValueError(f"{name} is {brief(values[name])}")
-    if not isinstance(progress, dict):
-        raise ValueError(f"progress is {brief(progress)}")
+    for name, kind in KINDS.items():
+        if not isinstance(values.get(name), kind):
+            raise ValueError(f"{name} is {brief(values.get(name))}")
     for name in NUMBERS:
-        value = progress.get(name)
-        if value is not None and type(value) not in (int, float):
+        if type(value := progress.get(name)) not in (int, float, NoneType):
             raise ValueError(f"{name} is {brief(value)}")
     if state is not None and not all(is_number(n, 0, 2**64 - 1) for n in state.values()):
         raise ValueError("its random state does not consist of numbers")
-    if not isinstance(values.get("run"), str | None):
-        raise ValueError(f"run is {brief(values['run'])}")
 
 
 @dataclass(frozen=True)
