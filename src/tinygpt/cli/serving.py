@@ -249,13 +249,7 @@ def _tell_address(
 
 def require_extra() -> None:
     """Refuse to go on without the packages that a server needs."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise extras.missing(
-            "serve", f"A server needs {error.name}, which is not installed."
-        ) from error
+    extras.need("serve", "A server", "starlette", "uvicorn")
 
 
 def _key(given: str | None, host: str, no_token: bool, *words: object) -> str | None:

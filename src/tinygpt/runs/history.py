@@ -23,7 +23,7 @@ from typing import IO, Any, BinaryIO, Self, cast
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.strict_json import to_json
-from tinygpt.untrusted import is_sparse, open_regular, parse_json
+from tinygpt.untrusted import open_regular, parse_json
 
 MAX_LINE = 1 << 20
 """Bytes that a row may have; a longer line is damage."""
@@ -138,7 +138,7 @@ class Tail:
     def _next_lines(self) -> bytes:
         if self.path.is_symlink():  # it could lead out of the folder, to what must not be shown
             raise OSError("It is a link, and links are not followed")
-        with _open(self.path) as file:
+        with open_regular(self.path) as file:
             if not self._continues(file):
                 self._restart()
             if os.fstat(file.fileno()).st_size == self._offset:
@@ -165,18 +165,9 @@ class Tail:
         self._offset, self._mark, self.damaged = 0, b"", 0
 
 
-def _open(path: Path) -> BinaryIO:
-    """OSError if it is no ordinary file, or one of which nearly nothing was ever written."""
-    file = open_regular(path)
-    if is_sparse(file):
-        file.close()
-        raise OSError("It was hardly ever written: most of it is a hole")
-    return file
-
-
 def _opened(path: Path) -> BinaryIO:
     try:
-        return _open(path)
+        return open_regular(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 

@@ -16,8 +16,8 @@ HEAD = 4096
 NO_TEXT = frozenset(
     f".{ending}"
     for endings in (
-        "bin npy npz pt pth pkl ckpt safetensors gguf h5 onnx parquet arrow db sqlite pdf doc docx odt",
-        "rtf epub zip gz bz2 xz zst 7z tar exe so pyc png jpg jpeg gif webp mp3 mp4 wav ogg",
+        "bin npy npz pt pth pkl ckpt safetensors gguf h5 onnx parquet arrow db sqlite pdf doc docx",
+        "odt rtf epub zip gz bz2 xz zst 7z tar exe so pyc png jpg jpeg gif webp mp3 mp4 wav ogg",
         "ttf woff woff2",
     )
     for ending in endings.split()

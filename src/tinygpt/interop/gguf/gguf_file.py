@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def export(
     vocabulary that cannot be told TokenizerError, for a place that cannot be written
     CheckpointError, and MissingExtraError without the gguf package.
     """
-    gguf = _gguf()
+    gguf = extras.need("gguf", "Writing GGUF files", "gguf")
     path = user_path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
@@ -107,15 +106,6 @@ def export(
 def check_target(path: Path) -> None:
     """UsageError if something else than a GGUF file of ours is there: for a path of the user's."""
     check_overwritable(path, VERSION_KEY.encode(), "a GGUF file")
-
-
-def _gguf() -> types.ModuleType:
-    try:
-        return import_module("gguf")
-    except ImportError as error:
-        raise extras.missing(
-            "gguf", "Writing GGUF files needs the gguf package, which is not installed."
-        ) from error
 
 
 def _stored(

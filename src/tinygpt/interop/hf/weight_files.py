@@ -22,7 +22,7 @@ from tinygpt.errors import InteropError, nearest
 from tinygpt.files.atomic import replacing, write_all
 from tinygpt.files.tensor_file import Place, arrange, opening, parse, read_opening
 from tinygpt.interop.hf.hf_config import read_object
-from tinygpt.untrusted import brief, clip, is_sparse, open_regular
+from tinygpt.untrusted import brief, clip, open_regular
 from tinygpt.untrusted.foreign import HEAD, PICKLE, ZIP, no_model, recognize
 
 Floats = npt.NDArray[np.float32]
@@ -104,8 +104,6 @@ def read_file(path: Path) -> dict[str, Entry]:
                 raise InteropError(
                     f"{path} is damaged or incomplete: {error}. Fetch it again."
                 ) from error
-            if is_sparse(file):
-                raise InteropError(f"{path} is damaged: nearly all of it was never written.")
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -29,7 +29,7 @@ from tinygpt.runs.checkpoint.format import (
     encode,
 )
 from tinygpt.runs.folder import checkpoint_path, list_checkpoints, named_step, run_of
-from tinygpt.untrusted import clip, is_sparse, open_regular
+from tinygpt.untrusted import clip, open_regular
 
 CHUNK = 2**20
 """Bytes that are read at a time of tensors that are only checked."""
@@ -150,8 +150,6 @@ def _opened(path: str | Path) -> Iterator[tuple[BinaryIO, Header, Meta]]:
         raise CheckpointError(f"There is no checkpoint at {path}.{there}")
     try:
         with open_regular(path) as file:
-            if is_sparse(file):
-                raise CheckpointError(f"{path} is damaged: nearly all of it was never written.")
             header = decode(file, path, os.fstat(file.fileno()).st_size)
             yield file, header, _meta(path, header)
     except OSError as error:
