@@ -1,195 +1,271 @@
-"""nanoGPT's recipe for a CPU, from the start of the process to the trained model.
+"""How much of a text each side has learned after so many seconds, from the start of its process.
 
-    python benchmarks/time_to_loss.py tinyshakespeare.txt [--threads N] [--iters N] [--rounds R]
-                                      [--compiled] [--fill] [--json FILE]
+    python benchmarks/time_to_loss.py [TEXT ...] [--budgets 15 75 600] [--seeds 3] [--sides S ...]
+                                      [--goals] [--ours FLAGS] [--threads N] [--json FILE]
 
-The preset ``baby``: 2000 steps of 12 x 64 characters, 4 layers, 128 wide, an evaluation on 20
-batches every 250 steps. The time counts from the start of the process to the last evaluation:
-imports, reading the text, compiling and all. The loss is that of the whole validation split, the
-last tenth of the text, and is taken after the clock has stopped. Both start from the same weights
-and see the same batches. ``--fill`` trains ours once more, with as many steps as fit into the time
-that PyTorch took.
+TEXT is shakespeare, pydocs, code, chinese (``texts.py`` says what they are), NAME=PATH for one of
+them that lies elsewhere, or the path of another text; without any, all four. One that is not here
+is left out, with a line that says how to get it.
+
+A side is ``ours``, which is ``tinygpt train TEXT --minutes BUDGET``, or a recipe of ``peers.py``.
+The last tenth of the text is held out, and all of it is read once training is over and the clock
+has stopped: bits per byte, which do not depend on the tokenizer. The time counts from before the
+process exists: imports, reading the text, making a tokenizer, compiling. Caches of compiled code
+are warm on every side. A peer gets as many steps as fit, by its pace measured in a process of its
+own and corrected by each run, eager or compiled, whichever fits more; its schedule ends with them.
+
+``--goals`` runs nanoGPT's recipe for a CPU to its end, in both ways and with its evaluations; then
+ours with fixed settings until its loss is reached, and ours for as long as the faster one took.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import (
-    MB,
     Side,
     SideError,
     Spread,
     arguments,
     machine,
-    ratio,
     show_machine,
-    take_turns,
     write_json,
 )
+from peers import RECIPES, Peer
+from texts import READERS, MissingError, Text, read
 
-from tinygpt.config import PRESETS, GPTConfig, TrainConfig
-from tinygpt.machine import resources
-from tinygpt.text.batches import batch, split
+from tinygpt.text.tokenizers import load_tokenizer
 
-EVAL_SEED = 0x5EED
-
-
-class Recipe:
-    """What the sides share: the text, the settings, and the loss over the whole split."""
-
-    def __init__(self, path: str, iters: int) -> None:
-        from tinygpt.text.tokenizers import CharTokenizer
-
-        text = Path(path).read_text(encoding="utf-8")
-        tokenizer, preset = CharTokenizer.train(text), PRESETS["baby"]
-        tokens = np.array(tokenizer.encode(text), np.uint16)
-        self.model = GPTConfig(vocab_size=tokenizer.vocab_size, **preset.model)
-        self.config = TrainConfig(**preset.train | {"max_iters": iters})
-        self.train_tokens, self.val_tokens = split(tokens, 0.1, self.model.block_size)
-        self.curve: list[float] = []
-
-    def loss(self, x: np.ndarray, y: np.ndarray) -> float:
-        raise NotImplementedError
-
-    def whole_validation(self) -> float:
-        """Mean loss over every token of the validation split."""
-        from tinygpt.training.evaluation import windows
-
-        shape = (self.config.batch_size, self.model.block_size)
-        batches = windows(self.val_tokens, *shape)
-        weighted = [(self.loss(x, y) * count, count) for x, y, count in batches]
-        return sum(loss for loss, _ in weighted) / sum(count for _, count in weighted)
-
-    def outcome(self) -> dict[str, Any]:
-        loss = self.whole_validation()
-        return {"loss": loss, "curve": self.curve, "peak_mb": resources.peak_memory() / MB}
+OURS = "ours"
+FEWEST_STEPS = 10
+"""A peer of which not even so many fit into a budget is left out."""
+SHORT = 60.0
+"""Seconds of a budget below which compiling counts: ours then runs once before it counts."""
+GOAL = (
+    "--tokenizer char --block-size 64 --n-layer 4 --n-head 4 --n-embd 128 --optimizer muon "
+    "--batch-size 24 --max-iters 260 --eval-interval 260"
+)
+"""Settings of ours that reach the loss of nanoGPT's recipe for a CPU, for the same model."""
 
 
-class Ours(Recipe):
-    def train(self) -> None:
-        from tinygpt.model.transformer import Transformer
-        from tinygpt.training.loop import train_steps
-        from tinygpt.training.optim import make_optimizer
-        from tinygpt.training.step import make_evaluate
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to."""
 
-        model = Transformer(self.model)
-        optimizer = make_optimizer(model.parameters(), self.config)
-        for step in train_steps(model, optimizer, self.config, self.train_tokens, self.val_tokens):
-            if step.val_loss is not None:
-                self.curve.append(step.val_loss)
-        self.evaluate = make_evaluate(model)
-
-    def loss(self, x: np.ndarray, y: np.ndarray) -> float:
-        return self.evaluate(x, y)
+    seconds: float
+    """From before its process existed until it had trained."""
+    bits_per_byte: float
+    """Over the whole held-out part."""
+    steps: int
+    how: str = ""
+    """The way of a peer, or the settings of ours."""
 
 
-class Torch(Recipe):
-    def __init__(self, path: str, iters: int, threads: int, compiled: bool) -> None:
-        super().__init__(path, iters)
-        self.threads, self.compiled = threads, compiled
+class OurSide:
+    """``tinygpt train``, as a user runs it."""
 
-    def train(self) -> None:
-        import torch
-        import torch_gpt
+    def __init__(self, text: Text, path: Path, options: Any) -> None:
+        self.text, self.path, self.options = text, path, options
+        self.warm: set[str] = set()
 
-        torch.set_num_threads(self.threads)
-        self.torch, config, block = torch, self.config, self.model.block_size
-        self.gpt = torch_gpt.GPT(self.model)
-        take_step = torch_gpt.make_train_step(self.gpt, config, self.compiled)
-        for i in range(config.max_iters):
-            x, y = batch(self.train_tokens, i, config.seed, config.batch_size, block)
-            take_step(x, y, torch_gpt.learning_rate(config, i))
-            if (i + 1) % config.eval_interval == 0 or i + 1 == config.max_iters:
-                self.curve.append(self._evaluate())
+    def run(self, budget: float, seed: int) -> Outcome:
+        flags = self.options.ours or f"--minutes {budget:g}s"
+        if budget < SHORT and flags not in self.warm:
+            self.with_flags(flags, seed)
+            self.warm.add(flags)
+        return self.with_flags(flags, seed)
 
-    def loss(self, x: np.ndarray, y: np.ndarray) -> float:
-        with self.torch.inference_mode():
-            ids = (self.torch.from_numpy(a).long() for a in (x, y))
-            return self.gpt(*ids).item()
+    def with_flags(self, flags: str, seed: int) -> Outcome:
+        with tempfile.TemporaryDirectory() as folder:
+            out, held_out = Path(folder, "run"), Path(folder, "held-out.txt")
+            start = time.perf_counter()
+            given = [str(self.path), "--out", str(out), "--seed", str(seed), *shlex.split(flags)]
+            found = self._tinygpt("train", *given)
+            seconds = time.perf_counter() - start
+            held_out.write_bytes(self.text.text[self._cut(out) :].encode())
+            read = self._tinygpt("eval", str(out), "--data", str(held_out))
+            settings = (out / "config.toml").read_text("utf-8")
+        return Outcome(seconds, read["bits_per_byte"], found["iter"], settings)
 
-    def _evaluate(self) -> float:
-        shape = (self.config.batch_size, self.model.block_size)
-        batches = (
-            batch(self.val_tokens, i, EVAL_SEED, *shape) for i in range(self.config.eval_iters)
-        )
-        return statistics.fmean(self.loss(x, y) for x, y in batches)
+    def _cut(self, out: Path) -> int:
+        """The first character that the run did not train on, or later: it holds out tokens."""
+        tokenizer = load_tokenizer(out / "tokenizer.json")
+        tokens = tokenizer.encode(self.text.text)
+        return max(self.text.cut, len(tokenizer.decode(tokens[: int(len(tokens) * 0.9)])))
+
+    def _tinygpt(self, *words: str) -> dict[str, Any]:
+        threads = ("--threads", str(self.options.threads), "--json")
+        command = [sys.executable, "-m", "tinygpt", *words, *threads]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SideError(f"{shlex.join(command)}\n{done.stderr}")
+        return json.loads(done.stdout)
 
 
-class Runs:
-    """Whole runs of one side, each in a new process; what came of them is kept."""
+class PeerSide:
+    """A recipe in PyTorch; what its start and a step take is measured once for each way."""
 
-    def __init__(self, make: Any, *args: Any, threads: int) -> None:
-        self.make, self.args, self.threads = make, args, threads
-        self.outcomes: list[dict[str, Any]] = []
+    def __init__(self, name: str, text: Text, path: Path, options: Any) -> None:
+        self.args = (name, str(path), text.cut, options.threads)
+        self.threads = options.threads
+        self.measured: dict[bool, tuple[float, float]] = {}
+        """Whether it is compiled → seconds to the first steps' end, and seconds a step."""
 
-    def __call__(self) -> float:
-        """-> seconds"""
+    def run(self, budget: float, seed: int) -> Outcome | None:
+        """None where no run fits."""
+        if not self.measured:
+            self.measured = {compiled: self._probe(compiled) for compiled in (False, True)}
+        steps = {way: int((budget - begin) / step) for way, (begin, step) in self.measured.items()}
+        compiled = max(steps, key=lambda way: steps[way])
+        if steps[compiled] < FEWEST_STEPS:
+            return None
+        found = self.train(compiled, seed, steps[compiled])
+        begin = self.measured[compiled][0]
+        self.measured[compiled] = begin, (found.seconds - begin) / found.steps
+        return found
+
+    def train(self, compiled: bool, seed: int, steps: int, evaluating: bool = False) -> Outcome:
         start = time.perf_counter()
-        side = Side(self.make, *self.args, threads=self.threads)
-        side("train")
+        side = Side(Peer, *self.args, threads=self.threads)
+        side("prepare", compiled, seed)
+        side("train", steps, evaluating)
         seconds = time.perf_counter() - start
-        self.outcomes.append(side("outcome"))
+        nats, size = side("nats")
         side.close()
-        return seconds
+        way = "compiled" if compiled else "eager"
+        return Outcome(seconds, nats / size / math.log(2), steps, way)
 
-    def row(self, name: str, seconds: list[float], ours: list[float]) -> dict[str, Any]:
-        return {
-            "side": name,
-            "iters": self.args[1],
-            "seconds": Spread.of(seconds),
-            "ratio": ratio(seconds, ours),
-            "loss": Spread.of([outcome["loss"] for outcome in self.outcomes]),
-            "peak_mb": max(outcome["peak_mb"] for outcome in self.outcomes),
-            "curve": self.outcomes[-1]["curve"],
-        }
+    def _probe(self, compiled: bool) -> tuple[float, float]:
+        """The second start counts: then what was compiled is in its cache."""
+        for _ in range(1 + compiled):
+            start = time.perf_counter()
+            side = Side(Peer, *self.args, threads=self.threads)
+            side("prepare", compiled, 0)
+            begin = time.perf_counter() - start
+            step = side("pace")
+            side.close()
+        return begin, step
 
 
-def measure(options: Any) -> list[dict[str, Any]]:
-    path, iters, threads = options.text, options.iters, options.threads
-    runs = {
-        "ours": Runs(Ours, path, iters, threads=threads),
-        "torch": Runs(Torch, path, iters, threads, options.compiled, threads=threads),
+def sides(text: Text, path: Path, options: Any) -> dict[str, OurSide | PeerSide]:
+    return {
+        name: OurSide(text, path, options) if name == OURS else PeerSide(name, text, path, options)
+        for name in options.sides
     }
-    seconds = take_turns(runs, options.rounds)
-    rows = [run.row(name, seconds[name], seconds["ours"]) for name, run in runs.items()]
-    if options.fill:
-        # From two lengths: what a start costs, and what a step costs.
-        short = max(1, iters // 10)
-        begin, whole = Runs(Ours, path, short, threads=threads)(), rows[0]["seconds"].median
-        step = (whole - begin) / (iters - short)
-        more = int(short + (rows[1]["seconds"].median - begin) / step)
-        run = Runs(Ours, path, more, threads=threads)
-        rows.append(run.row("ours, as long", [run()], [whole]))
-    return rows
+
+
+def row(text: str, budget: float, side: str, outcomes: list[Outcome]) -> dict[str, Any]:
+    bits = [outcome.bits_per_byte for outcome in outcomes]
+    return {
+        "text": text, "budget": budget, "side": side,
+        "seconds": Spread.of([outcome.seconds for outcome in outcomes]),
+        "bits_per_byte": Spread.of(bits), "least": min(bits), "most": max(bits),
+        "runs": [asdict(outcome) for outcome in outcomes],
+    }  # fmt: skip
+
+
+def show(found: dict[str, Any]) -> None:
+    runs = found["runs"]
+    steps = statistics.median(run["steps"] for run in runs)
+    how = runs[0]["how"] if found["side"] in RECIPES else ""
+    print(
+        f"{found['text']:12} {found['budget']:5g} s  {found['side']:12} {steps:6g} steps  "
+        f"{found['seconds'].show('.1f')} s  {found['bits_per_byte'].median:.4f} bits per byte "
+        f"({found['least']:.4f}-{found['most']:.4f})  {how}",
+        flush=True,
+    )
+
+
+def measure(text: Text, path: Path, options: Any) -> Iterator[dict[str, Any]]:
+    """A row for each budget and side. The sides take turns, one run at a time."""
+    lanes = sides(text, path, options)
+    for budget in options.budgets:
+        outcomes: dict[str, list[Outcome]] = {name: [] for name in lanes}
+        for seed in range(options.seeds):
+            for name, lane in lanes.items():
+                if found := lane.run(budget, seed):
+                    outcomes[name].append(found)
+        for name, found in outcomes.items():
+            if found:
+                yield row(text.name, budget, name, found)
+            else:
+                print(
+                    f"{text.name:12} {budget:5g} s  {name:12} fewer than {FEWEST_STEPS} steps fit"
+                )
+        medians = {name: median(found) for name, found in outcomes.items() if found}
+        if OURS in medians and len(medians) > 1:
+            ours, best = medians.pop(OURS), min(medians, key=lambda name: medians[name])
+            print(f"{'':12} {1 - ours / medians[best]:.1%} fewer bits than the best peer, {best}")
+
+
+def median(outcomes: list[Outcome]) -> float:
+    return statistics.median(outcome.bits_per_byte for outcome in outcomes)
+
+
+def goals(text: Text, path: Path, options: Any) -> Iterator[dict[str, Any]]:
+    """nanoGPT's recipe to its end, ours to the same loss, and ours for the same time."""
+    peer, ours = PeerSide("nanogpt-cpu", text, path, options), OurSide(text, path, options)
+    steps, seeds = RECIPES["nanogpt-cpu"].train["max_iters"], range(options.seeds)
+    ways = [[peer.train(way, seed, steps, True) for seed in seeds] for way in (False, True)]
+    for way in ways:
+        yield row(text.name, 0, "nanogpt-cpu", way)
+    whole = min(statistics.median(run.seconds for run in way) for way in ways)
+    ours.with_flags(GOAL, 0)  # for the caches
+    reached = [ours.with_flags(GOAL, seed) for seed in seeds]
+    yield row(text.name, 0, OURS, reached)
+    share = statistics.median(run.seconds for run in reached) / whole
+    print(f"{'':12} {share:.1%} of nanoGPT's time, its loss {nats(ways[0])}, ours {nats(reached)}")
+    same = [ours.run(whole, seed) for seed in seeds]
+    yield row(text.name, whole, OURS, same)
+    print(f"{'':12} in nanoGPT's time {nats(same)}")
+
+
+def nats(outcomes: list[Outcome]) -> str:
+    """The loss where a character is a byte."""
+    return f"{median(outcomes) * math.log(2):.3f} nats per byte"
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("text", help="the text: tinyshakespeare, for the known figures")
-    parser.add_argument("--iters", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--compiled", action="store_true", help="PyTorch with torch.compile")
-    parser.add_argument("--fill", action="store_true", help="ours again, as long as PyTorch took")
+    parser.add_argument("texts", nargs="*", default=list(READERS), metavar="TEXT")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[15, 75, 600])
+    parser.add_argument("--seeds", type=int, default=3)
+    names = [OURS, *RECIPES]
+    parser.add_argument("--sides", nargs="+", choices=names, default=names)
+    parser.add_argument("--ours", metavar="FLAGS", help="of tinygpt train, instead of --minutes")
+    parser.add_argument("--goals", action="store_true", help="measure what nanoGPT's recipe takes")
     options = parser.parse_args()
     where = machine()
     show_machine(where, options.threads)
-    try:
-        rows = measure(options)
-    except SideError as error:
-        raise SystemExit(str(error)) from None
-    for row in rows:
-        print(
-            f"{row['side']:14} {row['iters']:5} steps   {row['seconds'].show('.1f')} s   "
-            f"{row['ratio'].show()} x the time of ours   "
-            f"validation loss {row['loss'].show('.3f')}   peak {row['peak_mb']:.0f} MB"
-        )
     result = {"benchmark": "time_to_loss", "machine": where, "threads": options.threads}
-    write_json(options.json, result | {"compiled": options.compiled, "rows": rows})
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for word in options.texts:
+            try:
+                text = read(word)
+            except MissingError as error:
+                print(f"{word} is left out. {error}")
+                continue
+            path = Path(folder, f"{text.name}.txt")
+            path.write_bytes(text.text.encode())
+            try:
+                for found in (goals if options.goals else measure)(text, path, options):
+                    rows.append(found)
+                    show(found)
+                    write_json(options.json, result | {"rows": rows})
+            except SideError as error:
+                raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

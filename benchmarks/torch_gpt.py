@@ -29,17 +29,18 @@ class Attention(nn.Module):
         C = config.n_embd
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.n_head = config.n_head
+        self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
         B, T, C = x.shape
+        dropout = self.dropout if self.training else 0.0
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             end = position + T
             cache[0][:, :, position:end], cache[1][:, :, position:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -61,10 +62,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, position)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.drop(self.attn(self.ln_1(x), cache, position))
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
@@ -72,10 +74,11 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         super().__init__()
-        assert config.tie_embeddings and config.dropout == 0, "the benchmarks have no others"
+        assert config.tie_embeddings, "the benchmarks have no others"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self._initialise(seed)
@@ -84,7 +87,7 @@ class GPT(nn.Module):
         self, tokens: Tensor, caches: list[Cache] | None = None, position: int = 0
     ) -> Tensor:
         """The normalised residual stream (B, T, C) for tokens (B, T)."""
-        x = self.wte(tokens) + self.wpe.weight[position : position + tokens.shape[1]]
+        x = self.drop(self.wte(tokens) + self.wpe.weight[position : position + tokens.shape[1]])
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i], position)
         return self.ln_f(x)
@@ -115,13 +118,14 @@ class GPT(nn.Module):
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to min_lr."""
+    """Linear warm-up, then a cosine or a line down to min_lr."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
-    return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (
-        1 + math.cos(math.pi * min(done, 1.0))
-    )
+    left = 1 - min(done, 1.0)
+    if config.decay == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return config.min_lr + (config.learning_rate - config.min_lr) * left
 
 
 TrainStep = Callable[[np.ndarray, np.ndarray, float], float]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +12,30 @@ from types import ModuleType
 
 import pytest
 
+from tinygpt.config import GPTConfig, TrainConfig
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def common(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import common
+    yield from benchmark("common", monkeypatch)
 
-    yield common
-    del sys.modules["common"]
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from benchmark("texts", monkeypatch)
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from benchmark("peers", monkeypatch)
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module(name)
+    del sys.modules[name]
 
 
 def test_a_result_replaces_a_result_and_nothing_else(
@@ -45,4 +61,35 @@ def test_a_result_replaces_a_result_and_nothing_else(
 def test_every_benchmark_takes_its_result_file_from_there() -> None:
     for path in FOLDER.glob("*.py"):
         text = path.read_text("utf-8")
-        assert path.name == "common.py" or '"--json"' not in text, path.name
+        own = re.search(r'add_argument\(\s*"--json"', text)
+        assert (path.name == "common.py") == bool(own), path.name
+
+
+def test_a_text_of_the_benchmark_may_lie_elsewhere_or_be_missing(
+    texts: ModuleType, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("to be " * 50, "utf-8")
+    for word in (str(mine), f"shakespeare={mine}"):
+        text = texts.read(word)
+        assert text.text == "to be " * 50 and text.cut == 270
+    for word in (f"chinese={tmp_path}", f"shakespeare={tmp_path}/none.txt", str(tmp_path / "no")):
+        with pytest.raises(texts.MissingError, match=r"apt-get install|There is no file"):
+            texts.read(word)
+
+
+def test_the_chinese_text_holds_each_entry_once(texts: ModuleType, tmp_path: Path) -> None:
+    poem = "床前明月光疑是地上霜\n举头望明月低头思故乡"
+    quoted = "床前明月光疑是地上霜\n    --李白"
+    entries = [f"\x1b[33m{poem}\x1b[m", quoted, "只有敬亭山", "mostly English 中文", "只有敬亭山"]
+    path = tmp_path / "chinese"
+    path.write_text("\n%\n".join(entries), "utf-8")
+    found = texts.read(f"chinese={path}").text
+    assert found.count("床前明月光") == 1 and found.count("敬亭山") == 1
+    assert "English" not in found and "\x1b" not in found
+
+
+def test_recipes_of_the_peers_are_settings(peers: ModuleType) -> None:
+    for recipe in peers.RECIPES.values():
+        assert GPTConfig(vocab_size=1000, **recipe.model).tie_embeddings
+        assert TrainConfig(**recipe.train).decay in ("cosine", "linear")

@@ -64,8 +64,13 @@ def adamw(parameters):
     return make_optimizer(parameters, TrainConfig(weight_decay=0.1))
 
 
+def muon(parameters):
+    return make_optimizer(parameters, TrainConfig(weight_decay=0.1, optimizer="muon"))
+
+
 OPTIMIZERS = {
     "ours": adamw,
+    "Muon": muon,
     "SGD": lambda named: nn.optim.SGD(list(named.values()), momentum=0.9, weight_decay=0.1),
     "Adam": lambda named: nn.optim.Adam(list(named.values())),
 }
@@ -96,6 +101,7 @@ def batches(config, poison=None):
         ("ours", "gradient", math.inf, 3, 1, "1"),
         pytest.param("ours", "gradient", math.inf, 1, 0, "2", marks=pytest.mark.slow),
         ("ours", "loss", math.nan, 2, 0, "1"),
+        ("Muon", "gradient", math.inf, 1, 1, "2"),
         ("SGD", "gradient", math.inf, 1, 1, "1"),
         pytest.param("SGD", "loss", math.nan, 3, 1, "2", marks=pytest.mark.slow),
         ("Adam", "gradient", math.inf, 3, 1, "1"),

@@ -24,10 +24,22 @@ def test_the_rate_warms_up_then_decays_to_its_minimum():
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
-@pytest.mark.parametrize(("decay", "middle"), [("linear", 5.5e-4), ("constant", 1e-3)])
+@pytest.mark.parametrize(
+    ("decay", "middle"), [("linear", 5.5e-4), ("constant", 1e-3), ("sqrt", 3.6360389693e-4)]
+)
 def test_the_other_decays(decay, middle):
     config = TrainConfig(min_lr=1e-4, warmup_steps=0, max_iters=100, decay=decay)
     assert learning_rate(config, 50) == pytest.approx(middle)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "sqrt"])
+def test_the_rate_is_held_before_it_decays(decay):
+    times = {"warmup_steps": 10, "max_iters": 110, "decay": decay, "min_lr": 1e-4}
+    rates = [learning_rate(TrainConfig(**times, decay_start=0.4), step) for step in range(111)]
+    assert set(rates[9:51]) == {1e-3} and rates[51] < 1e-3
+    assert rates[110] == pytest.approx(1e-4)
+    short = TrainConfig(**{**times, "warmup_steps": 0, "max_iters": 60})
+    assert rates[50:] == pytest.approx([learning_rate(short, step) for step in range(61)])
 
 
 def test_clipping_scales_to_the_limit_and_leaves_small_gradients_alone():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -48,8 +48,8 @@ def run(database, **environment):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A database that one process has filled, and what that process found."""
-    database = tmp_path_factory.mktemp("kernels") / "cache.db"
+    """A cache that one process has filled, and what that process found."""
+    database = tmp_path_factory.mktemp("kernels") / "cache"
     return database, *run(database)
 
 
@@ -92,19 +92,18 @@ def test_without_a_cache_everything_is_lowered_anew(kept):
 
 def test_a_damaged_entry_is_made_again(kept, tmp_path):
     database, count, values = kept
-    damaged = tmp_path / "damaged.db"
-    with sqlite3.connect(database) as source, sqlite3.connect(damaged) as copy:
-        source.backup(copy)
-        copy.execute("UPDATE kernels SET value = substr(value, 1, length(value) - 1) || x'00'")
+    damaged = tmp_path / "damaged"
+    for entry in Path(shutil.copytree(f"{database}.d", f"{damaged}.d")).iterdir():
+        entry.write_bytes(entry.read_bytes()[:-1] + b"\0")
     assert run(damaged) == (count, values)
     assert run(damaged) == (0, values)
 
 
 def test_several_processes_find_the_same(kept, tmp_path):
     _, count, values = kept
-    found, same = run(tmp_path / "cache.db", TINYGPT_THREADS="2")
+    found, same = run(tmp_path / "cache", TINYGPT_THREADS="2")
     assert found <= count and same == values
-    assert run(tmp_path / "cache.db", TINYGPT_THREADS="2") == (0, values)
+    assert run(tmp_path / "cache", TINYGPT_THREADS="2") == (0, values)
 
 
 # ---- the forks by themselves ----

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tinygpt.training.loop import Step as Step
     from tinygpt.training.loop import train_steps as train_steps
     from tinygpt.training.optim import AdamW as AdamW
+    from tinygpt.training.optim import Muon as Muon
 
 _HOMES = {
     "GPT": "api",
@@ -48,6 +49,7 @@ _HOMES = {
     "Step": "training.loop",
     "train_steps": "training.loop",
     "AdamW": "training.optim",
+    "Muon": "training.optim",
 }
 
 __all__ = sorted(_HOMES)

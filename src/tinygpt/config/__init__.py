@@ -205,8 +205,16 @@ class TrainConfig(Config):
     """Batches in one evaluation."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    decay: Literal["cosine", "linear", "sqrt", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; sqrt is one minus the root of the progress."""
+    decay_start: float = 0.0
+    """Share of the steps after the warm-up at the full rate, before the decay begins."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """How weights change: by Adam, or the blocks' matrices by Muon and the rest by Adam."""
+    muon_learning_rate: float = 0.02
+    """Muon's peak learning rate; it rises and decays as learning_rate does."""
+    muon_momentum: float = 0.95
+    """Muon's decay rate of the mean of the gradients."""
     beta1: float = 0.9
     """Adam's decay rate of the first moment."""
     beta2: float = 0.999
@@ -214,7 +222,7 @@ class TrainConfig(Config):
     eps: float = 1e-8
     """Adam's epsilon, added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW) of matrices and embeddings; 0 is Adam."""
+    """Decoupled weight decay (AdamW) of matrices and embeddings, with Muon of what it changes."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
     grad_accum_steps: int = 1
@@ -270,12 +278,17 @@ class TrainConfig(Config):
             "keep_last",
             "freeze",
         )
-        _between(self, 0.0, 1.0, "beta1", "beta2", "weight_decay")
-        _require(
-            0 < self.learning_rate <= 10,
-            f"learning_rate={self.learning_rate!r} is out of range: it must be above 0 and at "
-            f"most 10. Common values lie between 1e-4 and 3e-3.",
-        )
+        _between(self, 0.0, 1.0, "beta1", "beta2", "weight_decay", "muon_momentum", "decay_start")
+        for name, common in (
+            ("learning_rate", "between 1e-4 and 3e-3"),
+            ("muon_learning_rate", "around 0.02"),
+        ):
+            value = getattr(self, name)
+            _require(
+                0 < value <= 10,
+                f"{name}={value!r} is out of range: it must be above 0 and at most 10. "
+                f"Common values lie {common}.",
+            )
         _require(
             self.skip_spikes is None or self.skip_spikes > 0,
             f"skip_spikes={self.skip_spikes!r} must be above 0; 6 is a good value.",

@@ -45,6 +45,19 @@ class Weight(NamedTuple):
         return math.prod(self.shape)
 
 
+def matrices_in(name: str) -> int:
+    """How many matrices of a block stand one above the other in a weight of this name.
+
+    >>> [matrices_in(name) for name in ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight")]
+    [3, 1]
+    >>> [matrices_in(name) for name in ("wte.weight", "h.0.ln_1.weight", "h.0.mlp.c_fc.lora_a")]
+    [0, 0, 0]
+    """
+    if not (name.startswith("h.") and name.endswith(".weight")) or ".ln_" in name:
+        return 0
+    return 3 if name.endswith(".c_attn.weight") else 1  # queries, keys and values
+
+
 def weights(config: GPTConfig) -> Iterator[Weight]:
     """GPT-2's weights in the order of the forward pass.
 

@@ -41,28 +41,6 @@ def wanted_cache_dir() -> Path:
     return _absolute("~/Library/Caches" if sys.platform == "darwin" else "~/.cache") / "tinygpt"
 
 
-def is_shared(path: Path) -> bool:
-    """Whether a folder lies on a file system that several machines may have mounted."""
-    try:
-        mounts = [line.split()[1:3] for line in MOUNTS.read_text(errors="replace").splitlines()]
-    except (OSError, ValueError):
-        return False
-    kinds = {Path(place.replace("\\040", " ")): kind for place, kind in mounts}
-    path = path.absolute()
-    kind = next((kinds[p] for p in (path, *path.parents) if p in kinds), "")
-    return kind.lower().removeprefix("fuse.").rstrip("0123456789") in SHARED
-
-
-MOUNTS = Path("/proc/self/mounts")
-SHARED = (
-    *("nfs", "cifs", "smb", "smbfs", "afs", "9p", "virtiofs", "sshfs", "davfs", "coda"),
-    *("lustre", "gpfs", "beegfs", "ceph", "glusterfs", "pvfs", "orangefs", "gfs", "ocfs"),
-    *("panfs", "wekafs", "quobyte", "moosefs", "juicefs", "s3fs", "rclone"),
-)
-"""Kinds of file systems, without the digits at their end, in which SQLite's locks may not hold
-between machines, or not at all."""
-
-
 def token_folders() -> Iterator[Path]:
     """Where token files are kept, the best first; the next is made when it is asked for."""
     yield (first := cache_dir() / "tokens")

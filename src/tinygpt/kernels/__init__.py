@@ -18,6 +18,7 @@ from tinygpt.kernels.gelu import gelu
 from tinygpt.kernels.linear import linear
 from tinygpt.kernels.loss.cross_entropy import cross_entropy
 from tinygpt.kernels.loss.fused import loss
+from tinygpt.kernels.muon import muon_update
 from tinygpt.kernels.norm import layer_norm
 from tinygpt.kernels.quantized import quantized_linear
 
@@ -32,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "loss",
+    "muon_update",
     "next_key",
     "plain",
     "quantized_linear",

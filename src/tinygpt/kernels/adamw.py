@@ -96,7 +96,8 @@ def plain_adamw_update(
 
     assign(b1_t, b1_t * beta1)
     assign(b2_t, b2_t * beta2)
-    for p, gradient, m_p, v_p, rate in zip(params, grads, m, v, decay, strict=True):
+    own = grads[: len(params)]
+    for p, gradient, m_p, v_p, rate in zip(params, own, m, v, decay, strict=True):
         g = gradient * factor
         assign(m_p, beta1 * m_p + (1 - beta1) * g)
         assign(v_p, beta2 * v_p + (1 - beta2) * g * g)
@@ -132,7 +133,8 @@ def adamw_update(
     The report holds the loss, the norm of all gradients, 1 if the step was taken, else 0, and the
     norm of each of the n gradients. The step is taken if ``loss`` () and the norm are finite and
     below the ``limits`` (2,), infinity unless given. What is updated has to be realized together
-    with the report.
+    with the report. After the gradients of ``params`` those of other parameters may follow, which
+    another optimizer updates: they count in the norm and in the report.
 
     ``lr``, ``b1_t`` and ``b2_t`` are (1,), the last two the products β₁ᵗ and β₂ᵗ so far. ``decay``
     is one number for each parameter. Loss and gradients are multiplied by ``scale``, for example

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tinygpt.errors import DeviceError, extras
-from tinygpt.files.folders import cache_dir, is_shared, private_temp, wanted_cache_dir
+from tinygpt.files.folders import cache_dir, private_temp, wanted_cache_dir
 from tinygpt.machine import choice, disk_cache, environment, hook
 from tinygpt.machine.resources import may_have_accelerator, processor
 
@@ -220,10 +219,8 @@ def _write_program(path: Path, content: bytes) -> None:
 
 
 def kernel_database() -> Path:
-    """The kernel cache: one for each machine where the folder is shared by several."""
-    folder = cache_dir()
-    host = f"-{platform.node()}" if is_shared(folder) else ""
-    return folder / f"kernels-{_kernel_key()}{host}.db"
+    """The value of CACHEDB: the user's, or one for this compiler and this processor."""
+    return Path(os.environ.get("CACHEDB") or cache_dir() / f"kernels-{_kernel_key()}.db")
 
 
 def _say_where_the_cache_is(helpers: ModuleType) -> None:

@@ -121,41 +121,32 @@ def _machine() -> Iterator[Check]:
 
 def _caches() -> Iterator[Check]:
     wanted, used = folders.wanted_cache_dir(), folders.cache_dir()
-    taken = sum(f.stat().st_size for f in used.rglob("*") if f.is_file())
+    taken = disk_cache.size_of(used.rglob("*"))
     found = f"{used} ({size(taken)})"
     if used != wanted:
         found = f"{wanted} cannot be written; using {found}"
     cure = None if used == wanted else "set TINYGPT_CACHE to a folder of yours"
     yield Check("cache", used == wanted, found, cure, optional=True)
     clear = "tinygpt doctor --clear-cache"
-    kernels = Path(os.environ.get("CACHEDB") or device.kernel_database())
+    kernels = disk_cache.folder_of(device.kernel_database())
     trouble = disk_cache.trouble(kernels)
-    found = f"{kernels} {trouble or f'({size(disk_cache.size_of(kernels))})'}"
+    found = f"{kernels} {trouble or f'({size(disk_cache.size_of(disk_cache.entries(kernels)))})'}"
     yield Check("kernel cache", not trouble, found, clear if trouble else None, optional=True)
-    taken, limit = sum(p.stat().st_size for p in folders.token_files()), folders.cache_limit()
+    taken, limit = disk_cache.size_of(folders.token_files()), folders.cache_limit()
     found = f"{next(folders.token_folders())} ({size(taken)}, kept below {size(limit)})"
     yield Check("token cache", True, found, optional=True)
 
 
 def clear_caches() -> tuple[int, list[str]]:
     """Delete kernels and token files; -> the bytes of them, and what could not be deleted."""
-    before = {path: disk_cache.size_of(path) for path in _clearable()}
-    chosen = Path(os.environ.get("CACHEDB") or device.kernel_database())
-    for path in before:
-        disk_cache.remove(path)
-    failed = [str(path) for path in before if path.exists()]
-    if chosen.is_file() and not chosen.match(disk_cache.PATTERN):  # the user's own file
-        cache = disk_cache.KernelCache(chosen)
-        cache.clear()
-        cache.disconnect()
-        failed += [] if cache.writable else [str(chosen)]
-    return sum(freed for path, freed in before.items() if not path.exists()), failed
-
-
-def _clearable() -> list[Path]:
-    folder = dict.fromkeys([folders.cache_dir(), folders.private_temp()])
-    kernels = [path for each in folder for path in disk_cache.databases(each)]
-    return [*kernels, *folders.token_files()]
+    places = {disk_cache.folder_of(device.kernel_database())}
+    for folder in (folders.cache_dir(), folders.private_temp()):
+        places.update(folder.glob(disk_cache.PATTERN))
+    files = [file for place in places for file in disk_cache.entries(place)]
+    files += folders.token_files()
+    before = disk_cache.size_of(files)
+    disk_cache.remove(files)
+    return before - disk_cache.size_of(files), [str(path) for path in files if path.exists()]
 
 
 def _vocabulary() -> Iterator[Check]:

@@ -4,7 +4,7 @@ To make C of a kernel's graph takes tinygrad 30 to 120 ms of Python, for each of
 of a training step, in every process anew; only what the C compiler makes of it is kept. ``install``
 lets tinygrad find the whole program again, in the same cache, at 0.3 ms each. What a graph
 becomes depends on the graph, on tinygrad's settings, and on tinygrad itself: all three are in the
-key. Processor and compiler are in the key of the cache file (``disk_cache``).
+key. Processor and compiler are in the key of the cache (``disk_cache``).
 
 The first time, the kernels of a step are shared out among forked processes, which end with it.
 """
@@ -28,7 +28,6 @@ from tinygrad import UOp
 
 from tinygpt.machine import pool
 from tinygpt.machine.tinygrad_internals import (
-    CACHELEVEL,
     DEBUG,
     PARALLEL,
     TRACEMETA,
@@ -224,7 +223,6 @@ def _fork(make: Callable[[Task], Made], tasks: list[Task]) -> Child:
         return Child(pid, os.fdopen(reading, "rb"))
     try:  # in the child, which returns nowhere
         os.close(reading)
-        CACHELEVEL.value = 0  # an SQLite connection does not survive a fork
         with os.fdopen(writing, "wb") as out:
             out.write(pickle.dumps([make(task) for task in tasks]))
     finally:

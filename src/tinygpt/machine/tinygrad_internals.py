@@ -51,7 +51,6 @@ try:
     from tinygrad.engine.realize import resolve_params as resolve_params
 
     # Settings, each with ``value``.
-    from tinygrad.helpers import CACHELEVEL as CACHELEVEL
     from tinygrad.helpers import DEBUG as DEBUG
     from tinygrad.helpers import NUM_CPU_THREADS as NUM_CPU_THREADS
     from tinygrad.helpers import PARALLEL as PARALLEL

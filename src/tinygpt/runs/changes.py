@@ -30,8 +30,8 @@ ALWAYS_FREE = {
 """Settings that do not change the course of the weights."""
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_embeddings"}
 """What decides which weights there are, and what they mean."""
-LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init"}
-"""What decides which weights learn, and where they began."""
+LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init", "optimizer"}
+"""What decides which weights learn, and how, and where they began."""
 START_ANEW = (
     "To go on in another way from the weights of a run, start a new one from it, with --init."
 )
@@ -44,7 +44,7 @@ FIXED = {
     **dict.fromkeys(
         LEARNING,
         "the optimizer's moments are those of the weights that learned so far, and others would "
-        f"learn. Use the run's own settings. {START_ANEW}",
+        f"learn, or in another way. Use the run's own settings. {START_ANEW}",
     ),
 }
 """Fields that never change within a run, and why."""

@@ -13,21 +13,24 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
+from tinygpt.config.weights import matrices_in
 from tinygpt.kernels.adamw import clip_factor, verdict
 from tinygpt.machine.transfer import zeros_like
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step, from 0: linear warm-up, then a decay down to min_lr at max_iters."""
+    """AdamW's rate of a step, from 0: linear warm-up, a plateau, a decay to min_lr at max_iters."""
     peak, low = config.learning_rate, config.min_lr
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return peak
     progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
-    progress = min(progress, 1.0)
+    progress = min(max(0.0, progress - config.decay_start) / (1 - config.decay_start), 1.0)
     if config.decay == "linear":
         return peak + (low - peak) * progress
+    if config.decay == "sqrt":  # Hägele et al., 2024
+        return peak + (low - peak) * math.sqrt(progress)
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
 
 
@@ -72,9 +75,10 @@ class AdamW(Optimizer):
         it is not 0. Unless ``loss`` () and norm lie below the ``limits`` (2,), infinity where not
         given, nothing changes. Realize ``changed()`` together with the result.
         """
-        decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in self.params]
+        own = self.params[: len(self.m)]
+        decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in own]
         return kernels.adamw_update(
-            self.params, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
+            own, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip, scale=scale,
             loss=loss, limits=limits,
         )  # fmt: skip
@@ -91,6 +95,57 @@ class AdamW(Optimizer):
             raise RuntimeError(f"{missing} of {len(self.params)} parameters have no gradient.")
         self.update(gradients)
         return self.changed()
+
+
+class Muon(AdamW):
+    """Muon for the matrices of the blocks, AdamW without weight decay for all other parameters.
+
+    The direction of a matrix is its momentum with every singular value brought near 1, see
+    `kernels.muon`. Its rate is ``ratio`` times ``lr``; ``weight_decay`` applies to the matrices.
+    Parameters are named as the model names them. Jordan et al., "Muon" (2024); weight decay: Liu
+    et al., "Muon is Scalable for LLM Training" (2025).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        lr: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        ratio: float = 20.0,
+        momentum: float = 0.95,
+    ) -> None:
+        rest = {name: p for name, p in parameters.items() if not matrices_in(name)}
+        super().__init__(rest, lr, beta1, beta2, eps)
+        matrices = {n: p for n, p in parameters.items() if matrices_in(n) and p.is_param}
+        self.ratio, self.momentum, self.matrix_decay = ratio, momentum, weight_decay
+        self.counts = [matrices_in(name) for name in matrices]
+        self.b = [zeros_like(p, dtypes.float32) for p in matrices.values()]
+        self.params += matrices.values()
+
+    def update(
+        self,
+        gradients: Sequence[Tensor],
+        clip: float = 0.0,
+        scale: float = 1.0,
+        loss: Tensor | None = None,
+        limits: Tensor | None = None,
+    ) -> Tensor:
+        """As ``AdamW.update``. The norm is that of all gradients, before Muon takes its own."""
+        report = super().update(gradients, clip, scale, loss, limits)
+        rest = len(self.m)
+        kernels.muon_update(
+            self.params[rest:], gradients[rest:], self.b, self.counts, self.lr, report,
+            ratio=self.ratio, momentum=self.momentum, decay=self.matrix_decay,
+            clip=clip, scale=scale,
+        )  # fmt: skip
+        return report
+
+    def changed(self) -> list[Tensor]:
+        """The Tensors that a step changes."""
+        return [*super().changed(), *self.b]
 
 
 def layer_of(name: str) -> str:
@@ -162,20 +217,24 @@ _one_at_a_time = threading.RLock()
 
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> AdamW:
     """The optimizer a TrainConfig describes."""
-    return AdamW(
-        parameters,
-        lr=learning_rate(config, 0),
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    settings = {
+        "lr": learning_rate(config, 0),
+        "beta1": config.beta1,
+        "beta2": config.beta2,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    matrices = any(matrices_in(name) and p.is_param for name, p in parameters.items())
+    if config.optimizer == "adam" or not matrices:  # Adapters are AdamW's.
+        return AdamW(parameters, **settings)
+    ratio = config.muon_learning_rate / config.learning_rate
+    return Muon(parameters, **settings, ratio=ratio, momentum=config.muon_momentum)
 
 
 def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an optimizer must remember, by name: its moments, step products and learning rate.
 
-    Works for AdamW above and for tinygrad's own Adam, AdamW and SGD.
+    Works for AdamW and Muon above and for tinygrad's own Adam, AdamW and SGD.
     """
     names = {id(p): name for name, p in parameters.items()}
     state = {"lr": optimizer.lr}
@@ -184,9 +243,12 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> d
             state[product] = value
     for moments in ("m", "v", "b"):
         tensors = getattr(optimizer, moments, [])
+        params = optimizer.params
+        if isinstance(optimizer, Muon):
+            rest = len(optimizer.m)
+            params = params[rest:] if moments == "b" else params[:rest]
         for i, tensor in enumerate(tensors):
-            per_parameter = len(tensors) == len(optimizer.params)
-            owner = names.get(id(optimizer.params[i])) if per_parameter else None
+            owner = names.get(id(params[i])) if len(tensors) == len(params) else None
             state[f"{moments}.{owner or i}"] = tensor
     return state
 

@@ -57,8 +57,9 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     applies their sum, so that memory does not depend on the number of micro-batches.
     """
     model.check_can_learn()
-    params = list(model.trainable().values())
-    layers = list(map(layer_of, model.trainable()))
+    params = optimizer.params
+    names = {id(p): name for name, p in model.parameters().items()}
+    layers = [layer_of(names[id(p)]) for p in params]
     micro_batches = config.grad_accum_steps
     realize_state(optimizer)
 

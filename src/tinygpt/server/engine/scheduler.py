@@ -23,7 +23,6 @@ from typing import Self, TypeVar
 from tinygpt.errors import TinyGPTError
 from tinygpt.generation.decoder import SMALLEST_BUCKET, Decoder
 from tinygpt.generation.sample import choose
-from tinygpt.machine import disk_cache
 from tinygpt.model.transformer import Transformer
 from tinygpt.server.engine.beside import Beside, Call, Text
 from tinygpt.server.engine.scoring import Scored
@@ -254,7 +253,6 @@ class Engine:
         finally:
             self._open = False
             self._cancel_all()
-            disk_cache.disconnect()
 
     def _wait(self) -> bool:
         """Wait for something to do; False at the end."""

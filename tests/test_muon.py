@@ -1,0 +1,115 @@
+"""Muon against an implementation in PyTorch, in float64, and what is around it."""
+
+import math
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+
+from tinygpt.config import GPTConfig, TrainConfig
+from tinygpt.config.weights import matrices_in, weights
+from tinygpt.kernels.muon import orthogonal
+from tinygpt.model.transformer import Transformer
+from tinygpt.training.optim import AdamW, Muon, make_optimizer, optimizer_state
+from tinygpt.training.step import make_train_step
+
+CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
+TRAIN = TrainConfig(
+    batch_size=3, optimizer="muon", weight_decay=0.1, grad_clip=1.0, learning_rate=3e-3
+)
+RNG = np.random.default_rng(0)
+BATCH = RNG.integers(0, 11, (2, 1, 3, 8))
+
+
+def exact_orthogonal(u):
+    """Jordan's, in float64."""
+    x = u / (np.linalg.norm(u) + 1e-7)
+    x = x.T if u.shape[0] > u.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if u.shape[0] > u.shape[1] else x
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64), (24, 7)])
+def test_every_singular_value_comes_near_one(shape):
+    u = RNG.normal(size=(3, *shape)).astype(np.float32)
+    found = orthogonal(Tensor(u)).numpy()
+    for one, start in zip(found, u, strict=True):
+        np.testing.assert_allclose(one, exact_orthogonal(start.astype(float)), atol=2e-5)
+        values = np.linalg.svd(one, compute_uv=False)
+        before = np.linalg.svd(start, compute_uv=False) / np.linalg.norm(start)
+        assert 0.6 < values[before > 3e-3].min() <= values.max() < 1.25
+
+
+def test_the_names_of_the_blocks_matrices_are_those_of_their_kind():
+    for weight in weights(CONFIG):
+        assert (matrices_in(weight.name) > 0) == (weight.kind == "linear"), weight.name
+
+
+def test_twenty_steps_are_those_of_pytorch_in_float64():
+    torch = pytest.importorskip("torch")
+    shapes = {w.name: w.shape for w in weights(CONFIG) if w.block < 1}
+    start = {name: 0.02 * RNG.normal(size=shape) for name, shape in shapes.items()}
+    ours = {n: Tensor(v.astype(np.float32)).contiguous().realize() for n, v in start.items()}
+    theirs = {n: torch.tensor(v, requires_grad=True) for n, v in start.items()}
+    mine = Muon(ours, 3e-3, 0.9, 0.95, weight_decay=0.1, ratio=0.02 / 3e-3)
+    rest = [p for n, p in theirs.items() if not matrices_in(n)]
+    adam = torch.optim.AdamW(rest, 3e-3, (0.9, 0.95), weight_decay=0.0)
+    momenta = {n: torch.zeros_like(p) for n, p in theirs.items()}
+    for _ in range(20):
+        gradients = {n: RNG.normal(size=shape) for n, shape in shapes.items()}
+        names = {id(p): n for n, p in ours.items()}
+        given = [Tensor(gradients[names[id(p)]].astype(np.float32)) for p in mine.params]
+        mine.update(given, clip=1.0).realize(*mine.changed())
+        for n, p in theirs.items():
+            p.grad = torch.tensor(gradients[n])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        adam.step()
+        with torch.no_grad():
+            for n in filter(matrices_in, theirs):
+                p = theirs[n]
+                m = momenta[n].lerp_(p.grad, 0.05)
+                u = p.grad.lerp(m, 0.95).numpy()
+                step = np.concatenate([exact_orthogonal(x) for x in np.split(u, matrices_in(n))])
+                p.mul_(1 - 0.02 * 0.1)
+                p.add_(torch.tensor(step), alpha=-0.02 * math.sqrt(max(1, len(u) / u.shape[1])))
+    for n, p in theirs.items():
+        np.testing.assert_allclose(ours[n].numpy(), p.detach().numpy(), atol=3e-5, err_msg=n)
+
+
+def losses(make=make_optimizer, steps=3, **settings):
+    config = TrainConfig(**{**TRAIN.to_dict(), **settings})
+    model = Transformer(CONFIG)
+    step = make_train_step(model, make(model.parameters(), config), config)
+    A = config.grad_accum_steps
+    x, y = (part.reshape(A, 3 // A, 8).astype(np.int32) for part in BATCH)
+    return [step(x, y, 3e-3, (0, i)) for i in range(steps)], model
+
+
+def test_micro_batches_take_the_same_steps_and_name_the_norms_of_their_layers():
+    whole, _ = losses()
+    parts, _ = losses(grad_accum_steps=3, batch_size=1)
+    adam, _ = losses(steps=1, optimizer="adam")
+    for one, other in zip(whole, parts, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.norms == pytest.approx(other.norms, rel=1e-2)
+    assert whole[0].norms == pytest.approx(adam[0].norms)
+    assert whole[2].loss < whole[0].loss
+
+
+def test_the_state_is_two_moments_of_what_adam_changes_and_one_of_a_matrix():
+    model = Transformer(CONFIG)
+    state = optimizer_state(make_optimizer(model.parameters(), TRAIN), model.parameters())
+    for weight in weights(CONFIG):
+        kinds = {kind for kind in "mvb" if f"{kind}.{weight.name}" in state}
+        assert kinds == ({"b"} if weight.kind == "linear" else {"m", "v"})
+
+
+def test_a_frozen_matrix_is_left_alone_and_adapters_are_adams():
+    model = Transformer(CONFIG)
+    model.parameters()["h.0.mlp.c_fc.weight"].is_param_(False)
+    optimizer = make_optimizer(model.parameters(), TRAIN)
+    assert len(optimizer.b) == 7 and len(optimizer.params) == len(model.parameters()) - 1
+    adapters = {"h.0.mlp.c_fc.lora_a": Tensor.zeros(2, 16).contiguous()}
+    assert type(make_optimizer(adapters, TRAIN)) is AdamW
