@@ -26,8 +26,8 @@ def ready_tokenizer(spec: str) -> Tokenizer:
 
     def refuse() -> list[str]:
         raise UsageError(
-            f"The tokenizer {spec!r} has to be trained first. Give gpt2, byte, a run folder, or a "
-            f"file written by tokenizer train."
+            f"The tokenizer {spec!r} has to be trained first, and not here. Give gpt2, byte, a run "
+            f"folder, or a file written by tokenizer train."
         )
 
     return make_tokenizer(spec, refuse)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.cli.console import say
+from tinygpt.cli.models import ready_tokenizer
 from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
-from tinygpt.errors import CheckpointError, DataError, UsageError
+from tinygpt.errors import CheckpointError, DataError
 from tinygpt.files.atomic import make_folder, sync_folder
 from tinygpt.runs.display.text import duration
 from tinygpt.text.names import lasting
@@ -156,20 +157,13 @@ def _read(settings: Settings, own: Tokenizer | None) -> tuple[str, Tokens, Token
     source, spec, tokenizer = str(settings.data.source), settings.data.tokenizer, own
     if Path(source).suffix in TOKEN_FILES:
         if tokenizer is None and spec is not None:
-            tokenizer = make_tokenizer(spec, lambda: _no_text(source))
+            tokenizer = ready_tokenizer(spec)
         size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
         return Path(source).stem, load_tokens(source, size), tokenizer
     corpus = open_corpus(source, field=settings.data.field, glob=settings.data.glob)
     say(f"text: {corpus.description}")
     tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
     return corpus.name, tokens_of(corpus, tokenizer), tokenizer
-
-
-def _no_text(source: str) -> list[str]:
-    raise UsageError(
-        f"{source} holds tokens, from which no tokenizer can be trained. Name the one that made "
-        f"them with --tokenizer gpt2, byte or the path of a saved one; or give none."
-    )
 
 
 def _lasting(data: DataConfig, chosen: str) -> DataConfig:

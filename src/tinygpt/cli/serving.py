@@ -355,13 +355,10 @@ def redirect_file(folder: Path, target: str) -> Path:
         f'<!DOCTYPE html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
         f'<meta http-equiv="refresh" content="0; url={link}"><a href="{link}">Go on</a>\n'
     )
-    with open(path, "x", encoding="utf-8", opener=_private) as file:
+    owner_only = partial(os.open, mode=0o600)
+    with open(path, "x", encoding="utf-8", opener=owner_only) as file:
         file.write(page)
     return path
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _open_browser(address: str) -> None:

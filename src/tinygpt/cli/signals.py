@@ -52,12 +52,9 @@ def run_signals(
 
     stopper = Stopper(first, again, save, tell, words.stopping)
     wanted = (*STOPPING, *(SAVING if save is not None else ()))
-    with receiving([number for number in wanted if not _ignored(number)], stopper.receive):
+    heard = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+    with receiving(heard, stopper.receive):
         yield stopper.received
-
-
-def _ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def _is_terminal(fd: int) -> bool:

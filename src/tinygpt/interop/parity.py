@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -94,6 +95,16 @@ def compare(
             f"finite? tinygpt doctor --kernels tells whether the kernels are right on this machine."
         )
     return Comparison(difference, allowed)
+
+
+def prove(model: Transformer, fetch: Fetch, theirs: Floats, reader: str) -> Comparison:
+    """``compare`` for a model's logits of ``fixed_prompt`` and those that a reader of it gives.
+
+    ``fetch`` gives the model's weights, for the error that float32 makes.
+    """
+    ids = fixed_prompt(model.config)
+    rounding = partial(rounding_error, fetch, model.config, ids)
+    return compare(our_logits(model, ids), theirs, reader, rounding)
 
 
 # GPT-2 in numpy ---------------------------------------------------------------------------------

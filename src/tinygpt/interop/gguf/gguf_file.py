@@ -12,7 +12,6 @@ import types
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -217,17 +216,17 @@ def _prove(
         values: Floats = gguf.dequantize(tensor.data, tensor.tensor_type)
         return layout.turned(named[name].weight, values)
 
-    ours = parity.our_logits(rounded, ids)
     with np.errstate(all="ignore"):  # what is no number is refused by the comparison
         theirs = parity.plain_logits(fetch, config, ids)[:, : config.vocab_size]
-        rounding_error = partial(parity.rounding_error, layout.fetch_from(rounded), config, ids)
         reads = f"The reader of gguf {version('gguf')}"
-        difference, allowed = parity.compare(ours, theirs, reads, rounding_error)
+        fetch_rounded = layout.fetch_from(rounded)
+        difference, allowed = parity.prove(rounded, fetch_rounded, theirs, reads)
     if reader.get_field("tokenizer.ggml.tokens").contents() != tokens.texts:
         raise InteropError(f"gguf {version('gguf')} reads another vocabulary than was written.")
     rounding = 0.0
     if rounded is not model:
-        rounding = float(np.abs(parity.our_logits(model, ids) - ours).max())
+        exact, ours = (parity.our_logits(each, ids) for each in (model, rounded))
+        rounding = float(np.abs(exact - ours).max())
     proved = {"max_difference": difference, "tolerance": allowed, "rounding": rounding}
     for key, value in proved.items():
         reader.get_field(f"{PARITY}.{key}").parts[-1][0] = value

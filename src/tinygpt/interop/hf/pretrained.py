@@ -290,15 +290,9 @@ def check(pretrained: Pretrained) -> float:
 
     model = Transformer(pretrained.config, seed=None)
     load_weights(model, pretrained)
-    ids = parity.fixed_prompt(pretrained.config)
-    given = (pretrained.fetch, pretrained.config, ids)
-    plain = parity.plain_logits(*given)
-    return parity.compare(
-        parity.our_logits(model, ids),
-        plain,
-        "A plain forward pass",
-        lambda: parity.rounding_error(*given),
-    ).difference
+    config = pretrained.config
+    plain = parity.plain_logits(pretrained.fetch, config, parity.fixed_prompt(config))
+    return parity.prove(model, pretrained.fetch, plain, "A plain forward pass").difference
 
 
 def _origin(pretrained: Pretrained) -> dict[str, str]:
