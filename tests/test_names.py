@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tinygpt.cli.loading import own_validation
 from tinygpt.cli.options import DataConfig, resolve
 from tinygpt.cli.running import _lasting, gather
-from tinygpt.cli.texts import own_validation
 from tinygpt.config import GPTConfig, to_toml
 from tinygpt.errors import TokenizerError
 from tinygpt.files.tensor_file import arrange

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import aligned, command, show_json
 from tinygpt.cli.flags import Count, Switch
-from tinygpt.cli.models import load_model
+from tinygpt.cli.loading import load_model, own_validation, read_tokens
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
-from tinygpt.cli.texts import own_validation, read_tokens
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT

@@ -9,10 +9,10 @@ from typing import Literal
 
 from cyclopts import App
 
-from tinygpt.cli import texts
 from tinygpt.cli.console import say, show_json
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import load_model
+from tinygpt.cli.loading import beginnings as first_lines
+from tinygpt.cli.loading import load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.files.atomic import check_free
 from tinygpt.files.disk import size
@@ -166,7 +166,7 @@ def export_web(
 
     told = run_card(choose_checkpoint(run))
     if beginnings:
-        told["beginnings"] = texts.beginnings(run, model, own)
+        told["beginnings"] = first_lines(run, model, own)
     if description is None:
         text = f" on {told['data']}" if "data" in told else ""
         description = f"A GPT of {told['parameters']:,} parameters, trained{text} with TinyGPT."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.cli.console import command
-from tinygpt.cli.models import ready_tokenizer
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.options import DataConfig, Tables
 from tinygpt.config import fine_tuning
 from tinygpt.errors import UsageError

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import program_name, read_stdin, say, show_json
 from tinygpt.cli.flags import Count, Switch
-from tinygpt.cli.models import Quantize, load_model
+from tinygpt.cli.loading import Quantize, load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.config import MAX_TOKENS, SampleConfig

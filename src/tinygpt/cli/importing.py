@@ -9,7 +9,7 @@ from cyclopts import App
 
 from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import ready_tokenizer
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.machine import device
 from tinygpt.text.names import is_name
 

@@ -11,10 +11,9 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import aligned, command, say, show_json
 from tinygpt.cli.flags import Count, Switch
-from tinygpt.cli.models import load_model
+from tinygpt.cli.loading import load_model, own_source, read_tokens, unlike_training
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
-from tinygpt.cli.texts import own_source, read_tokens, unlike_training
 from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import DataError, TokenizerError, UsageError
 from tinygpt.runs.display.text import printable

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.cli.console import say
-from tinygpt.cli.models import ready_tokenizer
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.errors import CheckpointError, DataError

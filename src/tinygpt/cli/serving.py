@@ -18,11 +18,10 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import command, say
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import Quantize, load_model
+from tinygpt.cli.loading import Quantize, beginnings, load_model
 from tinygpt.cli.newest import RUNS, run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.cli.signals import Words, run_signals
-from tinygpt.cli.texts import beginnings
 from tinygpt.errors import UsageError, extras
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.display.text import printable

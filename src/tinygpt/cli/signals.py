@@ -37,7 +37,7 @@ def run_signals(
     the exit code of a program that was stopped is 128 and the number of the first. A signal that is
     ignored, as nohup does with SIGHUP, stays ignored. Outside the main thread nothing is changed.
     """
-    terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def first(number: int) -> None:
         if signal.Signals(number).name == "SIGHUP":
@@ -55,13 +55,6 @@ def run_signals(
     heard = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
     with receiving(heard, stopper.receive):
         yield stopper.received
-
-
-def _is_terminal(fd: int) -> bool:
-    try:
-        return os.isatty(fd)
-    except OSError:
-        return False
 
 
 def _silence(terminals: list[int]) -> None:

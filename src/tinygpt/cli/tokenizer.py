@@ -10,7 +10,7 @@ from cyclopts import App
 
 from tinygpt.cli.console import aligned, read_stdin, say, show_json
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import ready_tokenizer
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.options import DataConfig
 from tinygpt.errors import UsageError
 from tinygpt.runs.display.text import printable

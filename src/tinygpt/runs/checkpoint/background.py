@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import secrets
 import shlex
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -20,13 +19,7 @@ from tinygpt.runs.checkpoint.format import Meta
 from tinygpt.runs.checkpoint.keeping import Verified, remove_old
 from tinygpt.runs.checkpoint.reader import read_meta
 from tinygpt.runs.checkpoint.writer import Snapshot, write
-from tinygpt.runs.folder import (
-    checkpoint_path,
-    list_checkpoints,
-    mark_best,
-    mark_run,
-    run_of,
-)
+from tinygpt.runs.folder import checkpoint_path, list_checkpoints, mark_best, mark_run, run_of
 
 if TYPE_CHECKING:
     from tinygrad.nn.optim import Optimizer
@@ -68,8 +61,8 @@ class Saver:
         self.newest: Path | None = None
         """The last checkpoint that is written."""
         self._copier: Copier | None = None
-        self._thread: threading.Thread | None = None
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._pool: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
         self._unsaved: _Job | None = None
         self._unmarked: tuple[Path, float] | None = None
         self._verified = Verified()
@@ -95,19 +88,16 @@ class Saver:
     def save_snapshot(self, snapshot: Snapshot, meta: Meta, best_loss: float | None = None) -> Path:
         """The same from a copy, which must not change until ``wait`` has returned."""
         self.wait()
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._work, name="tinygpt-checkpoint", daemon=True
-            )
-            self._thread.start()
+        self._pool = self._pool or ThreadPoolExecutor(1, "tinygpt-checkpoint")
         job = _Job(snapshot, meta, best_loss, again=self._unsaved is not None)
         self._unsaved = job
-        self._jobs.put(job)
+        self._writing = self._pool.submit(self._write, job)
         return checkpoint_path(self.folder, meta.iter_num)
 
     def wait(self) -> None:
         """Until nothing is being written."""
-        self._jobs.join()
+        if self._writing is not None:
+            self._writing.result()
 
     def news(self) -> list[str]:
         """What has gone wrong, or is well again, since the last call."""
@@ -120,10 +110,9 @@ class Saver:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.wait()
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-        self._thread = self._copier = None
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool = self._copier = None
         for pause in PAUSES if error is None else ():
             if self._unsaved is not None:
                 time.sleep(pause)
@@ -136,12 +125,6 @@ class Saver:
             error.add_note(message)
 
     # ---- in the thread ----
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._write(job)
-            self._jobs.task_done()
-        self._jobs.task_done()
 
     def _write(self, job: _Job) -> None:
         path = checkpoint_path(self.folder, job.meta.iter_num)

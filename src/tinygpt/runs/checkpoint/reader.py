@@ -198,28 +198,22 @@ def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
     So whatever is allocated later is no more than a multiple of what somebody had to store.
     """
     weights = {name: place for name, place in layout.items() if name.startswith(WEIGHTS)}
-    own = [place for name, place in weights.items() if not name.endswith(ADAPTERS)]
-    count = sum(math.prod(place.shape) for place in own)
-    if count != config.num_params():
-        raise CheckpointError(
-            f"{path} is made up: it claims {config.num_params():,} parameters, but holds {count:,}."
-        )
-    if any(place.numpy_dtype.kind != "f" for place in weights.values()):
-        raise CheckpointError(f"{path} is damaged or made up: its weights are no real numbers.")
-    strange = [name for name in layout if not name.startswith((WEIGHTS, STATE))]
-    if strange:
-        raise CheckpointError(
-            f"{path} is damaged or made up: {clip(strange[0], 40)} is no weight and no state."
-        )
+    claimed, strange = (
+        config.num_params(),
+        [n for n in layout if not n.startswith((WEIGHTS, STATE))],
+    )
+    count = sum(math.prod(p.shape) for n, p in weights.items() if not n.endswith(ADAPTERS))
     rest = sum(math.prod(place.shape) for place in layout.values()) - count
-    if rest > MOST_STATE * count + FEW:
-        raise CheckpointError(f"{path} holds {rest:,} numbers besides its {count:,} weights.")
     cache = 2 * config.n_layer * config.block_size * config.n_embd
-    if cache > MOST_CACHE * count:
-        raise CheckpointError(
-            f"{path} would need {cache:,} numbers of memory for one text, with only {count:,} "
-            f"weights. No useful model has such a shape."
-        )
+    faults = {
+        f"it claims {claimed:,} parameters, but holds {count:,}": count != claimed,
+        "its weights are no real numbers": any(p.numpy_dtype.kind != "f" for p in weights.values()),
+        f"it holds {clip(strange, 60)}, neither weights nor a state of the optimizer": strange,
+        f"it holds {rest:,} numbers besides its {count:,} weights": rest > MOST_STATE * count + FEW,
+        f"one text would need {cache:,} numbers of memory": cache > MOST_CACHE * count,
+    }
+    if fault := next((fault for fault, found in faults.items() if found), None):
+        raise CheckpointError(f"{path} is damaged or made up: {fault}.")
 
 
 def _read_tensor(file: BinaryIO, place: Place) -> tuple[Array, str]:
