@@ -16,7 +16,7 @@ from tinygpt.machine import device
 from tinygpt.machine import doctor as machine
 
 if TYPE_CHECKING:
-    from tinygpt.kernels.check import KernelReport, Row, Speed
+    from tinygpt.kernels.check import KernelReport, Row
 
 SMALL_MODEL: Values = {
     "block_size": 8,
@@ -115,7 +115,7 @@ def check(*kernels: str, json: Switch = False) -> int:
 
 def _text(report: KernelReport) -> str:
     """A table of the errors, and what follows from it."""
-    head = f"{report.kernel} on {report.device}"
+    head, name = f"{report.kernel} on {report.device}", report.kernel
     if not report.rows:
         return f"{head}: {report.note}"
     titles = [
@@ -125,28 +125,19 @@ def _text(report: KernelReport) -> str:
     table = aligned([*titles, *map(_cells, report.rows)], right=[1, 2, 3, 4])
     failures = [f"{row.shape}: {row.failure}" for row in report.rows if row.failure]
     notes = [f"({report.note})"] if report.note else []
-    return "\n".join([head, table, *failures, *notes, _verdict(report)])
+    verdict = f"{name}: all agree, the largest error is {report.worst:.1e}"
+    if wrong := sum(not row.passed for row in report.rows):
+        verdict = f"{name}: {wrong} of {len(report.rows)} shapes are wrong"
+    elif speed := report.speed:
+        times = f"{speed.ours * 1e3:.2f} ms and {speed.twin * 1e3:.2f} ms at {speed.shape}"
+        verdict += f"; {speed.ratio:.1f} times as fast as the twin ({times})"
+    return "\n".join([head, table, *failures, *notes, verdict])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     errors = (row.forward, row.twin_forward, row.gradients, row.twin_gradients)
     shown = ("" if error is None else f"{error:.1e}" for error in errors)
     return (row.shape, *shown, "" if row.passed else "WRONG")
-
-
-def _verdict(report: KernelReport) -> str:
-    wrong = sum(not row.passed for row in report.rows)
-    if wrong:
-        return f"{report.kernel}: {wrong} of {len(report.rows)} shapes are wrong"
-    speed = f"; {_speed(report.speed)}" if report.speed else ""
-    return f"{report.kernel}: all agree, the largest error is {report.worst:.1e}{speed}"
-
-
-def _speed(speed: Speed) -> str:
-    return (
-        f"{speed.ratio:.1f} times as fast as the twin "
-        f"({speed.ours * 1e3:.2f} ms and {speed.twin * 1e3:.2f} ms at {speed.shape})"
-    )
 
 
 # --gradients -------------------------------------------------------------------------------------

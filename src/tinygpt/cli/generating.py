@@ -87,13 +87,8 @@ def generate(
     """
     if interactive and (prompt is not None or json):
         raise UsageError("-i asks for the prompts itself: leave --prompt and --json out.")
-    if (
-        text is None
-        and run is not None
-        and prompt is None
-        and not interactive
-        and not _is_path(run)
-    ):
+    bare = text is None and prompt is None and not interactive
+    if bare and run is not None and not _is_path(run):
         run, text = None, run
     if text is not None and (prompt is not None or interactive):
         raise UsageError(f"There are two prompts, or none is wanted: leave {text!r} out.")

@@ -47,12 +47,17 @@ def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
 
     ``part`` is ``train`` or ``val``. Nothing is said where nobody knows what it was.
     """
+    changed = _is_unchanged(run, part, tokens) is False
+    return " (not what it was when the run was trained)" if changed else ""
+
+
+def _is_unchanged(run: Path, part: str, tokens: Tokens) -> bool | None:
+    """Whether a text is the one that a run was trained on; None if the run does not say."""
     from tinygpt.runs import checkpoint
     from tinygpt.text.tokens import data_fingerprint
 
     known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get(part)
-    same = known is None or known == data_fingerprint(tokens)
-    return "" if same else " (not what it was when the run was trained)"
+    return None if known is None else known == data_fingerprint(tokens)
 
 
 def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> tuple[str, Tokens]:
@@ -76,16 +81,12 @@ def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> l
     Only a text that is known to be the run's is read from: the folder may come from elsewhere, and
     name a file that its author has never seen. A text that would take long to encode is left alone.
     """
-    from tinygpt.runs import checkpoint
-    from tinygpt.text.tokens import data_fingerprint
-
     try:
         source = Path(own_source(run).source or "")
         if source.exists() and not (source.is_file() and source.stat().st_size <= LARGEST_BEGUN):
             return []
         _, tokens = own_validation(run, model, tokenizer, "")
-        known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get("val")
-        if known != data_fingerprint(tokens):
+        if not _is_unchanged(run, "val", tokens):
             return []
         starts = [len(tokens) * i // count for i in range(count)]
         passages = [tokenizer.decode(tokens[at : at + 200].tolist()) for at in starts]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cyclopts import App
 
@@ -14,9 +13,6 @@ from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.options import DataConfig
 from tinygpt.errors import UsageError
 from tinygpt.runs.display.text import printable
-
-if TYPE_CHECKING:
-    pass
 
 app = App(name="tokenizer", help="Train a vocabulary, or turn text into tokens and back.")
 
