@@ -123,7 +123,7 @@ class Pretrained:
     @property
     def dtypes(self) -> str:
         """The types of the weights in the files, such as F16."""
-        return ", ".join(sorted({entry.dtype for entry in self.entries.values()}))
+        return ", ".join(sorted({entry.place.dtype for entry in self.entries.values()}))
 
     def pieces(self, weight: Weight) -> Iterator[Floats]:
         """A weight as our model has it, in float32, flat, a piece at a time."""
@@ -238,7 +238,7 @@ def _without_copy(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _same(a: Entry, b: Entry) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape) or a.dtype not in WEIGHTS:
+    if (a.place.dtype, a.place.shape) != (b.place.dtype, b.place.shape):
         return False
     return all(np.array_equal(x, y) for x, y in zip(a.pieces(), b.pieces(), strict=True))
 
@@ -258,14 +258,14 @@ def _check_names(path: Path, wanted: Mapping[str, object], found: Mapping[str, o
 
 
 def _check_entry(path: Path, weight: Weight, entry: Entry) -> None:
-    if entry.shape != (stored := stored_shape(weight)):
+    if entry.place.shape != (stored := stored_shape(weight)):
         raise InteropError(
-            f"{path}: {weight.name} has shape {entry.shape}, and by config.json it would be "
+            f"{path}: {weight.name} has shape {entry.place.shape}, and by config.json it would be "
             f"{stored}. {OF_ANOTHER}"
         )
-    if entry.dtype not in WEIGHTS:
+    if (kind := entry.place.dtype) not in WEIGHTS:
         raise InteropError(
-            f"{path}: {weight.name} is of type {entry.dtype}; weights are {', '.join(WEIGHTS)}."
+            f"{path}: {weight.name} is of type {kind}; weights are {', '.join(WEIGHTS)}."
         )
 
 

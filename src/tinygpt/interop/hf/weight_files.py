@@ -52,20 +52,12 @@ class Entry:
     memory: mmap.mmap
 
     @property
-    def dtype(self) -> str:
-        return self.place.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.place.shape
-
-    @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.place.shape)
 
     def floats(self) -> Floats:
         """The values in their shape: the file's own memory if they are float32 there."""
-        return self._flat(0, self.size).reshape(self.shape)
+        return self._flat(0, self.size).reshape(self.place.shape)
 
     def pieces(self) -> Iterator[Floats]:
         """The values, flat, a few megabytes at a time; each piece holds until the next is asked."""
@@ -82,7 +74,7 @@ class Entry:
         stored = self.place.numpy_dtype
         start = self.data + self.place.start + at * stored.itemsize
         raw = np.frombuffer(self.memory, stored, count, start)
-        if self.dtype == "BF16":  # the upper half of a float32
+        if self.place.dtype == "BF16":  # the upper half of a float32
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32, copy=False)
 
