@@ -20,7 +20,6 @@ from tinygpt.runs.display.text import printable
 from tinygpt.untrusted import clip
 
 if TYPE_CHECKING:
-    from tinygpt.api import GPT
     from tinygpt.text.overlap import Overlap
     from tinygpt.text.tokenizers import Tokenizer
     from tinygpt.text.tokens import Tokens
@@ -95,6 +94,9 @@ def memorization(
         Print the result as JSON.
     """
     run = run_or_newest(run)
+    import numpy as np
+
+    from tinygpt.generation.generate import FINISHED, generate_tokens
     from tinygpt.generation.stream import first_prompt
     from tinygpt.text.batches import split
     from tinygpt.text.overlap import overlaps
@@ -110,12 +112,20 @@ def memorization(
     say(f"writing {samples} texts at each temperature")
     prompt = first_prompt(own) if prompt is None else prompt
     ends = () if ignore_eos else ends_of(own)
-    groups = [
-        _write(
-            model, own, prompt, max_tokens, config, samples if config.temperature else 1, seed, ends
+    ids = _encoded(own, prompt)
+
+    def write(config: SampleConfig) -> list[str]:
+        """The continuations of the prompt, without it and without the ids that end a text."""
+        count = samples if config.temperature else 1  # at 0 all would be the same
+        limit, decoder = own.vocab_size, model.decoder
+        steps = generate_tokens(
+            decoder, [ids] * count, max_tokens, config, seed, limit=limit, ends=ends
         )
-        for config in configs
-    ]
+        rows = np.stack(list(steps), axis=1)  # (samples, tokens)
+        kept = ([i for i in row.tolist() if i != FINISHED and i not in ends] for row in rows)
+        return [own.decode(row) for row in kept]
+
+    groups = [write(config) for config in configs]
     length = max((len(text) for group in groups for text in group), default=0)
     if held_out is not None:
         groups.append(_spread("".join(texts(held_out, own)), samples, length))
@@ -166,34 +176,14 @@ def texts(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def _write(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_tokens: int,
-    config: SampleConfig,
-    samples: int,
-    seed: int,
-    ends: Sequence[int],
-) -> list[str]:
-    """The continuations of the prompt, without it and without the ids that end a text."""
-    import numpy as np
-
-    from tinygpt.generation.generate import FINISHED, generate_tokens
-
+def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
     try:
         ids = tokenizer.encode(prompt)
     except TokenizerError as error:
         raise UsageError(f"{error} Give another --prompt.") from error
     if not ids:
         raise UsageError("The prompt is empty, and a model needs something to continue.")
-    limit = tokenizer.vocab_size
-    steps = generate_tokens(
-        model.decoder, [ids] * samples, max_tokens, config, seed, limit=limit, ends=ends
-    )
-    rows = np.stack(list(steps), axis=1)  # (samples, tokens)
-    kept = [[i for i in row.tolist() if i != FINISHED and i not in ends] for row in rows]
-    return [tokenizer.decode(row) for row in kept]
+    return ids
 
 
 def _spread(text: str, count: int, length: int) -> list[str]:
@@ -206,12 +196,9 @@ def _spread(text: str, count: int, length: int) -> list[str]:
 
 
 def _report(
-    temperatures: Sequence[float],
-    found: Sequence[Overlap],
-    baseline: Overlap | None,
-    min_length: int,
+    temperatures: Sequence[float], found: Sequence[Overlap], baseline: Overlap | None, length: int
 ) -> None:
-    heads = ("", "texts", "characters", "longest", "mean longest", f"in passages of {min_length}+")
+    heads = ("", "texts", "characters", "longest", "mean longest", f"in passages of {length}+")
     rows: list[Sequence[object]] = [heads]
     named = [(f"temperature {t:g}", each) for t, each in zip(temperatures, found, strict=True)]
     rows += [(name, *_row(each)) for name, each in named]
@@ -226,7 +213,7 @@ def _report(
                 f"  {printable(clip(passage.text, SHOWN))}"
             )
     if not any(each.passages for each in found):
-        print(f"\nNo passage of {min_length} characters or more stands in the training text.")
+        print(f"\nNo passage of {length} characters or more stands in the training text.")
 
 
 def _row(found: Overlap) -> tuple[Any, ...]:

@@ -68,8 +68,8 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    ours: npt.NDArray[Any],
-    theirs: npt.NDArray[Any],
+    ours: Floats,
+    theirs: Floats,
     reader: str = "the other program",
     rounding: Callable[[], float] | None = None,
 ) -> Comparison:

@@ -8,7 +8,6 @@ GPT-2: the biases of such a model are written as zeros.
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -107,9 +106,7 @@ def check_target(path: Path) -> None:
     check_overwritable(path, VERSION_KEY.encode(), "a GGUF file")
 
 
-def _stored(
-    gguf: types.ModuleType, model: Transformer, tokens: Tokens, kind: Kind
-) -> Iterator[Stored]:
+def _stored(gguf: Any, model: Transformer, tokens: Tokens, kind: Kind) -> Iterator[Stored]:
     """All that llama.cpp wants, in our order."""
     config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
@@ -159,9 +156,7 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_uint32(f"{PARITY}.tokens", parity.fixed_prompt(config).size)
 
 
-def _write(
-    gguf: types.ModuleType, writer: Any, model: Transformer, stored: list[Stored]
-) -> Transformer:
+def _write(gguf: Any, writer: Any, model: Transformer, stored: list[Stored]) -> Transformer:
     """Write the weights one at a time; -> a model of what a reader gets from them"""
     for each in stored:
         kind = gguf.GGMLQuantizationType[each.kind.upper()]
@@ -194,7 +189,7 @@ def _with_rows(values: Floats, rows: int) -> Floats:
 
 
 def _prove(
-    gguf: types.ModuleType,
+    gguf: Any,
     model: Transformer,
     rounded: Transformer,
     stored: list[Stored],

@@ -168,10 +168,7 @@ def _says(folder: Path, shape: dict[str, object]) -> bool:
 
 
 def set_aside(
-    folder: Path,
-    step: int,
-    best: tuple[int, float] | None = None,
-    rows_too: bool = False,
+    folder: Path, step: int, best: tuple[int, float] | None = None, rows_too: bool = False
 ) -> Path | None:
     """Move the checkpoints after ``step`` to a folder below; -> that folder, None without any
 
