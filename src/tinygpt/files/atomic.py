@@ -41,17 +41,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     _check_replaceable(path)
     make_folder(path.parent)
+    # Beside the target, since a rename is atomic only within one file system.
     temporary, handle = _new_temporary(path, _new_file)
     try:
         with open(temporary, "wb", opener=lambda *_: handle) as file:
             yield file
             file.flush()
+            # The system writes data and names to the disk in any order it likes. Without fsync the
+            # new name could be there first, and a power cut would leave it on an empty file.
             sync(file.fileno())
+            # rename(2) exchanges what the name stands for in one step: whoever opens the path gets
+            # the old file or the new one, and a reader that has the old one open keeps it.
             temporary.replace(path)  # before it is closed: the lock keeps sweepers away
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+    # The name is an entry of the folder, which is data too: until it is on the disk, a power cut
+    # would bring back the old file.
     sync_folder(path.parent)
 
 

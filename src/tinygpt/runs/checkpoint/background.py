@@ -1,4 +1,14 @@
-"""Saving while the run goes on: copied in the step loop, hashed and written in a thread."""
+"""Saving while the run goes on: copied in the step loop, hashed and written in a thread.
+
+The order of what is written makes every instant of it a good one to be killed at:
+
+1. the rows of the metrics up to this step are synced, so that a checkpoint is never ahead of them;
+2. the checkpoint is written beside its name, synced and renamed (``files/atomic.replacing``);
+3. best.json is replaced by one that names it, if it is the best: it never names a missing file;
+4. older checkpoints are deleted, when the new one is known to be whole.
+
+So a folder has at least one whole checkpoint from the first save on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""Reading checkpoints: every byte is checked against its hash before any of it is used."""
+"""Reading checkpoints: every byte is checked against its hash before any of it is used.
+
+A reader needs no lock. The file behind a name is whole, as it was renamed only when it was; and if
+the run replaces or deletes it meanwhile, the open file stays what it is until it is closed. What
+the hashes guard against is all else: disks, cables, copies that broke off, and editors.
+
+A file may also come from a stranger, with hashes that are right and claims that are not. So nothing
+is allocated for a claim before the bytes that it needs have been seen to be there.
+"""
 
 from __future__ import annotations
 

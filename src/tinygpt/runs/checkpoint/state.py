@@ -1,5 +1,8 @@
 """From a model and its optimizer to a checkpoint, and back.
 
+Loading reads and checks the whole file first and assigns then: a damaged file changes nothing. The
+values go into the buffers that are there, since functions captured before hold on to them.
+
 tinygrad is imported where it is used, so that a program which only looks at files starts quickly.
 """
 
@@ -56,7 +59,6 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
 def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = None) -> Meta:
     """Read weights, and the optimizer's state if one is given, into place.
 
-    Values are assigned to the existing buffers, so functions that were jitted before see them.
     Nothing is changed unless all of the file is whole and fits. What LoRA's adapters have learned
     is added to the weights, unless the model has such adapters too.
     """
