@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,18 @@ from tinygpt.cli import main
 from tinygpt.cli.comparing import differences, loss_table, read_run
 from tinygpt.errors import MissingExtraError
 from tinygpt.runs import plots
+from tinygpt.runs.folder import bytes_per_token_of
+from tinygpt.server.dashboard.watched import Run
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\n" * 40
 
 
-def trained(folder: Path, *flags: str) -> Path:
+def trained(folder: Path, *flags: str, tokenizer: str = "char") -> Path:
     text = folder.parent / "cats.txt"
     text.write_text(TEXT, encoding="utf-8")
     size = "--model.n-layer 1 --model.n-embd 8 --model.n-head 1 --model.block-size 8"
     steps = (
-        "--tokenizer char --train.batch-size 2 --train.max-iters 6 --train.eval-interval 2 "
+        f"--tokenizer {tokenizer} --train.batch-size 2 --train.max-iters 6 --train.eval-interval 2 "
         "--train.eval-iters 1 --train.warmup-steps 0"
     )
     arguments = ["train", text, *size.split(), *steps.split(), *flags, "--out", folder]
@@ -88,10 +92,111 @@ def test_json_holds_figures_losses_and_samples(
     assert found["samples"][-1]["texts"][0] == sample["text"]
 
 
+def made(folder: Path, losses: list[float], *, seconds: float = 1.0, size: float = 2.0) -> Path:
+    """A run that was evaluated every ten steps of 8 tokens, with so many seconds a step."""
+    folder.mkdir()
+    settings = "[model]\nblock_size = 4\nvocab_size = 9\n[train]\nbatch_size = 2\n"
+    (folder / "config.toml").write_text(settings)
+    (folder / "run.json").write_text(
+        json.dumps({"run": "0123456789abcdef", "program": "tinygpt", "bytes_per_token": size})
+    )
+    rows = [
+        {"iter": 10 * i, "val_loss": loss, "train_loss": loss, "elapsed": 10 * i * seconds}
+        for i, loss in enumerate(losses, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_which_run_learned_more_is_the_mean_of_its_loss_where_both_have_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The slow run is better at each step; in the same time the other one has come further."""
+    slow = made(tmp_path / "slow", [4.0, 3.0, 2.0], seconds=2.0)
+    fast = made(tmp_path / "fast", [4.2, 3.2, 2.2, 1.2])
+    learned = json.loads(compare(capsys, slow, fast, "--json")[1])["learned"]
+    assert learned["tokens"] == {
+        "key": "val_loss", "start": 80, "end": 240,
+        "mean": [pytest.approx(3.0), pytest.approx(3.2)], "last": [2.0, 2.2],
+    }  # fmt: skip
+    assert learned["time"] == {
+        "key": "val_loss", "start": 20, "end": 40,
+        "mean": [pytest.approx(3.5), pytest.approx(2.2)], "last": [3.0, 1.2],
+    }  # fmt: skip
+    out = compare(capsys, slow, fast)[1]
+    minute, token = (out.split(f"[learned per {what}]\n")[1] for what in ("minute", "token"))
+    assert minute.startswith(
+        f"{fast} learned most: from 20s to 40s its validation loss was 2.2000 nats per token on "
+        f"average, and 1.2000 at the end ({slow}: 3.5000 and 3.0000)."
+    )
+    assert token.startswith(f"{slow} learned most: from 80 to 240 tokens its validation loss was")
+    assert "All of them learned alike" in compare(capsys, slow, slow)[1]
+
+
+def test_runs_of_different_vocabularies_are_compared_in_bits_per_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss per token of the longer tokens is higher, and that per byte lower."""
+    long = made(tmp_path / "long", [4.0, 3.0], size=4.0)
+    short = made(tmp_path / "short", [2.4, 2.0], size=2.0)
+    found = json.loads(compare(capsys, long, short, "--json")[1])
+    assert found["losses"]["unit"] == "bits per byte"
+    bits = [[4 / 4, 2.4 / 2], [3 / 4, 2 / 2]]
+    for row, wanted in zip(found["losses"]["steps"], bits, strict=True):
+        assert row["loss"] == pytest.approx([each / math.log(2) for each in wanted])
+    assert found["runs"][0]["figures"]["best_bits_per_byte"] == pytest.approx(row["loss"][0])
+    out = compare(capsys, long, short)[1]
+    assert "In bits per byte:" in out and f"{long} learned most" in out
+    (long / "run.json").unlink()
+    assert "In bits per byte:" not in compare(capsys, long, short)[1]
+
+
+def test_runs_without_a_common_time_or_number_of_tokens_are_not_ranked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = made(tmp_path / "one", [4.0, 3.0])
+    late = made(tmp_path / "late", [4.0, 3.0], seconds=99.0)
+    (late / "config.toml").write_text("[model]\nvocab_size = 9\n[train]\nbatch_size = 2\n")
+    out = compare(capsys, one, late)[1]
+    assert "There is no time at which all of them have a loss." in out
+    assert "There is no number of tokens at which all of them have a loss." in out
+
+
+def test_every_command_says_the_same_bits_per_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the best step in the rows, to the digit, with tokens of several bytes."""
+    run = trained(tmp_path / "bpe", tokenizer="bpe:270")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    bits, size = best["val_bits_per_byte"], bytes_per_token_of(run)
+    assert size is not None and size > 2
+    assert bits == pytest.approx(best["val_loss"] / size / math.log(2))
+    for words, keys in (
+        (["info", run], ["best_bits_per_byte"]),
+        (["runs", tmp_path], [0, "best_bits_per_byte"]),
+        (["compare", run, run], ["runs", 1, "figures", "best_bits_per_byte"]),
+    ):
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for key in keys:
+            found = found[key]
+        assert found == bits
+    card = Run(run)
+    card.glance()
+    card.read(nullcontext())
+    assert card.card["best_val_loss"] * card.card["bits_per_nat"] == pytest.approx(bits, rel=1e-14)
+    assert main(["eval", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_per_byte"] / found["loss"] == pytest.approx(bits / best["val_loss"], 1e-14)
+
+
 def test_curves_that_look_alike_without_colours_come_with_their_numbers(
     runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drawn = compare(capsys, *runs, "--samples", "0")[1].split("[losses]")[1]
+    shown = compare(capsys, *runs, "--samples", "0")[1]
+    drawn = shown.split("[losses]")[1].split("\n\n[learned")[0]
     assert "┤" in drawn
     table = drawn.split("validation, step")[1].splitlines()[1:]
     rows = [[float(number) for number in line.split()] for line in table]

@@ -248,8 +248,7 @@ def test_what_is_chosen_stands_in_the_address_and_a_link_shows_the_same(tmp_path
         (folder / "config.toml").write_text(
             settings.replace("[train]", "block_size = 8\n[train]\nbatch_size = 4")
         )
-        found = [row | {"val_bits_per_byte": 2 * row.get("val_loss", 0)} for row in rows(1, 400)]
-        (folder / "metrics.jsonl").write_text(lines(found))
+        (folder / "run.json").write_text('{"run": "0123456789abcdef", "bytes_per_token": 0.5}')
     with serving(tmp_path) as address:
         page = ready(open_page(address))
         seen = {picture(page, "loss")}

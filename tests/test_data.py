@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import re
@@ -377,11 +378,21 @@ def test_a_text_shorter_than_a_block_says_what_would_fit() -> None:
 # Batches ----------------------------------------------------------------------------------------
 
 
+def targets_of(
+    count: int, block_size: int, seed: int, epoch: int, batch_size: int = 1
+) -> list[int]:
+    """Where the targets of one epoch stand in a text of ``count`` tokens, in their order."""
+    blocks = (count - 1) // block_size
+    steps = range(epoch * blocks // batch_size, (epoch + 1) * blocks // batch_size)
+    found = [batch(np.arange(count), n, seed, batch_size, block_size)[1] for n in steps]
+    return np.concatenate(found).ravel().tolist()
+
+
 def test_a_batch_is_blocks_of_the_text_and_the_same_one_further() -> None:
     tokens = np.arange(1000, dtype=np.uint16)
     x, y = batch(tokens, 3, 1337, 6, 16)
     assert x.shape == y.shape == (6, 16) and x.dtype == y.dtype == np.int32
-    assert (y == x + 1).all() and (np.diff(x) == 1).all()
+    assert (y == x + 1).all() and (np.diff(x) % 999 == 1).all()  # behind the end is the beginning
     assert x.flags.c_contiguous and y.flags.c_contiguous
 
 
@@ -394,29 +405,81 @@ def test_a_batch_is_a_pure_function_of_step_and_seed() -> None:
     assert batch(tokens, np.int64(3), np.int64(4), 4, 8)[0].tobytes() == batches[4, 3]
 
 
-def philox(key: tuple[int, int], counter: int) -> list[int]:
-    """Philox4x64-10 as Salmon et al. (2011) give it, in Python's own integers."""
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(
+    st.integers(2, 400), st.integers(1, 40), st.integers(0, 2**63 - 1), st.integers(0, 2**70)
+)
+def test_in_an_epoch_each_token_is_a_target_once(
+    count: int, block_size: int, seed: int, epoch: int
+) -> None:
+    """Fewer than a block are left out, and the next epoch is another one."""
+    block_size = min(block_size, count - 1)
+    found = targets_of(count, block_size, seed, epoch)
+    assert len(found) == len(set(found)) == count - 1 - (count - 1) % block_size
+    assert set(found) <= set(range(1, count))
+    if count > 50:
+        assert targets_of(count, block_size, seed, epoch + 1) != found
+
+
+def test_the_size_of_a_batch_does_not_change_the_order() -> None:
+    """Nor does its reaching into the next epoch, or over several: there are 15 blocks."""
+    alone = [batch(np.arange(125), n, 3, 1, 8)[0] for n in range(120)]
+    for size in (4, 15, 40):
+        together = [batch(np.arange(125), n, 3, size, 8)[0] for n in range(120 // size)]
+        assert (np.concatenate(together) == np.concatenate(alone)).all()
+
+
+def test_a_text_of_one_block_is_read_from_every_place() -> None:
+    found = [targets_of(9, 8, 0, epoch) for epoch in range(100)]
+    assert all(sorted(targets) == list(range(1, 9)) for targets in found)
+    assert {targets[0] for targets in found} == set(range(1, 9))
+    assert [targets_of(2, 1, 0, epoch) for epoch in range(3)] == [[1]] * 3
+
+
+def test_blocks_of_a_text_are_cut_elsewhere_in_each_epoch_and_none_is_preferred() -> None:
+    """Left out are 7 targets of 999; where a block stands says nothing of when it comes."""
+    epochs = np.array([targets_of(1000, 16, 0, epoch)[::16] for epoch in range(400)])  # (E, 62)
+    assert len({tuple(sorted(epoch)) for epoch in epochs.tolist()}) > 300
+    counts = np.bincount(epochs.ravel(), minlength=1000)[1:]
+    assert counts.min() > 4 and counts.mean() == pytest.approx(400 * 62 / 999) and counts.max() < 55
+    later = (np.diff(epochs, axis=1) > 0).mean()
+    assert later == pytest.approx(0.5, abs=0.01)  # four deviations
+    same = (np.diff(epochs, axis=1) == 16).mean()
+    assert same == pytest.approx(1 / 62, abs=0.004)  # a block after the one before it
+    assert abs(np.corrcoef(epochs[:-1].ravel(), epochs[1:].ravel())[0, 1]) < 0.025
+
+
+def splitmix(state: int) -> int:
+    """SplitMix64 as Steele, Lea and Flood (2014) give it, in Python's own integers."""
     mask = (1 << 64) - 1
-    c, (k0, k1) = [counter, 0, 0, 0], key
-    for _ in range(10):
-        high0, low0 = divmod(0xD2E7470EE14C6C93 * c[0], 1 << 64)
-        high1, low1 = divmod(0xCA5A826395121157 * c[2], 1 << 64)
-        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
-        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
-    return c
+    z = state + 0x9E3779B97F4A7C15 & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return z ^ z >> 31
+
+
+def start(count: int, block_size: int, seed: int, n: int) -> int:
+    """Where block ``n`` of a run begins, by the same network over pairs of digits."""
+    blocks = (count - 1) // block_size
+    key = splitmix(splitmix(seed) + n // blocks)
+    side = next(side for side in itertools.count(1) if side * side >= blocks)
+    place = n % blocks
+    while True:
+        a, b = divmod(place, side)
+        for i in range(6):
+            a, b = b, (a + splitmix(key + i * 2**32 + b)) % side
+        if (place := a * side + b) < blocks:
+            return (key + place * block_size) % (count - 1)
 
 
 def test_batches_are_the_same_on_every_machine() -> None:
-    x, _ = batch(np.arange(1000), 7, 1337, 4, 8)
-    assert x[:, 0].tolist() == [place % 992 for place in philox((1337, 7), 1)]
-    assert x[:, 0].tolist() == [242, 402, 186, 411]
-
-
-def test_every_place_is_drawn_the_last_one_too() -> None:
-    tokens = np.arange(12)
-    places = np.concatenate([batch(tokens, n, 0, 64, 8)[0][:, 0] for n in range(20)])
-    assert set(places.tolist()) == {0, 1, 2, 3}
-    assert np.bincount(places).min() > 0.8 * len(places) / 4
+    assert splitmix(0) == 0xE220A8397B1DCDAF  # the first output of its authors' program
+    x, _ = batch(np.arange(1000), 70, 1337, 4, 8)
+    assert x[:, 0].tolist() == [start(1000, 8, 1337, 280 + i) for i in range(4)]
+    assert x[:, 0].tolist() == [929, 202, 513, 178]
+    for step in (0, 3, 10**12):
+        x, _ = batch(np.arange(12), step, 2**63 - 1, 5, 3)
+        assert x[:, 0].tolist() == [start(12, 3, 2**63 - 1, 5 * step + i) for i in range(5)]
 
 
 def test_from_a_file_to_a_batch(tmp_path: Path) -> None:

@@ -53,13 +53,14 @@ def test_plain_lines_have_a_stable_form():
     stream = io.StringIO()
     with PlainDisplay(CONFIG, stream=stream) as display:
         for number in range(1, 6):
-            display.update(step(number, val_loss=2.5, best=True) if number == 5 else step(number))
+            found = {"val_loss": 2.5, "val_bits_per_byte": 3.6067, "best": True}
+            display.update(step(number, **(found if number == 5 else {})))
     assert stream.getvalue().splitlines() == [
         "step 1/40  train loss 4.0000  lr 1.00e-03  grad norm 0.500  1234 tokens/s  0.1 s",
         "step 2/40  train loss 2.0000  lr 1.00e-03  grad norm 0.500  1234 tokens/s  0.2 s",
         "step 4/40  train loss 1.0000  lr 1.00e-03  grad norm 0.500  1234 tokens/s  0.4 s",
-        "step 5/40  train loss 0.8000  val loss 2.5000  perplexity 12.18  lr 1.00e-03  "
-        "grad norm 0.500  1234 tokens/s  0.5 s  best",
+        "step 5/40  train loss 0.8000  val loss 2.5000  bits per byte 3.6067  perplexity 12.18  "
+        "lr 1.00e-03  grad norm 0.500  1234 tokens/s  0.5 s  best",
     ]
 
 
@@ -88,7 +89,8 @@ def test_ordinary_text_is_printed_as_it_is():
 def test_the_live_view_shows_every_number_and_the_sample():
     display, _ = live(title="runs/[red]x")
     assert "compiling" in view(display)
-    display.update(step(10, val_loss=math.log(8), best=True, sample="To be [bold]or\x1b[31m not"))
+    sample = "To be [bold]or\x1b[31m not"
+    display.update(step(10, val_loss=math.log(8), val_bits_per_byte=1.5, best=True, sample=sample))
     for number in range(11, 31):
         display.update(step(number))
     text = view(display)
@@ -99,6 +101,7 @@ def test_the_live_view_shows_every_number_and_the_sample():
         "train loss 0.1333",
         "val loss 2.0794",
         "best 2.0794 at 10",
+        "bits/byte 1.5000",
         "perplexity 8.00",
         "lr 1.00e-03",
         "grad norm 0.500",

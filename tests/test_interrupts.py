@@ -155,7 +155,7 @@ def test_notices_are_in_the_result_whether_shown_or_not(tmp_path, steps, capsys)
         GPT(MODEL), longer, TOKENS, out_dir=tmp_path / "run", resume=True,
         allow_change=("max_iters",), show=False,
     )  # fmt: skip
-    assert "max_iters" in result.notices[0] and "as allowed" in result.notices[0]
+    assert "max_iters" in result.notices[0] and "changed from here on" in result.notices[0]
 
 
 # A notebook -------------------------------------------------------------------------------------
@@ -256,5 +256,5 @@ def test_a_notebook_shows_training_and_loses_nothing_to_its_stop_button(notebook
     assert list_checkpoints(tmp_path / "run") == [path]
     error, out, err = notebook.run(REST)
     assert (error, out) == (None, "3 True\n")
-    assert "changed from here on, as allowed: max_iters" in err and f"step {done + 3}/" in err
+    assert "changed from here on: max_iters" in err and f"step {done + 3}/" in err
     assert notebook.run(BESIDE)[:2] == (None, "3 True\n")  # while its event loop is running

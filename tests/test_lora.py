@@ -147,7 +147,7 @@ def test_adapters_learn_another_text():
         history = train(model, config, counting, show=False).history
         losses.append([row["train_loss"] for row in history])
     first, second = losses
-    assert first[-1] < 1.0 and second[0] > 2.0 and second[-1] < 1.0
+    assert first[-1] < 1.0 and second[0] > 1.5 and second[-1] < 1.0
 
 
 @pytest.mark.slow

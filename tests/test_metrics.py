@@ -42,9 +42,8 @@ def test_perplexity_is_exp_of_the_loss_and_never_overflows():
 
 
 def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
-    assert bits_per_byte(math.log(256), tokens=1000, n_bytes=1000) == pytest.approx(8)
-    with pytest.raises(DataError, match="n_bytes=0"):
-        bits_per_byte(1.0, tokens=0, n_bytes=0)
+    assert bits_per_byte(math.log(256), bytes_per_token=1.0) == pytest.approx(8)
+    assert bits_per_byte(None, 1.0) is bits_per_byte(1.0, None) is bits_per_byte(1.0, 0.0) is None
 
 
 def test_smoothing_keeps_a_constant_and_bridges_gaps():

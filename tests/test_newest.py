@@ -114,7 +114,7 @@ def test_runs_are_listed_with_what_is_known_of_them(here, call):
     assert lines[0].split()[:3] == ["run", "steps", "train"]
     assert [line.split()[0] for line in lines[1:]] == ["runs/odd", "runs/newer", "runs/older"]
     assert "runs/odd/metrics.jsonl" in lines[1]
-    assert lines[2].split()[1:6] == ["7", "2.5000", "2.2500", "2.2500", "7"]
+    assert lines[2].split()[1:7] == ["7", "2.5000", "2.2500", "2.2500", "-", "7"]
     assert " 2004-11-" in lines[2] and lines[2].endswith(" MB")
     found = json.loads(call("runs", "runs", "--json")[1])
     assert found[1]["best_val_loss"] == 2.25 and found[1]["changed"] == 1_100_000_000

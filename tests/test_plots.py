@@ -83,6 +83,38 @@ def test_the_figure_says_what_it_shows(run):
     assert loss.get_title(loc="left") == str(run)
 
 
+def test_curves_are_drawn_over_tokens_and_time_and_in_bits_per_byte(run):
+    (run / "config.toml").write_text("[model]\nblock_size = 4\n[train]\nbatch_size = 2500\n")
+    (run / "run.json").write_text('{"run": "0123456789abcdef", "bytes_per_token": 2}')
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"elapsed": 60 * i} for i, line in enumerate(lines, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for x, place, title, last in (
+        ("tokens", 10_000, "tokens", "600,000"),
+        ("time", 60, "time of training", "1h 00m"),
+    ):
+        curves = read_curves(run, x, "bits")
+        assert curves.train[0] == (place, pytest.approx(4 / 2 / math.log(2)))
+        assert curves.lr[0] == (place, pytest.approx(1e-3 / 60))
+        assert curves.best == (50 * place, pytest.approx(1.26 / 2 / math.log(2)))
+        loss, rate = draw([curves], x, "bits").axes
+        assert loss.get_ylabel() == "loss (bits per byte)" and rate.get_xlabel() == title
+        assert loss.get_legend().get_texts()[-1].get_text() == "best 0.9089 at step 50"
+        assert rate.xaxis.get_major_formatter()(60 * place) == last
+        text = terminal_plot([run], 80, 20, False, x, "bits")
+        assert title in text and "bits per byte" in text
+
+
+def test_what_a_run_does_not_say_cannot_be_drawn(run):
+    for x, y, said in (
+        ("tokens", "loss", "how many tokens its steps have. Draw it over --x step"),
+        ("time", "loss", "how many seconds its steps took. Draw it over --x step"),
+        ("step", "bits", "how many bytes its tokens stand for. Draw --y loss"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            read_curves(run, x, y)
+
+
 def test_several_runs_are_drawn_over_each_other_in_colours_of_their_own(run, tmp_path):
     other = write_run(tmp_path / "runs" / "$x_1$\udce9", offset=0.5)
     figure = draw([read_curves(run), read_curves(other)])

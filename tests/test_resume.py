@@ -30,11 +30,12 @@ from tinygpt.text.tokenizers import CharTokenizer
 
 ROOT = Path(__file__).parents[1]
 EVERY = replace(
-    TRAIN, checkpoint_interval=1, grad_accum_steps=2, eval_interval=2, learning_rate=0.3
-)
+    TRAIN, checkpoint_interval=1, grad_accum_steps=2, eval_interval=2, learning_rate=0.2,
+    decay="constant",
+)  # fmt: skip
 """All there is to remember: dropout, accumulation, best so far, early stopping, samples.
 
-At this rate the sixth step is the best one, so that a run that forgot it would be seen to.
+At this rate the eighth step is the best one, so that a run that forgot it would be seen to.
 """
 BRIEF = replace(TRAIN, max_iters=2, eval_interval=2, checkpoint_interval=1)
 """For what has nothing to do with learning."""
@@ -75,7 +76,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     steps = list(make_run(folder, config=EVERY))
     assert [step.iter for step in steps] == list(range(1, 13))
-    assert [step.iter for step in steps if step.best] == [2, 4, 6]
+    assert [step.iter for step in steps if step.best] == [2, 4, 6, 8]
     return folder
 
 
@@ -159,6 +160,20 @@ def test_a_lost_random_state_is_refused(whole, tmp_path, lost):
     rewrite(folder / "ckpt_6.safetensors", random_state=lost)
     with pytest.raises(CheckpointError, match="lost its random state"):
         make_run(folder, resume=True, config=EVERY)
+
+
+def test_a_run_from_before_the_order_of_batches_is_told_of_it_once_and_for_all(whole, tmp_path):
+    folder = stopped_at(whole, 6, tmp_path / "run")
+    rewrite(folder / "ckpt_6.safetensors", random_state={"seed": 11, "step": 6})
+    said = "batches (was 'from random places', now 'each token once an epoch')"
+    run = make_run(folder, resume=True, config=EVERY)
+    assert [f"changed from here on: {said}"] == [n for n in run.take_notices() if "batches" in n]
+    next(steps := iter(run))
+    steps.close()
+    again = make_run(folder, resume=True, config=EVERY)
+    assert not any("batches" in notice for notice in again.take_notices())
+    assert [change["field"] for change in again.changes] == ["batches"]
+    assert "from random places" in (folder / "config.toml").read_text()
 
 
 # ---- what may change, and what may not ----

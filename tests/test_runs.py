@@ -56,6 +56,9 @@ def test_a_run_folder_holds_everything(whole):
     assert [row["iter"] for row in evaluated] == [3, 6, 9, 12]
     for row in evaluated:  # a token of this tokenizer is a byte
         assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2))
+    for row in history:
+        assert row["train_bits_per_byte"] == pytest.approx(row["train_loss"] / math.log(2))
+    assert json.loads((whole / "run.json").read_text())["bytes_per_token"] == 1
     assert {"train_loss", "lr", "grad_norm"} <= set(history[0])
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert [sample["iter"] for sample in samples] == [3, 6, 9, 12]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-import statistics
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,15 @@ from tinygpt.cli.console import aligned, show_json
 from tinygpt.cli.flags import Switch
 from tinygpt.cli.newest import newest_runs
 from tinygpt.cli.options import CONFIGS, Tables, run_tables
+from tinygpt.cli.plotting import in_terminal
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, MissingExtraError, UsageError
 from tinygpt.runs import checkpoint
-from tinygpt.runs.columns import Columns
 from tinygpt.runs.display.text import duration, printable
-from tinygpt.runs.folder import METRICS, SAMPLES, list_checkpoints, number_of, sample_of
+from tinygpt.runs.folder import METRICS, SAMPLES, list_checkpoints, sample_of
 from tinygpt.runs.history import read
+from tinygpt.runs.plots import NUMBERS
+from tinygpt.runs.record import UNITS, Axis, Record, Unit, learned, unit_for
 from tinygpt.untrusted import brief
 
 MOST_RUNS = 6
@@ -29,8 +29,10 @@ MISSING = "-"
 TEXT = 1200
 """Characters of a sample that are printed."""
 
+PER: dict[Axis, str] = {"time": "minute", "tokens": "token"}
+LOSS = {"val_loss": "validation loss", "train_loss": "training loss"}
+
 Settings = dict[str, Any]
-Losses = dict[int, float]
 
 
 @dataclass
@@ -40,29 +42,9 @@ class Run:
     path: Path
     settings: Settings
     """By table and field, such as model.n_layer; of a run without settings only its model's."""
-    parameters: int
-    step: int
-    best: tuple[int | None, float] | None
-    """Step and value of the lowest validation loss."""
-    elapsed: float | None
-    """Seconds of training."""
-    train: Losses = field(default_factory=dict)
-    val: Losses = field(default_factory=dict)
-    speeds: list[float] = field(default_factory=list)
-    samples: dict[int, str] = field(default_factory=dict)
-
-    def figures(self) -> dict[str, float | int | None]:
-        """What a run has come to. The speed is the median of its steps'."""
-        last = max(self.train, default=None)
-        return {
-            "parameters": self.parameters,
-            "steps": self.step,
-            "best_loss": None if self.best is None else self.best[1],
-            "best_step": None if self.best is None else self.best[0],
-            "train_loss": None if last is None else self.train[last],
-            "tokens_per_second": statistics.median(self.speeds) if self.speeds else None,
-            "seconds": self.elapsed,
-        }
+    record: Record
+    figures: dict[str, float | int | None]
+    samples: dict[int, str]
 
 
 def compare(*runs: Path, samples: int = 2, json: Switch = False) -> None:
@@ -84,8 +66,9 @@ def compare(*runs: Path, samples: int = 2, json: Switch = False) -> None:
     if samples < 0:
         raise UsageError(f"--samples {samples} must be at least 0.")
     found = [read_run(path) for path in runs]
+    unit = unit_for([run.record for run in found])
     if json:
-        show_json(_as_json(found))
+        show_json(_as_json(found, unit))
         return
     names = [str(run.path) for run in found]
     differing = differences([run.settings for run in found])
@@ -94,11 +77,15 @@ def compare(*runs: Path, samples: int = 2, json: Switch = False) -> None:
         shown = [(key, *map(_setting, values)) for key, values in differing.items()]
         print(aligned([("", *names), *shown]))
     print("\n[figures]")
-    rows = {name: [run.figures()[name] for run in found] for name in found[0].figures()}
-    cells = [(n.replace("_", " "), *(_figure(n, v) for v in row)) for n, row in rows.items()]
+    cells = [
+        (name.replace("_", " "), *(_figure(name, run.figures[name]) for run in found))
+        for name in found[0].figures
+    ]
     print(aligned([("", *names), *cells], right=range(1, len(found) + 1)))
     print("\n[losses]")
-    print(_curves(found))
+    print(_curves(found, unit))
+    for axis, per in PER.items():
+        print(f"\n[learned per {per}]\n{verdict(found, axis, unit)}")
     for step in _chosen(sorted(common(run.samples for run in found)), samples):
         print(f"\n[samples at step {step:,}]")
         _print_beside(names, [run.samples[step] for run in found])
@@ -124,21 +111,11 @@ def read_run(path: Path) -> Run:
         raise CheckpointError(
             f"{path} holds neither a checkpoint nor the settings of a run, so it is none."
         )
-    progress = {} if meta is None else meta.progress
-    loss = number_of(progress, "best_val_loss")
-    columns = Columns.read(path / METRICS)
-    return Run(
-        path,
-        _flat(tables),
-        GPTConfig.from_dict(tables["model"]).num_params(),
-        step=int(columns["iter"].max(initial=0 if meta is None else meta.iter_num)),
-        best=columns.best() or (None if loss is None else (progress.get("best_iter"), loss)),
-        elapsed=columns.last("elapsed") or number_of(progress, "elapsed"),
-        train=dict(columns.points("train_loss")),
-        val=dict(columns.points("val_loss")),
-        speeds=[speed for _, speed in columns.points("tokens_per_second")],
-        samples=dict(filter(None, map(sample_of, read(path / SAMPLES)))),
-    )
+    record = Record.read(path / METRICS)  # which a checkpoint by itself has not
+    done, progress = (0, {}) if meta is None else (meta.iter_num, meta.progress)
+    size = {"parameters": GPTConfig.from_dict(tables["model"]).num_params()}
+    samples = dict(filter(None, map(sample_of, read(path / SAMPLES))))
+    return Run(path, _flat(tables), record, size | record.figures(progress, done), samples)
 
 
 def _flat(tables: Tables) -> Settings:
@@ -179,28 +156,55 @@ def _chosen(steps: Sequence[int], most: int) -> list[int]:
     return [steps[(i + 1) * len(steps) // count - 1] for i in range(count)]
 
 
-def loss_table(runs: Sequence[Run], most: int = 12) -> tuple[str, list[tuple[int, list[float]]]]:
+def loss_table(
+    runs: Sequence[Run], unit: Unit = "loss", most: int = 12
+) -> tuple[str, list[tuple[int, list[float]]]]:
     """(which loss, (step, each run's)) at steps that all have: of validation, or of training."""
-    for name in ("val", "train"):
-        series: list[Mapping[int, float]] = [getattr(run, name) for run in runs]
+    for kind in ("val", "train"):
+        series = [dict(run.record.points(f"{kind}_loss", "step", unit)) for run in runs]
         if steps := sorted(common(series)):
-            return name, [(step, [s[step] for s in series]) for step in _chosen(steps, most)]
+            rows = [(int(step), [s[step] for s in series]) for step in _chosen(steps, most)]
+            return kind, rows
     return "val", []
 
 
-def _as_json(runs: Sequence[Run]) -> dict[str, Any]:
-    kind, losses = loss_table(runs, most=200)
+def verdict(runs: Sequence[Run], axis: Axis, unit: Unit) -> str:
+    """One sentence: which run learned most, at equal times or at equal numbers of tokens."""
+    found = learned([run.record for run in runs], axis, unit)
+    if found is None:
+        what = "time" if axis == "time" else "number of tokens"
+        return f"There is no {what} at which all of them have a loss."
+    if unit == "loss" and len({run.settings["model.vocab_size"] for run in runs}) > 1:
+        return "Their vocabularies differ, and not all of them say how many bytes a token has."
+    order = sorted(range(len(runs)), key=lambda i: found.mean[i])
+    means, ends = ([f"{value:.4f}" for value in row] for row in (found.mean, found.last))
+    first, *others = order
+    alike = all(means[i] == means[first] for i in others)
+    start, end = map(NUMBERS[axis], (found.start, found.end))
+    rest = "; ".join(f"{runs[i].path}: {means[i]} and {ends[i]}" for i in others)
+    return (
+        f"{'All of them learned alike' if alike else f'{runs[first].path} learned most'}: from "
+        f"{start} to {end}{' tokens' * (axis == 'tokens')} its {LOSS[found.key]} was "
+        f"{means[first]} {UNITS[unit]} on average, and {ends[first]} at the end ({rest})."
+    )
+
+
+def _as_json(runs: Sequence[Run], unit: Unit) -> dict[str, Any]:
+    kind, losses = loss_table(runs, unit, most=200)
+    records = [run.record for run in runs]
+    found = {axis: learned(records, axis, unit) for axis in PER}
     return {
         "runs": [
-            {
-                "path": str(run.path),
-                "settings": run.settings,
-                "figures": run.figures(),
-            }
+            {"path": str(run.path), "settings": run.settings, "figures": run.figures}
             for run in runs
         ],
         "differences": differences([run.settings for run in runs]),
-        "losses": {"kind": kind, "steps": [{"iter": step, "loss": row} for step, row in losses]},
+        "losses": {
+            "kind": kind,
+            "unit": UNITS[unit],
+            "steps": [{"iter": step, "loss": row} for step, row in losses],
+        },
+        "learned": {axis: each and vars(each) for axis, each in found.items()},
         "samples": [
             {"iter": step, "texts": [run.samples[step] for run in runs]}
             for step in sorted(common(run.samples for run in runs))
@@ -223,35 +227,31 @@ def _figure(name: str, value: float | int | None) -> str:
         return MISSING
     if name == "seconds":
         return duration(value)
-    return f"{value:.4f}" if name.endswith("loss") else f"{value:,.0f}"
+    return f"{value:.4f}" if name.endswith(("loss", "byte")) else f"{value:,.0f}"
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[Run], unit: Unit) -> str:
     """The curves where they can be drawn, and losses at steps that all runs have.
 
     Without colours, as in a file, the curves look alike: the numbers tell which is which.
     """
-    from tinygpt.runs.plots import terminal_plot
-
-    drawn = [run.path for run in runs if run.train or run.val]
+    drawn = [run.path for run in runs if any(map(run.record.points, LOSS))]
     if not drawn:
         return "None of them has any."
-    size = shutil.get_terminal_size((100, 30))
-    height = max(min(size.lines - 2, 26), 12)
     try:
-        drawing = terminal_plot(drawn, min(size.columns, 140), height, color=sys.stdout.isatty())
+        return f"{in_terminal(drawn, 26, y=unit)}\n\n{_table(runs, unit)}"
     except MissingExtraError:
-        return _table(runs)
-    return f"{drawing}\n\n{_table(runs)}"
+        return _table(runs, unit)
 
 
-def _table(runs: Sequence[Run]) -> str:
-    kind, rows = loss_table(runs)
+def _table(runs: Sequence[Run], unit: Unit) -> str:
+    kind, rows = loss_table(runs, unit)
     if not rows:
         return "There is no step at which all of them have a loss."
     heads = (f"{'validation' if kind == 'val' else 'training'}, step", *(str(r.path) for r in runs))
     shown = [(f"{step:,}", *(f"{loss:.4f}" for loss in losses)) for step, losses in rows]
-    return aligned([heads, *shown], right=range(len(heads)))
+    unit_line = "" if unit == "loss" else f"In {UNITS[unit]}:\n"
+    return unit_line + aligned([heads, *shown], right=range(len(heads)))
 
 
 def _print_beside(names: Sequence[str], texts: Sequence[str]) -> None:

@@ -12,11 +12,22 @@ from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import run_tables
 from tinygpt.errors import TinyGPTError, UsageError
 from tinygpt.files.disk import size
-from tinygpt.runs.columns import Columns
-from tinygpt.runs.folder import METRICS, runs_in
+from tinygpt.runs.folder import runs_in
 from tinygpt.runs.lock import holder
+from tinygpt.runs.record import Record
 
-TITLES = ("run", "steps", "train loss", "val loss", "best", "at step", "changed", "size")
+TITLES = (
+    "run",
+    "steps",
+    "train loss",
+    "val loss",
+    "best",
+    "bits/byte",
+    "at step",
+    "changed",
+    "size",
+)
+LOSSES = ("train_loss", "val_loss", "best_val_loss", "best_bits_per_byte")
 
 
 def runs(*folders: Path, json: Switch = False) -> None:
@@ -51,15 +62,8 @@ def _figures(run: Path, when: float) -> dict[str, Any]:
         figures["bytes"] = sum(path.lstat().st_size for path in run.iterdir())
         figures["training"] = holder(run) is not None
         figures["max_iters"] = run_tables(run).get("train", {}).get("max_iters")
-        columns = Columns.read(run / METRICS)
-        best = columns.best()
-        figures |= {
-            "steps": int(columns["iter"].max(initial=0)),
-            "train_loss": columns.last("train_loss"),
-            "val_loss": columns.last("val_loss"),
-            "best_val_loss": best and best[1],
-            "best_step": best and best[0],
-        }
+        figures |= Record.read(run).figures()
+        figures["best_val_loss"] = figures.pop("best_loss")
     except TinyGPTError as error:
         figures["trouble"] = str(error)
     except OSError as error:
@@ -71,7 +75,7 @@ def _cells(run: dict[str, Any]) -> tuple[str, ...]:
     if trouble := run.get("trouble"):
         return (run["run"], *[""] * (len(TITLES) - 2), trouble)
     most, step = run["max_iters"], run["best_step"]
-    losses = (run[name] for name in ("train_loss", "val_loss", "best_val_loss"))
+    losses = (run[name] for name in LOSSES)
     changed = f"{datetime.fromtimestamp(run['changed']):%Y-%m-%d %H:%M}"
     return (
         run["run"],

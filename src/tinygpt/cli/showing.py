@@ -24,13 +24,22 @@ def info(path: Path | None = None, /, *, json: Switch = False) -> None:
         Print everything as JSON, the tensors' names, types and shapes included.
     """
     from tinygpt.runs import checkpoint
-    from tinygpt.runs.folder import best_checkpoint, choose_checkpoint, list_checkpoints
+    from tinygpt.runs.folder import (
+        best_checkpoint,
+        bytes_per_token_of,
+        choose_checkpoint,
+        list_checkpoints,
+        number_of,
+    )
+    from tinygpt.training.metrics import bits_per_byte
 
     path = run_or_newest(path)
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint and no run at {path}.")
     chosen = choose_checkpoint(path)
     found = {"path": str(chosen), **checkpoint.describe(chosen)}
+    loss = number_of(found["progress"] or {}, "best_val_loss")
+    found["best_bits_per_byte"] = bits_per_byte(loss, bytes_per_token_of(chosen))
     if json:
         show_json(found)
         return
@@ -64,5 +73,6 @@ def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object
     ]
     if init := found.get("init"):
         rows.append(("began with", f"{init.get('path')}, step {init.get('iter_num')}"))
-    best = progress.get("best_val_loss")
-    return rows if best is None else [*rows, ("best loss", f"{best:.4f}")]
+    best, bits = progress.get("best_val_loss"), found["best_bits_per_byte"]
+    in_bits = "" if bits is None else f" ({bits:.4f} bits per byte)"
+    return rows if best is None else [*rows, ("best loss", f"{best:.4f}{in_bits}")]

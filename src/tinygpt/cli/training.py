@@ -329,6 +329,7 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
                 "skipped": result.skipped,
                 "train_loss": last.train_loss if last else None,
                 "best_val_loss": loss,
+                "best_bits_per_byte": run.bits_per_byte(loss),
                 "perplexity": None if loss is None else perplexity(loss),
                 "seconds": last.elapsed if last else 0.0,
                 "parameters": run.model.num_params(),
@@ -349,6 +350,8 @@ def _tell_end(run: TrainingRun, interrupted: bool) -> None:
         return
     best = result.best_val_loss
     quality = f", best validation loss {best:.4f}" if best is not None else ""
+    if (bits := run.bits_per_byte(best)) is not None:
+        quality += f" ({bits:.4f} bits per byte)"
     early = " early: the validation loss no longer improves" if result.stopped else ""
     say(f"done{early}, {result.iter_num:,} steps{quality}. Let it write:")
     say("  " + command("generate", run.folder))

@@ -16,6 +16,7 @@ from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError, nearest
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.checkpoint import Meta
+from tinygpt.text.batches import ORDER
 
 ALWAYS_FREE = {
     "eval_interval",
@@ -28,6 +29,8 @@ ALWAYS_FREE = {
     "max_skipped",
 }
 """Settings that do not change the course of the weights."""
+ORDER_CHANGED = "batches"
+"""The change of a run that was begun when batches were drawn in another way: told, not refused."""
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_embeddings"}
 """What decides which weights there are, and what they mean."""
 LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init", "optimizer"}
@@ -98,12 +101,14 @@ def differences(
         found.append(Change("data", _texts(meta.data), _texts(data)))
     if meta.tokenizer != tokenizer:
         found.append(Change("tokenizer", _vocabulary(meta.tokenizer), _vocabulary(tokenizer)))
+    if meta.train is not None and (meta.random_state or {}).get("order", 0) != ORDER:
+        found.append(Change(ORDER_CHANGED, "from random places", "each token once an epoch"))
     return [change for change in found if change.field not in ALWAYS_FREE]
 
 
 def check(path: Path, found: Sequence[Change], allow: frozenset[str], iter_num: int) -> None:
     """Raise ChangedRunError unless everything that differs is allowed, and makes sense."""
-    refused = [change for change in found if change.field not in allow]
+    refused = [change for change in found if change.field not in allow | {ORDER_CHANGED}]
     if fixed := [change for change in refused if change.field in FIXED]:
         raise CheckpointError(
             f"{path} cannot be resumed with {', '.join(map(str, fixed))}: {FIXED[fixed[0].field]}"
@@ -126,7 +131,7 @@ def check_random_state(path: Path, meta: Meta) -> None:
     if meta.train is None:  # not of a run: weights and moments alone
         return
     wanted = {"seed": meta.train.seed, "step": meta.iter_num}
-    if meta.random_state != wanted:
+    if {k: v for k, v in (meta.random_state or {}).items() if k != "order"} != wanted:
         raise CheckpointError(
             f"{path} has lost its random state: it says {meta.random_state}, and its settings say "
             f"{wanted}. It cannot be resumed bit for bit; use another checkpoint."

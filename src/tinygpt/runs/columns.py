@@ -71,12 +71,6 @@ class Columns:
         """All values of one of ``KEYS``, (rows,)."""
         return self._columns[KEYS.index(key), : self.rows]
 
-    def points(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of every row that has a value under ``key``."""
-        there = ~np.isnan(self[key])
-        steps = self["iter"][there].astype(int)
-        return list(zip(steps.tolist(), self[key][there].tolist(), strict=True))
-
     def last(self, key: str) -> float | None:
         """The newest value there is among the last 4,096 rows."""
         values = self[key][-4096:]

@@ -1,6 +1,6 @@
 """What lies in a run's folder: the names of its files, and how they are found and read.
 
-run.json             the number of the run: marks a folder as one that takes runs
+run.json             the number of the run, which marks its folder, and its bytes per token
 config.toml          the resolved settings
 tokenizer.json       the tokenizer, if the run has one
 metrics.jsonl        one row per step (``history``, ``columns``)
@@ -45,6 +45,7 @@ MAX_STEP, FAR = 10**12, 1e30
 """The last step, and the largest number by amount, that are believed of a row."""
 MAX_ENTRIES, MAX_RUNS = 10_000, 100
 """Entries of a folder that are looked at, and the most runs that are taken, the newest of them."""
+BYTES = "bytes_per_token"
 PROGRAM = {"program": "tinygpt"}
 """What tells our run.json from those of other programs."""
 
@@ -135,13 +136,25 @@ def run_of(folder: Path) -> str | None:
     """The number of the run that a folder belongs to; None if it is not marked as a run's."""
     found = _read_object(folder / RUN)
     run = found.pop("run", None)
+    found.pop(BYTES, None)
     ours = found in ({}, PROGRAM) and isinstance(run, str) and re.fullmatch("[0-9a-f]{16}", run)
     return run if ours else None
 
 
-def mark_run(folder: Path, run: str) -> None:
+def mark_run(folder: Path, run: str, bytes_per_token: float | None = None) -> None:
     """Mark a folder as that of a run, so that it takes runs. Raises CheckpointError."""
-    _write(folder / RUN, {"run": run, **PROGRAM})
+    known = {} if bytes_per_token is None else {BYTES: bytes_per_token}
+    _write(folder / RUN, {"run": run, **PROGRAM, **known})
+
+
+def bytes_per_token_of(path: Path) -> float | None:
+    """Bytes per token of the validation text, or without one of the training text, of a run.
+
+    ``path`` is the run's folder or a file in it. None where the folder does not say: the run has no
+    tokenizer, or it is older than the figure and has not gone on since.
+    """
+    value = _read_object(folder_of(path) / RUN).get(BYTES)
+    return float(value) if is_number(value, 1e-9, FAR) else None
 
 
 def text_of(path: Path) -> str | None:

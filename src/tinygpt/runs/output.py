@@ -69,6 +69,7 @@ class Output:
         self._lock = None if folder is None else FolderLock(folder)
         self._settings = ""
         self._tokenizer: Tokenizer | None = None
+        self._bytes_per_token: float | None = None
 
     # ---- before the first step ----
 
@@ -134,6 +135,7 @@ class Output:
         self,
         settings: str,
         tokenizer: Tokenizer | None,
+        bytes_per_token: float | None,
         iter_num: int,
         best: tuple[int, float] | None,
         anew: bool,
@@ -162,6 +164,7 @@ class Output:
                 f"aside in {aside}, whole, and the run goes on from step {iter_num}."
             )
         self._settings, self._tokenizer = settings, tokenizer
+        self._bytes_per_token = bytes_per_token
         self._write_settings()
         own = self.newest is not None and self.newest.parent == self.folder
         last = iter_num if self.found else 0
@@ -192,7 +195,7 @@ class Output:
     def _write_settings(self) -> None:
         """Write the mark of a run's folder first, so that the folder can be taken again."""
         assert self.folder is not None
-        checkpoint.ensure_run(self.folder)
+        checkpoint.ensure_run(self.folder, self._bytes_per_token)
         with writing(self.folder), replacing(self.folder / CONFIG) as file:
             file.write(self._settings.encode())
         if self._tokenizer is not None:

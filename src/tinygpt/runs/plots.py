@@ -6,7 +6,7 @@ import importlib
 import itertools
 import math
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.errors import DataError, MissingExtraError, UsageError, extras
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
-from tinygpt.runs.columns import Columns
+from tinygpt.runs.display.text import duration
 from tinygpt.runs.folder import METRICS
+from tinygpt.runs.record import UNITS, Axis, Points, Record, Unit
 from tinygpt.training.metrics import smooth
 from tinygpt.untrusted import utf8_name
 from tinygpt.untrusted.foreign import HEAD, no_text
@@ -37,20 +38,26 @@ DRAWS_BOXES = "Last Resort High-Efficiency"
 """A font of matplotlib's own that has a box for every character there is."""
 MAX_POINTS = 2000
 """Points drawn per curve; longer runs are averaged down to so many."""
-
-Points = Sequence[tuple[float, float]]
+TITLES: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "time of training"}
+NUMBERS: dict[Axis, Callable[[float], str]] = {
+    "step": "{:,.0f}".format,
+    "tokens": lambda n: f"{n / 1e6:,g}M" if n >= 1e6 else f"{n:,.0f}",
+    "time": duration,
+}
+"""How an axis is named, and its numbers written."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn of one run: (step, value) pairs."""
+    """What is drawn of one run: (place, value) pairs, the place in steps, tokens or seconds."""
 
     name: str
     train: Points
     val: Points
     lr: Points
-    best: tuple[int, float] | None
-    """Step and value of the lowest validation loss."""
+    best: tuple[float, float] | None
+    """Place and value of the lowest validation loss."""
+    best_step: int | None
 
     @property
     def smooth_train(self) -> Points:
@@ -62,22 +69,30 @@ class Curves:
         return [(x, (a + b) / 2) for (x, _), (a, b) in zip(self.train, pairs, strict=True)]
 
 
-def read_curves(run: str | Path) -> Curves:
-    """The curves of a run folder, or of a file of rows.
+def read_curves(run: str | Path, x: Axis = "step", y: Unit = "loss") -> Curves:
+    """The curves of a run folder, or of a file of rows, over an axis and with losses in a unit.
 
-    Raises DataError if it holds no losses or is damaged, and UsageError if there is no such run.
+    Raises DataError if it holds no losses or is damaged, and UsageError if there is no such run, or
+    if it does not say what the axis or the unit takes.
     """
     path = user_path(run)
     if not path.exists():
         raise UsageError(f"There is no run at {path}. Give the folder that training wrote.")
     file = path / METRICS if path.is_dir() else path
-    columns = Columns.read(file)
-    train, val, lr = (columns.points(key) for key in ("train_loss", "val_loss", "lr"))
-    if not train and not val:
+    record = Record.read(file)
+    if not record.points("train_loss") and not record.points("val_loss"):
         with file.open("rb") if file.is_file() else nullcontext(BytesIO()) as start:
             known = no_text(file, start.read(HEAD))
         raise DataError(known or f"{file} holds no losses yet, so there is nothing to draw.")
-    return Curves(utf8_name(str(path)), _thin(train), val, _thin(lr), columns.best())
+    if y == "bits" and record.bytes_per_token is None:
+        raise UsageError(f"{path} does not say how many bytes its tokens stand for. Draw --y loss.")
+    if record.places(x) is None:
+        lacking = "seconds its steps took" if x == "time" else "tokens its steps have"
+        raise UsageError(f"{path} does not say how many {lacking}. Draw it over --x step.")
+    train, val, lr = (record.points(key, x, y) for key in ("train_loss", "val_loss", "lr"))
+    best, name = record.columns.best(), utf8_name(str(path))
+    place = min(val, key=lambda point: point[1], default=None)
+    return Curves(name, _thin(train), val, _thin(lr), place, best and best[0])
 
 
 def _thin(points: Points) -> Points:
@@ -87,7 +102,9 @@ def _thin(points: Points) -> Points:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def save_plot(runs: Sequence[str | Path], out: str | Path) -> Path:
+def save_plot(
+    runs: Sequence[str | Path], out: str | Path, x: Axis = "step", y: Unit = "loss"
+) -> Path:
     """Draw the runs over each other into ``out``, a PNG or SVG by its name; returns its path.
 
     Raises MissingExtraError without matplotlib, UsageError for another format and if ``out`` is a
@@ -98,14 +115,13 @@ def save_plot(runs: Sequence[str | Path], out: str | Path) -> Path:
     if suffix not in FORMATS:
         raise UsageError(f"{out} does not end in .png or .svg; these are the formats there are.")
     check_overwritable(out, MARKS[suffix], "a plot")
-    curves = [read_curves(run) for run in runs]
-    figure = draw(curves)
+    figure = draw([read_curves(run, x, y) for run in runs], x, y)
     with replacing(out) as file:
         figure.savefig(file, format=suffix, dpi=150, metadata=PROGRAM[suffix])
     return out
 
 
-def draw(runs: Sequence[Curves]) -> Figure:
+def draw(runs: Sequence[Curves], x: Axis = "step", y: Unit = "loss") -> Figure:
     """A figure: losses above, learning rate below, one colour per run."""
     figure_class = _matplotlib_figure()
     figure: Figure = figure_class(figsize=(9, 6), layout="constrained", facecolor="white")
@@ -117,9 +133,10 @@ def draw(runs: Sequence[Curves]) -> Figure:
         rate.plot(*_columns(run.lr), color=color, linewidth=1.4)
     for axes in (loss, rate):
         _style(axes)
-    loss.set_ylabel("loss (nats per token)", color=INK)
+    loss.set_ylabel(f"loss ({UNITS[y]})", color=INK)
     rate.set_ylabel("learning rate", color=INK)
-    rate.set_xlabel("step", color=INK)
+    rate.set_xlabel(TITLES[x], color=INK)
+    rate.xaxis.set_major_formatter(lambda place, _: NUMBERS[x](place))
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     _write_names(loss, _title(runs), named)
@@ -135,12 +152,12 @@ def _draw_loss(axes: Axes, run: Curves, color: str, label: str) -> list[Line2D]:
         style: dict[str, Any] = {"color": color, "linewidth": 1.6}
         named += axes.plot(*_columns(run.smooth_train), label=f"{prefix}train", **style)
     if run.best:
-        x, y = run.best
+        place, value = run.best
         color = color if label else COLORS[1]
         style = {"color": color, "linestyle": "--", "marker": "o", "markersize": 4}
         named += axes.plot(*_columns(run.val), label=f"{prefix}validation", **style)
-        best = f"{prefix}best {y:.4f} at step {x:,.0f}"
-        named += axes.plot([x], [y], "*", markersize=14, color=color, mec="white", label=best)
+        best = f"{prefix}best {value:.4f} at step {run.best_step:,}"
+        named += axes.plot([place], [value], "*", ms=14, color=color, mec="white", label=best)
     return named
 
 
@@ -201,19 +218,26 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def terminal_plot(runs: Sequence[str | Path], width: int, height: int, color: bool = True) -> str:
+def terminal_plot(
+    runs: Sequence[str | Path],
+    width: int,
+    height: int,
+    color: bool = True,
+    x: Axis = "step",
+    y: Unit = "loss",
+) -> str:
     """The loss curves as text of ``width`` by ``height`` characters.
 
     Raises MissingExtraError without plotext.
     """
     plotext = _plotext()
-    curves = [read_curves(run) for run in runs]
+    curves = [read_curves(run, x, y) for run in runs]
     figure = plotext.figure.clear().theme("colorless")
     figure.plot_size(width, height - len(curves))
-    figure.label("step", axis="x").label("loss", axis="y")
-    last = max(x for run in curves for x, _ in run.train or run.val)
+    figure.label(TITLES[x], axis="x").label("loss" if y == "loss" else UNITS[y], axis="y")
+    last = max(place for run in curves for place, _ in run.train or run.val)
     ticks = [round(last * i / 4) for i in range(5)]
-    figure.ruler("x").ticks(ticks, [f"{tick:,}" for tick in ticks])
+    figure.ruler("x").ticks(ticks, [NUMBERS[x](tick) for tick in ticks])
     legend = []
     for run, pixel in zip(curves, itertools.cycle(TERMINAL_COLORS)):
         line, dots = (plotext.marker(symbol, pixel=pixel) for symbol in ("braille", "●"))
@@ -230,7 +254,7 @@ def _describe(run: Curves) -> str:
     if run.train:
         parts.append(f"⠤ train {run.smooth_train[-1][1]:.4f}")
     if run.best:
-        parts.append(f"● validation, best {run.best[1]:.4f} at step {run.best[0]:,.0f}")
+        parts.append(f"● validation, best {run.best[1]:.4f} at step {run.best_step:,}")
     return "  ".join(parts)
 
 

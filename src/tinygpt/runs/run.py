@@ -26,7 +26,7 @@ from tinygpt.runs.history import History
 from tinygpt.runs.output import Output
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
-from tinygpt.text.tokens import byte_count, data_fingerprint
+from tinygpt.text.tokens import bytes_per_token, data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
@@ -173,7 +173,7 @@ class TrainingRun:
         changes.check(path, found, allow, meta.iter_num)
         self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
         for change in found:
-            self.notice(f"changed from here on, as allowed: {change}")
+            self.notice(f"changed from here on: {change}")
         self._save_soon = bool(found)  # the next checkpoint, which records them, comes at once
         changes.check_random_state(path, meta)
         self.output.check_same_run(path, meta)
@@ -198,7 +198,8 @@ class TrainingRun:
         self.output.foresee(size, self.config.max_iters - self.iter_num)
         found = self.progress
         best = None if found.best_val_loss is None else (found.best_iter, found.best_val_loss)
-        self.output.begin(settings, self.tokenizer, self.iter_num, best, anew)
+        bytes_per_token = self.bytes_per_token
+        self.output.begin(settings, self.tokenizer, bytes_per_token, self.iter_num, best, anew)
 
     def _settings(self) -> str:
         """The text of config.toml. Raises ConfigError if it could not be read again."""
@@ -285,17 +286,24 @@ class TrainingRun:
             self.close()
 
     @cached_property
-    def _bits_per_nat(self) -> float | None:
-        """Bits per byte of the validation text for each nat per token; None if it is unknown."""
-        if self.tokenizer is None or self.val_tokens is None:
-            return None
-        n_bytes = byte_count(self.val_tokens, self.tokenizer)
-        return bits_per_byte(1.0, len(self.val_tokens), n_bytes) if n_bytes else None
+    def bytes_per_token(self) -> float | None:
+        """Bytes per token of the validation text, or else of the training text; None if unknown."""
+        text = self.train_tokens if self.val_tokens is None else self.val_tokens
+        return None if self.tokenizer is None else bytes_per_token(text, self.tokenizer)
+
+    def bits_per_byte(self, loss: float | None) -> float | None:
+        """A loss in nats per token as bits per byte of text; None without a loss or tokenizer."""
+        return bits_per_byte(loss, self.bytes_per_token)
 
     def _record(self, step: Step) -> Step:
         """Judge, sample, save and write down one step; -> the step, completed."""
         if step.skipped:
             self.notice(f"step {step.iter} skipped: {step.skipped}")
+        step = replace(
+            step,
+            train_bits_per_byte=self.bits_per_byte(step.train_loss),
+            val_bits_per_byte=self.bits_per_byte(step.val_loss),
+        )
         if step.val_loss is not None:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))
         if self._due(step, self.config.sample_interval):
@@ -310,10 +318,12 @@ class TrainingRun:
     def _row(self, step: Step) -> dict[str, Any]:
         """A step as it is written into metrics.jsonl."""
         row: dict[str, Any] = {"iter": step.iter, "train_loss": step.train_loss}
+        if step.train_bits_per_byte is not None:
+            row["train_bits_per_byte"] = step.train_bits_per_byte
         if step.val_loss is not None:
             row |= {"val_loss": step.val_loss, "best": step.best}
-            if self._bits_per_nat is not None:
-                row["val_bits_per_byte"] = step.val_loss * self._bits_per_nat
+        if step.val_bits_per_byte is not None:
+            row["val_bits_per_byte"] = step.val_bits_per_byte
         if step.skipped:
             row["skipped"] = step.skipped
         row |= {
@@ -365,7 +375,11 @@ class TrainingRun:
             tokenizer=None if self.tokenizer is None else self.tokenizer.to_dict(),
             data=self.fingerprints,
             progress=progress,
-            random_state={"seed": self.config.seed, "step": self.iter_num},
+            random_state={
+                "seed": self.config.seed,
+                "step": self.iter_num,
+                "order": batches.ORDER,
+            },
             init=self.init,
         )
 

@@ -65,25 +65,67 @@ def check_length(tokens: Tokens, block_size: int) -> None:
 
 # Batches ----------------------------------------------------------------------------------------
 
+ORDER = 1
+"""Number of this order of batches. Checkpoints hold it, so that the end of another order is said
+when a run goes on: in order 0, which they do not name, blocks came from random places."""
+ROUNDS = 6
+"""Rounds of the Feistel network that shuffles the blocks of an epoch."""
+MASK = (1 << 64) - 1
+
+Hashes = NDArray[np.uint64]
+
 
 def batch(
     tokens: Tokens, step: int, seed: int, batch_size: int, block_size: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Inputs and targets (B, T) of one step: blocks from random places, and the same one further.
+    """Inputs and targets (B, T) of one step; in an epoch each token is a target once.
+
+    An epoch cuts the text into blocks of T tokens, beginning at a place that is drawn anew for
+    each epoch, and deals them out in random order. The text is a circle for that: the block that
+    runs over its end goes on at its beginning, and what is left out of an epoch are the fewer than
+    T tokens before the place where it began. The first token of the text is never a target.
 
     A pure function: nothing is remembered from step to step, so a resumed run needs only the number
-    of the step. The places are raw output of Philox (Salmon et al. 2011), a cipher of (seed, step),
-    and thus the same on every machine and with every version of numpy.
+    of the step. Place and order are hashes of (seed, epoch), in whole numbers, and thus the same on
+    every machine. Time and memory do not depend on the length of the text.
     """
     check_length(tokens, block_size)
-    mask = (1 << 64) - 1
-    philox = np.random.Philox(key=np.array([int(seed) & mask, int(step) & mask], np.uint64))
-    places = philox.random_raw(batch_size) % np.uint64(len(tokens) - block_size)  # (B,)
-    return _blocks_at(tokens, places.astype(np.int64), block_size)
+    targets = len(tokens) - 1
+    blocks = targets // block_size
+    epoch, first = divmod(int(step) * batch_size, blocks)
+    later, dealt = np.divmod(
+        np.arange(first, first + batch_size, dtype=np.uint64), np.uint64(blocks)
+    )
+    epochs = later + np.uint64(epoch & MASK)  # (B,) a batch may reach into the next epochs
+    keys = _hash(_hash(np.array([int(seed) & MASK], np.uint64)) + epochs)
+    starts = keys % np.uint64(targets) + _shuffle(dealt, blocks, keys) * np.uint64(block_size)
+    places = (starts.astype(np.int64)[:, None] + np.arange(block_size)) % targets  # (B, T)
+    return tokens[places].astype(np.int32), tokens[places + 1].astype(np.int32)
 
 
-def _blocks_at(
-    tokens: Tokens, places: NDArray[np.int64], block_size: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    blocks = tokens[places[:, None] + np.arange(block_size + 1)].astype(np.int32)  # (B, T + 1)
-    return blocks[:, :-1].copy(), blocks[:, 1:].copy()
+def _shuffle(x: Hashes, size: int, keys: Hashes) -> Hashes:
+    """Where the permutation of ``range(size)`` that belongs to a key sends x, for each x and key.
+
+    A Feistel network over pairs of digits to the base ``side``, with addition in place of XOR, so
+    that it permutes side² numbers, hardly more than ``size``; what falls outside goes through it
+    again until it falls inside ("cycle walking"). Black and Rogaway 2002, "Ciphers with Arbitrary
+    Finite Domains".
+    """
+    side = np.uint64(math.isqrt(size - 1) + 1)  # side² >= size > (side - 1)²
+    left, right = np.divmod(x, side)
+    for i in range(ROUNDS):
+        added = _hash(keys + np.uint64(i << 32) + right)
+        left, right = right, (left + added % side) % side
+    x = left * side + right
+    outside = x >= size
+    if outside.any():
+        x[outside] = _shuffle(x[outside], size, keys[outside])
+    return x
+
+
+def _hash(x: Hashes) -> Hashes:
+    """The next output of SplitMix64 from state x (Steele, Lea and Flood 2014), modulo 2^64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

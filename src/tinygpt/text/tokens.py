@@ -300,6 +300,14 @@ def data_fingerprint(tokens: Tokens) -> str:
     return digest.hexdigest()
 
 
+def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
+    """Bytes of text for each token that is predicted, which is all but the first; None for none.
+
+    A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte.
+    """
+    return byte_count(tokens[1:], tokenizer) / max(len(tokens) - 1, 1) or None
+
+
 def byte_count(tokens: Tokens, tokenizer: Tokenizer) -> int:
     """Bytes of UTF-8 that the tokens stand for, as bits per byte need it."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)  # (V,)

@@ -43,7 +43,7 @@ class Measured:
             "tokens": self.tokens,
             "loss": self.loss,
             "perplexity": perplexity(self.loss),
-            "bits_per_byte": bits_per_byte(self.loss, self.tokens, self.n_bytes),
+            "bits_per_byte": bits_per_byte(self.loss, self.n_bytes / self.tokens),
         }
 
 

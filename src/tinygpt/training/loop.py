@@ -39,6 +39,9 @@ class Step:
     """Set where an evaluation took place."""
     skipped: str | None = None
     """Why this step changed nothing, if so: a loss or gradient norm too large or no number."""
+    train_bits_per_byte: float | None = None
+    val_bits_per_byte: float | None = None
+    """The losses in bits per byte of text, where a run has a tokenizer."""
     best: bool = False
     """Whether ``val_loss`` is the lowest so far."""
     sample: str | None = None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from tinygpt.errors import DataError
-
 
 def perplexity(loss: float) -> float:
     """``exp(loss)`` of a mean loss in nats per token; infinity where that overflows.
@@ -20,18 +18,18 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
+def bits_per_byte(loss: float | None, bytes_per_token: float | None) -> float | None:
     """Bits that the model needs per byte of text: comparable across tokenizers.
 
-    ``loss`` is the mean in nats per token over ``tokens`` predictions, which spell ``n_bytes``
-    bytes of UTF-8. Raises DataError if ``n_bytes`` is not positive.
+    ``loss`` is in nats per token, and a token stands for so many bytes of UTF-8 on average, see
+    ``text.tokens.bytes_per_token``. None where either is missing.
 
-    >>> bits_per_byte(math.log(2), tokens=10, n_bytes=10)
-    1.0
+    >>> bits_per_byte(math.log(2), bytes_per_token=4.0)
+    0.25
     """
-    if n_bytes <= 0:
-        raise DataError(f"Bits per byte need some text, but n_bytes={n_bytes}.")
-    return loss * tokens / (math.log(2) * n_bytes)
+    if loss is None or not bytes_per_token:
+        return None
+    return loss / (math.log(2) * bytes_per_token)
 
 
 def smooth(values: Iterable[float | None], weight: float = 0.9) -> list[float]:

@@ -138,6 +138,6 @@ def evaluate(
     batch_size: int,
     block_size: int,
 ) -> float:
-    """Mean loss over ``iters`` random batches, the same ones every time."""
+    """Mean loss over the same ``iters`` batches every time, drawn evenly from the whole text."""
     batches = (batch(tokens, i, EVAL_SEED, batch_size, block_size) for i in range(iters))
     return math.fsum(evaluate_batch(x, y) for x, y in batches) / iters

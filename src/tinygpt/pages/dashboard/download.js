@@ -6,12 +6,17 @@ const CURVES = ["train_loss", "lr", "grad_norm", "tokens_per_second", "memory", 
 
 /** The curves of some runs, as fine as they are here: a row for each point and each evaluation. */
 export function saveCsv(runs) {
-  const rows = runs.flatMap(({ name, series }) => {
+  const rows = runs.flatMap(({ name, series, bits_per_nat: scale }) => {
     const row = (step, values) => [`"${name.replaceAll('"', '""')}"`, step, ...values].join(",");
-    const points = series.x.mean.map((step, i) => row(step, [...CURVES.map((key) => series.curves[key].mean[i]), ""]));
-    return [...points, ...series.validation.x.map((step, i) => row(step, [...CURVES.map(() => ""), series.validation.y[i]]))];
+    const bits = (loss) => (scale && loss !== null ? loss * scale : "");
+    const { x, curves, validation } = series;
+    return [
+      ...x.mean.map((step, i) => row(step, [...CURVES.map((key) => curves[key].mean[i]), bits(curves.train_loss.mean[i]), "", ""])),
+      ...validation.x.map((step, i) => row(step, [...CURVES.map(() => ""), "", validation.y[i], bits(validation.y[i])])),
+    ];
   });
-  save([["run", "step", ...CURVES, "val_loss"].join(","), ...rows, ""].join("\n"), "text/csv", "curves.csv");
+  const heads = ["run", "step", ...CURVES, "train_bits_per_byte", "val_loss", "val_bits_per_byte"];
+  save([heads.join(","), ...rows, ""].join("\n"), "text/csv", "curves.csv");
 }
 
 /** A chart as it is drawn, with its title and the names of its lines above it. */

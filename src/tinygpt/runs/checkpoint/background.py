@@ -190,12 +190,15 @@ class Saver:
         )
 
 
-def ensure_run(folder: Path) -> str:
-    """The number of a folder's run; a new one is drawn and written down if there is none."""
+def ensure_run(folder: Path, bytes_per_token: float | None = None) -> str:
+    """The number of a folder's run; a new one is drawn and written down if there is none.
+
+    Bytes per token are written down where they are given.
+    """
     run = run_of(folder)
-    if run is None:
-        run = _run_of_newest(folder) or secrets.token_hex(8)
-        mark_run(folder, run)
+    if run is None or bytes_per_token is not None:
+        run = run or _run_of_newest(folder) or secrets.token_hex(8)
+        mark_run(folder, run, bytes_per_token)
     return run
 
 

@@ -45,7 +45,7 @@ class Meta:
     progress: dict[str, Any] = field(default_factory=dict)
     """Best result so far, and what early stopping counts."""
     random_state: dict[str, int] | None = None
-    """Seed and step: all that batches and dropout depend on."""
+    """Seed, step and the order of batches: all that batches and dropout depend on."""
     run: str | None = None
     """The run it belongs to, by a number that is drawn once for each run."""
     init: dict[str, Any] | None = None

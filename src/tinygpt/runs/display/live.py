@@ -36,6 +36,7 @@ class LiveDisplay:
         self._skipped = 0
         self._first: tuple[float, int] | None = None
         self._val_loss: float | None = None
+        self._bits: float | None = None
         self._best = "-"
         self._sample: tuple[str, int] | None = None
         self._notice = ""
@@ -70,7 +71,7 @@ class LiveDisplay:
         if not step.skipped or self._numbers_of is None:
             self._numbers_of = step
         if step.val_loss is not None:
-            self._val_loss = step.val_loss
+            self._val_loss, self._bits = step.val_loss, step.val_bits_per_byte
             if step.best:
                 self._best = f"{step.val_loss:.4f} at {step.iter:,}"
         if step.sample is not None:
@@ -110,11 +111,14 @@ class LiveDisplay:
 
     def _numbers(self, step: Step) -> RenderableType:
         table = Table.grid(padding=(0, 3))
-        loss = step.train_loss if self._val_loss is None else self._val_loss
+        loss, bits = self._val_loss, self._bits
+        if loss is None:
+            loss, bits = step.train_loss, step.train_bits_per_byte
         table.add_row(
             _pair("train loss", f"{step.train_loss:.4f}"),
             _pair("val loss", "-" if self._val_loss is None else f"{self._val_loss:.4f}"),
             _pair("best", self._best),
+            _pair("bits/byte", "-" if bits is None else f"{bits:.4f}"),
             _pair("perplexity", f"{perplexity(loss):,.2f}"),
         )
         table.add_row(

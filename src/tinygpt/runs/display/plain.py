@@ -55,7 +55,10 @@ def plain_line(step: Step, max_iters: int, skipped: int = 0) -> str:
     """``step 250/2000  train loss 2.1034  …``: the same words in the same order each time."""
     parts = [f"step {step.iter}/{max_iters}", f"train loss {step.train_loss:.4f}"]
     if step.val_loss is not None:
-        parts += [f"val loss {step.val_loss:.4f}", f"perplexity {perplexity(step.val_loss):.2f}"]
+        parts.append(f"val loss {step.val_loss:.4f}")
+        if step.val_bits_per_byte is not None:
+            parts.append(f"bits per byte {step.val_bits_per_byte:.4f}")
+        parts.append(f"perplexity {perplexity(step.val_loss):.2f}")
     parts += [
         f"lr {step.lr:.2e}",
         f"grad norm {step.grad_norm:.3f}",

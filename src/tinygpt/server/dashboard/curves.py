@@ -19,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinygpt.runs.columns import KEYS, Columns, Numbers, column
-from tinygpt.runs.folder import FAR
 from tinygpt.runs.history import Row
-from tinygpt.untrusted import has_surrogates, is_number
+from tinygpt.untrusted import has_surrogates
 
 RANGES = ("train_loss", "grad_norm", "tokens_per_second")
 """Curves of which least and greatest values are shown beside the mean."""
@@ -45,8 +44,6 @@ class Curves(Columns):
         self.layers: list[str] = []
         self.skipped: list[tuple[float, str]] = []
         self.skips = 0
-        self.bits_per_nat: float | None = None
-        """Bits per byte of text for each nat per token of loss; None where no row says so."""
         self.odd: set[str] = set()
         """What is not shown of the rows, and why."""
         self._norms = np.empty((0, self._columns.shape[1]), np.float32)  # (layers, capacity)
@@ -64,10 +61,6 @@ class Curves(Columns):
         for i, layer in enumerate(self.layers if at else ()):  # where there is none it is NaN
             self._norms[i, start + np.array(at)] = column(norms, layer)
         self._see_skipped(rows)
-        for row in rows:
-            loss, bits = row.get("val_loss"), row.get("val_bits_per_byte")
-            if is_number(loss, 1e-9, FAR) and is_number(bits, 0, FAR):
-                self.bits_per_nat = bits / loss
         return rows
 
     def frozen(self) -> Self:

@@ -20,12 +20,14 @@ from tinygpt.runs.folder import (
     METRICS,
     SAMPLES,
     best_name,
+    bytes_per_token_of,
     named_step,
     sample_of,
 )
 from tinygpt.runs.history import Row, Tail
 from tinygpt.runs.lock import Holder, holder
 from tinygpt.server.dashboard.curves import Curves
+from tinygpt.training.metrics import bits_per_byte
 from tinygpt.untrusted import (
     clip,
     has_surrogates,
@@ -49,6 +51,7 @@ class Run:
         self.curves = Curves()
         self.samples: list[dict[str, Any]] = []
         self.settings: dict[str, Any] = {}
+        self.bytes_per_token: float | None = None
         self.holder: Holder | None = None
         self.updated = 0.0
         """When its metrics were last written to, in seconds since 1970."""
@@ -147,7 +150,7 @@ class Run:
             "best_val_loss": None if best is None else best[1],
             "best_iter": None if best is None else best[0],
             "steps_per_second": self._pace(),
-            "bits_per_nat": curves.bits_per_nat,
+            "bits_per_nat": bits_per_byte(1.0, self.bytes_per_token),
             "skips": curves.skips,
             "damaged": self._metrics.damaged,
             "samples": len(self.samples),
@@ -183,6 +186,7 @@ class Run:
             self._trouble[LOCK] = HALVES
 
     def _read_settings(self) -> None:
+        self.bytes_per_token = bytes_per_token_of(self.folder)
         path = self.folder / CONFIG
         try:
             status = path.lstat()
