@@ -54,8 +54,8 @@ FIXED = {
 TRAIN_FIELDS = [f.name for f in fields(TrainConfig)]
 MODEL_FIELDS = [f.name for f in fields(GPTConfig)]
 FIELDS = [f for f in (*TRAIN_FIELDS, *MODEL_FIELDS, "data", "tokenizer") if f not in FIXED]
-KNOWN = ", ".join(FIELDS)
 """What can be named in ``allow_change``."""
+KNOWN = ", ".join(FIELDS)
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,7 @@ class Output:
         checkpoints. What the folder holds of later steps is set aside. Raises UsageError if another
         run was in the folder since ``check``.
         """
-        if self.folder is None:
-            return
+        assert self.folder is not None
         self.take()
         checkpoint.check_claim(self.folder)
         if list_checkpoints(self.folder) != self.found:

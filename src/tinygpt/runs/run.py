@@ -117,9 +117,9 @@ class TrainingRun:
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
-        for tokens in (train_tokens, val_tokens):
-            if tokens is not None:
-                batches.check_length(tokens, model.config.block_size)
+        parts = {"train": train_tokens} | ({} if val_tokens is None else {"val": val_tokens})
+        for tokens in parts.values():
+            batches.check_length(tokens, model.config.block_size)
         if optimizer is None:
             lora.prepare(model, config)
         self.optimizer = optimizer or make_optimizer(model.trainable(), config)
@@ -134,9 +134,7 @@ class TrainingRun:
         """What was allowed to change when the run was resumed, and at which step."""
         self._stop = self._save_soon = False
         self.output = Output(self.folder, config)
-        self.fingerprints = {"train": data_fingerprint(train_tokens)}
-        if val_tokens is not None:
-            self.fingerprints["val"] = data_fingerprint(val_tokens)
+        self.fingerprints = {part: data_fingerprint(tokens) for part, tokens in parts.items()}
         try:
             self.output.check(bool(resume))
             self._resume(resume, changes.parse(allow_change))
