@@ -231,13 +231,11 @@ def _of_bytes(vocab: Mapping[str, int], merges: list[Merge], added: Mapping[str,
     in_order = sorted(tokens, key=tokens.__getitem__)
     if in_order[256:] != made:
         raise TokenizerError(
-            "The ids of this vocabulary are not in the order of its merges. TinyGPT goes by the "
-            "order of the ids, and would make other tokens of a text."
+            "The ids of this vocabulary are not in the order of its merges, by which TinyGPT goes."
         )
     if list(merges_of(tokens)) != merges:
         raise TokenizerError(
-            "This vocabulary merges some tokens from others than the order of its merges leads to, "
-            "and TinyGPT would make other tokens of a text."
+            "This vocabulary merges some tokens from others than the order of its merges leads to."
         )
     alphabet = b"".join(in_order[:256])
     if not merges and not special and alphabet == BYTES:
@@ -253,18 +251,16 @@ def _check_complete(
 ) -> None:
     """Every byte and every merge has its token, and no id is missing or there twice."""
     missing = next((token for token in wanted if token not in tokens), None)
-    if missing is not None:
-        raise TokenizerError(f"This vocabulary has no token for {brief(missing)}.")
-    if len(wanted) != len(tokens):
-        raise TokenizerError("This vocabulary merges the same token twice.")
-    if len(tokens) == 256 and special:
-        raise TokenizerError("This vocabulary has special tokens and no merges.")
     ids = sorted([*tokens.values(), *special.values()])
     gap = next((i for i, found in enumerate(ids) if i != found), None)
-    if gap is not None:
-        raise TokenizerError(
-            f"The ids of this vocabulary do not count up from 0: {gap} is left out or there twice."
-        )
+    faults = {
+        f"has no token for {brief(missing)}": missing is not None,
+        "merges the same token twice": len(wanted) != len(tokens),
+        "has special tokens and no merges": len(tokens) == 256 and special,
+        f"has ids that do not count up: {gap} is left out or there twice": gap is not None,
+    }
+    if fault := next((fault for fault, found in faults.items() if found), None):
+        raise TokenizerError(f"This vocabulary {fault}.")
 
 
 def _check_special(special: Mapping[str, int], added: Mapping[str, int]) -> None:
