@@ -25,7 +25,7 @@ SMALL_MODEL: Values = {
     "n_head": 2,
     "n_embd": 16,
 }
-"""What ``gradcheck`` checks unless told otherwise: it takes many forward passes."""
+"""The shape that ``gradcheck`` checks by default: each check takes many forward passes."""
 
 if TYPE_CHECKING:
     SmallModelFlags = dict[str, Any]

@@ -164,12 +164,12 @@ def export_web(
 
     from tinygpt.pages.run_card import run_card
 
-    told = run_card(choose_checkpoint(run))
+    card = run_card(choose_checkpoint(run))
     if beginnings:
-        told["beginnings"] = first_lines(run, model, own)
+        card["beginnings"] = first_lines(run, model, own)
     if description is None:
-        text = f" on {told['data']}" if "data" in told else ""
-        description = f"A GPT of {told['parameters']:,} parameters, trained{text} with TinyGPT."
+        text = f" on {card['data']}" if "data" in card else ""
+        description = f"A GPT of {card['parameters']:,} parameters, trained{text} with TinyGPT."
     name = run.name if run.is_dir() else run.absolute().parent.name
     made = web.export_web(
         model,
@@ -178,7 +178,7 @@ def export_web(
         kind=weights,
         title=title or name or "TinyGPT",
         description=description,
-        card=told,
+        card=card,
     )
     seconds = time.perf_counter() - began
     say(f"checked: logits within {made.difference:.1e} ({weights}), and the same text")

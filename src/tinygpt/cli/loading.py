@@ -45,7 +45,7 @@ def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[s
 def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
     """What to say behind the name of a run's own text if it is no longer the one it was.
 
-    ``part`` is ``train`` or ``val``. Nothing is said where nobody knows what it was.
+    ``part`` is ``train`` or ``val``. An empty string where the run does not say what it was.
     """
     changed = _is_unchanged(run, part, tokens) is False
     return " (not what it was when the run was trained)" if changed else ""

@@ -15,7 +15,7 @@ from tinygpt.runs.interrupts import SAVING, STOPPING, Stopper, receiving
 
 @dataclass(frozen=True)
 class Words:
-    """What is said to whoever sent a signal."""
+    """What a signal is answered with on stderr."""
 
     stopping: str = "stopping after this step"
     stopped: str = "the last checkpoint is as it was"

@@ -21,7 +21,7 @@ from tinygpt.errors import MissingExtraError
 def install_command(*requirements: str) -> str:
     """A shell command that installs ``requirements`` for the running interpreter.
 
-    An environment made by uv has no pip of its own; there uv installs, told which interpreter.
+    An environment made by uv has no pip of its own; there uv installs for that interpreter.
     """
     python = sys.executable or "python3"
     pip = [python, "-m", "pip", "install"]

@@ -33,7 +33,7 @@ CHUNK = 2**26
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which becomes ``path`` when the block ends without an error.
 
-    Whoever reads ``path``, even after a crash or a power cut at any instant, finds the old content
+    A reader of ``path``, even after a crash or a power cut at any instant, finds the old content
     or the new one, never a part: the data goes to disk first, then the name, then the folder that
     holds the name. Missing folders are made. Raises OSError where the folder cannot be written, and
     if ``path`` is a device, a pipe or a folder. Until then the file is at ``file.name``, for
@@ -50,8 +50,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             # The system writes data and names to the disk in any order it likes. Without fsync the
             # new name could be there first, and a power cut would leave it on an empty file.
             sync(file.fileno())
-            # rename(2) exchanges what the name stands for in one step: whoever opens the path gets
-            # the old file or the new one, and a reader that has the old one open keeps it.
+            # rename(2) exchanges what the name stands for in one step: opening the path gives the
+            # old file or the new one, and a reader that has the old one open keeps it.
             temporary.replace(path)  # before it is closed: the lock keeps sweepers away
     except BaseException:
         with suppress(OSError):
@@ -106,7 +106,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def _check_replaceable(path: Path) -> None:
-    """A new name takes the place of anything: of /dev/null too, for who may do all things."""
+    """A rename takes the place of anything, as root even of /dev/null: only files are replaced."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():

@@ -141,7 +141,7 @@ def _fetch(wanted: _Wanted, path: Path, stop: threading.Event) -> None:
 def _claimed(part: Path, stop: threading.Event) -> Iterator[Path | None]:
     """The unfinished file of a download, for one writer at a time; None if ``stop`` comes first.
 
-    Whoever is second waits for the first, in this process or another. The lock ends with its
+    A second download waits for the first, in this process or another. The lock ends with its
     process, so that what a killed one left is resumed. On a disk without locks each download has
     a file of its own, and begins anew.
     """

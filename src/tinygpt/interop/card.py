@@ -55,7 +55,7 @@ def model_card(
 ) -> str:
     """The text, in Markdown.
 
-    ``source`` is the name of the text that the model learned from; ``tokenizer`` tells whether its
+    ``source`` is the name of the text that the model learned from; ``tokenizer`` says whether its
     files are in the folder too.
     """
     rows = "\n".join(f"| {title} | {_cell(value)} |" for title, value in _figures(meta, source))

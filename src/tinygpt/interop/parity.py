@@ -75,7 +75,7 @@ def compare(
 ) -> Comparison:
     """How far two arrays of logits (T, V) lie apart; InteropError where that is too far.
 
-    Allowed is ``TOLERANCE``, and where that does not suffice a few times what ``rounding`` tells:
+    Allowed is ``TOLERANCE``, and where that does not suffice a few times what ``rounding`` returns:
     the error that float32 itself makes in this model. With large weights that is more; the logits
     of two right programs can then differ by a thousandth. What is no number is a failure.
     """

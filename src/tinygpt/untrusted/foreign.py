@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HEAD = 4096
-"""Bytes from the beginning of a file that tell what it is."""
+"""Bytes from the beginning of a file that its format is recognized by."""
 NO_TEXT = frozenset(
     f".{ending}"
     for endings in (
@@ -117,7 +117,7 @@ def no_text(path: Path, head: bytes) -> str | None:
 def no_model(path: Path, head: bytes) -> str | None:
     """What to say of a file given for a checkpoint or weights, or None likewise.
 
-    None too for a safetensors file: who reads those has more to say of one that is damaged.
+    None too for a safetensors file: their readers say more of one that is damaged.
     """
     kind = recognize(head)
     if kind is SAFETENSORS:

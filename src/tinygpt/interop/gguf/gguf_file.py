@@ -80,7 +80,7 @@ def export(
     """Write ``path`` for llama.cpp, with the weights as ``kind``, and prove what was written.
 
     Raises InteropError, and leaves no file, if what is read back computes something else; for a
-    vocabulary that cannot be told TokenizerError, for a place that cannot be written
+    vocabulary without such a form TokenizerError, for a place that cannot be written
     CheckpointError, and MissingExtraError without the gguf package.
     """
     gguf = extras.need("gguf", "Writing GGUF files", "gguf")

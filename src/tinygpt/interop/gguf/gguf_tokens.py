@@ -39,7 +39,7 @@ def tokens_of(tokenizer: Tokenizer, rows: int) -> Tokens:
     """The tokens of a model whose embedding has so many rows; what is left over is unused.
 
     Raises InteropError if the model has fewer rows than there are tokens, TokenizerError for a
-    vocabulary that cannot be told.
+    vocabulary that has no such form.
     """
     if tokenizer.vocab_size > rows:
         raise InteropError(

@@ -42,7 +42,7 @@ def export(
 ) -> Parity:
     """Write ``folder`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``; -> how it was proved.
 
-    ``meta`` and ``source``, the name of the text, are what the model card tells of the run. What
+    ``meta`` and ``source``, the name of the text, are what the model card says of the run. What
     was written is read back by another program, and its logits are compared; InteropError, and no
     folder, if they differ.
     """

@@ -98,7 +98,7 @@ def check_class(values: Mapping[str, Any]) -> bool:
 def check_added(tokens: Sequence[Mapping[str, Any]], roles: Set[str], around: bool = False) -> None:
     """TokenizerError if an ordinary text could become one of these added tokens.
 
-    Text never becomes a special token here, and there only where somebody writes its name, such as
+    Text never becomes a special token here, and there only where a text spells its name, such as
     ``<|endoftext|>``. With ``around`` they may not take along what stands beside them, either.
     """
     for token in tokens:

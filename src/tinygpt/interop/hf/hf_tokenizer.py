@@ -1,7 +1,7 @@
 """Tokenizers in the files that transformers loads; ``hf_reading`` is the way back.
 
 ``tokenizer.json`` says all; ``vocab.json`` and ``merges.txt`` are the older form of a byte-level
-BPE, and the other two files tell ``AutoTokenizer`` how to go about it.
+BPE, and the other two files are the settings of ``AutoTokenizer``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub by name: fetched once, verified, kept in the user's cache folder.
 
-The hub tells the size and the hash of each file before it is fetched: the SHA-256 of large files,
-and of small ones the SHA-1 that git knows them by. It also tells which commit a branch is at: all
+The hub states the size and the hash of each file before it is fetched: the SHA-256 of large files,
+and of small ones the SHA-1 that git knows them by. It also states which commit a branch is at: all
 files are fetched from the one that it was at first. ``HF_ENDPOINT`` names another server that
 speaks the same protocol, as it does for Hugging Face's own tools. What those have fetched already
 is used where it lies, and their token is sent along (``hub_cache``).
@@ -10,7 +10,7 @@ The folder ``hub`` of the cache holds
 
 owner--name@COMMIT   the files of one commit
 owner--name@main     a file that says which commit a branch or tag was at when it was fetched
-owner--name          files that were put there by hand, or of a server that tells no commit
+owner--name          files that were put there by hand, or of a server that states no commit
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ TIMEOUT = (5, 20)
 REDIRECTS = 5
 
 Watch = Callable[[str, int, int], None]
-"""Told a file's name, how many of its bytes have arrived, and how many it has."""
+"""Called with a file's name, how many of its bytes have arrived, and how many it has."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Snapshot:
     folder: Path
     repository: str
     commit: str | None
-    """The commit that its files are of; None if nobody told."""
+    """The commit that its files are of; None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Remote:
     digest: str
     """SHA-256 in hexadecimal, or the SHA-1 that git gives to the content."""
     commit: str | None = None
-    """The commit that it was asked of, or that the branch was at, if the server tells."""
+    """The commit that it was asked of, or that the branch was at, if the server states it."""
 
 
 def fetch(name: str, progress: bool = False, revision: str | None = None) -> Snapshot:
@@ -221,7 +221,7 @@ class _Files:
     def check_unchanged(self) -> None:
         """DataError if a branch has moved on meanwhile: the files may be of two of its states.
 
-        What is fetched afterwards must have the hash that was told before.
+        What is fetched afterwards must have the hash that was stated before.
         """
         if self.commit is None:
             for name, remote in self.asked.items():

@@ -1,6 +1,6 @@
 """Safetensors files (``files/tensor_file``) that others wrote, and those that others read.
 
-The data is mapped, not read: a tensor takes memory only while somebody looks at it. The weights of
+The data is mapped, not read: a tensor takes memory only while it is used. The weights of
 a large model lie in several files, with an index that says in which of them each one is.
 """
 

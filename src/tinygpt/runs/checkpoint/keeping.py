@@ -89,7 +89,7 @@ def remove_old(
 
     ``written`` is the checkpoint that was just saved. Checkpoints of later steps belong to another
     run: they neither count nor are deleted. Damaged ones do not count, so that a good one is always
-    left, and stay for whoever wants to look into them; the list returned says what is wrong with
+    left, and they stay, so that they can be looked into; the list returned says what is wrong with
     them. A file that cannot be deleted stays too, since that is no reason to stop a run.
     """
     if keep_last == 0:

@@ -203,7 +203,7 @@ MOST_CACHE = 64
 def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
     """The file has to hold the weights that its config claims: only then is a model built.
 
-    So whatever is allocated later is no more than a multiple of what somebody had to store.
+    So what is allocated later is no more than a multiple of the bytes that are stored.
     """
     weights = {name: place for name, place in layout.items() if name.startswith(WEIGHTS)}
     claimed, strange = (

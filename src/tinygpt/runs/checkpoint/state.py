@@ -156,7 +156,7 @@ def _adapters(name: str) -> tuple[str, str]:
 def weights(path: str | Path, model: Transformer) -> Iterator[Callable[[str], Array]]:
     """-> a function that reads one parameter of ``model`` at a time, by its name
 
-    ``load`` for those who cannot have all of them in memory: the model itself stays as it is.
+    Like ``load``, for memory that cannot hold all of them: the model itself stays as it is.
     """
     path = user_path(path)
     shapes = {name: tuple(map(int, p.shape)) for name, p in model.parameters().items()}
