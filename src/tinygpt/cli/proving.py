@@ -32,7 +32,9 @@ from tinygpt.errors import TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import children
 from tinygpt.machine.device import require_device
-from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER
+from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER, latest_checkpoint
+from tinygpt.runs.history import read
 from tinygpt.text.corpus import NAMES
 from tinygpt.text.names import is_name
 
@@ -214,10 +216,6 @@ def compare(one: Path, two: Path) -> list[Compared]:
 
 def _contents(folder: Path) -> dict[str, dict[str, Any]]:
     """All that a run leaves behind, but for times and its number: values by kind and name."""
-    from tinygpt.runs import checkpoint
-    from tinygpt.runs.folder import latest_checkpoint
-    from tinygpt.runs.history import read
-
     meta, arrays = checkpoint.read(latest_checkpoint(folder))
     found: dict[str, dict[str, Any]] = {
         what: {name: a.tobytes() for name, a in arrays.items() if name.startswith(prefix)}
