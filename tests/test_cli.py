@@ -328,7 +328,7 @@ def test_switches_can_be_turned_off(run_cli):
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_a_printed_config_is_complete_and_means_the_same_when_read(run_cli, tmp_path, preset):
-    flags = ["--preset", preset] if preset else []
+    flags = ["--preset", preset] if preset else ["--max-iters", "1000"]
     flags += ["--sample-prompt", 'Once "upon"\n\t\\ 😀 a\x7ftime', "--field", "body"]
     found, text = printed_config(run_cli, "corpus.jsonl", *flags)
     assert found["train"]["sample_prompt"] == 'Once "upon"\n\t\\ 😀 a\x7ftime'

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tinygpt.errors import DataError
 from tinygpt.files import atomic, download
 from tinygpt.text import corpus as corpus_module
-from tinygpt.text.corpus import auto, open_corpus, pydocs, read_text, shakespeare
+from tinygpt.text.corpus import Corpus, auto, open_corpus, pydocs, read_text, shakespeare
 
 
 def text_of(source: str | Path, **options: str) -> str:
@@ -572,3 +572,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"new")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_beginning_of_a_text_is_a_share_of_its_characters():
+    corpus = Corpus("a", "a", lambda: iter(["abc", "défg", "hi"]))
+    for share, wanted in ((0.1, "a"), (0.5, "abcdé"), (0.9, "abcdéfghi"), (1.0, "abcdéfghi")):
+        assert "".join(corpus.beginning(share)) == wanted
+    assert "".join(corpus.beginning(7 / 9)) == "abcdéfg"

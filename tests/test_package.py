@@ -138,7 +138,7 @@ def test_a_demo_interrupted_before_its_first_checkpoint_starts_over(clone: Path)
     calls(clone, "demo", expect=130)
     (clone / "runs" / "demo" / "metrics.jsonl").touch()
     (clone / "interrupt").unlink()
-    assert calls(clone, "demo")[0] == "tinygpt train auto --preset demo --out runs/demo"
+    assert calls(clone, "demo")[0] == "tinygpt train auto --minutes 45s --out runs/demo"
     assert not (clone / "runs" / "demo" / "metrics.jsonl").exists()
 
 

@@ -133,6 +133,9 @@ def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path, monkeypatch, capsy
         raise UsageError("no")
 
     monkeypatch.setattr("tinygpt.cli.training.make_run", refuse)
-    assert main(["train", "a.txt", "--tokenizer", "byte", "--model.block-size", "8"]) == 2
+    assert (
+        main(["train", "a.txt", "--tokenizer", "byte", "--block-size", "8", "--max-iters", "1"])
+        == 2
+    )
     assert capsys.readouterr().err.endswith("error: no\n")
     assert list(Path("runs").iterdir()) == []

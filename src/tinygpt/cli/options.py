@@ -50,6 +50,8 @@ class DataConfig(Config):
     """Run or checkpoint that the weights are taken from; if not set, they are random."""
     init_sha256: str | None = None
     """Hash of those weights; written down when the run begins."""
+    plan: str | None = None
+    """How --minutes came to these settings; written down when the run begins."""
 
     def check(self) -> None:
         if not 0 <= self.val_fraction < 1:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tinygpt.api import GPT
     from tinygpt.config import GPTConfig, TrainConfig
     from tinygpt.runs.run import TrainingRun
+    from tinygpt.runs.trial import Trial
+    from tinygpt.text.corpus import Corpus
     from tinygpt.text.tokenizers import Tokenizer
     from tinygpt.text.tokens import Tokens
 
@@ -39,29 +41,68 @@ class Material(NamedTuple):
     shape: GPTConfig
 
 
-def gather(settings: Settings, own: Tokenizer | None = None) -> Material:
-    """Read the text and make its tokens, with the tokenizer that the run has already, if any."""
+class Beginning(NamedTuple):
+    """The model of a run before its first step."""
+
+    model: GPT
+    origin: dict[str, Any] | None = None
+    """Where its weights are from, if they are not random: see ``checkpoint.start_from``."""
+    trial: Trial | None = None
+    """What it trains with, if its pace was measured."""
+
+
+def open_text(data: DataConfig) -> Corpus | None:
+    """The text that is to be read, and a line on it; None for a file of tokens."""
+    from tinygpt.text.corpus import open_corpus
+    from tinygpt.text.tokens import TOKEN_FILES
+
+    if Path(str(data.source)).suffix in TOKEN_FILES:
+        return None
+    corpus = open_corpus(str(data.source), field=data.field, glob=data.glob)
+    say(f"text: {corpus.description}")
+    return corpus
+
+
+def gather(
+    settings: Settings, own: Tokenizer | None = None, corpus: Corpus | None = None
+) -> Material:
+    """Make tokens of the text, with the tokenizer that the run has already, if any.
+
+    The text is the ``corpus`` if it is open already.
+    """
     from tinygpt.text import batches
 
-    name, tokens, tokenizer = _read(settings, own)
-    vocab_size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
-    if tokenizer is None and "vocab_size" not in settings.model and vocab_size > LARGEST_VOCAB:
-        raise DataError(
-            f"{name} has a token of number {vocab_size - 1:,}, and the model would need a row for "
-            f"each below it. If that is right, say so: --vocab-size {vocab_size}"
-        )
-    shape = settings.model_config(vocab_size)
+    name, tokens, tokenizer = _read(settings, own, corpus or open_text(settings.data))
+    shape = settings.model_config(vocabulary_of(settings, name, tokens, tokenizer))
     training, held_out = batches.split(tokens, settings.data.val_fraction, shape.block_size)
     return Material(name, training, held_out, tokenizer, shape)
 
 
-def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool) -> None:
-    """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed."""
+def vocabulary_of(
+    settings: Settings, name: str, tokens: Tokens, tokenizer: Tokenizer | None
+) -> int:
+    """The size of the vocabulary; DataError if only one strange token makes it large."""
+    size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
+    if tokenizer is None and "vocab_size" not in settings.model and size > LARGEST_VOCAB:
+        raise DataError(
+            f"{name} has a token of number {size - 1:,}, and the model would need a row for "
+            f"each below it. If that is right, say so: --vocab-size {size}"
+        )
+    return size
+
+
+def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: bool = True) -> None:
+    """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed.
+
+    The time is guessed from the pace of a product, if ``timed``.
+    """
     from tinygpt.training import preflight
 
     train, given = settings.train, settings.data.init is not None
     estimate = preflight.check(shape, train, allow=allow_memory, given=given)
     say(f"memory: {estimate}")
+    if not timed:
+        return
     if not preflight.on_cpu():
         say("time: known when the first steps are done")
         return
@@ -78,17 +119,17 @@ def make_run(
     folder: Path,
     resume: bool | Path = False,
     allow_change: Sequence[str] = (),
+    beginning: Beginning | None = None,
 ) -> TrainingRun:
     """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
-    from tinygpt.api import GPT
     from tinygpt.runs.folder import list_checkpoints
     from tinygpt.runs.run import TrainingRun
 
-    source, model = _lasting(settings.data, material.name), GPT(material.shape, settings.train.seed)
-    goes_on = isinstance(resume, Path) or (resume and list_checkpoints(folder))
-    origin = None
-    if source.init is not None and not goes_on:
-        source, origin = _begin(model, source)
+    source = _lasting(settings.data, material.name)
+    goes_on = isinstance(resume, Path) or bool(resume and list_checkpoints(folder))
+    model, origin, trial = beginning or begin(settings, material, goes_on)
+    if origin is not None:
+        source = replace(source, init_sha256=origin["sha256"])
     return TrainingRun(
         model,
         settings.train,
@@ -100,17 +141,20 @@ def make_run(
         source=source.to_dict(),
         allow_change=allow_change,
         init=origin,
+        trial=trial,
     )
 
 
-def _begin(model: GPT, source: DataConfig) -> tuple[DataConfig, dict[str, Any]]:
-    """Give a model the weights that its run begins with; -> the same, their hash written down.
-
-    -> also where they are from
-    """
+def begin(settings: Settings, material: Material, goes_on: bool = False) -> Beginning:
+    """The model of a run, with the weights of --init unless it ``goes_on`` from a checkpoint."""
+    from tinygpt.api import GPT
     from tinygpt.runs import checkpoint
 
-    path, expected = str(source.init), source.init_sha256
+    model, source = GPT(material.shape, settings.train.seed), settings.data
+    if source.init is None or goes_on:
+        return Beginning(model)
+    path, expected = _lasting(source, material.name).init, source.init_sha256
+    assert path is not None
     origin = checkpoint.start_from(path, model)
     found = origin["sha256"]
     if expected not in (None, found):
@@ -119,7 +163,7 @@ def _begin(model: GPT, source: DataConfig) -> tuple[DataConfig, dict[str, Any]]:
             f"{expected}, and is {found}."
         )
     say(f"weights: {path}")
-    return replace(source, init_sha256=found), origin
+    return Beginning(model, origin)
 
 
 def say_material(material: Material, train: TrainConfig) -> None:
@@ -148,21 +192,23 @@ def introduce(run: TrainingRun) -> None:
         say(message)
 
 
-def _read(settings: Settings, own: Tokenizer | None) -> tuple[str, Tokens, Tokenizer | None]:
+def _read(
+    settings: Settings, own: Tokenizer | None, corpus: Corpus | None
+) -> tuple[str, Tokens, Tokenizer | None]:
     """-> a name for the text, its tokens, and their tokenizer if that is known."""
-    from tinygpt.text.corpus import open_corpus
     from tinygpt.text.tokenizers import make_tokenizer
-    from tinygpt.text.tokens import TOKEN_FILES, load_tokens, tokens_of
+    from tinygpt.text.tokens import load_tokens, tokens_of
 
     source, spec, tokenizer = str(settings.data.source), settings.data.tokenizer, own
-    if Path(source).suffix in TOKEN_FILES:
+    if corpus is None:
         if tokenizer is None and spec is not None:
             tokenizer = ready_tokenizer(spec)
         size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
         return Path(source).stem, load_tokens(source, size), tokenizer
-    corpus = open_corpus(source, field=settings.data.field, glob=settings.data.glob)
-    say(f"text: {corpus.description}")
-    tokenizer = tokenizer or make_tokenizer(spec, corpus.pieces)
+    if tokenizer is None:
+        merges = spec is None or spec.startswith("bpe")  # not of words that are only held out
+        share = 1 - settings.data.val_fraction if merges else 1.0
+        tokenizer = make_tokenizer(spec, lambda: corpus.beginning(share))
     return corpus.name, tokens_of(corpus, tokenizer), tokenizer
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from tinygpt.cli.budgeting import asked, plan
 from tinygpt.cli.console import BROKEN_PIPE, command, say, show_json
 from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.flags import Flat, Switch
@@ -54,6 +55,8 @@ def train(
     resume: Switch = False,
     allow_change: Names | None = None,
     allow_memory: Switch = False,
+    minutes: str | None = None,
+    size: str | None = None,
     preset: str | None = None,
     config: Path | None = None,
     tokenizer: str | None = None,
@@ -70,6 +73,9 @@ def train(
     train: Annotated[TrainFlags | None, Flat] = None,
 ) -> int:
     """Train a GPT on a text and keep the run in a folder.
+
+    Unless --preset, --config, --init or --max-iters says what to train, settings are chosen for
+    the text, this machine and the time of --minutes; flags win over what is chosen.
 
     Settings come from, later ones winning: the defaults, --preset, --config, and the flags. With
     --init the defaults are those of fine-tuning, and the shape is that of the weights.
@@ -91,6 +97,11 @@ def train(
         Fields that may differ from the run that goes on: max_iters, data, … by comma, or repeated.
     allow_memory
         Start although the memory will probably not suffice.
+    minutes
+        Time from the start of the program to its end: 10, or 30s, 2h. With --preset, --config or
+        --init it decides the number of steps alone. [default: 5, if nothing else decides]
+    size
+        Parameters of the model that --minutes chooses, such as 800k or 3M, or a preset's shape.
     preset
         demo (minutes on a laptop), baby (nanoGPT on a CPU) or gpt2 (124M, for a GPU).
     config
@@ -104,7 +115,8 @@ def train(
     glob
         Files of a folder that are read. [default: **/*.txt]
     dry_run
-        Say what would happen, with tokens, parameters, memory and time, and write no run.
+        Say what would happen, with tokens, parameters, memory and time, and write no run. Of a
+        run that --minutes plans, a few steps are timed.
     dashboard
         Show the run in the browser while it trains.
     dashboard_port
@@ -133,6 +145,8 @@ def train(
     tables = given_tables(model, train, given)
     if init is not None:
         tables["data"]["init_sha256"] = None  # a file's would be of other weights
+    if not resume:
+        tables["data"]["plan"] = None  # a file's would be of another run
     allow = _fields(allow_change or [])
     if allow and not resume:
         raise UsageError("--allow-change is for a run that goes on: give --resume too.")
@@ -145,7 +159,10 @@ def train(
     beginning = None if resume else _beginning(layers, out)
     settings = resolve(*(layers if beginning is None else beginning.layers(*layers[1:])))
     _check_init(settings, kept, resume)
-    if print_config:
+    settled = {"--preset": preset, "--config": config, "--init": settings.data.init}
+    steps = tables["train"].get("max_iters")
+    budget = asked(minutes, size, [flag for flag in settled if settled[flag]], steps, resume)
+    if print_config and (budget is None or (minutes is None and settings.data.source is None)):
         print(settings.to_toml(), end="")
         return 0
     if settings.data.source is None:
@@ -168,15 +185,21 @@ def train(
             own = beginning.tokenizer(settings.data)
         else:
             own = _saved_tokenizer(out, start) if resume and out and tokenizer is None else None
-        material = gather(settings, own)
-        foresee(material.shape, settings, allow_memory)
-        say_material(material, settings.train)
+        if budget is None:
+            material, begun = gather(settings, own), None
+            foresee(material.shape, settings, allow_memory)
+            say_material(material, settings.train)
+        else:
+            settings, material, begun = plan(budget, settings, own, tables, allow_memory)
+        if print_config:
+            print(settings.to_toml(), end="")
+            return 0
         if dry_run:
             say(f"dry run: nothing was written. The run would go to {out or RUNS / '…'}")
             return 0
         folder = out or new_folder(material.name)
         try:
-            run = make_run(settings, material, folder, start or resume, allow)
+            run = make_run(settings, material, folder, start or resume, allow, begun)
         except ChangedRunError as error:
             others = {"--out": out, "--preset": preset, "--config": config}
             same = _same_command(tables, others, start)

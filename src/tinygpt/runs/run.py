@@ -24,6 +24,7 @@ from tinygpt.model.transformer import Transformer
 from tinygpt.runs import changes, checkpoint
 from tinygpt.runs.history import History
 from tinygpt.runs.output import Output
+from tinygpt.runs.trial import SAMPLE_TOKENS, Trial
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
 from tinygpt.text.tokens import bytes_per_token, data_fingerprint
@@ -36,8 +37,6 @@ from tinygpt.untrusted import clip
 
 Tokens = npt.NDArray[np.integer]
 
-SAMPLE_TOKENS = 120
-"""Length of the sample texts."""
 SAMPLE_CHARS = 20_000
 """A longer text, of very long tokens, is cut: rows of more than a megabyte are not read."""
 LAYER_ROWS = 2000
@@ -90,7 +89,8 @@ class TrainingRun:
     ``allow_change`` names what may differ from the run that is resumed: fields of its configs,
     ``"data"`` or ``"tokenizer"``. Changes are kept in the checkpoints and in config.toml.
     ``init`` says where the model's weights are from, see ``checkpoint.start_from``; a run that is
-    resumed knows it. The config says which of the weights learn, see ``lora.prepare``.
+    resumed knows it. The config says which of the weights learn, see ``lora.prepare``. A ``trial``
+    of the same model and config lends its optimizer and its jitted functions to a new run.
 
     From here to the end of the iteration, or ``close()``, nobody else can train in the folder.
 
@@ -114,22 +114,26 @@ class TrainingRun:
         source: Mapping[str, Any] | None = None,
         allow_change: Sequence[str] = (),
         init: Mapping[str, Any] | None = None,
+        trial: Trial | None = None,
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
         parts = {"train": train_tokens} | ({} if val_tokens is None else {"val": val_tokens})
         for tokens in parts.values():
             batches.check_length(tokens, model.config.block_size)
-        if optimizer is None:
+        if trial is not None:
+            optimizer = trial.optimizer
+        elif optimizer is None:
             lora.prepare(model, config)
         self.optimizer = optimizer or make_optimizer(model.trainable(), config)
+        self._jitted = None if trial is None else trial.jitted
         self._check_optimizer()
         self.init = None if init is None else dict(init)
         self.folder = user_path(folder) if folder is not None else None
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
         self.guard = Guard(config)
-        self.decoder = Decoder(model)
+        self.decoder = Decoder(model) if trial is None else trial.decoder
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
         self._stop = self._save_soon = False
@@ -259,6 +263,7 @@ class TrainingRun:
             self.val_tokens,
             start=self.iter_num,
             guard=self.guard,
+            jitted=self._jitted,
         )
         before = self.elapsed
         try:

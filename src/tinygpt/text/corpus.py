@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,16 @@ class Corpus:
         for piece in self.pieces():
             digest.update(piece.encode())
         return digest.hexdigest()
+
+    def beginning(self, share: float) -> Iterator[str]:
+        """Pieces of the first ``share`` of the characters, such as those that are trained on."""
+        left = math.ceil(share * sum(map(len, self.pieces()))) if share < 1 else math.inf
+        for piece in self.pieces():
+            if len(piece) >= left:
+                yield piece[: int(left)]
+                return
+            yield piece
+            left -= len(piece)
 
 
 def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.txt") -> Corpus:

@@ -6,9 +6,10 @@ Nothing here prints or saves: the code that iterates does, see ``runs``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
@@ -20,7 +21,14 @@ from tinygpt.text.batches import batch
 from tinygpt.training.diagnose import diagnose
 from tinygpt.training.guard import Guard, why_skipped
 from tinygpt.training.optim import learning_rate
-from tinygpt.training.step import Tokens, evaluate, key_of, make_evaluate, make_train_step
+from tinygpt.training.step import (
+    Tokens,
+    TrainStep,
+    evaluate,
+    key_of,
+    make_evaluate,
+    make_train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,13 @@ class Step:
     """The gradient's norm layer by layer, before clipping: ``wte``, ``h.0``, …"""
 
 
+class Jitted(NamedTuple):
+    """The functions that a run calls, see ``step``: they may have been called before it begins."""
+
+    take_step: TrainStep
+    evaluate_batch: Callable[[Tokens, Tokens], float]
+
+
 def train_steps(
     model: Transformer,
     optimizer: Optimizer,
@@ -60,6 +75,7 @@ def train_steps(
     val_tokens: Tokens | None = None,
     start: int = 0,
     guard: Guard | None = None,
+    jitted: Jitted | None = None,
 ) -> Iterator[Step]:
     """Train from step ``start`` to ``config.max_iters``, yielding after every step.
 
@@ -72,7 +88,9 @@ def train_steps(
     """
     A, B, T = config.grad_accum_steps, config.batch_size, model.config.block_size
     guard = guard or Guard(config)
-    take_step, evaluate_batch = make_train_step(model, optimizer, config), make_evaluate(model)
+    take_step, evaluate_batch = jitted or Jitted(
+        make_train_step(model, optimizer, config), make_evaluate(model)
+    )
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()

@@ -1,0 +1,328 @@
+"""``tinygpt train --minutes``: settings from a text, this machine's pace and the time there is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tinygpt.cli.console import say
+from tinygpt.cli.options import Settings, Tables, Values, preset_tables, resolve
+from tinygpt.cli.running import (
+    Beginning,
+    Material,
+    begin,
+    foresee,
+    gather,
+    open_text,
+    say_material,
+    vocabulary_of,
+)
+from tinygpt.config import PRESETS, TrainConfig
+from tinygpt.errors import UsageError, nearest
+from tinygpt.machine import resources
+from tinygpt.runs.display.text import duration
+
+if TYPE_CHECKING:
+    from tinygpt.text.corpus import Corpus
+    from tinygpt.text.tokenizers import Tokenizer
+    from tinygpt.text.tokens import Tokens
+    from tinygpt.training.budget import Pace, Text, Vocabulary
+
+USUAL = "5"
+"""Minutes of a run that nothing else is said of."""
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+LONGEST = 100 * 24 * UNITS["h"]
+NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+SAMPLE = 1 << 20
+"""Characters of a text, at its beginning, that vocabularies are compared on."""
+MERGES = (512, 1024, 2048, 4096)
+"""Sizes of the BPE vocabularies to choose from."""
+MENTIONS = 100
+"""Bytes that a text must have for each entry of a vocabulary."""
+TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.9
+"""Shares of the time for making tokens, at most, for timing steps, and for the steps, about."""
+OPENING = 3.0
+"""Seconds, about, until the first step is compiled."""
+
+
+# What was asked for -----------------------------------------------------------------------------
+
+
+def seconds_of(text: str) -> float:
+    """The seconds in ``10``, which are minutes, ``30s``, ``2h`` or ``1h30m``; else a UsageError.
+
+    >>> seconds_of("10"), seconds_of("1h30m")
+    (600.0, 5400.0)
+    """
+    words = re.sub(r"\s+", "", text.lower())
+    words = re.sub(r"(?<=[\d.])(hours?|hrs?|minutes?|mins?|seconds?|secs?)", _letter, words)
+    if re.fullmatch(NUMBER, words):
+        words += "m"
+    parts = re.findall(f"{NUMBER}([hms])", words)
+    if not parts or "".join(itertools.chain(*parts)) != words:
+        raise UsageError(f"--minutes {text!r} is {_wrong(words)}. {WANTED}")
+    total = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if total <= 0:
+        raise UsageError(f"--minutes {text!r} is no time at all. {WANTED}")
+    if total > LONGEST:
+        raise UsageError(f"--minutes {text!r} is more than 100 days, the most that can be planned.")
+    return total
+
+
+WANTED = "Give minutes, such as 10, or 30s, 2h, 1h30m."
+
+
+def _letter(match: re.Match[str]) -> str:
+    return match[1][0]
+
+
+def _wrong(words: str) -> str:
+    if words.startswith("-"):
+        return "less than nothing"
+    if not re.search(r"\d", words):
+        return "without a number"
+    return "not a number and a unit (s, m or h)"
+
+
+def asked(
+    minutes: str | None, size: str | None, settled: Sequence[str], steps: Any, resume: bool
+) -> Budget | None:
+    """What --minutes and --size say; None where something else decides how long a run lasts.
+
+    ``settled`` are the flags that say what to train, ``steps`` is what --max-iters says.
+    """
+    if resume and (minutes or size):
+        raise UsageError(
+            f"{'--minutes' if minutes else '--size'} is for a run that begins: the shape and the "
+            f"steps of one that goes on are fixed. For more steps give --max-iters N "
+            f"--allow-change max_iters."
+        )
+    if size and settled:
+        raise UsageError(f"--size and {settled[0]} both say how large the model is. Give one.")
+    if steps is not None and (minutes or size):
+        raise UsageError(
+            f"--max-iters {steps} and {f'--minutes {minutes}' if minutes else f'--size {size}'} "
+            f"contradict each other: the steps are chosen for the time there is. Give one."
+        )
+    shape = None if size is None else _shape(size)
+    if minutes is None and (resume or settled or steps is not None):
+        return None
+    return Budget(seconds_of(USUAL if minutes is None else minutes), minutes, shape, not settled)
+
+
+class Budget(NamedTuple):
+    """The time there is."""
+
+    seconds: float
+    """From the start of the process to its end."""
+    given: str | None
+    """How it was given; None for the default."""
+    size: int | dict[str, Any] | None
+    """Parameters, or a preset's shape, if the model's size was given."""
+    whole: bool
+    """Whether everything is to be chosen; else a preset, a file or weights say what to train."""
+
+    @property
+    def left(self) -> float:
+        """Seconds from now on."""
+        return self.seconds - resources.process_age()
+
+
+def _shape(size: str) -> int | dict[str, Any]:
+    """``800k``, ``3M``, ``1.5B``, ``800000`` as a number; the name of a preset as its shape."""
+    if size in PRESETS:
+        return preset_tables(size)["model"]
+    if match := re.fullmatch(rf"{NUMBER}([kmb]?)", size.lower()):
+        count = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]]
+        if count >= 1000:
+            return int(count)
+        raise UsageError(f"--size {size} is a model of {count:g} parameters. Try 800k or 3M.")
+    raise UsageError(
+        f"--size {size!r} is no number of parameters and no preset.{nearest(size, list(PRESETS))} "
+        f"Give one such as 800k or 3M, or the shape of {', '.join(PRESETS)}."
+    )
+
+
+# What the text is -------------------------------------------------------------------------------
+
+
+def figures(
+    settings: Settings, corpus: Corpus | None, own: Tokenizer | None, seconds: float
+) -> Text:
+    """What the rule must know of a text, or of a file of tokens where there is no ``corpus``.
+
+    Vocabularies with which making the tokens would take too much of ``seconds`` are left out.
+    """
+    from tinygpt.training.budget import Text
+
+    data = settings.data
+    if corpus is None:
+        from tinygpt.text.tokens import load_tokens
+
+        tokens = load_tokens(str(data.source), settings.model.get("vocab_size"))
+        found = {data.tokenizer: _guessed(settings, tokens, own)}
+        total = int(len(tokens) * found[data.tokenizer].bytes_per_token)
+    else:
+        sample, total = _beginning_of(corpus)
+        share = len(sample.encode()) / total
+        found = _measured(sample, data.tokenizer, own, TOKENIZING * seconds * share)
+    held_out = int(total * data.val_fraction)
+    return Text(total - held_out, held_out, found)
+
+
+def _guessed(settings: Settings, tokens: Tokens, own: Tokenizer | None) -> Vocabulary:
+    """The vocabulary of a file of tokens: their bytes are not known, but grow with its size."""
+    from tinygpt.training.budget import Vocabulary
+
+    found = vocabulary_of(settings, str(settings.data.source), tokens, own)
+    size = max(found, settings.model.get("vocab_size", 0))
+    return Vocabulary(size, max(1.0, math.log2(size) / 4))
+
+
+def _beginning_of(corpus: Corpus) -> tuple[str, int]:
+    """The first characters of a text, and how many bytes the whole of it has."""
+    parts, length, total = list[str](), 0, 0
+    for piece in corpus.pieces():
+        total += len(piece.encode())
+        if length < SAMPLE:
+            parts.append(piece[: SAMPLE - length])
+            length += len(parts[-1])
+    return "".join(parts), total
+
+
+def _measured(
+    sample: str, spec: str | None, own: Tokenizer | None, most: float
+) -> dict[str | None, Vocabulary]:
+    """The vocabularies to choose from: what is given, or bytes, and byte pairs.
+
+    Byte pairs are left out if it takes more than ``most`` seconds to learn and apply them.
+    """
+    from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, make_tokenizer
+    from tinygpt.training.budget import Vocabulary
+
+    n_bytes = len(sample.encode())
+
+    def seen(tokenizer: Tokenizer) -> Vocabulary:
+        return Vocabulary(tokenizer.vocab_size, n_bytes / len(tokenizer.encode(sample)))
+
+    if own is not None or spec is not None:
+        return {spec: seen(own or make_tokenizer(spec, lambda: [sample]))}
+    found: dict[str | None, Vocabulary] = {"byte": seen(ByteTokenizer())}
+    sizes = [size for size in MERGES if size * MENTIONS <= n_bytes]
+    if sizes:
+        began = time.perf_counter()
+        merges = list(BPETokenizer.train(sample, sizes[-1]).ranks)[256:]
+        for size in sizes:
+            found[f"bpe:{size}"] = seen(BPETokenizer.from_merges(merges[: size - 256]))
+            if time.perf_counter() - began > most:
+                return {"byte": found["byte"]}
+    return found
+
+
+# The plan ---------------------------------------------------------------------------------------
+
+
+class Planned(NamedTuple):
+    """A run whose steps are fixed, and what it is made of."""
+
+    settings: Settings
+    material: Material
+    beginning: Beginning
+
+
+def plan(
+    budget: Budget, settings: Settings, own: Tokenizer | None, flags: Tables, allow_memory: bool
+) -> Planned:
+    """Choose what ``flags`` leave open, measure the pace of that, and fix the steps."""
+    from tinygpt.runs.trial import Trial
+    from tinygpt.training.budget import fix_steps
+
+    corpus = open_text(settings.data)
+    if budget.whole:
+        settings = _chosen(budget, settings, corpus, own, flags["train"])
+    material = gather(settings, own, corpus)
+    foresee(material.shape, settings, allow_memory, timed=False)
+    say_material(material, settings.train)
+    beginning = begin(settings, material)
+    trial = Trial(beginning.model, settings.train)
+    pace = trial.pace(material.training, TIMING * budget.seconds)
+    fixed = fix_steps(
+        material.shape,
+        settings.train,
+        pace,
+        budget.seconds,
+        resources.process_age(),
+        len(material.training),
+        flags["train"].get("eval_interval"),
+    )
+    if not budget.whole:  # the warm-up of a preset, a file or fine-tuning, in proportion
+        share = settings.train.warmup_steps / settings.train.max_iters
+        fixed["warmup_steps"] = round(share * fixed["max_iters"])
+    train = TrainConfig.from_dict({**settings.train.to_dict(), **fixed, **flags["train"]})
+    lines = list(_reasons(budget, material, train, pace))
+    for line in lines:
+        say(line)
+    data = replace(settings.data, plan="; ".join(lines))
+    planned = Settings(settings.model, train, data)
+    return Planned(planned, material, beginning._replace(trial=trial))
+
+
+def _chosen(
+    budget: Budget, settings: Settings, corpus: Corpus | None, own: Tokenizer | None, flags: Values
+) -> Settings:
+    """The settings with the best vocabulary, shape and recipe; what was given is kept."""
+    from tinygpt.training.budget import choose, ladder, sized
+    from tinygpt.training.preflight import measured_rate
+
+    text = figures(settings, corpus, own, budget.seconds)
+    shapes: list[Values] = list(ladder(settings.model))
+    if isinstance(budget.size, dict):
+        shapes = [budget.size]
+    elif budget.size is not None:
+        shapes = [sized(budget.size, shapes)]
+    seconds = max(1.0, STEPPING * budget.left - OPENING)
+    best = choose(text, measured_rate(), seconds, settings.model, flags, shapes)
+    data = settings.data
+    if data.tokenizer is None and own is None:
+        data = replace(data, tokenizer=best.tokenizer)
+    return resolve(
+        {"model": best.model, "train": {**best.train, "max_iters": 10**9}},
+        {"model": dict(settings.model), "train": dict(flags), "data": data.to_dict()},
+    )
+
+
+def _reasons(budget: Budget, material: Material, train: TrainConfig, pace: Pace) -> Iterator[str]:
+    """What was chosen, and why."""
+    from tinygpt.training.budget import MAX_EPOCHS
+
+    shape = material.shape
+    rows = train.batch_size * train.grad_accum_steps
+    tokens = train.max_iters * rows * shape.block_size
+    epochs = tokens / len(material.training)
+    usual = "" if budget.given else " (--minutes gives another)"
+    yield (
+        f"plan: {duration(budget.seconds)}{usual}, of which {budget.seconds - budget.left:.0f} s "
+        f"are gone; {rows * shape.block_size / pace.step:,.0f} tokens/s measured, "
+        f"{1000 * pace.step:,.0f} ms a step"
+    )
+    if budget.whole:
+        yield (
+            f"shape: {shape.n_layer} layers, {shape.n_embd} wide, {shape.n_head} heads, block "
+            f"{shape.block_size}: a larger model would read too little in this time, a smaller one "
+            f"learn too little from it"
+        )
+    end = "; more would be learning by heart" if epochs >= MAX_EPOCHS - 1 else ""
+    yield (
+        f"steps: {train.max_iters:,} of {rows} x {shape.block_size} tokens, the text "
+        f"{epochs:.3g} times{end}; evaluated every {train.eval_interval:,}"
+    )
+    rates = f"{train.learning_rate:g}"
+    yield (
+        f"rates: {rates}, warm-up over {train.warmup_steps} steps; dropout {shape.dropout:g}, as "
+        f"the text is read {epochs:.3g} times"
+    )
