@@ -81,7 +81,7 @@ def compare(
     """
     if ours.shape != theirs.shape:
         raise InteropError(
-            f"{reader} gives logits of shape {theirs.shape}, and this model {ours.shape}."
+            f"{reader} gives logits of shape {theirs.shape}, not {ours.shape}. Nothing was written."
         )
     difference = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
     allowed = TOLERANCE
