@@ -53,10 +53,6 @@ class Compared:
     differing: tuple[str, ...] = ()
     """Names of those that are not the same in both."""
 
-    @property
-    def same(self) -> bool:
-        return not self.differing
-
 
 def verify_resume(
     source: str | None = None,
@@ -114,7 +110,7 @@ def verify_resume(
     with _temporary_folder() as folder:
         compared, same_twice = prove(settings, material, folder)
     seconds = time.perf_counter() - began
-    exact = all(row.same for row in compared)
+    exact = all(not row.differing for row in compared)
     if json:
         show_json(
             {
@@ -185,11 +181,11 @@ def prove(
     say(f"a fresh process for the other {steps - half} …")
     go_on(parts)
     compared = compare(whole, parts)
-    if all(row.same for row in compared):
+    if all(not row.differing for row in compared):
         return compared, None
     say("they differ: is the device to blame? Once more without a stop …")
     _train(settings, material, again, steps)
-    return compared, all(row.same for row in compare(whole, again))
+    return compared, all(not row.differing for row in compare(whole, again))
 
 
 def _train(settings: Settings, material: Material, folder: Path, steps: int) -> None:
@@ -248,7 +244,7 @@ def _table(compared: list[Compared]) -> str:
     for row in compared:
         more = f" and {len(row.differing) - 3} more" if len(row.differing) > 3 else ""
         found = "; ".join(row.differing[:3]) + more
-        rows.append((row.what, row.count, "identical" if row.same else f"DIFFERS: {found}"))
+        rows.append((row.what, row.count, f"DIFFERS: {found}" if found else "identical"))
     return aligned(rows, right=[1])
 
 
