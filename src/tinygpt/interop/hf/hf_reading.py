@@ -180,12 +180,10 @@ def _ids(vocab: Any) -> dict[str, int]:
 
 def _special(added: list[dict[str, Any]]) -> dict[str, int]:
     """The added tokens of a tokenizer.json, and their ids."""
-    texts = [token.get("content") for token in added]
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(token.get("content"), str) for token in added):
         raise TokenizerError("The file is damaged: an added token has no content.")
-    return (
-        _ids(dict(zip(texts, [token.get("id") for token in added], strict=True))) if added else {}
-    )
+    found = {token["content"]: token.get("id") for token in added}
+    return _ids(found) if found else {}
 
 
 def _read_merges(path: Path) -> list[Merge]:
