@@ -41,8 +41,8 @@ START_ANEW = (
 FIXED = {
     **dict.fromkeys(
         SHAPE,
-        "it is of another model, and the weights of the checkpoint would not fit. Use the run's "
-        "own settings, or start a new run in another folder.",
+        "it is part of the model's shape, and the checkpoint's weights would not fit. Use the "
+        "run's own settings, or start a new run in another folder.",
     ),
     **dict.fromkeys(
         LEARNING,

@@ -97,9 +97,7 @@ def read(path: str | Path) -> Iterator[Row]:
             if row is not None:
                 yield row
             elif len(line) == MAX_LINE or (line.endswith(b"\n") and line.strip()):
-                raise DataError(
-                    f"{path}, line {number}: not a JSON object. Delete it to go on without it."
-                )
+                raise DataError(f"{path}, line {number}: not a JSON object; delete it to go on.")
 
 
 class Tail:
@@ -241,8 +239,11 @@ class History:
     def sync(self) -> None:
         """Wait until the rows are on the disk, so that a checkpoint never knows more steps."""
         if (file := self._file) is not None:
-            with suppress(ValueError):  # closed meanwhile: another thread may call this
+            try:
                 os.fsync(file.fileno())
+            except (OSError, ValueError):
+                if self._file is file:  # else it was closed meanwhile, by another thread
+                    raise
 
     @property
     def rows(self) -> list[Row]:
@@ -287,9 +288,9 @@ class History:
         """Close the file; a later ``append`` opens it again."""
         with suppress(OSError):
             self.flush()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def _refuse_link(path: Path) -> None:

@@ -266,7 +266,7 @@ class Output:
         for history in (self.history, self.samples):
             try:
                 history.sync()
-            except (OSError, ValueError, AttributeError) as error:  # the last: closed meanwhile
+            except OSError as error:
                 news.append(f"{history.path} may not be on the disk: {error}.")
         return news
 
