@@ -262,6 +262,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     parts = [[x.clone()] for _ in range(4)]
     scalars = [Tensor([0.5]).contiguous() for _ in range(3)]
     settings = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": [0.0]}
+    muon = {"ratio": 1.0, "momentum": 0.9, "decay": 0.0}
+    report = Tensor([1.0, 1.0, 1.0]).contiguous()
     return {
         "linear": lambda: kernels.linear(x, w),
         "gelu": lambda: kernels.gelu(x),
@@ -271,6 +273,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "dropout": lambda: kernels.dropout(x, 0.5, Tensor([1, 2], dtype=dtypes.uint32)),
         "loss": lambda: kernels.loss(x, w, ids, gradient=True),
         "adamw": lambda: kernels.adamw_update(*parts, *scalars, **settings),
+        "muon": lambda: kernels.muon_update(*parts[:3], [1], *scalars[:1], report, **muon),
     }
 
 

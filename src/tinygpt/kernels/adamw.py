@@ -163,7 +163,7 @@ def adamw_update(
         counts=tuple(int(s.shape[0]) for s in sums),
     )
     numbers, report = state[:2]
-    _replace([b1_t, b2_t], state[2:])
+    replace([b1_t, b2_t], state[2:])
     keys = tuple((p.shape, d) for p, d in zip(params, decay, strict=True))
     for i, j in split(keys, (most - 1) // 4):
         old = [*params[i:j], *m[i:j], *v[i:j]]
@@ -179,7 +179,7 @@ def adamw_update(
             beta2=beta2,
             eps=eps,
         )
-        _replace(old, new)
+        replace(old, new)
     return report
 
 
@@ -203,7 +203,7 @@ def split(keys: tuple[Hashable, ...], most: int) -> list[tuple[int, int]]:
     return min((ranges(first, n) for n in lengths for first in range(n)), key=cost)
 
 
-def _replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+def replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     for before, after in zip(old, new, strict=True):
         before.replace(after)
 

@@ -325,6 +325,36 @@ def _adamw(name: str, *shapes: tuple[int, ...]) -> Case:
     return case(kernels.adamw_update, name, inputs, compute, formula, results=1 + 3 * n)
 
 
+def muon_cases() -> Iterator[Case]:
+    yield _muon("99x33 in three and 33x48", (99, 33, 3), (33, 48, 1))
+    yield _muon("192x64 in three and 64x256", (192, 64, 3), (64, 256, 1))
+
+
+def muon_timed() -> Case:
+    return _muon("384x128 in three and 512x128", (384, 128, 3), (512, 128, 1))
+
+
+def _muon(name: str, *shapes: tuple[int, int, int]) -> Case:
+    """Clipped, with weight decay, of weights (rows, columns, matrices one above the other)."""
+    n, counts, norm = len(shapes), [count for *_, count in shapes], 4.0
+    rates: dict[str, Any] = {"momentum": 0.95, "decay": 0.1, "clip": 1.0}
+    kinds = [[numbers(*s[:2], seed=3 * i + j) for i, s in enumerate(shapes)] for j in range(3)]
+    scalars = [np.array(x, np.float32) for x in ([0.01], [1.0, norm, 1.0])]
+
+    def compute(*inputs: Tensor) -> list[Tensor]:
+        p, g, m = (list(inputs[i : i + n]) for i in range(0, 3 * n, n))
+        p, m = ([t.clone() for t in ts] for ts in (p, m))
+        kernels.muon_update(p, g, m, counts, *inputs[3 * n :], ratio=2.0, **rates)
+        return [t for part in zip(p, m, strict=True) for t in part]
+
+    def formula(*inputs: exact.Array) -> list[exact.Array]:
+        parts = list(zip(*(inputs[i : i + n] for i in range(0, 3 * n, n)), strict=True))
+        return exact.muon(parts, counts, lr=0.02, norm=norm, **rates)
+
+    inputs = (*kinds[0], *kinds[1], *kinds[2], *scalars)
+    return case(kernels.muon_update, name, inputs, compute, formula, results=2 * n)
+
+
 def with_gradients(function: Function, count: int) -> Results:
     """The function's result and the gradients of its first ``count`` inputs.
 
@@ -354,5 +384,6 @@ KERNELS: dict[str, tuple[Callable[[], Iterator[Case]], Callable[[], Case]]] = {
     "embedding": (embedding_cases, embedding_timed),
     "loss": (loss_cases, loss_timed),
     "adamw": (adamw_cases, adamw_timed),
+    "muon": (muon_cases, muon_timed),
 }
 """What can be checked: its cases, and the one that is timed."""

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinygpt.kernels.newton_schulz import STEPS
+
 Array = npt.NDArray[np.float64]
 Ids = npt.NDArray[Any]
 
@@ -155,6 +157,40 @@ def adamw(
         update = (m / (1 - beta1**step)) / (np.sqrt(v / (1 - beta2**step)) + eps)
         found += [p * (1 - lr * decay) - lr * update, m, v]
     return found
+
+
+def muon(
+    parts: list[tuple[Array, Array, Array]],
+    counts: list[int],
+    *,
+    lr: float,
+    momentum: float,
+    decay: float,
+    clip: float,
+    norm: float,
+) -> list[Array]:
+    """A step of Muon for (parameter, gradient, momentum)s -> parameter and momentum of each.
+
+    The gradients are clipped to the norm ``clip``; ``norm`` is that of all of them.
+    """
+    found = []
+    for (p, g, m), count in zip(parts, counts, strict=True):
+        g = g * min(1.0, clip / (norm + 1e-6))
+        m = momentum * m + (1 - momentum) * g
+        u = momentum * m + (1 - momentum) * g
+        step = np.concatenate([newton_schulz(x) for x in np.split(u, count)])
+        root = max(1, p.shape[0] / p.shape[1]) ** 0.5
+        found += [p * (1 - lr * decay) - lr * root * step, m]
+    return found
+
+
+def newton_schulz(x: Array) -> Array:
+    """The orthogonal factor, nearly: singular values x become p(x), of each step's polynomial p."""
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    s = s / (np.sqrt((s**2).sum()) + 1e-7)
+    for a, b, c in STEPS:
+        s = a * s + b * s**3 + c * s**5
+    return np.asarray(u * s @ v)
 
 
 def softmax(scores: Array) -> Array:
