@@ -18,10 +18,9 @@ from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import KernelError, TinyGPTError
 from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.generation.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
-from tinygpt.kernels.attention import decode_attention
-from tinygpt.kernels.attention.decode import decode_rows
 from tinygpt.kernels.attention.rows import (
     _keep,
+    decode_rows,
     keep,
     plain_keep,
     plain_rows_attention,
@@ -105,9 +104,12 @@ def test_a_row_is_bitwise_what_decoding_it_alone_gives():
     problem = Problem(P, H, T, D, n)
     out, keys, values = problem.run(rows_attention)
     for row, (place, position) in enumerate(zip(problem.places, problem.positions, strict=True)):
-        q = tensor(problem.qkv[row, : H * D].reshape(1, H, 1, D))
-        cache = (tensor(x[place][None]) for x in (keys, values))
-        alone = decode_attention(q, *cache, int(position) + 1).numpy()
+        qkv, cache = (
+            tensor(problem.qkv[row][None]),
+            (tensor(x[place][None]) for x in (keys, values)),
+        )
+        where = (tensor(np.array([n]), dtypes.int32) for n in (0, position))
+        alone = rows_attention(qkv, *cache, *where).numpy()
         np.testing.assert_array_equal(out[row], alone.ravel())
 
 

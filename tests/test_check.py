@@ -20,7 +20,7 @@ from tinygpt import cli, kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
 from tinygpt.kernels import check, dispatch
-from tinygpt.kernels.attention import plain_attention
+from tinygpt.kernels.attention import flash_attention, plain_attention
 from tinygpt.kernels.check import TOLERANCE, cases, check_case, check_kernel, exact, time_case
 from tinygpt.model.transformer import Transformer
 from tinygpt.training.gradcheck import gradcheck
@@ -322,13 +322,13 @@ def test_flash_raises_where_it_cannot_run_and_plain_says_nothing(
         with pytest.raises(KernelError, match=r"attention='flash'.*toaster.*attention='auto'"):
             kernels.self_attention(qkv(), 2)
         with pytest.raises(KernelError, match="attention='flash'"):
-            kernels.cached_attention(q[:, :, :1], q, q, 8)
+            flash_attention(q[:, :, :1], q, q)
     with kernels.use("plain"):
         plain = kernels.self_attention(qkv(), 2).numpy()
     assert told(caplog) == []
     with kernels.use("auto"):
         np.testing.assert_array_equal(kernels.self_attention(qkv(), 2).numpy(), plain)
-        step = kernels.cached_attention(q[:, :, :1], q, q, 8).numpy()
+        step = flash_attention(q[:, :, :1], q, q).numpy()
     np.testing.assert_allclose(step, plain_attention(q[:, :, :1], q, q).numpy(), atol=1e-6)
     assert len(told(caplog)) == 1
 

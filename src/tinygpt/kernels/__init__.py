@@ -9,7 +9,7 @@ Shapes use the field's letters: B batch, T positions, C width, H heads, D head s
 """
 
 from tinygpt.kernels.adamw import adamw_update
-from tinygpt.kernels.attention import cached_attention, self_attention
+from tinygpt.kernels.attention import self_attention
 from tinygpt.kernels.attention.rows import keep, rows_attention
 from tinygpt.kernels.dispatch import plain, use
 from tinygpt.kernels.dropout import dropout, next_key
@@ -24,7 +24,6 @@ from tinygpt.kernels.quantized import quantized_linear
 
 __all__ = [
     "adamw_update",
-    "cached_attention",
     "cross_entropy",
     "dropout",
     "embedding",

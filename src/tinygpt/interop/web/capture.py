@@ -65,7 +65,7 @@ def _capture(config: GPTConfig) -> Source:
     program = _Program(captured.weights)
     for buffer in captured.ids:
         program.name(buffer, "ids_")
-    for buffer in captured.cache:
+    for buffer in captured.zeros:
         program.scratch(buffer)
     for function in captured.functions:
         program.add(function)
@@ -78,8 +78,7 @@ class _Program:
     def __init__(self, weights: Mapping[str, Buffer]) -> None:
         self._weights: list[tuple[str, int, int]] = []
         self._size = 0
-        self._names: dict[int, str] = {}  # of a buffer: the C expression for where it begins
-        self._kept: list[Buffer] = []  # so that no other takes over its id
+        self._names: dict[Buffer, str] = {}  # the C expression for where a buffer begins
         self._scratch: list[str] = []
         self._kernels: dict[str, str] = {}
         self._types: dict[str, None] = {}
@@ -91,8 +90,7 @@ class _Program:
 
     def name(self, buffer: Buffer, expression: str) -> None:
         """Say where a buffer is in C."""
-        self._names[id(buffer.base)] = expression
-        self._kept.append(buffer.base)
+        self._names[buffer.base] = expression
 
     def scratch(self, buffer: Buffer) -> None:
         """Give a buffer memory of its own."""
@@ -128,7 +126,7 @@ class _Program:
             raise KernelError(f"{call.info.function_name} is split over several threads")
         pointers = []
         for buffer, written, kind in zip(call.buffers, call.written, call.types, strict=True):
-            if id(buffer.base) not in self._names:
+            if buffer.base not in self._names:
                 if not written:
                     raise KernelError("a buffer is read that nothing has written")
                 self.scratch(buffer)
@@ -137,7 +135,7 @@ class _Program:
         return f"{kernel}({', '.join([*pointers, *call.variables])})"
 
     def _at(self, buffer: Buffer) -> str:
-        return f"{self._names[id(buffer.base)]} + {buffer.offset}"
+        return f"{self._names[buffer.base]} + {buffer.offset}"
 
     def _kernel(self, name: str, text: str) -> str:
         """A kernel under a name made of its text: tinygrad gives different ones the same name."""

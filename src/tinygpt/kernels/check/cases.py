@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.kernels.attention import decode_attention, flash_attention
+from tinygpt.kernels.attention import flash_attention
 from tinygpt.kernels.check import exact
 
 Array = npt.NDArray[Any]
@@ -71,7 +71,7 @@ def attention_cases() -> Iterator[Case]:
         sizes = f"T{Tq}" if Tq == Tk else f"Tq{Tq} Tk{Tk}"
         yield _attention(f"B{B} H{H} {sizes} D{D}", B, H, Tq, Tk, D, causal)
     yield _packed("packed B2 H4 T40 D32", 2, 4, 40, 32)
-    yield _decoding("decode B2 H4 T300 D64", 2, 4, 300, 64)
+    yield _rows("rows n2 of 2 H4 T300 D64", 2, 2, 4, 300, 64)
     yield _rows("rows n3 of 5 H2 T100 D32", 3, 5, 2, 100, 32)
     yield _keep("keep 7 of 5 H2 T20 D24", 7, 5, 2, 20, 24)
 
@@ -100,18 +100,6 @@ def _packed(shape: str, B: int, H: int, T: int, D: int) -> Case:
         (numbers(B, T, 3 * H * D), numbers(B, T, H * D, seed=1)),
         with_gradients(lambda qkv: kernels.self_attention(qkv, H), 1),
         lambda qkv, grad: exact.packed_attention(qkv, H, grad),
-    )
-
-
-def _decoding(shape: str, B: int, H: int, T: int, D: int) -> Case:
-    """One query and a cache that is filled up to ``length``, which has no gradients."""
-    length = T * 2 // 3
-    return case(
-        decode_attention,
-        shape,
-        (numbers(B, H, 1, D), numbers(B, H, T, D, seed=1), numbers(B, H, T, D, seed=2)),
-        lambda q, k, v: [decode_attention(q, k, v, length)],
-        lambda q, k, v: exact.attention(q, k[:, :, :length], v[:, :, :length], False, q)[:1],
     )
 
 
