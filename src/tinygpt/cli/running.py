@@ -20,7 +20,7 @@ from tinygpt.text.names import lasting
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.config import GPTConfig, TrainConfig
+    from tinygpt.config import GPTConfig
     from tinygpt.runs.run import TrainingRun
     from tinygpt.runs.trial import Trial
     from tinygpt.text.corpus import Corpus
@@ -166,8 +166,8 @@ def begin(settings: Settings, material: Material, goes_on: bool = False) -> Begi
     return Beginning(model, origin)
 
 
-def say_material(material: Material, train: TrainConfig) -> None:
-    """Say what a run learns from, and what learns."""
+def say_material(material: Material) -> None:
+    """Say what a run learns from."""
     vocabulary, held_out, shape = material.tokenizer, material.held_out, material.shape
     kind = (
         f"{vocabulary.kind} of {vocabulary.vocab_size:,}"
@@ -176,7 +176,6 @@ def say_material(material: Material, train: TrainConfig) -> None:
     )
     held = f"{len(held_out):,} for validation" if held_out is not None else "no validation"
     say(f"tokens: {len(material.training):,} for training, {held} ({kind})")
-    say(f"model: {shape.num_params():,} parameters, learning rate {train.learning_rate:g}")
 
 
 def introduce(run: TrainingRun) -> None:
