@@ -22,7 +22,7 @@ from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
 from tinygpt.text.corpus import Corpus
 from tinygpt.text.tokenizers import Tokenizer, chunks, fingerprint
-from tinygpt.untrusted import clip, is_sparse, open_regular
+from tinygpt.untrusted import clip, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +212,6 @@ def _map_file(path: Path) -> Tokens:
         )
     try:
         with open_regular(path) as file:
-            if is_sparse(file):
-                raise ValueError("nearly all of it was never written (it is a sparse file)")
             return _map_npy(file) if path.suffix == ".npy" else _map_bin(file)
     except FileNotFoundError as error:
         raise DataError(f"There is no token file {str(path)!r}.") from error
