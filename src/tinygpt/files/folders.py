@@ -114,7 +114,7 @@ def _absolute(path: str) -> Path:
 def private_temp() -> Path:
     """A temporary folder of this user alone: what stands in it gets executed.
 
-    The same one in every process if nobody else has a hand in it, else a fresh one.
+    The same one in every process if it is this user's alone, else a fresh one.
     """
     owner = os.getuid()
     path = Path(tempfile.gettempdir()) / f"tinygpt-{owner}"
