@@ -193,28 +193,34 @@ class OurDecoding(Works):
         super().__init__()
         from tinygrad import Tensor, TinyJit, dtypes
 
-        from tinygpt.kernels.attention import decode_attention
+        from tinygpt.kernels import rows_attention
 
         query, keys, values = caches()
-        q = Tensor(query).realize()
-        pairs = [
-            (Tensor(k).realize(), Tensor(v).realize()) for k, v in zip(keys, values, strict=True)
-        ]
+        pairs = list(zip(keys, values, strict=True))
+        cache = [(Tensor(k).realize(), Tensor(v).realize()) for k, v in pairs]
+        slot = Tensor([0], dtype=dtypes.int32).realize()
 
         @TinyJit
-        def step(n: Tensor, q: Tensor) -> list[Tensor]:
-            found = [decode_attention(q, k, v, n) for k, v in pairs]
+        def step(position: Tensor, *qkv: Tensor) -> list[Tensor]:
+            found = [
+                rows_attention(x, k, v, slot, position)
+                for x, (k, v) in zip(qkv, cache, strict=True)
+            ]
             Tensor.realize(*found)
             return found
 
-        for n in DECODE:
-            length = Tensor([n], dtype=dtypes.int32).realize()
-            self.works[str(n)] = lambda length=length: step(length, q)
+        for n in DECODE:  # the last key and value are given with the query, and written again
+            last = [
+                np.stack([query[:, :, 0], *(x[:, :, n - 1] for x in pair)], 1) for pair in pairs
+            ]
+            qkv = [Tensor(x.reshape(1, -1)).realize() for x in last]  # (B, 3, H, D)
+            position = Tensor([n - 1], dtype=dtypes.int32).realize()
+            self.works[str(n)] = lambda position=position, qkv=qkv: step(position, *qkv)
             for _ in range(3):
                 self.works[str(n)]()
 
     def results(self, n: int) -> np.ndarray:
-        return self.works[str(n)]()[-1].numpy()
+        return self.works[str(n)]()[-1].numpy().reshape(1, CACHE[1], 1, CACHE[3])
 
 
 class TorchDecoding(Works):

@@ -24,14 +24,14 @@ TRAININGS = {"rate-3e-3": "3e-3", "rate-1e-3": "1e-3"}
 
 
 @contextlib.contextmanager
-def answering(command: str, place: str) -> Iterator[str]:
-    """The address that `tinygpt serve` or `tinygpt dashboard` says first."""
+def answering(command: str, place: str, address: str = r"http[^\s#]+") -> Iterator[str]:
+    """The address that `tinygpt serve` or `tinygpt dashboard` says first, by its pattern."""
     words = [*PROGRAM, command, place, "--port", "0"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
             said = server.stderr.readline()
-            found = re.search(r"http[^\s#]+", said)
+            found = re.search(address, said)
             if found is None:
                 sys.exit(f"{place} cannot be shown: {said}{server.stderr.read()}")
             yield found[0]
@@ -67,7 +67,7 @@ def open_a_token(page: Page) -> None:
 def open_attention(page: Page) -> None:
     page.get_by_role("tab", name="Attention").click()
     expect(page.locator("#pair")).to_contain_text("looks at", timeout=60_000)
-    page.get_by_label("Tokens", exact=True).and_(page.locator("select")).select_option("24")
+    page.locator("#window").select_option("24")
     expect(page.locator("#attention")).to_contain_text("Layer")
     page.get_by_role("button", name="Head 1").click()
 
@@ -97,7 +97,7 @@ def take_trained(folder: Path, browser: Browser) -> None:
     with tempfile.TemporaryDirectory() as runs:
         for name, rate in TRAININGS.items():
             train_briefly(Path(runs) / name, rate)
-        with answering("dashboard", runs) as address:
+        with answering("dashboard", runs, r"http\S+") as address:  # with the key
             for scheme, name in (("light", "dashboard.png"), ("dark", "dashboard-dark.png")):
                 profile: dict[str, Any] = {"viewport": WINDOW, "color_scheme": scheme}
                 page = browser.new_page(**profile, reduced_motion="reduce")

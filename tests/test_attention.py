@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes
+from tinygrad import Tensor, TinyJit, UOp, dtypes
 from tinygrad.codegen import full_rewrite_to_sink, line_rewrite, linearize, pm_linearize_cleanups
 from tinygrad.dtype import DType
 from tinygrad.helpers import Context, Target
@@ -34,13 +34,11 @@ from tinygpt.errors import ConfigError, KernelError, UsageError
 from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.kernels.attention import (
     backward,
-    decode_attention,
     flash_attention,
     plain_attention,
     rows,
     self_attention,
 )
-from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem
 from tinygpt.kernels.phases import build, empty
@@ -248,20 +246,15 @@ def test_a_query_does_not_see_behind_itself() -> None:
 @pytest.mark.parametrize("D", [16, 20])
 def test_decoding_equals_full_attention_at_every_length(D: int) -> None:
     q, k, v, _ = problem(2, 2, 1, 100, D)
-    step = TinyJit(lambda *inputs: decode_attention(*inputs).realize())
+    slots = tensor(np.arange(2), dtypes.int32)
+    step = TinyJit(lambda *inputs: rows.rows_attention(*inputs).realize())
     for n in (1, 2, 64, 65, 100, 7):
         keys, values = k.copy(), v.copy()
-        keys[:, :, n:] = values[:, :, n:] = np.nan  # what was never written is never read
-        length = tensor(np.array([n]), dtypes.int32)
-        got = step(tensor(q), tensor(keys), tensor(values), length).numpy()
-        assert_near([got], exact(q, k[:, :, :n], v[:, :, :n], q, False))
-
-
-def test_the_length_may_be_a_number_or_a_bound_variable() -> None:
-    q, k, v, _ = problem(1, 2, 1, 9, 16)
-    wanted = exact(q, k[:, :, :5], v[:, :, :5], q, False)
-    for length in (5, Variable("length", 1, 9).bind(5)):
-        assert_near([decode_attention(tensor(q), tensor(k), tensor(v), length).numpy()], wanted)
+        keys[:, :, n - 1 :] = values[:, :, n - 1 :] = np.nan  # never written, so never read
+        qkv = np.stack([q[:, :, 0], k[:, :, n - 1], v[:, :, n - 1]], axis=1).reshape(2, 6 * D)
+        positions = tensor(np.full(2, n - 1), dtypes.int32)
+        got = step(tensor(qkv), tensor(keys), tensor(values), slots, positions).numpy()
+        assert_near([got.reshape(q.shape)], exact(q, k[:, :, :n], v[:, :, :n], q, False))
 
 
 def test_what_does_not_fit_is_refused_with_advice() -> None:
@@ -274,18 +267,12 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
         flash_attention(x, x, x.half())
     with pytest.raises(UsageError, match="does not split into"):
         self_attention(Tensor.empty(1, 5, 50), 4)
-    with pytest.raises(UsageError, match="one query per sequence"):
-        decode_attention(x, x, x, 3)
 
 
 @pytest.mark.skipif(os.environ.get("DEV", "CPU") != "CPU", reason="once is enough")
 def test_the_kernels_for_gpus_are_right_on_the_device_that_emulates_one() -> None:
     given = problem(1, 1, 5, 6, 4)
     assert_near(flash(*given, True, device="PYTHON"), exact(*given, True))
-    q, k, v, _ = (tensor(x, device="PYTHON") for x in given)
-    got = decode_attention(q[:, :, :1], k, v, 5).numpy()
-    q, k, v, _ = given
-    assert_near([got], exact(q[:, :, :1], k[:, :, :5], v[:, :, :5], q[:, :, :1], False))
 
 
 RENDERERS = {
@@ -313,7 +300,6 @@ def test_the_kernels_can_be_written_for_gpus(name: str) -> None:
         (backward.deltas, 1, (rows, n, n), {"p": sizes}),
         (backward.queries, 1, (3 * n, n, rows, rows, 3 * n), {"p": sizes}),
         (backward.keys, 1, (3 * n, n, rows, rows, 3 * n), {"p": sizes}),
-        (decode, 1, (32, 32, n, n, 1), {"heads": 2, "T": 40, "D": 16}),
     ]
     for kernel, outputs, lengths, constants in kernels:
         source = render(name, kernel, outputs, lengths, constants)

@@ -18,11 +18,11 @@ from tinygpt.config import GPTConfig, SampleConfig
 from tinygpt.errors import KernelError, TinyGPTError
 from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.generation.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
-from tinygpt.kernels.attention import decode_attention
-from tinygpt.kernels.attention.decode import decode_rows
 from tinygpt.kernels.attention.rows import (
-    _keep,
+    Cache,
+    decode_rows,
     keep,
+    keep_rows,
     plain_keep,
     plain_rows_attention,
     rows_attention,
@@ -105,9 +105,12 @@ def test_a_row_is_bitwise_what_decoding_it_alone_gives():
     problem = Problem(P, H, T, D, n)
     out, keys, values = problem.run(rows_attention)
     for row, (place, position) in enumerate(zip(problem.places, problem.positions, strict=True)):
-        q = tensor(problem.qkv[row, : H * D].reshape(1, H, 1, D))
-        cache = (tensor(x[place][None]) for x in (keys, values))
-        alone = decode_attention(q, *cache, int(position) + 1).numpy()
+        qkv, cache = (
+            tensor(problem.qkv[row][None]),
+            (tensor(x[place][None]) for x in (keys, values)),
+        )
+        where = (tensor(np.array([n]), dtypes.int32) for n in (0, position))
+        alone = rows_attention(qkv, *cache, *where).numpy()
         np.testing.assert_array_equal(out[row], alone.ravel())
 
 
@@ -136,11 +139,11 @@ def test_the_kernels_for_gpus_are_right_on_the_device_that_emulates_one():
 
 @pytest.mark.parametrize("name", RENDERERS)
 def test_the_kernels_can_be_written_for_gpus(name):
-    sizes = {"rows": 2, "P": 3, "H": 2, "T": 40, "D": 16}
+    sizes = {"s": Cache(2, 3, 2, 40, 16)}
     cache = 3 * 2 * 40 * 16
     for kernel, outputs, lengths in (
         (decode_rows, 3, (64, cache, cache, 192, 1, 1)),
-        (_keep, 2, (cache, cache, 192, 1)),
+        (keep_rows, 2, (cache, cache, 192, 1)),
     ):
         source = render(name, kernel, outputs, lengths, sizes)
         assert THREAD[name] in source

@@ -95,4 +95,4 @@ def test_nobody_else_writes_json():
         for function in writers(path)
         if path.name != "strict_json.py"
     }
-    assert found == {LEGACY}, "use tinygpt.files.strict_json, or server.json_answer.JSONResponse"
+    assert found == {LEGACY}, "use tinygpt.files.strict_json, or server.http.answers.JSONResponse"

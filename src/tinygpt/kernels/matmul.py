@@ -5,7 +5,10 @@ adds one number of ``a`` times that vector:
 
     for d in depth:  for row in rows:  acc[row, lane] += a[row, d] * b[d, lane]
 
-The tile stays in the vector registers (`register_tiles`). Around it, what each cache should hold:
+The tile stays in the vector registers (`register_tiles`): each step loads one vector and a few
+numbers for rows x vectors multiply-adds, so that the arithmetic is the limit and not the loads.
+Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), have the general
+idea. Around the tile, what each cache should hold:
 
 - A *panel*, ``lanes`` columns of ``b`` over a *block* of the depth, is copied to where its vectors
   lie one behind the other. It is read once for every tile of rows.
@@ -170,7 +173,7 @@ class Product:
 
     def __init__(self, k: Kernel, arrays: tuple[Array, ...], plan: Plan) -> None:
         self.k, self.plan = k, plan
-        left = iter(arrays)
+        left = iter(arrays)  # in the order of the docstring
         self.out = next(left)
         self.sums = next(left) if plan.sums else None
         self.a, self.b = next(left), next(left)
@@ -190,6 +193,7 @@ class Product:
         self.first_row, self.group = unit // groups * height, unit % groups
 
         depth = max(block for _, _, block in self.blocks)
+        # acc: (rows, lanes), the register tile; panel: (steps of depth, lanes), a copy of b
         self.acc = k.tile(plan.rows, self.real)
         self.panel = k.tile(depth, self.real)
         if plan.copies_a:
@@ -251,6 +255,7 @@ class Product:
     def write_tile(self, row: UOp, column: UOp, start: UOp, block: int, fresh: UOp | bool) -> None:
         """out[row : row + rows, panel] += a[..., start : start + block] @ panel."""
         k, acc, plan = self.k, self.acc, self.plan
+        # rows behind the last one repeat it: the same number is written twice
         rows = [row + x for x in range(plan.rows)]
         if self.beyond:
             rows = [minimum(i, plan.m - 1) for i in rows]
@@ -263,7 +268,8 @@ class Product:
                 acc[x, lane] = acc[x, lane] + vector * self.number(i, start, d)
         with k.phase() as lane:
             for x, i in enumerate(rows):
-                self.end(i, column + lane, self.gate(row + x, column + lane), acc[x, lane])
+                gate = self.gate(row + x, column + lane)
+                self.out.put(i * plan.n + column + lane, acc[x, lane], gate)
 
     def number(self, row: UOp, start: UOp, d: UOp) -> UOp:
         """a[row, start + d]"""
@@ -279,9 +285,6 @@ class Product:
         bias = None if self.bias is None else self.bias[column].cast(self.real)
         value = as_uop(0.0, self.real) if bias is None else bias
         return value if fresh is True else fresh.where(value, self.out[at])
-
-    def end(self, row: UOp, column: UOp, gate: UOp | None, value: UOp) -> None:
-        self.out.put(row * self.plan.n + column, value, gate)
 
     def inside(self, column: UOp, lane: UOp) -> UOp:
         """The lane's column, or the last one if it is beyond."""
@@ -324,15 +327,8 @@ def matmul(
     m, n, depth = shape
     lanes, rows = register_tile(n)
     extra = [t for t in (scale, bias) if t is not None]
-    plan = Plan(
-        *shape,
-        a_strides,
-        b_strides,
-        min(rows, m),
-        scale is not None,
-        bias is not None,
-        sums,
-    )
+    parts = scale is not None, bias is not None, sums
+    plan = Plan(*shape, a_strides, b_strides, min(rows, m), *parts)
     real = dtypes.float64 if dtypes.float64 in (a.dtype, b.dtype) else dtypes.float32
     new = functools.partial(Tensor.empty, dtype=real, device=a.device)
     outputs = [new(m, n)] + [new(m) for _ in range(sums)]

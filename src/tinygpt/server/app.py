@@ -11,7 +11,7 @@ from tinygpt.server.dashboard.board import Board
 from tinygpt.server.dashboard.board import routes as board_routes
 from tinygpt.server.engine.scheduler import EngineClosed, QueueFull
 from tinygpt.server.http.assembly import assemble
-from tinygpt.server.http.refusal import answer_closing, answer_full
+from tinygpt.server.http.refusal import closing, queue_full
 from tinygpt.server.http.security import AccessOptions
 from tinygpt.server.openai import endpoints
 from tinygpt.server.openai.metrics_page import Counting
@@ -31,12 +31,12 @@ def make_app(
     With an ``api_key`` everything but the pages themselves and /healthz needs it; the dashboard
     needs its board's. ``log`` gets a line for each answer. `AccessControl` has the other options.
     """
-    routes = [*endpoints.routes(service), *page_api.routes(service)]
+    routes = [*endpoints.routes(service), *page_api.routes(service, board is not None)]
     if board is not None:
-        routes += board_routes(board)
+        routes += board_routes(board, "/dashboard")
         access = {"board_key": board.key, "board_is_open": board.is_open, **access}
     app = assemble(routes, **access)
-    app.add_exception_handler(EngineClosed, answer_closing)
-    app.add_exception_handler(QueueFull, answer_full)
+    app.add_exception_handler(EngineClosed, lambda *_: closing().response())
+    app.add_exception_handler(QueueFull, lambda *_: queue_full().response())
     app.add_middleware(Counting, counts=service.counts, log=log)
     return app

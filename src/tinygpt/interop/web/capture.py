@@ -19,17 +19,9 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 """Bytes: a line of the cache, and a multiple of every vector."""
 
-C_TYPES = {
-    "float": "float",
-    "int": "int",
-    "unsigned int": "unsigned",
-    "bool": "_Bool",
-    "unsigned char": "unsigned char",
-    "long": "long",
-}
-"""What tinygrad's types, the ones that a forward pass has, are called in C."""
 
 HEAD = """\
+#define bool _Bool
 #define long long long
 #define EXPORT(name) __attribute__((export_name(#name))) name
 #define ALIGNED __attribute__((aligned(64)))
@@ -65,7 +57,7 @@ def _capture(config: GPTConfig) -> Source:
     program = _Program(captured.weights)
     for buffer in captured.ids:
         program.name(buffer, "ids_")
-    for buffer in captured.cache:
+    for buffer in captured.zeros:
         program.scratch(buffer)
     for function in captured.functions:
         program.add(function)
@@ -78,8 +70,7 @@ class _Program:
     def __init__(self, weights: Mapping[str, Buffer]) -> None:
         self._weights: list[tuple[str, int, int]] = []
         self._size = 0
-        self._names: dict[int, str] = {}  # of a buffer: the C expression for where it begins
-        self._kept: list[Buffer] = []  # so that no other takes over its id
+        self._names: dict[Buffer, str] = {}  # the C expression for where a buffer begins
         self._scratch: list[str] = []
         self._kernels: dict[str, str] = {}
         self._types: dict[str, None] = {}
@@ -91,8 +82,7 @@ class _Program:
 
     def name(self, buffer: Buffer, expression: str) -> None:
         """Say where a buffer is in C."""
-        self._names[id(buffer.base)] = expression
-        self._kept.append(buffer.base)
+        self._names[buffer.base] = expression
 
     def scratch(self, buffer: Buffer) -> None:
         """Give a buffer memory of its own."""
@@ -128,29 +118,25 @@ class _Program:
             raise KernelError(f"{call.info.function_name} is split over several threads")
         pointers = []
         for buffer, written, kind in zip(call.buffers, call.written, call.types, strict=True):
-            if id(buffer.base) not in self._names:
+            if buffer.base not in self._names:
                 if not written:
                     raise KernelError("a buffer is read that nothing has written")
                 self.scratch(buffer)
-            pointers.append(f"({C_TYPES[kind]} *)({self._at(buffer)})")
+            pointers.append(f"({kind} *)({self._at(buffer)})")
         kernel = self._kernel(call.info.function_name, call.text)
         return f"{kernel}({', '.join([*pointers, *call.variables])})"
 
     def _at(self, buffer: Buffer) -> str:
-        return f"{self._names[id(buffer.base)]} + {buffer.offset}"
+        return f"{self._names[buffer.base]} + {buffer.offset}"
 
     def _kernel(self, name: str, text: str) -> str:
         """A kernel under a name made of its text: tinygrad gives different ones the same name."""
         unique = "k" + hashlib.sha256(text.encode()).hexdigest()[:12]
         if unique not in self._kernels:
-            lines = re.sub(rf"\bvoid {re.escape(name)}\(", f"static void {unique}(", text)
-            body = []
-            for line in lines.strip().split("\n"):
-                if line.startswith("typedef "):
-                    self._types[line] = None
-                else:
-                    body.append(line)
-            self._kernels[unique] = "\n".join(body)
+            text = re.sub(rf"\bvoid {re.escape(name)}\(", f"static void {unique}(", text)
+            lines = text.strip().split("\n")
+            self._types |= dict.fromkeys(line for line in lines if line.startswith("typedef "))
+            self._kernels[unique] = "\n".join(line for line in lines if line not in self._types)
         return unique
 
 

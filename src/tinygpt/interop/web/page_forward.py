@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tinygrad import Tensor, UOp
 
     from tinygpt.machine.tinygrad_internals import Buffer
+    from tinygpt.model.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -55,72 +56,67 @@ class Forward:
 
     weights: Mapping[str, Buffer]
     ids: tuple[Buffer, ...]
-    cache: tuple[Buffer, ...]
+    zeros: tuple[Buffer, ...]
+    """Those that begin as zeros: the cache, and the number of its slot."""
     functions: tuple[Function, ...]
 
 
-class PositionCache:
-    """Keys and values of one sequence, (1, H, block_size, D) for each layer, as the page has them.
+class Slice:
+    """The view of a `KVCache` with one slot that graphics cards compute with.
 
-    ``position``, where the next token goes, is a variable of the kernels and not a buffer, so that
-    the number of a GPU's workgroups can depend on it. See ``tinygpt.model.cache.Cache``.
+    ``position``, where the tokens begin, is a variable of the kernels and not data as in `Step`: so
+    a card reads the positions up to there only, with as many workgroups as they need.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
-        from tinygrad import dtypes
-
-        from tinygpt.machine.transfer import zeros
-
-        self.config = config
-        shape = (1, config.n_head, config.block_size, config.head_size)
-        self.layers = [
-            (zeros(shape, dtypes.float32), zeros(shape, dtypes.float32))
-            for _ in range(config.n_layer)
-        ]
-        self.position: int | UOp = 0
+    def __init__(self, cache: KVCache, position: int | UOp) -> None:
+        self._cache, self._position = cache, position
 
     def positions(self, table: Tensor, T: int) -> Tensor:
-        return table[self.position : self.position + T]
+        return table[self._position : self._position + T]
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         from tinygrad import Tensor
 
-        from tinygpt import kernels
-        from tinygpt.kernels.attention import merge_heads, split_heads
+        from tinygpt.kernels.attention import merge_heads, plain_attention, split_heads
 
-        q, k, v = (split_heads(x, self.config.n_head) for x in qkv.chunk(3, dim=2))  # (1, H, T, D)
-        end = self.position + q.shape[2]
+        n_head = self._cache.config.n_head
+        q, k, v = (split_heads(x, n_head) for x in qkv.chunk(3, dim=2))  # (1, H, T, D)
+        end = self._position + q.shape[2]
 
         def extended(buffer: Tensor, new: Tensor) -> Tensor:
-            part = buffer[:, :, self.position : end]
-            return Tensor(buffer.uop.after(part.uop.store(new.cast(buffer.dtype).uop)))
+            part = buffer[:, :, self._position : end]
+            return Tensor(buffer.uop.after(part.uop.store(new.cast(buffer.dtype).uop)))[:, :, :end]
 
-        keys, values = map(extended, self.layers[layer], (k, v))
-        return merge_heads(kernels.cached_attention(q, keys, values, end))  # (1, T, C)
+        keys, values = map(extended, self._cache.layers[layer], (k, v))
+        return merge_heads(plain_attention(q, keys, values, is_causal=True))  # (1, T, C)
 
 
 def forward(config: GPTConfig, plain: bool = False) -> Forward:
     """Capture both functions; ``plain`` takes tinygrad's own operations instead of our kernels."""
-    from tinygrad import Context, TinyJit, Variable, dtypes
+    from tinygrad import Context, Tensor, TinyJit, Variable, dtypes
 
     from tinygpt import kernels
+    from tinygpt.machine.tinygrad_internals import ONE_PIECE
     from tinygpt.machine.transfer import zeros
+    from tinygpt.model.cache import KVCache, Prefill, Step
     from tinygpt.model.transformer import Transformer
 
-    model, cache = Transformer(config), PositionCache(config)
+    model, cache = Transformer(config), KVCache(config, slots=1)
     one, ids = (zeros((1, n), dtypes.int32) for n in (1, config.block_size))
+    slot = zeros((1,), dtypes.int32)  # the only one: number 0
 
     def step(position: UOp) -> Tensor:
-        cache.position = position
-        return model.unembed(model.hidden(one, cache)).float().realize()
+        view = Slice(cache, position) if plain else Step(cache, slot, slot + Tensor(position))
+        return model.unembed(model.hidden(one, view)).float().realize()
 
     def window(last: UOp) -> Tensor:
-        cache.position = 0
-        x = model.hidden(ids, cache)  # (1, T, C)
-        return model.unembed(x[:, last : last + 1]).float().realize()
+        view = Slice(cache, 0) if plain else Prefill(cache, slot)
+        x = model.hidden(ids, view)  # (1, T, C)
+        written = view.written if isinstance(view, Prefill) else []
+        return model.unembed(x[:, last : last + 1]).float().realize(*written)
 
     functions = []
-    with Context(JIT=2, NUM_CPU_THREADS=1):  # each kernel by itself, and whole
+    with Context(JIT=2, **ONE_PIECE):  # each kernel by itself, and whole
         for function, name in ((step, "position"), (window, "last")):
             captured: Any = TinyJit(function)
             captured.cnt = 1  # captured at the first call
@@ -129,9 +125,9 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
             calls = tuple(_calls(captured.captured.linear.src))
             result = captured.captured.ret.uop.buffer
             functions.append(Function(function.__name__, calls, result))
-    caches = [_buffer(t) for layer in cache.layers for t in layer]
+    begun = [_buffer(t) for t in (slot, *(t for layer in cache.layers for t in layer))]
     weights = {name: _buffer(p) for name, p in model.parameters().items()}
-    return Forward(weights, (_buffer(one), _buffer(ids)), tuple(caches), tuple(functions))
+    return Forward(weights, (_buffer(one), _buffer(ids)), tuple(begun), tuple(functions))
 
 
 def _calls(captured: Any) -> Iterator[Call]:

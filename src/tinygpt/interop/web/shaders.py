@@ -42,14 +42,9 @@ def shaders(config: GPTConfig) -> dict[str, Any]:
 
 class _Shaders:
     def __init__(self, captured: Forward) -> None:
-        self._numbers: dict[int, int] = {}
-        self._kept: list[Buffer] = []
-        self._sizes: list[int] = []
+        self._numbers = {buffer.base: 0 for buffer in captured.ids}  # the same memory for all
+        self._sizes = [max(buffer.nbytes for buffer in captured.ids)]
         self._kernels: dict[str, int] = {}
-        for buffer in captured.ids:  # the same memory, for one id and for many
-            self._numbers[id(buffer.base)] = 0
-            self._kept.append(buffer.base)
-        self._sizes.append(max(buffer.nbytes for buffer in captured.ids))
         weights = {name: self._number(buffer) for name, buffer in captured.weights.items()}
         functions = {
             function.name: {
@@ -73,12 +68,10 @@ class _Shaders:
         return [self._number(buffer), buffer.offset, -(-buffer.nbytes // 4) * 4]
 
     def _number(self, buffer: Buffer) -> int:
-        key = id(buffer.base)
-        if key not in self._numbers:
-            self._numbers[key] = len(self._sizes)
-            self._kept.append(buffer.base)
+        if buffer.base not in self._numbers:
+            self._numbers[buffer.base] = len(self._sizes)
             self._sizes.append(-(-buffer.base.nbytes // 4) * 4)
-        return self._numbers[key]
+        return self._numbers[buffer.base]
 
     def _launch(self, call: Call) -> list[Any]:
         kernel = self._kernels.setdefault(call.text, len(self._kernels))

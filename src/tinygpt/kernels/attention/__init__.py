@@ -19,11 +19,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, dtypes
 
 from tinygpt.errors import UsageError
 from tinygpt.kernels.attention import backward
-from tinygpt.kernels.attention.decode import decode
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, tile_shape
 from tinygpt.kernels.dispatch import operation
@@ -86,12 +85,6 @@ def plain_self_attention(
     return merge_heads(plain_attention(q, k, v, True, dropout, key))
 
 
-def plain_decode(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | UOp | int) -> Tensor:
-    """Attention to the part of the cache that is filled, whose length is no Tensor here."""
-    assert not isinstance(length, Tensor)
-    return plain_attention(q, keys[:, :, :length], values[:, :, :length])
-
-
 # The kernels -----------------------------------------------------------------------------------
 
 
@@ -110,7 +103,6 @@ def flash_attention(
     themselves.
     """
     _check(q, k, v, is_causal)
-    _check_dropout(dropout, key)
     (B, H, Tq, D), Tk = map(int, q.shape), int(k.shape[2])
     (b, h), causal = _each(q, B, H), is_causal and Tq > 1
     problem = Problem(b, h, Tq, Tk, D, causal, packed=False, dropout=dropout)
@@ -132,55 +124,11 @@ def self_attention(
             f"heads. Give (batch, time, 3 * n_head * head_size)."
         )
     _check_dtypes(qkv)
-    _check_dropout(dropout, key)
     B, T, width = map(int, qkv.shape)
     D = width // (3 * n_head)
     b, h = _each(qkv, B, n_head)
     problem = Problem(b, h, T, T, D, T > 1, packed=True, dropout=dropout)
     return _attention(problem, (B, T, width // 3), (B, n_head, T), [contiguous(qkv)], key)
-
-
-@operation("attention", plain_decode, integers=("length",))
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor | UOp | int) -> Tensor:
-    """Attention of one query per sequence, q (B, H, 1, D), to a cache -> (B, H, 1, D).
-
-    keys and values are (B, H, Tmax, D), of which the first ``length`` positions count, at least one
-    and at most Tmax; what lies behind them is not read. ``length`` is data, an int32 Tensor with
-    one element or a bound variable, so that one jitted function serves all positions. There is no
-    gradient. Raises UsageError for more queries.
-    """
-    _check(q, keys, values, False)
-    if q.shape[2] != 1:
-        raise UsageError(
-            f"q {q.shape} and keys {keys.shape} were given; decode_attention takes one query per "
-            f"sequence. flash_attention takes more."
-        )
-    if not isinstance(length, Tensor):
-        number = [length] if isinstance(length, int) else length
-        length = Tensor(number, dtype=dtypes.int32, device=q.device)
-    B, H, T, D = map(int, keys.shape)
-    return run(
-        decode,
-        [empty(q, B, H, 1, D)],
-        [contiguous(q), contiguous(keys), contiguous(values), contiguous(length.reshape(1))],
-        lanes=tile_shape(on_gpu(q))[0],
-        name=f"attention_decode_{B}_{H}_{T}_{D}",
-        ops=4 * B * H * T * D,
-        heads=B * H,
-        T=T,
-        D=D,
-    )[0]
-
-
-def cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: int | UOp) -> Tensor:
-    """Causal attention of q (B, H, T, D), the last T of ``length`` positions -> (B, H, T, D).
-
-    keys and values (B, H, block_size, D) are a cache. For a single query, the step of decoding,
-    ``length`` may be a bound variable.
-    """
-    if q.shape[2] == 1:
-        return decode_attention(q, keys, values, length)
-    return flash_attention(q, keys[:, :, :length], values[:, :, :length], is_causal=True)
 
 
 def _attention(
@@ -192,6 +140,7 @@ def _attention(
 ) -> Tensor:
     """The result, of the given shape; ``rows`` is that of a number for each query (B, H, Tq)."""
     x = inputs[0]
+    _check_dropout(p.dropout, key)
     keys = [contiguous(key)] if p.dropout and key is not None else []
 
     def gradients(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -1,7 +1,7 @@
 // The dashboard: runs, their curves, their samples, as they stand and as they go on.
 
 import { Chart } from "../shared/chart.js";
-import { byId, debounced, h } from "../shared/dom.js";
+import { byId, debounced, h, modal } from "../shared/dom.js";
 import * as format from "../shared/format.js";
 import { ApiError, get, request } from "../shared/net.js";
 import { Series } from "../shared/series.js";
@@ -85,12 +85,8 @@ async function load(run) {
 async function loadSamples(run) {
   const fresh = run.frames === null;
   const answer = await get(`dashboard/runs/${run.id}/samples`).catch(() => null);
-  if (!answer) {
-    if (fresh && run.id === focused) film.load([], run, true); // not those of another run
-    return;
-  }
-  run.frames = answer.samples;
-  if (run.id === focused) film.load(run.frames, run, fresh);
+  run.frames = answer?.samples ?? run.frames;
+  if (run.id === focused && (answer || fresh)) film.load(run.frames ?? [], run, fresh); // not those of another run
 }
 
 /** One event: cards that have changed, rows that are new, and the order of all. */
@@ -123,15 +119,14 @@ async function catchUp(unknown, stale) {
 
 // ---- what is seen ----
 
-const show = (() => {
-  let frame = null;
-  return () => (frame ??= requestAnimationFrame(() => {
-    frame = null;
-    showAll();
-  }));
-})();
+let frame = null;
+
+function show() {
+  frame ??= requestAnimationFrame(showAll);
+}
 
 function showAll() {
+  frame = null;
   const run = runs.get(focused);
   byId("empty").hidden = order.length > 0;
   byId("board").hidden = !run;
@@ -268,12 +263,12 @@ async function ask(what, told) {
   }
 }
 
-function stop() {
-  const run = runs.get(focused);
-  byId("stopping-text").textContent =
-    `${run.name} ends after the step in progress, with a checkpoint. It can be resumed with: tinygpt train --resume --out …`;
-  byId("stopping").returnValue = "";
-  byId("stopping").showModal();
+async function stop() {
+  const sure = await modal({ "aria-labelledby": "stopping" },
+    h("h2", { id: "stopping" }, "Stop this training?"),
+    h("p", {}, `${runs.get(focused).name} ends after the step in progress, with a checkpoint. It can be resumed with: tinygpt train --resume --out …`),
+    h("div", { class: "row" }, h("button", { value: "stop", class: "primary" }, "Stop it"), h("button", {}, "Let it go on")));
+  if (sure) ask("stop", "It stops after the step in progress.");
 }
 
 // ---- the rest ----
@@ -288,21 +283,14 @@ function tellLink(state) {
   show();
 }
 
-for (const name of ["log", "smooth", "outliers", "same"]) {
-  byId(name).checked = choices[name];
-  byId(name).addEventListener("change", (event) => {
-    choose({ [name]: event.target.checked });
-    show();
+for (const name of ["log", "smooth", "outliers", "same"]) byId(name).checked = choices[name];
+for (const name of ["log", "smooth", "outliers", "same", "x", "unit"]) {
+  byId(name).addEventListener("change", ({ target }) => {
+    choose({ [name]: target.type === "checkbox" ? target.checked : target.value });
+    if (name === "x") zoom(null); // another axis has other places
+    else show();
   });
 }
-byId("x").addEventListener("change", (event) => {
-  choose({ x: event.target.value });
-  zoom(null); // another axis has other places
-});
-byId("unit").addEventListener("change", (event) => {
-  choose({ unit: event.target.value });
-  show();
-});
 byId("csv").addEventListener("click", () => saveCsv(shown()));
 byId("png").addEventListener("click", () => savePng(charts.loss, `Loss, ${UNIT_NAMES[unit(shown())]}`, shown()));
 byId("whole").addEventListener("click", () => {
@@ -311,14 +299,7 @@ byId("whole").addEventListener("click", () => {
 });
 byId("save").addEventListener("click", () => ask("save", "A checkpoint comes after the step in progress."));
 byId("stop").addEventListener("click", stop);
-byId("stopping").addEventListener("close", (event) => {
-  if (event.target.returnValue === "stop") ask("stop", "It stops after the step in progress.");
-});
-document.addEventListener("themechange", () => {
-  for (const chart of Object.values(charts)) chart.redraw();
-  strip.redraw();
-  show();
-});
+document.addEventListener("themechange", show);
 
 /** Not by loading the page again: where no server answers, that is the end of the page. */
 async function start() {

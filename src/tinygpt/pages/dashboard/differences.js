@@ -16,7 +16,7 @@ export function showSettings(runs, same) {
     byId("settings").replaceChildren(h("p", { class: "hint" }, text));
     return;
   }
-  const head = runs.map((run) => h("th", { scope: "col" }, swatch(run.look), h("span", {}, run.name)));
+  const head = runs.map((run) => h("th", { scope: "col" }, swatch(run.look), h("span", { class: "clip" }, run.name)));
   byId("settings").replaceChildren(
     h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), ...head)),

@@ -1,6 +1,6 @@
 // What is seen as a file: the values as CSV, the losses as a picture.
 
-import { h } from "../shared/dom.js";
+import { download, h } from "../shared/dom.js";
 
 const CURVES = ["train_loss", "lr", "grad_norm", "tokens_per_second", "memory", "elapsed"];
 
@@ -11,12 +11,12 @@ export function saveCsv(runs) {
     const bits = (loss) => (scale && loss !== null ? loss * scale : "");
     const { x, curves, validation } = series;
     return [
-      ...x.mean.map((step, i) => row(step, [...CURVES.map((key) => curves[key].mean[i]), bits(curves.train_loss.mean[i]), "", ""])),
-      ...validation.x.map((step, i) => row(step, [...CURVES.map(() => ""), "", validation.y[i], bits(validation.y[i])])),
+      ...x.mean.map((step, i) => row(step, [...CURVES.map((key) => curves[key].mean[i]), "", bits(curves.train_loss.mean[i]), ""])),
+      ...validation.x.map((step, i) => row(step, [...CURVES.map(() => ""), validation.y[i], "", bits(validation.y[i])])),
     ];
   });
-  const heads = ["run", "step", ...CURVES, "train_bits_per_byte", "val_loss", "val_bits_per_byte"];
-  save([heads.join(","), ...rows, ""].join("\n"), "text/csv", "curves.csv");
+  const heads = ["run", "step", ...CURVES, "val_loss", "train_bits_per_byte", "val_bits_per_byte"];
+  download([heads.join(","), ...rows, ""].join("\n"), "text/csv", "curves.csv");
 }
 
 /** A chart as it is drawn, with its title and the names of its lines above it. */
@@ -32,17 +32,11 @@ export function savePng(chart, title, runs) {
     context.fillText(text, x, 22 * row + 20);
   };
   context.scale(ratio, ratio);
-  context.fillStyle = ink("--chart-paper");
+  context.fillStyle = ink("--surface");
   context.fillRect(0, 0, picture.width, picture.height);
   context.font = `600 14px ${getComputedStyle(canvas).fontFamily}`;
-  write(title, "--chart-ink", 12, 0);
+  write(title, "--ink", 12, 0);
   runs.forEach((run, i) => write(`— ${run.name}`, run.look.color, 12, i + 1));
   context.drawImage(canvas, 0, head, canvas.width / ratio, canvas.height / ratio);
-  picture.toBlob((blob) => save(blob, "image/png", "loss.png"));
-}
-
-function save(content, type, name) {
-  const url = URL.createObjectURL(new Blob([content], { type }));
-  h("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  picture.toBlob((blob) => download(blob, "image/png", "loss.png"));
 }

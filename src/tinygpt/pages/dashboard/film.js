@@ -1,6 +1,6 @@
 // The samples of a run one after the other: it learns to spell, then words, then lines.
 
-import { byId } from "../shared/dom.js";
+import { byId, clamp } from "../shared/dom.js";
 import * as format from "../shared/format.js";
 
 const WHOLE = 12_000; // ms that a film takes, unless it has few frames or very many
@@ -35,11 +35,10 @@ export class Film {
 
   play() {
     if (this.at >= this.samples.length - 1) this.#show(0);
-    const pause = Math.min(Math.max(WHOLE / this.samples.length, QUICK), SLOW);
     this.timer = setInterval(() => {
       if (this.at >= this.samples.length - 1) this.pause();
       else this.#show(this.at + 1);
-    }, pause);
+    }, clamp(WHOLE / this.samples.length, QUICK, SLOW));
     this.#label();
   }
 

@@ -2,7 +2,7 @@
 
 import { usual } from "../shared/axes.js";
 import { swatch } from "../shared/chart.js";
-import { h } from "../shared/dom.js";
+import { clamp, h } from "../shared/dom.js";
 import { nearest, smooth } from "../shared/series.js";
 import { choices } from "./choices.js";
 
@@ -13,11 +13,12 @@ const STEADY = ["lr", "memory"]; // curves that are never smoothed
 /** Tokens of one step of a run; NaN where its settings do not say. */
 const tokensOf = ({ settings: s }) => s["train.batch_size"] * (s["train.grad_accum_steps"] ?? 1) * s["model.block_size"];
 
-/** The x axis that was chosen, or steps where a run lacks what it takes; the loss's unit likewise. */
-export const axis = (runs) => (choices.x !== "tokens" || runs.every((run) => tokensOf(run) > 0) ? choices.x : "step");
-export const unit = (runs) => (runs.every((run) => run.bits_per_nat) ? choices.unit : "nats");
 export const hasTokens = (runs) => runs.every((run) => tokensOf(run) > 0);
 export const hasBits = (runs) => runs.every((run) => run.bits_per_nat);
+
+/** The x axis that was chosen, or steps where a run lacks what it takes; the loss's unit likewise. */
+export const axis = (runs) => (choices.x !== "tokens" || hasTokens(runs) ? choices.x : "step");
+export const unit = (runs) => (hasBits(runs) ? choices.unit : "nats");
 
 /** From steps of a run to places on the x axis, and with ``back`` the other way round. */
 export function placing(run, x, back = false) {
@@ -36,7 +37,7 @@ export function placing(run, x, back = false) {
 function between(xs, ys, x) {
   let i = nearest(xs, x);
   if (xs[i] < x) i++;
-  i = Math.min(Math.max(i, 1), xs.length - 1);
+  i = clamp(i, 1, xs.length - 1);
   const width = xs[i] - xs[i - 1];
   return width > 0 ? ys[i - 1] + ((x - xs[i - 1]) / width) * (ys[i] - ys[i - 1]) : ys[Math.max(i, 0)];
 }
@@ -81,14 +82,14 @@ const smoothLog = (values) =>
 
 /** The legend: what each kind of line means, and each colour where there are several runs. */
 export function legend(lines, runs, marks) {
-  const look = runs.length === 1 ? runs[0].look : { color: "--chart-text" };
+  const look = runs.length === 1 ? runs[0].look : { color: "--muted" };
   const entries = [
     [look, `training${lines.some((line) => line.name?.endsWith(SMOOTHED)) ? SMOOTHED : ""}`],
     lines.some((line) => line.faint) && [{ ...look, faint: true, width: 1.5 }, "as measured"],
     lines.some((line) => line.low) && [{ ...look, band: true }, "from the lowest to the highest step"],
     lines.some((line) => line.dots && line.x.length) && [{ ...look, dots: true, width: 1.2 }, "validation"],
     lines.some((line) => line.best) && [{ ...look, sign: "best" }, "best"],
-    marks.length > 0 && [{ color: "--chart-bad", sign: "skipped" }, "a step that was skipped"],
+    marks.length > 0 && [{ color: "--bad", sign: "skipped" }, "a step that was skipped"],
     ...(runs.length > 1 ? runs.map((run) => [run.look, run.name]) : []),
   ];
   return entries.filter(Boolean).map(([of, text]) => h("span", { class: "check" }, swatch(of), text));

@@ -42,11 +42,11 @@ export class RunList {
   #make(run) {
     const check = h("input", { type: "checkbox", "aria-label": `Curves of ${run.name}`,
       onchange: (event) => this.onShow(run.id, event.target.checked) });
-    const name = h("button", { type: "button", class: "name", onclick: () => this.onFocus(run.id) });
-    const [state, line, bar] = [h("span", { class: "state" }), h("p", { class: "hint figure" }), h("i")];
+    const name = h("button", { type: "button", class: "name clip", onclick: () => this.onFocus(run.id) });
+    const [state, line, bar] = [h("span", { class: "state check" }), h("p", { class: "hint figure" }), h("i")];
     const odd = h("span", { class: "odd" });
-    const item = h("li", { class: "run" },
-      h("div", { class: "head" }, h("label", { class: "shown" }, check, swatch(run.look)), name, odd, state),
+    const item = h("li", { class: "card run" },
+      h("div", { class: "head" }, h("label", { class: "check" }, check, swatch(run.look)), name, odd, state),
       h("div", { class: "progress", "aria-hidden": "true" }, bar), line);
     const card = { item, check, name, state, line, bar, odd };
     this.cards.set(run.id, card);

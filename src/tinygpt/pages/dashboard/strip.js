@@ -2,7 +2,7 @@
 
 import { linear } from "../shared/axes.js";
 import { placeOf, UNITS } from "../shared/chart.js";
-import { byId, h } from "../shared/dom.js";
+import { byId, clamp, h, stepOf } from "../shared/dom.js";
 import * as format from "../shared/format.js";
 import { Plot, shades, tickText } from "../shared/plot.js";
 import { nearest } from "../shared/series.js";
@@ -13,11 +13,6 @@ export class Strip extends Plot {
   constructor(holder) {
     super(holder, "Gradient norm by layer");
     this.place = null; // [column, row]
-    this.canvas.addEventListener("pointermove", (event) => this.#point(event));
-    for (const gone of ["pointerleave", "blur"]) {
-      this.canvas.addEventListener(gone, () => this.#move(null));
-    }
-    this.canvas.addEventListener("keydown", (event) => this.#key(event));
   }
 
   /** ``layers`` are pairs of a name and means of ``stride`` steps, one for each of ``x``. */
@@ -39,11 +34,11 @@ export class Strip extends Plot {
     context.textBaseline = "middle";
     this.layers.forEach(([, norms], row) => {
       context.textAlign = "right";
-      context.fillStyle = ink(this.place?.[1] === row ? "--chart-ink" : "--chart-text");
+      context.fillStyle = ink(this.place?.[1] === row ? "--ink" : "--muted");
       context.fillText(names[row], this.left - 8, row * ROW + ROW / 2);
       this.#row(context, norms, row, color);
     });
-    context.fillStyle = ink("--chart-text");
+    context.fillStyle = ink("--muted");
     for (const tick of this.axis.ticks) {
       tickText(context, UNITS[this.unit].tick(tick), this.axis.place(tick), this.layers.length * ROW + 14, this.left, width - 2);
     }
@@ -55,7 +50,7 @@ export class Strip extends Plot {
     const right = this.axis.place(this.axis.high);
     for (let i = 0; i < norms.length; i++) {
       if (norms[i] === null) continue;
-      const [a, b] = this.#columns(i).map((at) => Math.min(Math.max(at, this.left), right));
+      const [a, b] = this.#columns(i).map((at) => clamp(at, this.left, right));
       if (b <= a) continue;
       context.fillStyle = color(norms[i]);
       context.fillRect(a, row * ROW, b - a + 0.6, ROW - 2);
@@ -88,37 +83,35 @@ export class Strip extends Plot {
     this.tip.hidden = !this.place;
     if (!this.place) return;
     const [a, b] = this.#columns(column);
-    context.strokeStyle = ink("--chart-ink");
+    context.strokeStyle = ink("--ink");
     context.strokeRect(a, row * ROW - 0.5, Math.max(b - a, 3), ROW - 1);
     this.showTip(a, row * ROW + ROW + 4, h("b", {}, step), h("dl", {}, h("dt", {}, this.layers[row][0]),
       h("dd", {}, format.short(this.layers[row][1][column]))));
   }
 
-  #point(event) {
+  pointermove({ offsetX, offsetY }) {
     if (!this.axis) return;
-    const box = this.canvas.getBoundingClientRect();
-    const row = Math.floor((event.clientY - box.top) / ROW);
-    const inside = row < this.layers.length && event.clientX - box.left >= this.left;
-    this.#move(inside ? [nearest(this.x, this.axis.back(event.clientX - box.left)), row] : null);
+    const row = Math.floor(offsetY / ROW);
+    const inside = row < this.layers.length && offsetX >= this.left;
+    this.#move(inside ? [nearest(this.x, this.axis.back(offsetX)), row] : null);
+  }
+
+  leave() {
+    this.#move(null);
+  }
+
+  keydown(event) {
+    const step = stepOf(event);
+    if (!step) return;
+    const last = this.x.length - 1;
+    const [column, row] = this.place ?? [last, 0];
+    const columns = step[0] * (event.shiftKey ? 10 : 1);
+    this.#move([clamp(column + columns, 0, last), clamp(row + step[1], 0, this.layers.length - 1)]);
   }
 
   #move(place) {
     this.place = place;
     this.redraw();
-  }
-
-  #key(event) {
-    const [column, row] = this.place ?? [this.x.length - 1, 0];
-    const by = event.shiftKey ? 10 : 1;
-    const to = {
-      ArrowLeft: [column - by, row], ArrowRight: [column + by, row],
-      ArrowUp: [column, row - 1], ArrowDown: [column, row + 1],
-      Home: [0, row], End: [this.x.length - 1, row],
-    }[event.key];
-    if (!to || event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    const within = (n, most) => Math.min(Math.max(n, 0), most - 1);
-    this.#move([within(to[0], this.x.length), within(to[1], this.layers.length)]);
   }
 }
 

@@ -1,7 +1,7 @@
 // Where the heads of a layer look, as a picture one can walk about in.
 
 import { visible } from "./bytes.js";
-import { h, newestOnly, percent } from "../shared/dom.js";
+import { clamp, h, newestOnly, percent, stepOf } from "../shared/dom.js";
 import { Heatmap } from "./heatmap.js";
 
 const LENGTHS = [24, 48, 96, 128];
@@ -12,9 +12,8 @@ export class Attention {
   constructor(panel, { model, onError, given }) {
     Object.assign(this, { model, panel, onError, given, newest: newestOnly(), head: 0, found: null, at: null });
     this.layer = h("select", { id: "layer" });
-    this.length = h("select", { id: "window" }, ...LENGTHS.map((n) => h("option", { value: n }, `last ${n}`)));
-    this.length.value = "48";
-    this.heads = h("div", { class: "heads", role: "group", "aria-label": "Heads" });
+    this.length = h("select", { id: "window" }, ...LENGTHS.map((n) => new Option(`last ${n}`, n, n === 48, n === 48)));
+    this.heads = h("div", { class: "heads row wrap", role: "group", "aria-label": "Heads" });
     this.canvas = h("canvas", { "aria-hidden": "true" });
     this.picture = new Heatmap(this.canvas);
     this.map = h("div", {
@@ -29,8 +28,7 @@ export class Attention {
       "div",
       { class: "attention", hidden: true },
       h("div", { class: "row wrap" },
-        h("span", { class: "field" }, h("label", { for: "layer" }, "Layer"), this.layer),
-        h("span", { class: "field" }, h("label", { for: "window" }, "Tokens"), this.length)),
+        h("label", { class: "check" }, "Layer", this.layer), h("label", { class: "check" }, "Tokens", this.length)),
       this.heads,
       h("div", { class: "side-by-side" }, this.map, h("div", {}, this.pair, this.strongest, this.note)),
     );
@@ -40,9 +38,8 @@ export class Attention {
 
   /** The model is known: so many layers. */
   describe({ config }) {
-    const layers = Array.from({ length: config.n_layer }, (_, i) => h("option", { value: i }, String(i)));
-    this.layer.replaceChildren(...layers);
-    this.layer.value = config.n_layer - 1;
+    this.layer.replaceChildren(...Array.from({ length: config.n_layer }, (_, i) => new Option(i)));
+    this.layer.selectedIndex = config.n_layer - 1;
   }
 
   /** Show the attention over a draft; a token of it may be looked at. */
@@ -93,22 +90,15 @@ export class Attention {
     this.found = { ...found, labels: found.tokens.map((token) => visible(Uint8Array.from(token.bytes))) };
     this.head = Math.min(this.head, found.weights.length - 1);
     const row = selected - found.start;
-    const rows = found.tokens.length;
-    const focus = row >= 0 && row < rows ? row : rows - 1;
-    this.#lookFrom(focus);
+    this.#lookFrom(found.tokens[row] ? row : found.tokens.length - 1);
     this.heads.replaceChildren(...found.weights.map((_, head) => this.#headButton(head)));
     this.#draw();
   }
 
   #headButton(head) {
-    const canvas = h("canvas", { "aria-hidden": "true" });
-    const button = h(
-      "button",
-      { type: "button", class: "head", "aria-pressed": String(head === this.head), onclick: () => this.#choose(head) },
-      canvas,
-      `Head ${head}`,
-    );
-    return button;
+    const pressed = String(head === this.head);
+    return h("button", { type: "button", class: "head", "aria-pressed": pressed, onclick: () => this.#choose(head) },
+      h("canvas", { "aria-hidden": "true" }), `Head ${head}`);
   }
 
   #choose(head) {
@@ -125,21 +115,21 @@ export class Attention {
   }
 
   #draw() {
-    const { weights, labels } = this.found;
-    const width = this.map.clientWidth;
-    if (!width) return;
-    this.picture.draw(weights[this.head], labels, width, this.at);
+    if (!this.map.clientWidth) return;
     [...this.heads.children].forEach((button, head) =>
-      new Heatmap(button.firstChild).draw(weights[head], [], 52),
-    );
+      new Heatmap(button.firstChild).draw(this.found.weights[head], [], 52));
+    this.#drawMap();
+  }
+
+  #drawMap() {
+    this.picture.draw(this.found.weights[this.head], this.found.labels, this.map.clientWidth, this.at);
     this.#name();
   }
 
   #point(pair) {
     if (String(pair) === String(this.at)) return;
     [this.at, this.pointed] = [pair, true];
-    this.picture.draw(this.picture.rows, this.picture.labels, this.map.clientWidth, pair);
-    this.#name();
+    this.#drawMap();
   }
 
   /** The pair in words, and where else its first token looks. */
@@ -152,7 +142,7 @@ export class Attention {
     );
     this.strongest.replaceChildren(
       ...strongestOf(line).slice(0, STRONGEST).map((j) =>
-        h("li", {}, named(labels, j), h("span", { class: "figure" }, percent(line[j])))),
+        h("li", { class: "row" }, named(labels, j), h("span", { class: "figure" }, percent(line[j])))),
     );
     const further = before[this.head][row];
     const hidden = start > position ? ` ${percent(further)} goes to tokens before these.` : "";
@@ -160,12 +150,10 @@ export class Attention {
   }
 
   #key(event) {
-    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (!move || !this.at || event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    const rows = this.found.tokens.length;
-    const row = Math.min(Math.max(this.at[0] + move[0], 0), rows - 1);
-    this.#point([row, Math.min(Math.max(this.at[1] + move[1], 0), row)]);
+    const step = this.at && stepOf(event);
+    if (!step) return;
+    const row = clamp(this.at[0] + step[1], 0, this.found.tokens.length - 1);
+    this.#point([row, clamp(this.at[1] + step[0], 0, row)]);
   }
 }
 

@@ -17,27 +17,20 @@ export class Candidates {
     this.newest = newestOnly();
     this.title = h("h3", { class: "title", tabindex: -1 });
     this.summary = h("p", { class: "hint" });
-    this.before = h("button", { type: "button", class: "quiet", "aria-label": "Token before" }, "←");
-    this.after = h("button", { type: "button", class: "quiet", "aria-label": "Token after" }, "→");
+    const arrow = (label, sign, step) =>
+      h("button", { type: "button", class: "quiet", "aria-label": label, onclick: () => onMove(step) }, sign);
+    this.before = arrow("Token before", "←", -1);
+    this.after = arrow("Token after", "→", 1);
     this.list = h("ol", { class: "candidates" });
-    this.before.addEventListener("click", () => onMove(-1));
-    this.after.addEventListener("click", () => onMove(1));
     this.list.addEventListener("keydown", (event) => {
       const buttons = this.#buttons();
       moveWithArrows(event, buttons, (to) => buttons[to].focus());
     });
-    this.keys = h(
-      "p",
-      { class: "keys", hidden: true, "aria-hidden": "true" },
+    this.keys = h("p", { class: "keys", hidden: true, "aria-hidden": "true" },
       h("span", {}, h("i", { class: "share own" }), "model"),
-      h("span", {}, h("i", { class: "share sampled" }), "after sampling"),
-    );
-    panel.append(
-      h("div", { class: "row" }, this.title, h("span", { class: "pair" }, this.before, this.after)),
-      this.summary,
-      this.keys,
-      this.list,
-    );
+      h("span", {}, h("i", { class: "share sampled" }), "after sampling"));
+    const head = h("div", { class: "row" }, this.title, h("span", { class: "row pair" }, this.before, this.after));
+    panel.append(head, this.summary, this.keys, this.list);
   }
 
   /** Show the candidates for a token of a draft, or for the one that would come next. */
@@ -73,11 +66,8 @@ export class Candidates {
   }
 
   #head(draft, index, token) {
-    this.title.replaceChildren(
-      ...(token
-        ? [`Token ${whole(index + 1)} of ${whole(draft.tokens.length)}: `, h("code", {}, visible(token.bytes))]
-        : ["The next token"]),
-    );
+    if (!token) this.title.textContent = "The next token";
+    else this.title.replaceChildren(`Token ${whole(index + 1)} of ${whole(draft.tokens.length)}: `, h("code", {}, visible(token.bytes)));
   }
 
   #none(why) {
@@ -110,20 +100,13 @@ export class Candidates {
     const own = percent(row.probability);
     const sampled = row.sampled ? percent(row.sampled) : "–";
     const name = `${shown}: ${own} by the model, ${row.sampled ? sampled : "left out"} after sampling`;
-    const button = h(
-      "button",
-      {
-        type: "button",
-        "aria-label": taken ? `${name}; it stands in the text` : name,
-        "aria-current": taken && "true",
-        onclick: () => choose(row),
-      },
-      h("code", {}, shown),
-      h("span", { class: "bars" }, bar("own", row.probability / most), bar("sampled", row.sampled / most)),
-      h("span", { class: "figure own" }, own),
-      h("span", { class: "figure" }, sampled),
-    );
-    return h("li", { class: row.rank ? "apart" : "" }, button);
+    const label = taken ? `${name}; it stands in the text` : name;
+    return h("li", { class: row.rank ? "apart" : "" },
+      h("button", { type: "button", class: "quiet", "aria-label": label, "aria-current": taken && "true", onclick: () => choose(row) },
+        h("code", { class: "clip" }, shown),
+        h("span", { class: "bars" }, bar("own", row.probability / most), bar("sampled", row.sampled / most)),
+        h("span", { class: "figure own" }, own),
+        h("span", { class: "figure" }, sampled)));
   }
 
   #buttons() {

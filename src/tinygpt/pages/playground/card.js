@@ -49,7 +49,6 @@ function lossChart(curves) {
   const show = (range = null) => chart.show({ lines, range });
   const chart = new Chart(holder, { title: "Loss", write: format.loss, onZoom: show, onPoint: () => {} });
   show();
-  document.addEventListener("themechange", () => chart.redraw());
   const legend = h("p", { class: "hint row wrap" }, ...lines.map((line) => h("span", { class: "check" }, swatch(line), line.name)));
   return h("section", {}, h("h3", { class: "title" }, "Loss"), holder, legend);
 }
@@ -60,7 +59,7 @@ export const isCurve = (points) => points.filter(([, loss]) => Number.isFinite(l
 function group(title, values, folded) {
   const rows = Object.entries(values)
     .filter(([, value]) => value != null && value !== false)
-    .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))));
+    .map(([name, value]) => h("div", { class: "row" }, h("dt", {}, name), h("dd", {}, String(value))));
   if (!rows.length) return null;
   const list = h("dl", { class: "facts" }, ...rows);
   return folded

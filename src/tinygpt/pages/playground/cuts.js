@@ -1,7 +1,7 @@
 // The text as the tokenizer cuts it.
 
 import { visible } from "./bytes.js";
-import { byId, counted, h, whole } from "../shared/dom.js";
+import { byId, clamp, counted, h, stepOf, whole } from "../shared/dom.js";
 
 const MOST = 1000;
 const HUES = 6;
@@ -12,17 +12,13 @@ export class Cuts {
     Object.assign(this, { onSelect, onOpen });
     this.summary = h("p", { class: "hint" });
     this.note = h("p", { class: "hint" });
-    const ids = h("input", { type: "checkbox", id: "show-ids", checked: true });
-    ids.addEventListener("change", () => this.list.classList.toggle("without-ids", !ids.checked));
+    const ids = h("input", { type: "checkbox", id: "show-ids", checked: true,
+      onchange: () => this.list.classList.toggle("without-ids", !ids.checked) });
     this.list = h("div", { class: "cuts", role: "listbox", "aria-label": "Tokens of the text", "aria-orientation": "horizontal", tabindex: 0 });
     this.list.addEventListener("keydown", (event) => this.#key(event));
     this.list.addEventListener("click", (event) => this.#click(event));
     this.list.addEventListener("dblclick", () => this.selected >= 0 && onOpen(this.selected));
-    panel.append(
-      h("div", { class: "row" }, this.summary, h("label", { class: "check" }, ids, "Ids")),
-      this.list,
-      this.note,
-    );
+    panel.append(h("div", { class: "row" }, this.summary, h("label", { class: "check" }, ids, "Ids")), this.list, this.note);
   }
 
   /** Show the tokens of a draft, of a long one the last. */
@@ -56,16 +52,12 @@ export class Cuts {
   }
 
   #key(event) {
-    if (!this.draft) return undefined;
+    if (!this.draft?.tokens.length) return undefined;
     if (event.key === "Enter" && this.selected >= 0) return this.onOpen(this.selected);
-    const { length } = this.draft.tokens;
-    const at = this.selected < 0 ? length - 1 : this.selected;
-    const to = {
-      ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: this.first, End: length - 1,
-    }[event.key];
-    if (to === undefined || !length || event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    this.#go(Math.min(Math.max(to, this.first), length - 1));
+    const last = this.draft.tokens.length - 1;
+    const at = this.selected < 0 ? last : this.selected;
+    const step = stepOf(event);
+    return step && this.#go(clamp(at + step[0] + step[1], this.first, last));
   }
 
   #go(index) {
@@ -83,16 +75,9 @@ const NOTHING = "Choose a token to see its bytes; Enter or a double click opens 
 
 function chip(token, index) {
   const shown = visible(token.bytes);
-  const option = h(
-    "span",
-    {
-      role: "option", id: `cut-${index}`, class: `cut hue-${index % HUES}`, "aria-selected": "false",
-      "aria-label": `${shown}, id ${token.id}`, "data-index": index,
-    },
-    h("span", { class: "piece" }, shown),
-    h("span", { class: "id" }, String(token.id)),
-  );
-  return option;
+  const about = { "aria-selected": "false", "aria-label": `${shown}, id ${token.id}`, "data-index": index };
+  return h("span", { role: "option", id: `cut-${index}`, class: `cut hue-${index % HUES}`, ...about },
+    h("span", { class: "piece" }, shown), h("span", { class: "id" }, String(token.id)));
 }
 
 function describe(token, index) {

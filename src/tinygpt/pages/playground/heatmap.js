@@ -9,11 +9,7 @@ const SPACE = 6; // pixels between labels and cells
 /** Draws rows of weights (row i has the columns up to its own token) on a canvas. */
 export class Heatmap {
   constructor(canvas) {
-    this.canvas = canvas;
-    this.rows = [];
-    this.labels = [];
-    this.cell = 0;
-    this.margin = 0;
+    Object.assign(this, { canvas, rows: [] });
   }
 
   /** ``labels`` may be empty, for a small picture; ``at`` is the pair to point out, or null. */

@@ -5,46 +5,30 @@ const MOST = 500;
 
 /** States before and after the present one, of any kind; quick typing makes one step. */
 export class History {
-  #past = [];
-  #future = [];
+  past = [];
+  future = [];
   #typedAt = -Infinity;
-
-  get canUndo() {
-    return this.#past.length > 0;
-  }
-
-  get canRedo() {
-    return this.#future.length > 0;
-  }
 
   /** Keep the state before something happens to it: what was undone before cannot come back. */
   keep(state) {
-    this.#past.push(state);
-    if (this.#past.length > MOST) this.#past.shift();
-    this.#future = [];
+    this.past.push(state);
+    if (this.past.length > MOST) this.past.shift();
+    this.future = [];
     this.#typedAt = -Infinity;
   }
 
   /** Keep the state before a key is typed, unless others were typed just before. */
-  keepBeforeTyping(state, now = performance.now()) {
+  keepBeforeTyping(state) {
+    const now = performance.now();
     if (now - this.#typedAt > PAUSE) this.keep(state);
     this.#typedAt = now;
   }
 
-  /** The state before the last step, or undefined; ``state`` is the present one. */
-  back(state) {
-    return this.#step(this.#past, this.#future, state);
-  }
-
-  /** The state that was undone last, or undefined. */
-  forward(state) {
-    return this.#step(this.#future, this.#past, state);
-  }
-
-  #step(from, to, state) {
+  /** The state before the last step, or with ``from`` the future the one undone last; ``state`` is the present one. */
+  step(state, from = this.past) {
     this.#typedAt = -Infinity;
     const found = from.pop();
-    if (found) to.push(state);
+    if (found) (from === this.past ? this.future : this.past).push(state);
     return found;
   }
 }

@@ -86,16 +86,17 @@ export class Playground {
 
   // ---- what one can do ----
 
-  continue() {
-    this.history.keep(this.#state());
+  /** Go on from the text, by ``changes.max_tokens`` tokens where that is given. */
+  continue(changes) {
+    this.#remember();
     const before = this.draft.isEmpty ? new Draft([], "\n") : this.draft;
-    const count = this.sampling.samples;
-    return count > 1 ? this.#several(before, count) : this.#write(before, this.sampling.next());
+    const count = changes ? 1 : this.sampling.samples;
+    return count > 1 ? this.#several(before, count) : this.#write(before, { ...this.sampling.next(), ...changes });
   }
 
   regenerate() {
     if (!this.last || this.draft !== this.last.after) return undefined;
-    this.history.keep(this.#state());
+    this.#remember();
     return this.#write(this.last.before, this.sampling.next());
   }
 
@@ -104,14 +105,15 @@ export class Playground {
   }
 
   undo() {
-    if (!this.writing) this.#return(this.history.back(this.#state()), "Undone.");
+    this.#return(this.history.past, "Undone.");
   }
 
   redo() {
-    if (!this.writing) this.#return(this.history.forward(this.#state()), "Done again.");
+    this.#return(this.history.future, "Done again.");
   }
 
-  #return(state, said) {
+  #return(from, said) {
+    const state = this.writing ? null : this.history.step(this.#state(), from);
     if (!state) return;
     this.#forgive();
     this.last = state.last;
@@ -123,7 +125,7 @@ export class Playground {
   /** Another token in the place of one, and nothing behind it. */
   branch(index, token) {
     if (this.writing) return;
-    this.history.keep(this.#state());
+    this.#remember();
     const more = index < this.draft.tokens.length - 1;
     this.#set(this.draft.upTo(index).with(token));
     this.say(more ? "Chosen. What came after it is gone; Undo brings it back." : "Chosen.");
@@ -262,7 +264,7 @@ export class Playground {
   }
 
   #writeFrom(prompt) {
-    if (!this.draft.isEmpty) this.history.keep(this.#state());
+    if (!this.draft.isEmpty) this.#remember();
     this.#set(Draft.of(prompt));
     this.continue();
   }
@@ -270,13 +272,12 @@ export class Playground {
   async #offerBeginnings() {
     const beginnings = await this.model.beginnings().catch(() => []);
     const begin = (text) => {
-      this.history.keep(this.#state());
+      this.#remember();
       this.#set(Draft.of(text));
       byId("text").focus();
     };
-    byId("beginnings").append(
-      ...beginnings.map((text) => h("button", { type: "button", class: "quiet", onclick: () => begin(text) }, text.trim())),
-    );
+    const buttons = beginnings.map((text) => h("button", { type: "button", class: "quiet clip", onclick: () => begin(text) }, text.trim()));
+    byId("beginnings").append(...buttons);
     this.#buttons();
   }
 
@@ -292,8 +293,8 @@ export class Playground {
 
   /** Have the model cut what is not cut yet. */
   async #cut() {
-    if (this.draft.isCut || this.writing || !this.card) return this.#look();
-    const draft = this.draft;
+    const { draft } = this;
+    if (draft.isCut || this.writing || !this.card) return this.#look();
     try {
       const tokens = await this.cutting((signal) => this.model.tokens(draft.tail, signal));
       if (!tokens || this.draft !== draft) return undefined;
@@ -325,14 +326,8 @@ export class Playground {
   /** A part of the story was pressed. */
   #follow(part) {
     if (part === "text") byId("text").focus();
-    else if (part === "draw") this.#drawOne();
-    else this.tabs.open(part === "layers" ? (this.card?.can.attention ? "attention" : "card") : part);
-  }
-
-  #drawOne() {
-    if (this.writing || !this.card) return;
-    this.history.keep(this.#state());
-    this.#write(this.draft.isEmpty ? new Draft([], "\n") : this.draft, { ...this.sampling.next(), max_tokens: 1 });
+    else if (part !== "draw") this.tabs.open(part === "layers" ? (this.card?.can.attention ? "attention" : "card") : part);
+    else if (this.card && !this.writing) this.continue({ max_tokens: 1 });
   }
 
   keep() {
@@ -354,6 +349,10 @@ export class Playground {
     return { draft: this.draft, selected: this.selected, last: this.last };
   }
 
+  #remember() {
+    this.history.keep(this.#state());
+  }
+
   // ---- what is said ----
 
   #meter(speed = "") {
@@ -369,8 +368,8 @@ export class Playground {
   #buttons() {
     const busy = Boolean(this.writing);
     byId("continue").disabled = !this.card;
-    byId("undo").disabled = !this.history.canUndo || busy;
-    byId("redo").disabled = !this.history.canRedo || busy;
+    byId("undo").disabled = !this.history.past.length || busy;
+    byId("redo").disabled = !this.history.future.length || busy;
     byId("regenerate").disabled = busy || !this.last || this.draft !== this.last.after;
     byId("beginnings").hidden = busy || !this.draft.isEmpty || byId("beginnings").childElementCount < 2;
     for (const button of byId("tools").children) button.disabled = busy || !this.card;
@@ -397,10 +396,9 @@ export class Playground {
     byId("colours").addEventListener("change", ({ target }) => this.editor.setColours(target.checked));
     document.addEventListener("keydown", (event) => this.#key(event));
     byId("text").addEventListener("beforeinput", (event) => {
-      const what = { historyUndo: "undo", historyRedo: "redo" }[event.inputType];
-      if (!what) return;
+      if (!/^history(Undo|Redo)$/.test(event.inputType)) return;
       event.preventDefault();
-      this[what]();
+      this[event.inputType.slice(7).toLowerCase()]();
     });
     window.addEventListener("pagehide", () => this.keep());
     document.addEventListener("visibilitychange", () => document.hidden && this.keep());

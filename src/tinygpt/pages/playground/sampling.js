@@ -1,6 +1,6 @@
 // The controls of sampling: what they are, in what range, and what they do.
 
-import { byId, h } from "../shared/dom.js";
+import { byId, clamp, h } from "../shared/dom.js";
 
 const fixed = (value) => value.toFixed(2);
 
@@ -112,8 +112,7 @@ const number = (id) => Number(byId(id).value);
 /** What a field of numbers holds, put into its range. */
 function within(field) {
   const value = field.valueAsNumber;
-  const inside = Math.min(Math.max(value, Number(field.min)), Number(field.max));
-  field.value = Number.isNaN(value) ? field.defaultValue : inside;
+  field.value = Number.isNaN(value) ? field.defaultValue : clamp(value, Number(field.min), Number(field.max));
   return field.valueAsNumber;
 }
 
@@ -126,5 +125,5 @@ function slider({ name, label, hint, min, max, step, off }) {
 function control(label, hint, field, ...more) {
   field.setAttribute("aria-describedby", `${field.id}-hint`);
   return h("div", { class: "control" },
-    h("label", { for: field.id }, label), field, ...more, h("p", { class: "hint", id: `${field.id}-hint` }, hint));
+    h("label", { for: field.id }, label), field, ...more, h("p", { class: "over", id: `${field.id}-hint` }, hint));
 }

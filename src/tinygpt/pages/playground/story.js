@@ -10,7 +10,7 @@ export class Story {
   constructor(list, onFollow) {
     this.figures = {};
     for (const [part, name] of Object.entries(PARTS)) {
-      this.figures[part] = h("span", { class: "hint" }, "–");
+      this.figures[part] = h("span", { class: "hint clip" }, "–");
       const button = h("button", { type: "button", class: "quiet", onclick: () => onFollow(part) }, h("span", { class: "title" }, name), this.figures[part]);
       list.append(h("li", {}, button));
     }

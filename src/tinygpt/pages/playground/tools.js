@@ -1,6 +1,6 @@
 // What one can do with the text as a whole: copy it, link to it, save it, or write it by a program.
 
-import { byId, h } from "../shared/dom.js";
+import { byId, download, h, modal } from "../shared/dom.js";
 
 export function listenToTools(playground) {
   const { say } = playground;
@@ -14,11 +14,7 @@ export function listenToTools(playground) {
       playground.keep();
       copy(link.href, "Link copied.", "The link is in the address bar.");
     },
-    download: () => {
-      const url = URL.createObjectURL(new Blob([playground.draft.text], { type: "text/plain" }));
-      h("a", { href: url, download: "text.txt" }).click();
-      setTimeout(() => URL.revokeObjectURL(url), 10_000);
-    },
+    download: () => download(playground.draft.text, "text/plain", "text.txt"),
     code: () => showCode(playground, copy),
   };
   for (const [name, action] of Object.entries(actions)) byId(name).addEventListener("click", action);
@@ -26,14 +22,11 @@ export function listenToTools(playground) {
 
 function showCode({ card, draft, sampling }, copy) {
   const texts = programs(card.name, draft.text || "\n", sampling.next());
-  const box = h("dialog", { class: "programs", "aria-label": "The same as a program" },
+  modal({ class: "programs", "aria-label": "The same as a program" },
     ...Object.entries(texts).map(([name, text]) => h("section", {},
       h("div", { class: "row" }, h("h2", {}, name), h("button", { type: "button", onclick: () => copy(text, "Copied.", "Select and copy it.") }, `Copy ${name}`)),
       h("pre", { tabindex: 0 }, text))),
-    h("button", { type: "button", onclick: () => box.close() }, "Close"));
-  box.addEventListener("close", () => box.remove());
-  document.body.append(box);
-  box.showModal();
+    h("button", {}, "Close"));
 }
 
 /** Programs that ask the server for the next text. JSON's strings are Python's, too. */

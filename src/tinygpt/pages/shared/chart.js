@@ -1,7 +1,7 @@
 // A line chart on a canvas: values under the pointer, zoom by dragging, and all of it by keyboard.
 
 import { extent, linear, logarithmic, usual } from "./axes.js";
-import { h } from "./dom.js";
+import { clamp, h, stepOf } from "./dom.js";
 import * as format from "./format.js";
 import { Plot, tickText } from "./plot.js";
 import { nearest } from "./series.js";
@@ -29,7 +29,6 @@ export class Chart extends Plot {
   constructor(holder, { title, write, onZoom, onPoint, ticks = 5, zero = false }) {
     super(holder, title);
     Object.assign(this, { write, onZoom, onPoint, wanted: ticks, zero, lines: [], step: null, drag: null });
-    this.#listen();
   }
 
   /**
@@ -88,16 +87,14 @@ export class Chart extends Plot {
     return low < high ? [low, high] : [0, Math.max(high, 1)];
   }
 
-  #tick(value) {
-    return this.write === format.loss ? format.short(value) : this.write(value);
-  }
+  #tick = (value) => (this.write === format.loss ? format.short : this.write)(value);
 
   #grid(context, ink) {
     context.lineWidth = 1;
     context.textBaseline = "middle";
     context.textAlign = "right";
-    context.strokeStyle = ink("--chart-line");
-    context.fillStyle = ink("--chart-text");
+    context.strokeStyle = ink("--grid");
+    context.fillStyle = ink("--muted");
     for (const tick of this.y.ticks) {
       const at = Math.round(this.y.place(tick)) + 0.5;
       path(context, [[this.left, at], [this.right, at]]).stroke();
@@ -134,7 +131,7 @@ export class Chart extends Plot {
 
   /** Hollow dots on a line, as close as there is room. */
   #dots(context, x, y, ink) {
-    context.fillStyle = ink("--chart-paper");
+    context.fillStyle = ink("--surface");
     let last = -Infinity;
     x.forEach((each, i) => {
       const at = this.x.place(each);
@@ -161,13 +158,13 @@ export class Chart extends Plot {
   /** A step that was skipped: a small wedge on the axis. */
   #wedge(context, at, ink) {
     if (at < this.left - 1 || at > this.right + 1) return;
-    context.fillStyle = ink("--chart-bad");
+    context.fillStyle = ink("--bad");
     path(context, [[at, this.bottom - 7], [at - 4, this.bottom], [at + 4, this.bottom]]).fill();
   }
 
   #selection(context, ink) {
-    const [from, to] = [this.drag.from, this.drag.to].sort((a, b) => a - b);
-    context.fillStyle = ink("--chart-accent");
+    const [from, to] = this.#dragged();
+    context.fillStyle = ink("--accent");
     context.globalAlpha = 0.15;
     context.fillRect(from, this.top, to - from, this.bottom - this.top);
     context.globalAlpha = 1;
@@ -176,7 +173,7 @@ export class Chart extends Plot {
   #cross(context, ink) {
     const at = Math.round(this.x.place(this.step)) + 0.5;
     if (at < this.left - 1 || at > this.right + 1) return;
-    context.strokeStyle = ink("--chart-text");
+    context.strokeStyle = ink("--muted");
     context.lineWidth = 1;
     path(context, [[at, this.top], [at, this.bottom]]).stroke();
     for (const { line, i } of this.#pointed()) {
@@ -204,8 +201,7 @@ export class Chart extends Plot {
     const place = pointed[0]?.place ?? UNITS[this.unit].at(shown);
     const told = pointed.map(({ line, i, place: own }) => [
       line, `${line.name}${own === place ? "" : ` (${own})`}`, this.write(line.y[i])]);
-    const now = Math.min(Math.max(shown, this.x.low), this.x.high);
-    this.say(this.x.low, this.x.high, now, [place, ...told.map(([, name, value]) => `${name} ${value}`)].join(", "));
+    this.say(this.x.low, this.x.high, clamp(shown, this.x.low, this.x.high), [place, ...told.map(([, name, value]) => `${name} ${value}`)].join(", "));
     this.tip.hidden = !this.active || Boolean(this.drag) || !told.length;
     if (this.tip.hidden) return;
     const at = this.x.place(this.step);
@@ -213,47 +209,69 @@ export class Chart extends Plot {
     this.showTip(at, this.top,
       h("b", {}, place),
       h("dl", {}, ...told.slice(0, 12).flatMap(([line, name, value]) => [
-        h("dt", {}, swatch(line), name), h("dd", {}, value)])),
+        h("dt", {}, swatch(line), h("span", { class: "clip" }, name)), h("dd", {}, value)])),
       ...skipped.map(([x, why]) => h("p", { class: "bad" }, `${UNITS[this.unit].at(x)} skipped: ${why}`)));
   }
 
   // ---- hands ----
 
-  #listen() {
-    const on = (name, action) => this.canvas.addEventListener(name, action);
-    on("pointerdown", (event) => {
-      if (event.button !== 0) return;
-      const at = this.#inside(event);
-      this.drag = { from: at, to: at };
-      this.canvas.setPointerCapture(event.pointerId);
-      this.active = true;
-    });
-    on("pointermove", (event) => {
-      if (!this.x) return;
-      this.active = true;
-      const at = this.#inside(event);
-      if (this.drag) this.drag.to = at;
-      this.#move(this.x.back(at));
-    });
-    on("pointerup", () => this.#drop());
-    on("pointercancel", () => {
-      this.drag = null;
-      this.redraw();
-    });
-    for (const gone of ["pointerleave", "blur"]) {
-      on(gone, () => {
-        this.active = false;
-        this.drag = null;
-        this.#move(null);
-      });
-    }
-    on("dblclick", () => this.onZoom(null));
-    on("keydown", (event) => this.#key(event));
+  pointerdown(event) {
+    if (event.button !== 0 || !this.x) return;
+    const at = this.#inside(event);
+    this.drag = { from: at, to: at };
+    this.canvas.setPointerCapture(event.pointerId);
+    this.active = true;
   }
 
-  #inside(event) {
-    const at = event.clientX - this.canvas.getBoundingClientRect().left;
-    return Math.min(Math.max(at, this.left), this.right);
+  pointermove(event) {
+    if (!this.x) return;
+    this.active = true;
+    const at = this.#inside(event);
+    if (this.drag) this.drag.to = at;
+    this.#move(this.x.back(at));
+  }
+
+  pointerup() {
+    const [from, to] = this.#dragged();
+    this.pointercancel();
+    if (to - from >= LEAST_DRAG) this.#zoom(this.x.back(from), this.x.back(to));
+  }
+
+  pointercancel() {
+    this.drag = null;
+    this.redraw();
+  }
+
+  leave() {
+    this.active = false;
+    this.drag = null;
+    this.#move(null);
+  }
+
+  dblclick() {
+    this.onZoom(null);
+  }
+
+  keydown(event) {
+    if (event.altKey || event.ctrlKey || event.metaKey || !this.x) return;
+    const { low, high } = this.x;
+    const now = clamp(this.step ?? high, low, high);
+    const quarter = (high - low) / 4;
+    const step = stepOf(event);
+    if (step) this.#move(clamp(now + (step[0] - step[1]) * (high - low) * (event.shiftKey ? 0.1 : 0.01), low, high));
+    else if (event.key === "+" || event.key === "=") this.#zoom(Math.max(now - quarter, low), Math.min(now + quarter, high));
+    else if (event.key === "-" || event.key === "Escape") this.onZoom(null);
+    else return;
+    event.preventDefault();
+    this.active = true;
+  }
+
+  /** Where the pointer is on the x axis. */
+  #inside = (event) => clamp(event.offsetX, this.left, this.right);
+
+  #dragged() {
+    const { from, to } = this.drag ?? { from: 0, to: 0 };
+    return [Math.min(from, to), Math.max(from, to)];
   }
 
   #move(x) {
@@ -262,52 +280,29 @@ export class Chart extends Plot {
     this.redraw();
   }
 
-  #drop() {
-    const { drag } = this;
-    this.drag = null;
-    if (drag && Math.abs(drag.to - drag.from) >= LEAST_DRAG) {
-      this.#zoom(...[drag.from, drag.to].sort((a, b) => a - b).map((at) => this.x.back(at)));
-    }
-    this.redraw();
-  }
-
   #zoom(from, to) {
     if (to - from >= 2) this.onZoom([from, to]);
-  }
-
-  #key(event) {
-    if (event.altKey || event.ctrlKey || event.metaKey || !this.x) return;
-    const { low, high } = this.x;
-    const within = (x) => Math.min(Math.max(x, low), high);
-    const now = within(this.step ?? high);
-    const stride = ((high - low) / 100) * (event.shiftKey ? 10 : 1);
-    const strides = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity };
-    if (event.key in strides) this.#move(within(now + strides[event.key] * stride));
-    else if (event.key === "+" || event.key === "=") this.#zoom(within(now - (high - low) / 4), within(now + (high - low) / 4));
-    else if (event.key === "-" || event.key === "Escape") this.onZoom(null);
-    else return;
-    event.preventDefault();
-    this.active = true;
   }
 }
 
 /** A short piece of a line, for legends: with its dashes, its dots, its shade, or a ``sign``. */
 export function swatch({ color, dash = [], width = 2.5, faint, dots, band, sign }) {
-  const svg = drawn("svg", { class: "swatch", viewBox: "0 0 22 8", "aria-hidden": "true" });
-  if (band) svg.append(drawn("rect", { width: 22, height: 8, fill: `var(${color})`, opacity: 0.25 }));
-  else if (sign === "skipped") svg.append(drawn("path", { d: "M11 0 L15 8 L7 8 Z", fill: `var(${color})` }));
-  else if (sign !== "best") {
-    svg.append(drawn("path", { d: "M0 4 H22", stroke: `var(${color})`, "stroke-width": width, "stroke-dasharray": dash.join(" "), opacity: faint ? 0.4 : 1 }));
-  }
+  const [ink, ring] = [`var(${color})`, dots ? [2.4, 1.4] : [3.2, 1.6]];
+  const line = { d: "M0 4 H22", stroke: ink, "stroke-width": width, "stroke-dasharray": dash.join(" "), opacity: faint ? 0.4 : 1 };
+  const parts = [];
+  if (band) parts.push(drawn("rect", { width: 22, height: 8, fill: ink, opacity: 0.25 }));
+  else if (sign === "skipped") parts.push(drawn("path", { d: "M11 0 L15 8 L7 8 Z", fill: ink }));
+  else if (sign !== "best") parts.push(drawn("path", line));
   if (dots || sign === "best") {
-    svg.append(drawn("circle", { cx: 11, cy: 4, r: dots ? 2.4 : 3.2, fill: "var(--surface)", stroke: `var(${color})`, "stroke-width": dots ? 1.4 : 1.6 }));
+    parts.push(drawn("circle", { cx: 11, cy: 4, r: ring[0], fill: "var(--surface)", stroke: ink, "stroke-width": ring[1] }));
   }
-  return svg;
+  return drawn("svg", { class: "swatch", viewBox: "0 0 22 8", "aria-hidden": "true" }, ...parts);
 }
 
-function drawn(name, attributes) {
+function drawn(name, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
   return element;
 }
 

@@ -54,13 +54,43 @@ export const whole = (n) => n.toLocaleString("en");
 /** "1 token", "2 tokens". */
 export const counted = (n, noun) => `${whole(n)} ${noun}${n === 1 ? "" : "s"}`;
 
+export const clamp = (n, low, high) => Math.min(Math.max(n, low), high);
+
+const STEPS = {
+  ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
+  PageUp: [0, -10], PageDown: [0, 10], Home: [-Infinity, 0], End: [Infinity, 0],
+};
+
+/** The step [columns, rows] of a key that moves, without its usual effect; null for other keys. */
+export function stepOf(event) {
+  const step = event.altKey || event.ctrlKey || event.metaKey ? null : STEPS[event.key] ?? null;
+  if (step) event.preventDefault();
+  return step;
+}
+
 /** Arrow keys, Home and End move the focus within a list of elements of which one can be tabbed to. */
 export function moveWithArrows(event, elements, go) {
-  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-  const last = elements.length - 1;
   const at = elements.indexOf(document.activeElement);
-  const to = event.key === "Home" ? 0 : event.key === "End" ? last : at + step;
-  if (at < 0 || Number.isNaN(to) || event.altKey || event.ctrlKey || event.metaKey) return;
-  event.preventDefault();
-  go(Math.min(Math.max(to, 0), last));
+  const step = at < 0 ? null : stepOf(event);
+  if (step) go(clamp(at + step[0] + step[1], 0, elements.length - 1));
+}
+
+/** Show a dialog until it is closed; -> its return value, that of the button which closed it. */
+export function modal(properties, ...children) {
+  const box = h("dialog", properties, h("form", { method: "dialog" }, ...children));
+  document.body.append(box);
+  box.showModal();
+  return new Promise((resolve) => {
+    box.addEventListener("close", () => {
+      box.remove();
+      resolve(box.returnValue);
+    });
+  });
+}
+
+/** Save something as a file. */
+export function download(content, type, name) {
+  const url = URL.createObjectURL(new Blob([content], { type }));
+  h("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }

@@ -1,9 +1,10 @@
 // Talking to the server the page came from, and to nobody else.
 
-import { h } from "./dom.js";
+import { h, modal } from "./dom.js";
 import { store, stored } from "./storage.js";
 
 const KEY = "tinygpt-key";
+let memory = ""; // the key, where nothing can be stored
 
 /** What the server, or the way to it, had to say against a request. */
 export class ApiError extends Error {
@@ -14,10 +15,7 @@ export class ApiError extends Error {
 }
 
 /** POST some JSON; -> the answer's JSON. Asks for the key where the server wants one. */
-export async function post(path, body, signal) {
-  const response = await send(path, body, signal);
-  return response.json();
-}
+export const post = async (path, body, signal) => (await send(path, body, signal)).json();
 
 /** POST some JSON; yields the objects of a stream of server-sent events. */
 export async function* events(path, body, signal) {
@@ -50,10 +48,7 @@ export async function* eventData(response, signal, onHeard = () => {}) {
 }
 
 /** The JSON at a path. */
-export async function get(path, signal) {
-  const response = await request(path, { signal });
-  return response.json();
-}
+export const get = async (path) => (await request(path)).json();
 
 const send = (path, body, signal) => request(path, {
   method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
@@ -80,8 +75,6 @@ async function explain(response) {
   return new ApiError(message, response.status);
 }
 
-let memory = ""; // the key, where nothing can be stored
-
 const storedKey = () => stored(KEY) ?? memory;
 
 /** Send this key with every request from now on, in this tab. */
@@ -93,10 +86,9 @@ function keepKey(key) {
 /** A key behind the # of the address, which browsers send to nobody, goes into the tab's storage. */
 function takeKey() {
   const key = new URLSearchParams(location.hash.slice(1)).get("key");
-  if (!key) return false;
-  keepKey(key);
-  history.replaceState(null, "", location.pathname + location.search);
-  return true;
+  if (key) keepKey(key);
+  if (key) history.replaceState(null, "", location.pathname + location.search);
+  return Boolean(key);
 }
 
 takeKey();
@@ -115,35 +107,16 @@ function askForKey(refused) {
   return asking;
 }
 
-function dialog(again) {
-  return new Promise((resolve) => {
-    const input = h("input", { type: "password", id: "key", autocomplete: "off", required: true });
-    const form = h(
-      "form",
-      { class: "key" },
-      h("h2", { id: "key-title" }, "This server wants a key"),
-      h("p", {}, again ? "That key was not the right one." : "It stands in the terminal of the server, behind #key= or as it was set there."),
-      h("label", { for: "key" }, "Key"),
-      input,
-      h("p", { class: "hint" }, "It is kept in this tab, until you close it."),
-      h(
-        "div",
-        { class: "row" },
-        h("button", { type: "submit", class: "primary" }, "Continue"),
-        h("button", { type: "button", onclick: () => box.close() }, "Cancel"),
-      ),
-    );
-    const box = h("dialog", { "aria-labelledby": "key-title" }, form);
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      box.returnValue = input.value.trim();
-      box.close();
-    });
-    box.addEventListener("close", () => {
-      box.remove();
-      resolve(box.returnValue);
-    });
-    document.body.append(box);
-    box.showModal();
-  });
+async function dialog(again) {
+  const input = h("input", { type: "password", id: "key", autocomplete: "off", required: true });
+  const given = await modal({ "aria-labelledby": "key-title" },
+    h("h2", { id: "key-title" }, "This server wants a key"),
+    h("p", {}, again ? "That key was not the right one." : "It stands in the terminal of the server, behind #key= or as it was set there."),
+    h("label", { for: "key" }, "Key"),
+    input,
+    h("p", { class: "hint" }, "It is kept in this tab, until you close it."),
+    h("div", { class: "row" },
+      h("button", { value: "key", class: "primary" }, "Continue"),
+      h("button", { formnovalidate: true }, "Cancel")));
+  return given && input.value.trim();
 }

@@ -1,45 +1,34 @@
-// Light, dark, or whatever the system says. Not a module: it runs before the page is painted.
-(() => {
-  const ORDER = ["auto", "light", "dark"];
-  const root = document.documentElement;
+// Light, dark, or what the system says. Not a module: it runs before the page is painted.
+{
+  const KEY = "tinygpt-theme";
+  const NAMES = { auto: "Auto", light: "Light", dark: "Dark" };
+  const { dataset } = document.documentElement;
 
-  function stored() {
+  /** Reading or keeping the choice; where storage is switched off it lasts as long as the page. */
+  const trying = (action) => {
     try {
-      return localStorage.getItem("tinygpt-theme");
+      return action();
     } catch {
-      return null; // storage is switched off: the choice lasts as long as the page
+      return null;
     }
-  }
+  };
 
-  function keep(theme) {
-    try {
-      localStorage.setItem("tinygpt-theme", theme);
-    } catch {
-      return;
-    }
-  }
-
-  function apply(theme) {
-    root.dataset.theme = ORDER.includes(theme) ? theme : "auto";
+  const apply = (theme) => {
+    dataset.theme = theme in NAMES ? theme : "auto";
     for (const button of document.querySelectorAll("[data-theme-switch]")) {
-      button.textContent = { auto: "Auto", light: "Light", dark: "Dark" }[root.dataset.theme];
+      button.textContent = NAMES[dataset.theme];
       button.setAttribute("aria-label", `Theme: ${button.textContent}`);
     }
     document.dispatchEvent(new Event("themechange"));
-  }
+  };
 
-  apply(stored());
-  document.addEventListener("DOMContentLoaded", () => {
-    apply(root.dataset.theme);
-    for (const button of document.querySelectorAll("[data-theme-switch]")) {
-      button.addEventListener("click", () => {
-        const next = ORDER[(ORDER.indexOf(root.dataset.theme) + 1) % ORDER.length];
-        keep(next);
-        apply(next);
-      });
-    }
+  apply(trying(() => localStorage.getItem(KEY)));
+  document.addEventListener("DOMContentLoaded", () => apply(dataset.theme));
+  document.addEventListener("click", ({ target }) => {
+    if (!target.closest("[data-theme-switch]")) return;
+    const order = Object.keys(NAMES);
+    apply(order[(order.indexOf(dataset.theme) + 1) % order.length]);
+    trying(() => localStorage.setItem(KEY, dataset.theme));
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    document.dispatchEvent(new Event("themechange"));
-  });
-})();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => apply(dataset.theme));
+}

@@ -1,8 +1,8 @@
-"""The dashboard's side of HTTP: curves, samples and events of the runs in some folders.
+"""The dashboard over HTTP: curves, samples and events of the runs in some folders.
 
-Everything is read from the files of the runs, when a page asks: without a page nothing happens, and
-what trains is never waited for. Samples are made of texts that may be private, so reading needs the
-board's key, as asking a training to save or to stop does; `AccessControl` checks it.
+Everything is read from the files of the runs when a page asks: without a page nothing happens, and
+a training never waits. Samples may quote private texts, so reading needs the board's key, as asking
+a training to save or to stop does; `AccessControl` checks it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -28,21 +29,20 @@ from tinygpt.server.dashboard.curves import POINTS
 from tinygpt.server.dashboard.steering import ByLock, Steering
 from tinygpt.server.dashboard.watch import Cursor, Watch, parse_cursor, write_cursor
 from tinygpt.server.dashboard.watched import Run
-from tinygpt.server.http import static
+from tinygpt.server.http.answers import EventStream, JSONResponse
 from tinygpt.server.http.assembly import assemble
-from tinygpt.server.http.event_stream import EventStream
-from tinygpt.server.http.json_answer import JSONResponse
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.http.security import AccessOptions
+from tinygpt.server.http.static import page_files
 
 TICK = 0.5
-"""Seconds between two events: what happens meanwhile comes together."""
+"""Seconds between two events: changes within this time come together."""
 HEARTBEAT = 10.0
-"""Seconds after which a stream that has nothing to tell shows that it is alive."""
+"""Seconds after which a stream without news sends a comment, to show that it is alive."""
 STREAMS = 32
-"""Pages that may listen at once."""
+"""Streams of events at once."""
 SAMPLES_BYTES = 1 << 20
-"""About the most characters of sample texts in one answer."""
+"""Characters of sample texts in one answer, about the most."""
 
 
 class Board:
@@ -63,11 +63,11 @@ class Board:
         self._steering = {folder.absolute(): s for folder, s in (steering or {}).items()}
 
     def steering(self, run: Run) -> Steering:
-        """How to ask the run; what was asked before is remembered."""
+        """How to ask the run; one object for each, which remembers what was asked."""
         return self._steering.setdefault(run.folder.absolute(), ByLock(run.folder))
 
     def find(self, request: Request) -> Run:
-        """The run that an address names. There are no others, whatever the name."""
+        """The run that an address names; 404 for any other name."""
         run = self.watch.runs.get(request.path_params["run"])
         if run is None:
             raise HTTPException(404)
@@ -77,80 +77,78 @@ class Board:
 def make_app(board: Board, **access: Unpack[AccessOptions]) -> Starlette:
     """The dashboard alone, behind `AccessControl` with the board's key."""
     access = {"board_key": board.key, "board_is_open": board.is_open, **access}
-    return assemble([page_route("/"), *routes(board)], **access)
+    return assemble(routes(board, "/", "/dashboard"), **access)
 
 
-def page_route(path: str) -> Route:
-    """The page itself."""
-    file = static.read_page_files()["dashboard/dashboard.html"]
+def routes(board: Board, *pages: str) -> list[Route]:
+    """The page, at these paths, and what it asks for, below /dashboard."""
+    page = page_files()["dashboard/dashboard.html"]
 
-    async def page(request: Request) -> Response:
-        return file.response(request)
-
-    return Route(path, page, methods=["GET"])
-
-
-def routes(board: Board) -> list[Route]:
-    """The page and all that it asks for, below /dashboard."""
-
-    def answer(read: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    def get(path: str, read: Callable[[Board, Request], Any]) -> Route:
         async def endpoint(request: Request) -> Response:
             await run_in_threadpool(board.watch.refresh)
-            return await run_in_threadpool(lambda: JSONResponse(read(request)))
+            return await run_in_threadpool(lambda: JSONResponse(read(board, request)))
 
-        return endpoint
+        return Route(f"/dashboard/{path}", endpoint, methods=["GET"])
 
-    def runs(request: Request) -> Any:
-        with board.watch.lock:
-            settings = {run.id: {"settings": run.settings} for run in board.watch.listed()}
-            cards = [card | settings[card["id"]] for card in board.watch.cards()]
-        return {"runs": cards, "playground": board.playground}
-
-    def curves(request: Request) -> Any:
-        low, high = _number(request, "from", -math.inf), _number(request, "to", math.inf)
-        points = int(_number(request, "points", POINTS))
-        with board.watch.lock:
-            found = board.find(request).curves.frozen()
-        return found.overview(points, low, high)
-
-    def samples(request: Request) -> Any:
-        with board.watch.lock:
-            found = board.find(request).samples[:]
-        return {"samples": within(found, SAMPLES_BYTES)}
-
-    async def events(request: Request) -> Response:
-        if board.streams >= STREAMS:
-            raise Refusal(503, "Too many pages listen already.", code="too_many_streams")
-        given = request.headers.get("last-event-id") or request.query_params.get("since", "")
-        return EventStream(_events(board, parse_cursor(given)))
-
-    def asked(what: str) -> Callable[[Request], Any]:
-        async def endpoint(request: Request) -> Response:
-            run = board.find(request)
-            try:
-                await run_in_threadpool(getattr(board.steering(run), what))
-            except UsageError as error:
-                raise Refusal(409, str(error), code="cannot_be_asked") from error
-            return JSONResponse({"asked": what}, 202)
-
-        return endpoint
+    def post(what: str) -> Route:
+        path = f"/dashboard/runs/{{run}}/{what}"
+        return Route(path, partial(_ask, board, what), methods=["POST"])
 
     return [
-        page_route("/dashboard"),
-        Route("/dashboard/runs", answer(runs), methods=["GET"]),
-        Route("/dashboard/runs/{run}/curves", answer(curves), methods=["GET"]),
-        Route("/dashboard/runs/{run}/samples", answer(samples), methods=["GET"]),
-        Route("/dashboard/events", events, methods=["GET"]),
-        Route("/dashboard/runs/{run}/save", asked("save"), methods=["POST"]),
-        Route("/dashboard/runs/{run}/stop", asked("stop"), methods=["POST"]),
+        *(Route(path, page, methods=["GET"]) for path in pages),
+        get("runs", _runs),
+        get("runs/{run}/curves", _curves),
+        get("runs/{run}/samples", _samples),
+        Route("/dashboard/events", partial(_stream, board), methods=["GET"]),
+        post("save"),
+        post("stop"),
     ]
 
 
-async def _events(board: Board, cursor: dict[str, tuple[int, str]]) -> AsyncIterator[str]:
-    """Cards that have changed and rows that are new, at most one event a tick.
+def _runs(board: Board, request: Request) -> dict[str, Any]:
+    with board.watch.lock:
+        settings = {run.id: {"settings": run.settings} for run in board.watch.listed()}
+        cards = [card | settings[card["id"]] for card in board.watch.cards()]
+    return {"runs": cards, "playground": board.playground}
 
-    An event's id says what a page has that has taken in all up to it; a page that comes back with
-    one gets what it has missed.
+
+def _curves(board: Board, request: Request) -> dict[str, Any]:
+    low, high = _number(request, "from", -math.inf), _number(request, "to", math.inf)
+    points = int(_number(request, "points", POINTS))
+    with board.watch.lock:
+        found = board.find(request).curves.frozen()
+    return found.overview(points, low, high)
+
+
+def _samples(board: Board, request: Request) -> dict[str, Any]:
+    with board.watch.lock:
+        found = board.find(request).samples[:]
+    return {"samples": within(found, SAMPLES_BYTES)}
+
+
+async def _stream(board: Board, request: Request) -> Response:
+    if board.streams >= STREAMS:
+        raise Refusal(503, "Too many pages listen already.", code="too_many_streams")
+    given = request.headers.get("last-event-id") or request.query_params.get("since", "")
+    return EventStream(_events(board, parse_cursor(given)))
+
+
+async def _ask(board: Board, what: str, request: Request) -> Response:
+    """Ask a training to save or to stop."""
+    run = board.find(request)
+    try:
+        await run_in_threadpool(getattr(board.steering(run), what))
+    except UsageError as error:
+        raise Refusal(409, str(error), code="cannot_be_asked") from error
+    return JSONResponse({"asked": what}, 202)
+
+
+async def _events(board: Board, cursor: dict[str, tuple[int, str]]) -> AsyncIterator[str]:
+    """Changed cards and new rows, at most one event a tick.
+
+    An event's id is the cursor of a page that has read it; a page that reconnects with it gets what
+    it has missed.
     """
     board.streams += 1
     sent: dict[str, str] = {}
@@ -181,15 +179,15 @@ def _look(watch: Watch, cursor: Cursor) -> list[dict[str, Any]]:
 
 
 def _card(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry without what is told once."""
+    """An entry without its rows, which are sent once."""
     once = ("from", "new", "reload", "rows", "mark")
     return {key: value for key, value in entry.items() if key not in once}
 
 
 def _advanced(cursor: Cursor, entries: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Where a page is that has taken in the entries."""
-    told = {e["id"]: (e["rows"], e["mark"]) for e in entries if "rows" in e}
-    return {run: told.get(run, before) for run, before in cursor.items()}
+    """The cursor of a page that has read the entries."""
+    now = {e["id"]: (e["rows"], e["mark"]) for e in entries if "rows" in e}
+    return {run: now.get(run, before) for run, before in cursor.items()}
 
 
 def _dump(value: Any) -> str:

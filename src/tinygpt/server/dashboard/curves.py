@@ -1,15 +1,15 @@
 """Curves of any length in a bounded number of points.
 
-Rows fall into buckets of ``stride`` rows, a power of two, and a bucket keeps the lowest, the
-highest and the mean of its values: a spike stays visible at every width, and what is smoothed later
-is a mean, not a choice. Buckets begin at multiples of the stride, so the page can put new rows into
-the last one, and halve the number of all by joining neighbours, and has what it would get from
-here.
+Rows fall into buckets of ``stride`` rows, a power of two. A bucket keeps the lowest, the highest
+and the mean of its values, so a spike stays visible at every width. Buckets begin at multiples of
+the stride, so a page can add new rows to the last one, and can halve their number by joining
+neighbours; the result is the same as from here.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import zlib
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from tinygpt.runs.history import Row
 from tinygpt.untrusted import has_surrogates
 
 RANGES = ("train_loss", "grad_norm", "tokens_per_second")
-"""Curves of which least and greatest values are shown beside the mean."""
+"""Curves that are shown with their lowest and highest values beside the mean."""
 POINTS = 1024
 """The most points of one curve."""
 LAYER_POINTS = 256
 """The most points of one layer's gradient norm."""
 MAX_ROWS = 2_000_000
-"""Rows of a run that are kept; what comes after is not shown."""
+"""Rows of a run that are kept; later ones are not shown."""
 MAX_LAYERS, MAX_NAME = 128, 100
 """Layers that are shown, and characters of a layer's name."""
 MAX_SKIPPED = 500
@@ -45,17 +45,17 @@ class Curves(Columns):
         self.skipped: list[tuple[float, str]] = []
         self.skips = 0
         self.odd: set[str] = set()
-        """What is not shown of the rows, and why."""
+        """Reasons why parts of the rows are not shown."""
         self._norms = np.empty((0, self._columns.shape[1]), np.float32)  # (layers, capacity)
 
     def add(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Take in rows; -> those that have a step, up to ``MAX_ROWS`` in all."""
+        """Add rows; -> those that have a step, up to ``MAX_ROWS`` in all."""
         start = self.rows
         if len(rows) > MAX_ROWS - start:
             self.odd.add(f"Rows after the first {MAX_ROWS:,} are not shown.")
             rows = rows[: MAX_ROWS - start]
         rows = super().add(rows)
-        at = [i for i, row in enumerate(rows) if _mapping(row.get("grad_norms"))]
+        at = [i for i, row in enumerate(rows) if isinstance(row.get("grad_norms"), dict)]
         norms = [rows[i]["grad_norms"] for i in at]
         self._see_layers(norms)
         for i, layer in enumerate(self.layers if at else ()):  # where there is none it is NaN
@@ -64,13 +64,13 @@ class Curves(Columns):
         return rows
 
     def frozen(self) -> Self:
-        """The curves as they are now, to be read while more rows are added to these."""
+        """A snapshot, to be read while more rows are added to these."""
         now = copy.copy(self)  # whose columns have the same first rows, which never change
         now.layers, now.skipped = self.layers[:], self.skipped[:]
         return now
 
     def mark(self, rows: int) -> str:
-        """What tells the first ``rows`` rows from those of another, or of a resumed, run."""
+        """A checksum of row number ``rows``, which differs after a run is replaced or resumed."""
         if not 0 < rows <= self.rows:
             return ""
         return f"{zlib.crc32(self._columns[:, rows - 1].tobytes()):08x}"
@@ -134,27 +134,19 @@ class Curves(Columns):
         return max(first, 0), min(last, self.rows)
 
     def _see_layers(self, norms: Sequence[Row]) -> None:
-        """Take note of layers in the first and the last of some rows' norms."""
-        for found in (*norms[:1], *norms[-1:]):
-            for name in found:
-                if name in self.layers:
-                    continue
-                if len(self.layers) == MAX_LAYERS:
-                    self.odd.add(f"Layers after the first {MAX_LAYERS} are not shown.")
-                    break
-                self._see_layer(name)
-        missing = len(self.layers) - len(self._norms)
-        if missing:
+        """Register the layers in the first and the last of some rows' norms."""
+        for name in dict.fromkeys(itertools.chain(*norms[:1], *norms[-1:])):
+            if len(name) > MAX_NAME:
+                self.odd.add(f"Layers with names of more than {MAX_NAME} characters are not shown.")
+            elif name not in self.layers and len(self.layers) == MAX_LAYERS:
+                self.odd.add(f"Layers after the first {MAX_LAYERS} are not shown.")
+            elif name not in self.layers:
+                self.layers.append(name)
+                if has_surrogates(name):
+                    self.odd.add("The name of a layer holds half a character (a lone surrogate).")
+        if missing := len(self.layers) - len(self._norms):
             more = np.full((missing, self._columns.shape[1]), np.nan, np.float32)
             self._norms = np.concatenate([self._norms, more])
-
-    def _see_layer(self, name: str) -> None:
-        if len(name) > MAX_NAME:
-            self.odd.add(f"Layers with names of more than {MAX_NAME} characters are not shown.")
-            return
-        if has_surrogates(name):
-            self.odd.add("The name of a layer holds half a character (a lone surrogate).")
-        self.layers.append(name)
 
     def _see_skipped(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -203,9 +195,5 @@ def _described(values: Numbers, stride: int, with_range: bool) -> dict[str, Any]
 
 
 def plain(values: npt.NDArray[Any], digits: int = 6) -> list[float | None]:
-    """Numbers as JSON can hold them, no longer than a screen can show."""
+    """Numbers for JSON, NaN as None, rounded to so many significant digits."""
     return [None if v != v else float(f"{v:.{digits}g}") for v in values.tolist()]
-
-
-def _mapping(value: Any) -> Row:
-    return value if isinstance(value, dict) else {}

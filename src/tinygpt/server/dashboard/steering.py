@@ -1,4 +1,4 @@
-"""Asking a training to save now or to stop: that of this process, or one by its folder's lock."""
+"""Asks a training to save or to stop: the one in this process, or the holder of a folder's lock."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tinygpt.runs.lock import Holder, holder
 
 
 class Steering(Protocol):
-    """What can be asked of a run that is training. Raises UsageError where it cannot."""
+    """Controls a run that is training. Both methods raise UsageError where that is impossible."""
 
     def save(self) -> None:
-        """A checkpoint after the step in progress."""
+        """Write a checkpoint after the step in progress."""
 
     def stop(self) -> None:
-        """An end after the step in progress, with a checkpoint."""
+        """End after the step in progress, with a checkpoint."""
 
 
 class Here:
-    """A run that is trained by this process."""
+    """Controls the training of this process."""
 
     def __init__(self, save: Callable[[], None], stop: Callable[[], None]) -> None:
         self._save, self._stop = save, stop
         self.stopped = False
-        """Whether somebody asked for the end."""
+        """Whether a page asked for the end."""
 
     def save(self) -> None:
         self._save()
@@ -39,25 +39,25 @@ class Here:
 
 
 class ByLock:
-    """A run that another process of this machine trains: it is sent a signal.
+    """Controls a training in another process of this machine, by signals.
 
-    A lock file may come from anybody and name any process. So nothing is sent unless the file
-    knows when that process was born and the process itself says that it hears the signal, which
-    would otherwise kill it. A second request to stop is not passed on: it would end the training at
+    A lock file may come from anybody and name any process. So a signal is sent only if the file has
+    the start time of that process, and if the process handles the signal, which would otherwise
+    kill it. A second request to stop sends nothing: a second SIGTERM would end the training at
     once, without a checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._told_to_stop: Holder | None = None
+        self._stopping: Holder | None = None
 
     def save(self) -> None:
         self._send("SIGUSR1")
 
     def stop(self) -> None:
-        if (who := holder(self.folder)) is not None and who == self._told_to_stop:
+        if (who := holder(self.folder)) is not None and who == self._stopping:
             raise UsageError("It was asked to stop already, and will when its step is done.")
-        self._told_to_stop = self._send("SIGTERM")
+        self._stopping = self._send("SIGTERM")
 
     def _send(self, name: str) -> Holder:
         who = holder(self.folder)
@@ -92,7 +92,7 @@ class ByLock:
 
 
 def hears(pid: int, number: signal.Signals) -> bool:
-    """Whether a process handles a signal, and so is not killed by it, by the kernel's own word."""
+    """Whether a process handles a signal, and so is not killed by it, according to /proc."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:

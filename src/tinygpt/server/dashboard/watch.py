@@ -20,20 +20,20 @@ from tinygpt.untrusted import utf8_name
 MAX_TAIL = 1000
 """New rows that are sent one by one; the curves of more are sent anew."""
 PAUSE = 0.4
-"""Seconds between two looks at the files, however many pages ask."""
+"""Seconds between two looks at the files, whatever the number of pages."""
 READING = 0.5
-"""Seconds that a look spends on rows; the rest of long files comes with the next."""
+"""Seconds that a look spends on rows; the next look goes on with long files."""
 
 Cursor = Mapping[str, tuple[int, str]]
-"""What a page has: by run, the number of rows and what tells them from others."""
+"""By run: the number of rows that a page has read, and a checksum of the last one."""
 
 
 class Watch:
     """All runs of some folders. Safe to use from several threads.
 
-    Whoever looks at the files has the turn, and the others wait for what is found, for ``READING``
-    seconds and one slice at most. What pages read changes under ``lock``, which is held for one
-    slice of one run at a time.
+    One thread at a time looks at the files; others wait for its result, for ``READING`` seconds and
+    one slice at most. What pages read changes under ``lock``, which is held for one slice of one
+    run at a time.
     """
 
     def __init__(self, places: Iterable[str | Path]) -> None:
@@ -48,10 +48,10 @@ class Watch:
         self._turn = threading.Lock()
         self._looked = -PAUSE
         self._next: str | None = None
-        """The run that the last look had no time for."""
+        """Id of the first run for which the last look had no time."""
 
     def refresh(self) -> None:
-        """Look at all files again, unless that was done just now."""
+        """Look at all files, unless the last look is less than `PAUSE` seconds old."""
         with self._turn:
             if time.monotonic() - self._looked < PAUSE:
                 return
@@ -62,10 +62,9 @@ class Watch:
             self._looked = time.monotonic()
 
     def changes(self, cursor: Cursor) -> list[dict[str, Any]]:
-        """The card of every run and, for those in the cursor, the rows that are new.
+        """The card of every run and, for those in the cursor, the new rows.
 
-        If there are too many, or the rows that the page has are no longer those of the run, the
-        card says ``reload`` instead.
+        If these are too many, or the run's file was replaced, the card says ``reload`` instead.
         """
         with self.lock:
             seen = [(card, self.runs[card["id"]].curves.frozen()) for card in self.cards()]
@@ -80,7 +79,7 @@ class Watch:
             ]
 
     def listed(self) -> list[Run]:
-        """Those in training first, then by their last change."""
+        """All runs: those in training first, then by their last change."""
         return sorted(self.runs.values(), key=lambda run: (run.holder is None, -run.updated))
 
     def _find(self) -> None:
@@ -132,7 +131,7 @@ def _names(runs: Iterable[Run]) -> Iterator[str]:
 
 
 def parse_cursor(text: str) -> dict[str, tuple[int, str]]:
-    """What a page says that it has: ``RUN:ROWS:MARK,…``; what cannot be read is left out.
+    """The cursor that a page sends, ``RUN:ROWS:MARK,…``; what does not parse is left out.
 
     >>> parse_cursor("0123456789ab:500:00c0ffee,nonsense")
     {'0123456789ab': (500, '00c0ffee')}
@@ -142,5 +141,5 @@ def parse_cursor(text: str) -> dict[str, tuple[int, str]]:
 
 
 def write_cursor(cursor: Cursor) -> str:
-    """The other way round."""
+    """The inverse of ``parse_cursor``."""
     return ",".join(f"{run}:{rows}:{mark}" for run, (rows, mark) in cursor.items())

@@ -1,4 +1,4 @@
-"""One run folder as a dashboard sees it: whatever its files hold, and whoever wrote them."""
+"""One run folder as a dashboard shows it; its files may hold anything."""
 
 from __future__ import annotations
 
@@ -28,12 +28,7 @@ from tinygpt.runs.history import Row, Tail
 from tinygpt.runs.lock import Holder, holder
 from tinygpt.server.dashboard.curves import Curves
 from tinygpt.training.metrics import bits_per_byte
-from tinygpt.untrusted import (
-    clip,
-    has_surrogates,
-    is_number,
-    utf8_name,
-)
+from tinygpt.untrusted import clip, has_surrogates, is_number, utf8_name
 
 MAX_SAMPLES, MAX_TEXT = 1000, 4000
 """Sample texts kept of a run, and characters of each."""
@@ -42,7 +37,7 @@ MAX_SETTINGS, MAX_VALUE = 200, 400
 
 
 class Run:
-    """One run folder. What is odd about it is said in ``odd`` and keeps nothing else from view."""
+    """One run folder. ``odd`` lists what is wrong with it, and hides nothing else."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,16 +51,17 @@ class Run:
         self.updated = 0.0
         """When its metrics were last written to, in seconds since 1970."""
         self.card: dict[str, Any] = {}
-        """The figures of the run as it was seen last."""
+        """The run's figures at the last look."""
         self._metrics, self._samples = Tail(folder / METRICS), Tail(folder / SAMPLES)
-        self._restarts = [0, 0]
-        self._seen: dict[str, object] = {}
+        self._seen_config: object = None
+        self._seen_folder: object = None
+        self._why: str | None = None  # the settings could not be read
         self._checkpoints: dict[str, Any] = {"checkpoint": None, "best_checkpoint": None}
         self._trouble: dict[str, str] = {}
         self.card = self._card()
 
     def glance(self) -> None:
-        """Look at the small files: who trains, with which settings, and which checkpoints."""
+        """Look at the small files: the lock, the settings, the names of checkpoints."""
         for name, read in (
             (LOCK, self._read_lock),
             (CONFIG, self._read_settings),
@@ -77,21 +73,20 @@ class Run:
         self._show()
 
     def read(self, lock: contextlib.AbstractContextManager[Any]) -> bool:
-        """Take in the next slice of the rows that are new; -> whether there is more.
+        """Take in the next slice of new rows; -> whether there is more.
 
-        Files are read and parsed before the lock is taken, which pages wait for.
+        Files are read and parsed before the lock is taken, for which pages wait.
         """
-        for which, tail, take in (
-            (0, self._metrics, self._add_rows),
-            (1, self._samples, self._add_samples),
-        ):
+        for tail in (self._metrics, self._samples):
             with self._guarded(tail.path.name):
-                rows = tail.look()
+                before, rows = tail.restarts, tail.look()
                 with lock:
-                    if tail.restarts != self._restarts[which]:
-                        self._restarts[which] = tail.restarts
-                        self._forget(which)
-                    take(rows)
+                    if tail.restarts != before:
+                        self._forget(tail)
+                    if tail is self._metrics:
+                        self.curves.add(rows)
+                    else:
+                        self._add_samples(rows)
         self._show()
         return self._metrics.more or self._samples.more
 
@@ -113,20 +108,20 @@ class Run:
     @property
     def odd(self) -> list[str]:
         """What is wrong with the folder and its files, each with its reason."""
-        told = [f"{where}: {why}" for where, why in self._trouble.items()]
+        found = [f"{where}: {why}" for where, why in self._trouble.items()]
         for tail in (self._metrics, self._samples):
             if tail.trouble is not None:
-                told.append(f"{tail.path.name}: {tail.trouble[:1].upper()}{tail.trouble[1:]}.")
+                found.append(f"{tail.path.name}: {tail.trouble[:1].upper()}{tail.trouble[1:]}.")
         if has_surrogates(str(self.folder.absolute())):
-            told.append("Its path is not UTF-8.")
-        return told + [f"{METRICS}: {reason}" for reason in sorted(self.curves.odd)]
+            found.append("Its path is not UTF-8.")
+        return found + [f"{METRICS}: {reason}" for reason in sorted(self.curves.odd)]
 
     @contextlib.contextmanager
     def _guarded(self, where: str) -> Iterator[None]:
-        """Whatever an odd file does to its reader ends here, and the other runs go on."""
+        """Catch whatever an odd file makes its reader raise, so that other runs are still shown."""
         try:
             yield
-        except OSError as error:  # its text would tell where the folder lies
+        except OSError as error:  # str(error) would show the folder's path
             self._trouble[where] = f"It cannot be read: {error.strerror or type(error).__name__}."
         except Exception as error:
             kind = type(error).__name__
@@ -142,13 +137,14 @@ class Run:
     def _card(self) -> dict[str, Any]:
         curves, best = self.curves, self.curves.best()
         last = ("iter", "train_loss", "val_loss", "lr", "tokens_per_second", "memory", "elapsed")
+        best_iter, best_val_loss = best or (None, None)
         return {
             "state": self.state,
             "holder": None if self.holder is None else clip(self.holder),
             "max_iters": self.max_iters,
             **{key: curves.last(key) for key in last},
-            "best_val_loss": None if best is None else best[1],
-            "best_iter": None if best is None else best[0],
+            "best_val_loss": best_val_loss,
+            "best_iter": best_iter,
             "steps_per_second": self._pace(),
             "bits_per_nat": bits_per_byte(1.0, self.bytes_per_token),
             "skips": curves.skips,
@@ -158,16 +154,13 @@ class Run:
             **self._checkpoints,
         }
 
-    def _forget(self, which: int) -> None:
-        """Drop what is known of a file that is another one now."""
-        self._trouble.pop((METRICS, SAMPLES)[which], None)
-        if which == 0:
+    def _forget(self, tail: Tail) -> None:
+        """Drop the rows of a file that was replaced or cut."""
+        self._trouble.pop(tail.path.name, None)
+        if tail is self._metrics:
             self.curves = Curves()
         else:
             self.samples = []
-
-    def _add_rows(self, rows: Sequence[Row]) -> None:
-        self.curves.add(rows)
 
     def _add_samples(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -187,32 +180,27 @@ class Run:
 
     def _read_settings(self) -> None:
         self.bytes_per_token = bytes_per_token_of(self.folder)
-        path = self.folder / CONFIG
-        try:
+        path, seen = self.folder / CONFIG, None
+        with contextlib.suppress(FileNotFoundError):
             status = path.lstat()
-        except FileNotFoundError:
-            self.settings, self._seen = {}, {}
-            return
-        seen = (status.st_mtime_ns, status.st_size, status.st_ino)
-        if self._seen.get(CONFIG) != seen:
-            self._seen[CONFIG] = seen
-            self.settings, why = {}, None
+            seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if self._seen_config != seen:
+            self._seen_config, self.settings, self._why = seen, {}, None
             try:
                 if path.is_symlink():
                     raise OSError("it is a link, and links are not followed")
-                self.settings = _flat(read_config(path))
+                self.settings = {} if seen is None else _flat(read_config(path))
             except (OSError, ValueError, RecursionError) as error:
-                why = clip(getattr(error, "strerror", None) or error)
-            self._seen["why"] = why
-        if self._seen["why"] is not None:
-            self._trouble[CONFIG] = f"Its settings cannot be read: {self._seen['why']}."
+                self._why = clip(getattr(error, "strerror", None) or error)
+        if self._why is not None:
+            self._trouble[CONFIG] = f"Its settings cannot be read: {self._why}."
 
     def _read_checkpoints(self) -> None:
         """The newest and the best one, whenever something in the folder has got another name."""
         seen = self.folder.stat().st_mtime_ns
-        if self._seen.get("folder") == seen:
+        if self._seen_folder == seen:
             return
-        self._seen["folder"] = seen
+        self._seen_folder = seen
         with os.scandir(self.folder) as entries:
             names = [entry.name for entry in itertools.islice(entries, MAX_ENTRIES)]
         steps = {name: named_step(name) for name in names}
@@ -241,7 +229,7 @@ HALVES = "It holds half a character (a lone surrogate), which is shown as \ufffd
 
 
 def run_id(folder: Path) -> str:
-    """What tells a run from all others, as long as it is in its place.
+    """Identifies a run by the path of its folder.
 
     >>> run_id(Path("/runs/mine"))
     '1a3d750d026c'
@@ -250,7 +238,7 @@ def run_id(folder: Path) -> str:
 
 
 def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of all tables by ``table.name``, so many and so long as can be shown."""
+    """The settings of all tables by ``table.name``: the first ones, and the start of long ones."""
     flat = (
         (f"{t}.{k}", v)
         for t, table in tables.items()

@@ -40,6 +40,10 @@ class Text:
     future: Future[Scored] = field(default_factory=Future)
 
 
+Pieces = Generator[None, None, Sequence[Any]]
+"""Work in pieces, between which it yields; returns a result for each future."""
+
+
 class Beside:
     """The queue of such work, in the order in which it came; texts of one length go together.
 
@@ -54,7 +58,7 @@ class Beside:
     ) -> None:
         self._decoder, self._vocab_size, self._clock = decoder, vocab_size, clock
         self._waiting: deque[Call | Text] = deque()
-        self._current: tuple[list[Text], Generator[None, None, list[Scored]]] | None = None
+        self._current: tuple[list[Call | Text], Pieces] | None = None
         self._debt = 0.0  # seconds that steps have to take before the next piece
 
     def __bool__(self) -> bool:
@@ -64,8 +68,8 @@ class Beside:
     @property
     def texts(self) -> int:
         """Texts that wait for their scores."""
-        current = len(self._current[0]) if self._current else 0
-        return current + sum(isinstance(work, Text) for work in list(self._waiting))
+        current = self._current[0] if self._current else []
+        return sum(isinstance(work, Text) for work in [*current, *self._waiting])
 
     def add(self, work: Call | Text) -> None:
         self._waiting.append(work)
@@ -81,17 +85,16 @@ class Beside:
         begin = self._clock()
         if self._current is None:
             self._begin()
-        else:
-            self._go_on()
+        if self._current is not None:
+            self._go_on(*self._current)
         spent = self._clock() - begin
         self._debt = self._debt + spent if busy else 0.0
 
     def cancel_all(self, error: Exception) -> None:
         """Fail everything that is not done with this error."""
-        texts = self._current[0] if self._current else []
+        for work in self._current[0] if self._current else []:
+            work.future.set_exception(error)
         self._current = None
-        for text in texts:
-            text.future.set_exception(error)
         while self._waiting:
             future: Future[Any] = self._waiting.popleft().future
             if future.set_running_or_notify_cancel():
@@ -99,21 +102,18 @@ class Beside:
 
     def _begin(self) -> None:
         first = self._waiting.popleft()
-        if isinstance(first, Call):
-            _answer(first)
-            return
-        texts = [
-            text for text in self._together(first) if text.future.set_running_or_notify_cancel()
-        ]
-        if texts:
-            asked = [(text.ids, text.count) for text in texts]
-            self._current = texts, score_texts(self._decoder, asked, self._vocab_size)
-            self._go_on()
+        together = [first] if isinstance(first, Call) else self._together(first)
+        works = [work for work in together if work.future.set_running_or_notify_cancel()]
+        asked = [(work.ids, work.count) for work in works if isinstance(work, Text)]
+        if asked:
+            self._current = works, score_texts(self._decoder, asked, self._vocab_size)
+        elif works and isinstance(first, Call):
+            self._current = works, _called(first.function)
 
-    def _together(self, first: Text) -> list[Text]:
+    def _together(self, first: Text) -> list[Call | Text]:
         """The text, and others that wait and fit into the same forward pass."""
         most = self._decoder.together(first.ids)
-        fitting = [first]
+        fitting: list[Call | Text] = [first]
         for work in list(self._waiting):
             if len(fitting) == most:
                 break
@@ -122,25 +122,20 @@ class Beside:
                 self._waiting.remove(work)
         return fitting
 
-    def _go_on(self) -> None:
-        assert self._current is not None
-        texts, pieces = self._current
+    def _go_on(self, works: list[Call | Text], pieces: Pieces) -> None:
         try:
             next(pieces)
         except StopIteration as end:
             self._current = None
-            for text, scored in zip(texts, end.value, strict=True):
-                text.future.set_result(scored)
+            for work, result in zip(works, end.value, strict=True):
+                work.future.set_result(result)
         except Exception as error:
             self._current = None
-            for text in texts:
-                text.future.set_exception(error)
+            for work in works:
+                work.future.set_exception(error)
 
 
-def _answer(call: Call) -> None:
-    if not call.future.set_running_or_notify_cancel():
-        return
-    try:
-        call.future.set_result(call.function())
-    except Exception as error:
-        call.future.set_exception(error)
+def _called(function: Callable[[], T]) -> Generator[None, None, list[T]]:
+    """A call as work in one piece."""
+    yield from ()
+    return [function()]

@@ -214,7 +214,7 @@ class Engine:
             )
 
     def _answer(self, sequence: Sequence) -> None:
-        """End a request that needs no slot: it wants no token, or one whose logits are known."""
+        """Finish a request that needs no slot: no token is wanted, or one with known logits."""
         request = sequence.request
         reason: FinishReason = "length"
         try:
@@ -306,7 +306,7 @@ class Engine:
             self._running.append(sequence)
             try:
                 sequence.begin(self.tokenizer)
-            except Exception as error:  # settings that nobody has checked
+            except Exception as error:  # invalid settings
                 self._leave(sequence, "error", error)
                 wake([sequence.outputs])
             else:

@@ -15,7 +15,7 @@ from tinygpt.generation.sample import likeliest, log_probabilities
 Score = tuple[float | None, tuple[tuple[int, float], ...]]
 """A token's log probability, and (id, log probability) of the likeliest ones in its place."""
 Asked = tuple[Sequence[int], int]
-"""Token ids, at most block_size, and how many of the likeliest to tell."""
+"""Token ids, at most block_size, and how many of the likeliest tokens to report."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Connections and requests, knowing nothing of models: limits, keys, bodies, files, errors."""
+"""Connections and requests, without anything of models: limits, keys, bodies, files, errors."""

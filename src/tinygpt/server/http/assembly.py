@@ -1,4 +1,4 @@
-"""An application made of routes: access control before them, and errors in one shape."""
+"""Makes an application of routes, with access control before them and errors in one shape."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from tinygpt.server.http.security import AccessControl, AccessOptions
 
 
 def assemble(routes: Sequence[BaseRoute], **access: Unpack[AccessOptions]) -> Starlette:
-    """Any routes, with the files of the pages, behind access control."""
+    """An application with these routes and the pages' files, behind access control."""
     app = Starlette(
         routes=[*routes, *static.routes()],
         middleware=[Middleware(AccessControl, **access)],
-        exception_handlers={
-            Refusal: answer_refusal,
-            HTTPException: answer_http_error,
-        },
+        exception_handlers={Refusal: answer_refusal, HTTPException: answer_http_error},
     )
     app.router.redirect_slashes = False  # it would build an address from the Host header
     return app

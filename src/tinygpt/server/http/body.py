@@ -17,11 +17,12 @@ T = TypeVar("T")
 CLOSE = {"connection": "close"}
 """A connection whose body was not read to its end cannot be used again."""
 OVERFLOW = 16
-"""Up to this many times the limit is read and dropped, so that the client reads our answer."""
+"""Bodies of up to this many times the limit are read and dropped, so that the client can read our
+answer."""
 
 
 async def read_json(request: Request, limits: Limits) -> Any:
-    """The JSON value in the body; anything else is a Refusal."""
+    """The JSON value in the body. Raises Refusal if it is none, too large or too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, "The body must be JSON: send Content-Type: application/json.")
@@ -34,7 +35,7 @@ async def read_json(request: Request, limits: Limits) -> Any:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body, counted as it comes: what a header says of its length is only a claim."""
+    """The body, counted as it arrives: its Content-Length is only a claim."""
     content = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
@@ -51,8 +52,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 async def _fill(content: bytearray, request: Request, limit: int) -> bool:
     """Read the body into ``content``; -> whether there was more than the limit.
 
-    What is too much is read on for a while: a connection that is closed with unread bytes in it
-    takes the answer with it.
+    What exceeds the limit is still read for a while: closing a connection with unread bytes would
+    reset it, and the answer would be lost.
     """
     total = 0
     async for chunk in request.stream():
@@ -64,21 +65,8 @@ async def _fill(content: bytearray, request: Request, limit: int) -> bool:
     return total > limit
 
 
-def check_model(name: str, body: object) -> None:
-    """Another model than ours is OpenAI's 404, whatever else may be wrong."""
-    model = body.get("model", name) if isinstance(body, dict) else name
-    if isinstance(model, str) and model != name:
-        raise no_model(name)
-
-
-def no_model(name: str) -> Refusal:
-    """The answer to a request for a model that is not served."""
-    message = f"There is no such model here. The one that is served: {name}"
-    return Refusal(404, message, param="model", code="model_not_found")
-
-
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes: ClientDisconnect."""
+    """The result of ``work``. If the client disconnects, it is cancelled: ClientDisconnect."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_gone(request))
     try:

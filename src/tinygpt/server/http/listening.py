@@ -1,4 +1,4 @@
-"""Sockets and connections: where the server listens, and how long it waits for those who come."""
+"""Sockets and connections: where the server listens, and the time limits of its clients."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ NEARBY = 64
 
 
 def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
-    """A socket that listens there; a place that is taken or unknown is a UsageError.
+    """A socket that listens there. Raises UsageError if the port is taken or the host is unknown.
 
-    ``flag`` is what the port is asked for with.
+    ``flag`` is the command line's name for the port.
     """
     if not 0 <= port <= 65535:
         raise UsageError(f"{flag} {port} is not a port: they go from 1 to 65535.")
@@ -54,14 +54,14 @@ def _listen(host: str, port: int) -> socket.socket:
     info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = info[0]
     listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    # Connections inherit it. asyncio sets it only for sockets made otherwise; without it, what
-    # follows the head of an answer waits for 40 ms.
+    # Connections inherit it. asyncio does not set it for this kind of socket; without it the body
+    # of an answer waits 40 ms behind its head (Nagle's algorithm and delayed ACKs).
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def _free_port(host: str, port: int) -> int:
-    """One of the next ports, or whichever the system gives."""
+    """One of the next ports, or any free one."""
     for candidate in [*range(port + 1, min(port + NEARBY, 65536)), 0]:
         with contextlib.suppress(OSError), _listen(host, candidate) as found:
             free: int = found.getsockname()[1]
@@ -83,13 +83,13 @@ HOOKS: dict[type, tuple[str, ...]] = {
         *("pause_writing", "resume_writing", "connections", "cycle", "loop", "transport"),
     ),
 }
-"""What the classes below override and use of uvicorn, which promises none of it."""
+"""Attributes of uvicorn that the classes below override and use; none is documented."""
 
 
 def check_hooks(hooks: Mapping[type, tuple[str, ...]]) -> None:
     """Raise MissingExtraError, with the cure, if this uvicorn lacks any of them.
 
-    An override of what is no longer called would do nothing, and no limit would hold.
+    An override of a method that uvicorn no longer calls would silently switch a limit off.
     """
     for base, names in hooks.items():
         known = {*dir(base), *vars(base)["__init__"].__code__.co_names}  # attributes too
@@ -102,7 +102,7 @@ check_hooks(HOOKS)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with connections that have limits and signals that are somebody else's."""
+    """uvicorn with time limits for connections; the command line handles the signals."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         def protocol(*args: Any, **kwargs: Any) -> _Connection:
@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
             log_config=None,
             log_level="critical",  # what fails in a request is logged where it fails
             access_log=False,
-            proxy_headers=False,  # anybody can send X-Forwarded-For
+            proxy_headers=False,  # any client can send X-Forwarded-For
             server_header=False,
             timeout_graceful_shutdown=limits.shutdown_seconds,
         )
@@ -130,12 +130,12 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """None: the command line has its own way with them."""
+        """Leave signals to the command line."""
         yield
 
 
 class _Connection(H11Protocol):
-    """A connection that has to send its requests, and to read its answers, in time."""
+    """A connection with time limits for sending requests and for reading answers."""
 
     def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -144,7 +144,7 @@ class _Connection(H11Protocol):
         self._write = _Timer(self.loop, limits.write_seconds, self._cut_off)
 
     def _cut_off(self) -> None:
-        """End it without waiting for anything: even the system would try to send what is left."""
+        """Close at once, without sending what is left, which the system would try as well."""
         own = self.transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
             own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
@@ -182,7 +182,7 @@ class _Connection(H11Protocol):
 
 
 class _Timer:
-    """Calls something once, some seconds after the last ``start``, unless it is stopped."""
+    """Calls a function once, some seconds after the last ``start``, unless it is stopped."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, seconds: float, action: Callable[[], None]
@@ -201,7 +201,7 @@ class _Timer:
 
 
 def _raw(refusal: Refusal) -> bytes:
-    """An answer for a connection that gets no further than to the door."""
+    """The bytes of an answer for a connection that is not accepted."""
     body = bytes(refusal.response().body)
     head = (
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API tells them: one JSON shape, and nothing of the request repeated in it."""
+"""Errors in the JSON shape of OpenAI's API. They repeat nothing of the request."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.answers import JSONResponse
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Kinds of errors by status; other refusals are ``invalid_request_error``."""
 GONE = 499
-"""nginx's status for a client that went before its answer."""
+"""nginx's status for a client that disconnected before its answer."""
 RETRY_SECONDS = 2
-"""When a client should come again that was refused for want of room, or because we restart."""
+"""Retry-After, in seconds, where a queue is full or the server restarts."""
 DOCUMENT = "/openapi.json"
 ADVICE = {404: f" GET {DOCUMENT} lists what there is.", 405: " The header Allow lists others."}
 
 
 class Refusal(Exception):  # noqa: N818
-    """A request that is not served, and why: what was wanted, and where it was missed.
+    """A request that is not served: the HTTP status, and a message that says what was wanted.
 
     ``param`` names the field that is wrong, ``code`` is for programs. The message must hold no
-    text from the request: it may end in a page or a log.
+    text from the request, because pages and logs may show it.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Refusal(Exception):  # noqa: N818
         """The object that OpenAI's clients look for."""
         usual = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = TYPES.get(self.status, usual)
-        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": told}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
@@ -60,19 +60,8 @@ def answer_refusal(request: Request, error: Exception) -> Response:
     return error.response()
 
 
-def answer_closing(request: Request, error: Exception) -> Response:
-    """Whatever failed because the engine has been closed meanwhile."""
-    return closing().response()
-
-
-def answer_full(request: Request, error: Exception) -> Response:
-    """For a queue of the engine that is full."""
-    message = "More requests are waiting than this server takes. Try again soon."
-    return Refusal(429, message, code="queue_full").response()
-
-
 def answer_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own: a path that is not there, or a method that it does not have."""
+    """For Starlette's own errors: an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
     advice = ADVICE.get(error.status_code, "")
@@ -85,15 +74,21 @@ def answer_http_error(request: Request, error: Exception) -> Response:
 FAILURE = Refusal(
     500, "The server failed on this request; whoever runs it sees why in its terminal."
 )
-"""A mistake of ours. What it was is not for the client."""
+"""The answer to a bug of ours. The log has the exception, the client does not."""
+
+
+def queue_full() -> Refusal:
+    """The answer where too many requests are waiting."""
+    message = "More requests are waiting than this server takes. Try again soon."
+    return Refusal(429, message, code="queue_full")
 
 
 def closing() -> Refusal:
-    """The server ends: a program that starts it again, or a proxy, may have another one soon."""
+    """The answer while the server shuts down; another one may be up in a moment."""
     return Refusal(503, "The server is shutting down.", code="shutting_down")
 
 
 def timed_out() -> Refusal:
-    """For a request that gets no turn within its time."""
+    """The answer to a request that got no turn within its time."""
     message = "The time for this request was over before it had its turn."
     return Refusal(504, message, code="timeout")

@@ -14,7 +14,7 @@ import ipaddress
 import logging
 import re
 from collections.abc import Collection
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -42,11 +42,11 @@ HEADERS = {
 
 PUBLIC = frozenset({"/", "/dashboard", "/healthz", "/favicon.ico"})
 PUBLIC_FOLDER = "/page/"
-"""What needs no key: the pages themselves, which hold nothing of the model."""
+"""Paths without a key: the pages themselves, which hold no data."""
 BOARD_FOLDER = "/dashboard/"
-"""The dashboard's data: it has a key of its own, even if the model has none."""
+"""The dashboard's data, which has a key of its own even if the model has none."""
 PLACE = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::([0-9]{1,5}))?")
-"""A Host header, or an Origin behind its scheme: a number in brackets or a name, maybe a port."""
+"""A Host header, or an Origin without its scheme: [address] or name, maybe with a port."""
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 EXPOSED = "retry-after, x-tinygpt-ignored-fields"
 """Headers of answers that pages of ``--cors-origin`` may read."""
@@ -62,10 +62,8 @@ def is_loopback(host: str) -> bool:
     >>> is_loopback("localhost"), is_loopback("127.0.0.2"), is_loopback("::1"), is_loopback("::")
     (True, True, True, False)
     """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
 def parse_host(text: str) -> HostPort | None:
@@ -79,7 +77,7 @@ def parse_host(text: str) -> HostPort | None:
 
 
 def allowed_host(text: str) -> HostPort:
-    """What ``--allow-host`` names; a scheme before it and a slash after it are ignored."""
+    """Name and port of ``--allow-host``; a scheme before it and a slash after it are ignored."""
     scheme, mark, rest = text.strip().rpartition("://")
     host_port = parse_host(rest.removesuffix("/"))
     if host_port is None or (mark and scheme.lower() not in ("http", "https")):
@@ -125,22 +123,14 @@ class AccessControl:
     ``board_is_open`` only for what changes something there.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        api_key: str | None = None,
-        board_key: str | None = None,
-        board_is_open: bool = False,
-        hosts: Collection[str] = (),
-        bound: str = "",
-        cors: Collection[str] = (),
-    ) -> None:
-        self.app, self.api_key = app, api_key
-        self.board_key, self.board_is_open = board_key, board_is_open
-        self.names = set(map(allowed_host, hosts))
-        self.hosts = {"localhost", bound.lower(), *(name for name, _ in self.names)}
-        self.cors = frozenset(map(allowed_origin, cors))
+    def __init__(self, app: ASGIApp, **options: Unpack[AccessOptions]) -> None:
+        self.app, self.api_key = app, options.get("api_key")
+        self.board_key = options.get("board_key")
+        self.board_is_open = options.get("board_is_open", False)
+        self.names = set(map(allowed_host, options.get("hosts", ())))
+        bound = options.get("bound", "").lower()
+        self.hosts = {"localhost", bound, *(name for name, _ in self.names)}
+        self.cors = frozenset(map(allowed_origin, options.get("cors", ())))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -204,7 +194,7 @@ class AccessControl:
             _check_key(headers.getlist("authorization"), key)
 
     def _key_for(self, method: str, path: str) -> str | None:
-        """The key that a request needs."""
+        """The key that a request needs, if any."""
         if path in PUBLIC or path.startswith(PUBLIC_FOLDER):
             return None
         if path.startswith(BOARD_FOLDER) and self.board_key is not None:
@@ -213,14 +203,16 @@ class AccessControl:
 
     def _is_valid_host(self, host: str) -> bool:
         host_port = parse_host(host)
-        return host_port is not None and (host_port[0] in self.hosts or _is_number(host_port[0]))
+        return host_port is not None and (
+            host_port[0] in self.hosts or _address(host_port[0]) is not None
+        )
 
     def _may_send(self, headers: Headers, host: str) -> bool:
-        """Whether a request that changes something comes from no page, or from a welcome one."""
+        """Whether a POST comes from no page, from one of ours, or from one of --cors-origin."""
         return _same_origin(headers, host) or self._is_known(headers) or self._is_welcome(headers)
 
     def _is_known(self, headers: Headers) -> bool:
-        """Whether the page was loaded from one of our names, with any port if none was named."""
+        """Whether the page was loaded from one of --allow-host, with any port if none was given."""
         scheme, _, rest = _origin(headers).partition("://")
         host_port = parse_host(rest) if scheme in ("http", "https") else None
         return host_port is not None and bool({host_port, (host_port[0], "")} & self.names)
@@ -252,28 +244,27 @@ def _check_key(given: list[str], wanted: str) -> None:
 
 
 def _is_preflight(method: str, headers: Headers) -> bool:
-    """Whether a browser asks, without a key, if a page may send what it wants to send."""
+    """Whether this is a browser's CORS preflight, which carries no key."""
     return method == "OPTIONS" and "access-control-request-method" in headers
 
 
 def _preflight(headers: Headers) -> Response:
-    """Yes: whatever headers the page wants to send, those of OpenAI's client say."""
-    told = {
+    """Allows any header: OpenAI's client sends many."""
+    allowed = {
         "access-control-allow-methods": "GET, POST",
         "access-control-allow-headers": headers.get("access-control-request-headers", ""),
         "access-control-max-age": str(PREFLIGHT_SECONDS),
     }
     if "access-control-request-private-network" in headers:
-        told["access-control-allow-private-network"] = "true"
-    return Response(status_code=204, headers=told)
+        allowed["access-control-allow-private-network"] = "true"
+    return Response(status_code=204, headers=allowed)
 
 
-def _is_number(name: str) -> bool:
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _origin(headers: Headers) -> str:
@@ -283,7 +274,7 @@ def _origin(headers: Headers) -> str:
 
 
 def _same_origin(headers: Headers, host: str) -> bool:
-    """Whether a request comes from no page, or from one with the address it was sent to."""
+    """Whether a request comes from no page, or from a page of the same origin."""
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return False
     if not headers.getlist("origin"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,52 +13,45 @@ from starlette.routing import Route
 from tinygpt import pages
 
 MEDIA_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".json": "application/json",
-    ".txt": "text/plain; charset=utf-8",
+    "html": "text/html",
+    "css": "text/css",
+    "js": "text/javascript",
+    "svg": "image/svg+xml",
 }
-"""What a page may be made of; other files in the folder are not served."""
+"""Media types by file extension; files with other extensions are not served."""
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True)
-class PageFile:
-    """A file as it is sent."""
+def page_files() -> dict[str, Endpoint]:
+    """An endpoint for each file that a page may ask for, by its name: ``shared/dom.js``."""
+    return {
+        name: _file(content, MEDIA_TYPES[extension])
+        for name, content in pages.served().items()
+        if (extension := name.rpartition(".")[2]) in MEDIA_TYPES
+    }
 
-    content: bytes
-    media_type: str
-    etag: str
 
-    def response(self, request: Request) -> Response:
-        """The file, or 304 to a browser that has it already."""
-        headers = {"etag": self.etag, "cache-control": "no-cache"}
-        if request.headers.get("if-none-match") == self.etag:
+def _file(content: bytes, media_type: str) -> Endpoint:
+    """Answers with the file, or with 304 where the browser has it already."""
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"etag": etag, "cache-control": "no-cache"}
+
+    async def endpoint(request: Request) -> Response:
+        if request.headers.get("if-none-match") == etag:
             return Response(status_code=304, headers=headers)
-        return Response(self.content, media_type=self.media_type, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
 
-
-def read_page_files() -> dict[str, PageFile]:
-    """The files that a page may ask for, by their names: ``shared/dom.js``."""
-    found = {}
-    for name, content in pages.served().items():
-        ending = "." + name.rpartition(".")[2]
-        if ending in MEDIA_TYPES:
-            etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-            found[name] = PageFile(content, MEDIA_TYPES[ending], etag)
-    return found
+    return endpoint
 
 
 def routes() -> list[Route]:
     """``/page/NAME`` for every file."""
-    files = read_page_files()
+    files = page_files()
 
     async def page_file(request: Request) -> Response:
-        file = files.get(request.path_params["name"])
-        if file is None:
-            raise HTTPException(404)
-        return file.response(request)
+        if endpoint := files.get(request.path_params["name"]):
+            return await endpoint(request)
+        raise HTTPException(404)
 
     return [Route("/page/{name:path}", page_file, methods=["GET"])]

@@ -9,23 +9,23 @@ from typing import Any
 
 from tinygpt.errors import TinyGPTError
 from tinygpt.server.engine.sequence import Output, Outputs, Piece, Sequence
-from tinygpt.server.http.event_stream import event
+from tinygpt.server.http.answers import event
 from tinygpt.server.http.refusal import FAILURE, Refusal, closing, timed_out
 from tinygpt.server.openai.choices import Choice, Delta
 from tinygpt.server.openai.jobs import Job
 from tinygpt.server.openai.service import Service
 
 REST = 0.01
-"""Seconds between two sends of one answer: those who read see no difference, and the tokens of a
-small model, which come faster, go together in one event."""
+"""Seconds between two sends of one answer. A reader sees no difference, and tokens of a small
+model, which come faster, share an event."""
 DONE = b"data: [DONE]\n\n"
 
 
 class Answer:
-    """A job in the engine. Close it, and the engine stops what is not yet generated.
+    """A job in the engine. ``close`` stops what is not yet generated.
 
-    The tokens of all its texts come through one queue, whose length is bounded by what was asked
-    for; so a client that reads slowly blocks nobody.
+    The tokens of all its texts come through one queue, which can hold all of them: so a client that
+    reads slowly does not block the engine.
     """
 
     def __init__(self, service: Service, job: Job, deadline: float) -> None:
@@ -56,7 +56,7 @@ class Answer:
         return self.job.shape.whole(list(zip(self.choices, texts, strict=True)), self._usage())
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; those that are there together are sent together."""
+        """The answer as server-sent events; those of one burst are sent together."""
         shape = self.job.shape
         more = {"usage": None} if self.job.include_usage else {}
 
@@ -79,7 +79,7 @@ class Answer:
             yield usage + DONE
 
     async def _bursts(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
-        """What is new of the texts; the last delta of each comes with its finish reason."""
+        """The deltas of each burst; with the last one of a text comes its finish reason."""
         rest = REST if self.job.stream else math.inf
         async for burst in self._outputs.bursts(rest, self.deadline):
             yield self._deltas(burst)
@@ -109,7 +109,7 @@ class Answer:
         return deltas
 
     def _refusal(self, sequence: Sequence) -> Refusal | None:
-        """Why a sequence ended before its time. Only a model that computes no numbers is named."""
+        """Why a sequence failed. Only our own errors, such as NaN as logits, are shown."""
         if isinstance(sequence.error, TinyGPTError):
             return Refusal(500, str(sequence.error), code="model_failed")
         if sequence.error is not None:

@@ -1,4 +1,4 @@
-"""One text of an answer while it is generated: what of it can be sent, and with which tokens."""
+"""One text of an answer while it is generated: the part that can be sent, with its tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from tinygpt.server.engine.sequence import Piece
 
 LEAST_LOGPROB = -9999.0
-"""Stands for a token that is impossible: JSON has no infinity."""
+"""Replaces the log probability of an impossible token: JSON has no infinity."""
 
 
 @dataclass
 class Delta:
-    """What is new of a text."""
+    """New text, and new tokens."""
 
     text: str = ""
     tokens: list[Piece] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Choice:
     """
 
     def __init__(self, index: int, echo: Delta, with_tokens: bool) -> None:
-        """Only ``with_tokens`` do deltas hold tokens: that takes time."""
+        """Without ``with_tokens`` deltas hold text only, which is faster."""
         self.index, self.echo, self.with_tokens = index, echo, with_tokens
         self.count = 0
         """Tokens that were generated."""
@@ -45,7 +45,7 @@ class Choice:
         self._pending: deque[Piece] = deque()
 
     def take(self, pieces: Sequence[Piece]) -> Delta:
-        """The next tokens; -> what can be sent with them."""
+        """Take the next tokens; -> what can be sent now."""
         self.count += len(pieces)
         text = "".join([piece.text for piece in pieces])
         if not self.with_tokens:
@@ -55,9 +55,9 @@ class Choice:
         return Delta(text, self._begun(self._sent))
 
     def end(self, reason: str | None) -> Delta:
-        """No more will come; -> tokens whose characters stayed incomplete.
+        """End the text; -> tokens whose characters stayed incomplete.
 
-        Unless a stop string ended the text, the client reads that its length did.
+        The finish reason is "length" unless a stop string, or a token that ends texts, came.
         """
         self.finish_reason = "stop" if reason == "stop" else "length"
         return Delta() if reason == "stop" else Delta("", list(self._pending))

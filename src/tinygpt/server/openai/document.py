@@ -15,7 +15,7 @@ from tinygpt.server.openai.service import Service
 Json = dict[str, Any]
 
 INTEGER, NUMBER, STRING = {"type": "integer"}, {"type": "number"}, {"type": "string"}
-MAYBE_NUMBER = {"type": ["number", "null"]}
+NULL, ANY_OBJECT = {"type": "null"}, {"type": "object"}
 REFUSALS = {
     "400": "Something in the request is wrong; error.param names it.",
     "401": "The API key is missing or wrong.",
@@ -35,6 +35,12 @@ BODY_REFUSALS = {
 
 def openapi(service: Service, completions: Schema, chats: Schema) -> Json:
     """The document for one service."""
+    name, limits = service.name, service.limits
+    models = _object(object={"enum": ["list"]}, data=_array(_model()))
+    running = _object(status={"enum": ["ok"]})
+    parameter = {"name": "id", "in": "path", "required": True, "schema": STRING, "example": name}
+    ids = detokenize_schema(name, service.vocab_size, limits)
+    joined = _object(prompt=STRING, content=STRING)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -43,20 +49,20 @@ def openapi(service: Service, completions: Schema, chats: Schema) -> Json:
             "description": "A model served by an API like OpenAI's.",
         },
         "paths": {
-            "/v1/models": {"get": _get("List the models: there is one.", _list_of(_model()))},
-            "/v1/models/{id}": {"get": _get_model(service)},
-            "/v1/completions": {
-                "post": _post("Continue prompts.", completions, _completion(), _completion_chunk())
-            },
-            "/v1/chat/completions": {
-                "post": _post("Answer in a chat.", chats, _chat(), _chat_chunk())
-            },
-            "/tokenize": {"post": _post_tokenize(service)},
-            "/detokenize": {"post": _post_detokenize(service)},
-            "/tokenizer_info": {"get": _get("What the tokenizer is.", {"type": "object"})},
-            "/healthz": {"get": _get_health()},
-            "/metrics": {"get": _get("Figures for Prometheus.", STRING, "text/plain")},
-            "/openapi.json": {"get": _get("This document.", {"type": "object"})},
+            "/v1/models": _get("List the models: there is one.", models),
+            "/v1/models/{id}": _get("Tell of one model.", _model(), "404", parameters=[parameter]),
+            "/v1/completions": _post_texts("Continue prompts.", completions, *_completions()),
+            "/v1/chat/completions": _post_texts("Answer in a chat.", chats, *_chats()),
+            "/tokenize": _post(
+                "Cut a text into tokens.", tokenize_schema(name, limits), "The tokens.", _tokens()
+            ),
+            "/detokenize": _post(
+                "Join tokens to a text.", ids, "The text, under two names.", joined
+            ),
+            "/tokenizer_info": _get("What the tokenizer is.", ANY_OBJECT),
+            "/healthz": _get("Whether it runs.", running, "503"),
+            "/metrics": _get("Figures for Prometheus.", STRING, media_type="text/plain"),
+            "/openapi.json": _get("This document.", ANY_OBJECT),
         },
         "components": {
             "schemas": {"Error": _error()},
@@ -66,69 +72,51 @@ def openapi(service: Service, completions: Schema, chats: Schema) -> Json:
     }
 
 
-def _get(summary: str, schema: Json, media_type: str = "application/json") -> Json:
-    good = {"description": "As asked.", "content": {media_type: {"schema": schema}}}
-    return {"summary": summary, "responses": {"200": good, **_refusals(REFUSALS)}}
+# ---- operations ----
 
 
-def _get_health() -> Json:
-    operation = _get("Whether it runs.", _object(status={"enum": ["ok"]}))
-    operation["responses"] |= _refusals({"503": BODY_REFUSALS["503"]})
-    return operation
+def _get(
+    summary: str, schema: Schema, *statuses: str, media_type: str = "application/json", **more: Any
+) -> Json:
+    """A GET; ``statuses`` are refusals besides those of every request."""
+    refusals = REFUSALS | {status: BODY_REFUSALS[status] for status in statuses}
+    responses = _responses("As asked.", {media_type: {"schema": schema}}, refusals)
+    return {"get": {"summary": summary, "responses": responses, **more}}
 
 
-def _get_model(service: Service) -> Json:
-    operation = _get("Tell of one model.", _model())
-    operation["responses"] |= _refusals({"404": BODY_REFUSALS["404"]})
-    name = {"name": "id", "in": "path", "required": True, "schema": STRING}
-    return {**operation, "parameters": [{**name, "example": service.name}]}
-
-
-def _post(summary: str, body: Schema, answer: Json, chunk: Json) -> Json:
-    """An operation that writes texts, whole or as a stream."""
+def _post_texts(summary: str, body: Schema, answer: Json, chunk: Json) -> Json:
+    """A POST that generates texts, whole or as a stream of chunks."""
     part = {**STRING, "contentMediaType": "application/json", "contentSchema": chunk}
     data = {"anyOf": [{"enum": ["[DONE]"]}, part]}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
-    content = {"application/json": {"schema": answer}, "text/event-stream": {"schema": event}}
     description = "The texts; with stream, chunks of them, and at the end data: [DONE]."
-    return _operation(summary, body, description, content)
+    return _post(summary, body, description, answer, **{"text/event-stream": {"schema": event}})
 
 
-def _post_tokenize(service: Service) -> Json:
-    piece = _object(id=INTEGER, piece={"anyOf": [STRING, _array(INTEGER)]})
-    told: Json = {"tokens": _array({"anyOf": [INTEGER, piece]}), "count": INTEGER}
-    whole = _object(**told, max_model_len=INTEGER, token_strs=_array(STRING))
-    answer = {**whole, "required": ["tokens", "count", "max_model_len"]}
-    body = tokenize_schema(service.name, service.limits)
-    content = {"application/json": {"schema": answer}}
-    return _operation("Cut a text into tokens.", body, "The tokens.", content)
-
-
-def _post_detokenize(service: Service) -> Json:
-    body = detokenize_schema(service.name, service.vocab_size, service.limits)
-    content = {"application/json": {"schema": _object(prompt=STRING, content=STRING)}}
-    return _operation("Join tokens to a text.", body, "The text, under two names.", content)
-
-
-def _operation(summary: str, body: Schema, description: str, content: Json) -> Json:
-    return {
+def _post(summary: str, body: Schema, description: str, answer: Json, **more: Json) -> Json:
+    content = {"application/json": {"schema": answer}, **more}
+    operation = {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {
-            "200": {"description": description, "content": content},
-            **_refusals({**REFUSALS, **BODY_REFUSALS}),
-        },
+        "responses": _responses(description, content, REFUSALS | BODY_REFUSALS),
     }
+    return {"post": operation}
 
 
-def _refusals(statuses: dict[str, str]) -> Json:
+def _responses(description: str, content: Json, refusals: dict[str, str]) -> Json:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    return {s: {"description": text, "content": error} for s, text in statuses.items()}
+    good = {"description": description, "content": content}
+    bad = {status: {"description": text, "content": error} for status, text in refusals.items()}
+    return {"200": good, **bad}
 
 
-def _object(**properties: Schema) -> Json:
-    """An object that has all of these and nothing else."""
-    return dict(object_schema(properties, *properties))
+# ---- answers ----
+
+
+def _object(*, optional: tuple[str, ...] = (), **properties: Schema) -> Json:
+    """An object that has all of these properties but the optional ones, and no others."""
+    required = [name for name in properties if name not in optional]
+    return dict(object_schema(properties, *required))
 
 
 def _array(items: Schema) -> Json:
@@ -136,11 +124,7 @@ def _array(items: Schema) -> Json:
 
 
 def _or_null(schema: Schema) -> Json:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _list_of(item: Json) -> Json:
-    return _object(object={"enum": ["list"]}, data=_array(item))
+    return {"anyOf": [schema, NULL]}
 
 
 def _model() -> Json:
@@ -153,60 +137,55 @@ def _error() -> Json:
     return _object(error=_object(message=STRING, type=STRING, param=maybe, code=maybe))
 
 
-def _usage() -> Json:
-    return _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
+def _tokens() -> Json:
+    piece = _object(id=INTEGER, piece={"anyOf": [STRING, _array(INTEGER)]})
+    return _object(
+        optional=("token_strs",),
+        tokens=_array({"anyOf": [INTEGER, piece]}),
+        count=INTEGER,
+        max_model_len=INTEGER,
+        token_strs=_array(STRING),
+    )
 
 
 ENDS: Json = {"enum": ["stop", "length"]}
 ENDS_OR_NOT: Json = {"enum": ["stop", "length", None]}
-"""Why a text ended: a stop string, or its length or time."""
+"""Why a text ended: a stop string, or its length or time. None in a chunk before the last."""
 
 
-def _answer(kind: str, choice: Json) -> Json:
+def _answer(kind: str, choice: Json, usage: Json, optional: tuple[str, ...] = ()) -> Json:
     head: Json = {"id": STRING, "created": INTEGER, "model": STRING, "object": {"enum": [kind]}}
-    return _object(**head, choices=_array(choice), usage=_usage())
+    return _object(optional=optional, **head, choices=_array(choice), usage=usage)
 
 
-def _chunk(kind: str, choice: Json) -> Json:
-    """A part of an answer: usage only where it was asked for, and then null but in the last."""
-    whole = _answer(kind, choice)
-    whole["properties"]["usage"] = _or_null(_usage())
-    return {**whole, "required": [name for name in whole["required"] if name != "usage"]}
+def _answer_and_chunk(kind: str, chunk_kind: str, whole: Json, part: Json) -> tuple[Json, Json]:
+    """A chunk has usage only where it was asked for, and then null but in the last."""
+    usage = _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
+    chunk = _answer(chunk_kind, part, _or_null(usage), optional=("usage",))
+    return _answer(kind, whole, usage), chunk
 
 
-def _completion() -> Json:
-    return _answer("text_completion", _text(ENDS))
-
-
-def _completion_chunk() -> Json:
-    return _chunk("text_completion", _text(ENDS_OR_NOT))
-
-
-def _text(ends: Json) -> Json:
-    """A text, or a part of one."""
+def _completions() -> tuple[Json, Json]:
     top = {"type": ["object", "null"], "additionalProperties": NUMBER}
     logprobs = _object(
         tokens=_array(STRING),
-        token_logprobs=_array(MAYBE_NUMBER),
+        token_logprobs=_array({"type": ["number", "null"]}),
         top_logprobs=_or_null(_array(top)),
         text_offset=_array(INTEGER),
     )
-    return _object(text=STRING, index=INTEGER, logprobs=_or_null(logprobs), finish_reason=ends)
+    text: Json = {"text": STRING, "index": INTEGER, "logprobs": _or_null(logprobs)}
+    texts = (_object(**text, finish_reason=ends) for ends in (ENDS, ENDS_OR_NOT))
+    return _answer_and_chunk("text_completion", "text_completion", *texts)
 
 
-def _chat() -> Json:
-    message = _object(role={"enum": ["assistant"]}, content=STRING, refusal={"type": "null"})
-    told = {"logprobs": _chat_logprobs(), "finish_reason": ENDS}
-    return _answer("chat.completion", _object(index=INTEGER, message=message, **told))
-
-
-def _chat_chunk() -> Json:
-    delta = {**_object(role={"enum": ["assistant"]}, content=STRING), "required": []}
-    told = {"logprobs": _chat_logprobs(), "finish_reason": ENDS_OR_NOT}
-    return _chunk("chat.completion.chunk", _object(index=INTEGER, delta=delta, **told))
-
-
-def _chat_logprobs() -> Json:
-    entry: Json = {"token": STRING, "logprob": MAYBE_NUMBER, "bytes": _array(INTEGER)}
+def _chats() -> tuple[Json, Json]:
+    said: Json = {"role": {"enum": ["assistant"]}, "content": STRING}
+    number = {"type": ["number", "null"]}
+    entry: Json = {"token": STRING, "logprob": number, "bytes": _array(INTEGER)}
     token = _object(**entry, top_logprobs=_array(_object(**entry)))
-    return _or_null(_object(content=_array(token), refusal={"type": "null"}))
+    logprobs = _or_null(_object(content=_array(token), refusal=NULL))
+    more: Json = {"index": INTEGER, "logprobs": logprobs}
+    whole = _object(**more, message=_object(**said, refusal=NULL), finish_reason=ENDS)
+    delta = _object(optional=("role", "content"), **said)
+    part = _object(**more, delta=delta, finish_reason=ENDS_OR_NOT)
+    return _answer_and_chunk("chat.completion", "chat.completion.chunk", whole, part)

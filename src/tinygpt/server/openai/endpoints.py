@@ -1,4 +1,4 @@
-"""The routes of the API: OpenAI's two endpoints, what they serve, and how it goes."""
+"""The routes of the API: completions and chats, models, health, metrics and the document."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tinygpt.server.http.body import check_model, no_model, read_json, unless_gone
-from tinygpt.server.http.event_stream import EventStream, event
-from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.answers import EventStream, JSONResponse, event
+from tinygpt.server.http.body import unless_gone
 from tinygpt.server.http.refusal import DOCUMENT, Refusal, closing, timed_out
 from tinygpt.server.openai import tokenizing
 from tinygpt.server.openai.answering import DONE, Answer
@@ -21,14 +20,14 @@ from tinygpt.server.openai.document import openapi
 from tinygpt.server.openai.fields import chat_schema, completion_schema
 from tinygpt.server.openai.jobs import Body, Job, chat_job, completion_job
 from tinygpt.server.openai.metrics_page import CONTENT_TYPE, metrics_text
-from tinygpt.server.openai.schema import Schema, check, unknown
+from tinygpt.server.openai.schema import Schema, given, unknown
 from tinygpt.server.openai.service import Service
 
 MakeJob = Callable[[Service, Body], Awaitable[Job]]
 
 
 def routes(service: Service) -> list[Route]:
-    """All of them. Each handler gets the service by hand."""
+    """All routes; each handler takes the service as its first argument."""
     limits, strict = service.limits, service.strict
     completions = completion_schema(service.name, service.vocab_size, limits, strict)
     chats = chat_schema(service.name, limits, strict)
@@ -55,13 +54,11 @@ def routes(service: Service) -> list[Route]:
 async def generate(
     service: Service, schema: Schema, make_job: MakeJob, request: Request
 ) -> Response:
-    """Check, encode, and let the engine write; a client that goes frees its places."""
+    """Check the body, encode the prompts, and answer with what the engine generates."""
     deadline = asyncio.get_running_loop().time() + service.limits.request_seconds
-    body = await read_json(request, service.limits)
-    check_model(service.name, body)
-    check(body, schema)
-    response = await unless_gone(request, _answer(service, make_job, body, deadline))
-    response.headers.update(service.ignored.header(unknown(body, schema)))
+    body = await service.body(request, schema)
+    response = await unless_gone(request, _answer(service, make_job, given(body), deadline))
+    response.headers.update(service.ignored(unknown(body, schema)))
     return response
 
 
@@ -81,7 +78,7 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
 
 
 class _EventStream(EventStream):
-    """The texts as they are written. However the response ends, the engine's slots are free."""
+    """Streams the texts. However the response ends, the engine's slots are freed."""
 
     last = event(closing().body()) + DONE
 
@@ -101,8 +98,7 @@ async def _models(service: Service, request: Request) -> Response:
 
 
 async def _one_model(service: Service, request: Request) -> Response:
-    if request.path_params["id"] != service.name:
-        raise no_model(service.name)
+    service.check_name(request.path_params["id"])
     return JSONResponse(_described(service))
 
 

@@ -1,9 +1,9 @@
 """What a request may hold: the fields of OpenAI's two endpoints, with our bounds.
 
-A field that asks for nothing that cannot be done is accepted. One that would change the text is
-done, or refused by its name: those that are understood only at values that ask for nothing are
-`_neutral`. Fields that nobody here has heard of are accepted too, and named in a header of the
-answer (see `ignored`), unless the API is strict.
+A field that would change the text is either implemented or refused by name. Of some that are not
+implemented, the values that change nothing are accepted: those fields are `_neutral`. Unknown
+fields are accepted too, and named in a header of the answer (`Service.ignored`), unless the API
+is strict.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tinygpt.server.openai.schema import Schema, object_schema
 LARGEST_SEED = (1 << 63) - 1
 LARGEST_COUNT = (1 << 31) - 1
 MAX_TOKENS = 16
-"""Tokens of a completion that names no number, as with OpenAI."""
+"""Tokens of a completion without ``max_tokens``, as with OpenAI."""
 MAX_CHAT_TOKENS = 256
-"""Tokens of an answer in a chat that names no number: a base model seldom ends by itself."""
+"""Tokens of an answer in a chat without ``max_tokens``: a base model seldom ends by itself."""
 
 Fields = dict[str, Any]
 
@@ -32,11 +32,7 @@ def completion_schema(name: str, vocab_size: int, limits: Limits, strict: bool =
         "max_tokens": _tokens(limits, MAX_TOKENS),
         **_sampling(limits),
         "best_of": _whole("As many as n.", 1, limits.choices),
-        "logprobs": _whole(
-            "Tell log probabilities of the tokens, and of this many likeliest ones.",
-            0,
-            limits.logprobs,
-        ),
+        "logprobs": _whole(LOGPROBS, 0, limits.logprobs),
         "echo": _flag("Begin each text with its prompt."),
         "suffix": _neutral("", None),
     }
@@ -67,9 +63,7 @@ def chat_schema(name: str, limits: Limits, strict: bool = False) -> Schema:
         "max_completion_tokens": _tokens(limits, MAX_CHAT_TOKENS),
         **_sampling(limits),
         "logprobs": _flag("Tell log probabilities of the tokens."),
-        "top_logprobs": _whole(
-            "And of this many likeliest ones; needs logprobs.", 0, limits.top_logprobs
-        ),
+        "top_logprobs": _whole(TOP_LOGPROBS, 0, limits.top_logprobs),
         "tools": _optional("array", f"None, unless tool_choice is none: {CALLS}."),
         "functions": _optional("array", f"None, unless function_call is none: {CALLS}."),
         "tool_choice": _neutral("none", "auto", None),
@@ -127,7 +121,7 @@ def _messages(limits: Limits, strict: bool = False) -> Schema:
 
 
 def _message(strict: bool) -> Schema:
-    """A turn, and what clients hand back of an answer that was one."""
+    """A turn, and the fields of an answer that clients send back as a turn."""
     text = {"type": "string"}
     part, refusal = (
         object_schema({"type": {"enum": [kind]}, kind: text}, "type", kind, strict=strict)
@@ -147,7 +141,7 @@ def _message(strict: bool) -> Schema:
 
 
 def _sampling(limits: Limits) -> Fields:
-    """What both endpoints have in common."""
+    """The fields of both endpoints."""
     string = {"type": "string", "minLength": 1, "maxLength": limits.stop_length}
     return {
         "n": _whole("Texts for each prompt.", 1, limits.choices),
@@ -200,10 +194,12 @@ def _sampling(limits: Limits) -> Fields:
     }
 
 
+LOGPROBS = "Tell log probabilities of the tokens, and of this many likeliest ones."
+TOP_LOGPROBS = "And of this many likeliest ones; needs logprobs."
 NOTHING = "Changes nothing."
 CALLS = "the model calls nothing"
 REMARKS = ("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-"""OpenAI's words to its own machinery."""
+"""Fields for OpenAI's own infrastructure."""
 OTHERS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (False,)),
     **dict.fromkeys(("length_penalty", "repeat_penalty", "typical_p", "tfs_z"), (1,)),
@@ -216,7 +212,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "grammar": ("",),
 }
-"""What would change the text in vLLM or llama.cpp, at the values that do not."""
+"""Fields of vLLM and llama.cpp that would change the text, with the values that do not."""
 
 
 def _tokens(limits: Limits, default: int) -> Schema:
@@ -225,7 +221,7 @@ def _tokens(limits: Limits, default: int) -> Schema:
 
 
 def _optional(kind: str, description: str, **bounds: float) -> Schema:
-    """As in OpenAI's own API null stands for what is left out."""
+    """A field that may be null, which means the same as leaving it out, as in OpenAI's API."""
     return {"type": [kind, "null"], **bounds, "description": description}
 
 
@@ -242,5 +238,5 @@ def _flag(description: str) -> Schema:
 
 
 def _neutral(*values: Any) -> Schema:
-    """A field that is understood only where it asks for nothing."""
+    """A field of which only values that change nothing are accepted."""
     return {"enum": list(values), "description": "Only at the value that changes nothing."}

@@ -1,4 +1,4 @@
-"""From a checked request to what the engine has to do: one request of its for every text."""
+"""From a checked HTTP request to engine requests: one for each text of the answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEAST = 5e-324
 
 @dataclass(frozen=True)
 class Job:
-    """What one HTTP request asks for."""
+    """The work for one HTTP request."""
 
     shape: CompletionShape
     requests: tuple[Request, ...]
@@ -44,15 +44,15 @@ class Job:
 
 
 async def completion_job(service: Service, body: Body) -> Job:
-    """The work for a body of /v1/completions that its schema has let through."""
+    """The work for a valid body of /v1/completions."""
     given = prompts_of(body["prompt"])
     n = _count(service, body, len(given))
-    if _value(body, "best_of", n) != n:
+    if body.get("best_of", n) != n:
         raise _conflict("best_of must be as large as n: nothing is ranked.", "best_of")
-    logprobs = _number(body, "logprobs")
+    logprobs = body.get("logprobs")
     prompts = [await encode(service, each, "prompt") for each in given]
     echoes = [Delta() for _ in prompts]
-    firsts: list[Logits | None] = [None for _ in prompts]
+    firsts: Sequence[Logits | None] = [None for _ in prompts]
     if body.get("echo"):
         echoes, firsts = await _echoes(service, given, prompts, logprobs)
     return Job(
@@ -65,23 +65,20 @@ async def completion_job(service: Service, body: Body) -> Job:
 
 
 async def chat_job(service: Service, body: Body) -> Job:
-    """The work for a body of /v1/chat/completions that its schema has let through."""
+    """The work for a valid body of /v1/chat/completions."""
     n = _count(service, body, 1)
     for offered, chosen in (("tools", "tool_choice"), ("functions", "function_call")):
         if body.get(offered) and body.get(chosen) != "none":
             message = f"This model calls nothing: leave {offered} out, or set {chosen} to 'none'."
             raise _conflict(message, offered)
-    logprobs = _number(body, "top_logprobs")
-    if logprobs and not body.get("logprobs"):
+    logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
+    if logprobs is None and body.get("top_logprobs"):
         raise _conflict("top_logprobs needs logprobs to be true.", "top_logprobs")
-    logprobs = (logprobs or 0) if body.get("logprobs") else None
-    text = chat_text(body["messages"])
-    ids = await encode(service, text, "messages")
+    ids = await encode(service, chat_text(body["messages"]), "messages")
+    max_tokens = _tokens(service, body, MAX_CHAT_TOKENS)
     return Job(
         ChatShape(service.name, service.tokenizer, logprobs),
-        _requests(
-            body, [ids], n, _tokens(service, body, MAX_CHAT_TOKENS), logprobs, [None], (CHAT_STOP,)
-        ),
+        _requests(body, [ids], n, max_tokens, logprobs, [None], (CHAT_STOP,)),
         tuple(Delta() for _ in range(n)),
         len(ids),
         *_streaming(body),
@@ -89,24 +86,14 @@ async def chat_job(service: Service, body: Body) -> Job:
 
 
 def _conflict(message: str, param: str) -> Refusal:
-    """Fields that are right in themselves, and which the schema lets through, but not together."""
+    """For fields that are each valid, and exclude each other."""
     return Refusal(400, message, param=param, code="conflicting_fields")
 
 
-def _value(body: Body, name: str, default: Any) -> Any:
-    """A field's value, where null is the same as nothing."""
-    value = body.get(name)
-    return default if value is None else value
-
-
-def _number(body: Body, name: str) -> int | None:
-    value = body.get(name)
-    return None if value is None else int(value)
-
-
 def _count(service: Service, body: Body, prompts: int) -> int:
-    """Texts for each prompt, or a refusal if that makes too many."""
-    n, most = int(_value(body, "n", 1)), service.limits.choices
+    """Texts for each prompt; a Refusal if that makes too many."""
+    n: int = body.get("n", 1)
+    most = service.limits.choices
     if n * prompts > most:
         message = f"{prompts} prompts with n={n} make {n * prompts} texts; {most} are the most."
         raise _conflict(message, "n")
@@ -114,15 +101,15 @@ def _count(service: Service, body: Body, prompts: int) -> int:
 
 
 def _tokens(service: Service, body: Body, default: int) -> int:
-    """Tokens of each text: no more than any field says, nor than the limit."""
-    given = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
-    asked = min((int(n) for n in given if n is not None), default=default)
-    return min(asked, service.limits.max_tokens)
+    """Tokens of each text: no more than either field says, nor than the limit."""
+    names = ("max_tokens", "max_completion_tokens")
+    asked: list[int] = [body[name] for name in names if name in body]
+    return min(*(asked or [default]), service.limits.max_tokens)
 
 
 def _streaming(body: Body) -> tuple[bool, bool]:
     """Whether to stream, and whether to count tokens at the end of the stream."""
-    options = body.get("stream_options") or {}
+    options = body.get("stream_options", {})
     return bool(body.get("stream")), bool(options.get("include_usage"))
 
 
@@ -141,25 +128,25 @@ def _requests(
     stops = stops_of(body) + stop
     texts = [each for each in zip(prompts, firsts, strict=True) for _ in range(n)]
     seeds = [None if seed is None else seed + i for i in range(len(texts))]
-    on = bool(body.get("ignore_eos"))
+    ignore_eos = bool(body.get("ignore_eos"))
     return tuple(
-        Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, on)
+        Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, ignore_eos)
         for (ids, first), seed in zip(texts, seeds, strict=True)
     )
 
 
 def stops_of(body: Body) -> tuple[str, ...]:
     """The strings before which a text ends."""
-    own = _value(body, "stop", ())
+    own = body.get("stop", ())
     return (own,) if isinstance(own, str) else tuple(own)
 
 
 def sampling_of(body: Body) -> SampleConfig:
-    """The settings, of which some have values that stand for nothing in other servers."""
+    """The settings. Some values switch a filter off, as in other servers."""
     penalty, top_k, top_p = (body.get(k) for k in ("repetition_penalty", "top_k", "top_p"))
     return SampleConfig(
-        temperature=float(_value(body, "temperature", 1)),
-        top_k=None if top_k in (None, 0, -1) else int(top_k),
+        temperature=float(body.get("temperature", 1)),
+        top_k=None if top_k in (0, -1) else top_k,
         top_p=None if top_p is None else top_p or LEAST,
         min_p=body.get("min_p") or None,  # 0 is none
         repetition_penalty=None if penalty == 1 else penalty,
@@ -167,17 +154,15 @@ def sampling_of(body: Body) -> SampleConfig:
 
 
 def seed_of(body: Body) -> int | None:
-    """The seed; -1 stands for a random one, as in other servers. Ours begin with 0."""
-    seed = _number(body, "seed")
-    if seed is None or seed >= 0:
-        return seed
-    return None if seed == -1 else seed + (1 << 64)
+    """The seed; -1 means a random one, as in other servers. Ours are from 0 to 2^64 - 1."""
+    seed = body.get("seed", -1)
+    return None if seed == -1 else seed % (1 << 64)
 
 
 def _penalties(body: Body) -> Penalties | None:
-    bias = {int(token): float(value) for token, value in (body.get("logit_bias") or {}).items()}
+    bias = {int(token): float(value) for token, value in body.get("logit_bias", {}).items()}
     presence, frequency = (
-        float(_value(body, f"{name}_penalty", 0)) for name in ("presence", "frequency")
+        float(body.get(f"{name}_penalty", 0)) for name in ("presence", "frequency")
     )
     return Penalties(presence, frequency, bias) if presence or frequency or bias else None
 

@@ -1,4 +1,4 @@
-"""GET /metrics: what the server has done, in the text format that Prometheus reads."""
+"""GET /metrics: counts and durations in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import bisect
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -17,15 +17,15 @@ from tinygpt.server.engine.scheduler import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-"""Upper bounds, in seconds, that answers are counted under."""
+"""Upper bounds of the histograms' buckets, in seconds."""
 ROUTES = frozenset(
     {"/", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
     | {"/metrics", "/healthz"}
 )
-"""Paths with a count of their own; clients may ask for others without end, and those share one."""
+"""Paths with a count of their own; all others share one, as their number has no bound."""
 
 LONGEST_PATH = 200
-"""Characters of a path that the access log tells."""
+"""Characters of a path in the access log."""
 
 Labels = dict[str, str]
 Sample = tuple[str, Labels, float]
@@ -33,7 +33,7 @@ Sample = tuple[str, Labels, float]
 
 @dataclass
 class Histogram:
-    """How often durations were at most so long."""
+    """Counts of durations by bucket."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
     total: float = 0.0
@@ -52,7 +52,7 @@ class Histogram:
 
 @dataclass
 class Counts:
-    """What is counted of requests; only the event loop touches it."""
+    """Counts of requests; used by the event loop's thread only."""
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     """By route and status."""
@@ -67,10 +67,7 @@ class Counts:
 
 
 class Counting:
-    """ASGI middleware around everything: each answer is counted with its status and its time.
-
-    ``log`` gets a line for each of them.
-    """
+    """ASGI middleware: counts each answer with its status and times, and logs a line for it."""
 
     def __init__(
         self, app: ASGIApp, counts: Counts, log: Callable[[str], None] | None = None
@@ -101,7 +98,7 @@ class Counting:
 
 
 def access_line(scope: Scope, status: int, seconds: float) -> str:
-    """A line on one answer. Of the address only the path, in which nothing acts on a terminal."""
+    """A log line on one answer, with the path alone of the address; terminal controls escaped."""
     client = (scope.get("client") or ("-",))[0]
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     path = scope["path"][:LONGEST_PATH].encode("unicode_escape").decode("ascii").replace(" ", "%20")
@@ -111,44 +108,37 @@ def access_line(scope: Scope, status: int, seconds: float) -> str:
 def metrics_text(counts: Counts, stats: EngineStats, model: str) -> str:
     """The page."""
     requests = [
-        ("_total", {"route": route, "status": str(status)}, float(count))
+        ("", {"route": route, "status": str(status)}, float(count))
         for (route, status), count in sorted(counts.requests.items())
     ]
-    lines = [
-        *_family("info", "gauge", "What is served.", [("", _about(model), 1)]),
-        *_family("http_requests", "counter", "Answers by route and status.", requests),
-        *_histograms("first_byte_seconds", "Time to the first byte.", counts.first_bytes),
-        *_histograms("request_seconds", "Time to the end of the answer.", counts.durations),
-        *_engine(stats),
+    ended = [("", {"reason": str(why)}, float(n)) for why, n in sorted(stats.ended.items())]
+    about = {"model": model, "version": __version__}
+    families = [
+        _family("info", "gauge", "What is served.", ("", about, 1)),
+        _family("http_requests_total", "counter", "Answers by route and status.", *requests),
+        _histograms("first_byte_seconds", "Time to the first byte.", counts.first_bytes),
+        _histograms("request_seconds", "Time to the end of the answer.", counts.durations),
+        _gauge("active", "Texts that are being written.", stats.active),
+        _gauge("waiting", "Texts that wait for a place.", stats.waiting),
+        _gauge("places", "Texts that can be written at once.", stats.slots),
+        _gauge("queue", "Texts that may wait.", stats.queue),
+        _gauge("uptime_seconds", "Since the engine started.", stats.seconds),
+        _counter("texts", "Texts that were asked for.", stats.requests),
+        _counter("refused", "Texts for which the queue was full.", stats.refused),
+        _counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens),
+        _counter("generated_tokens", "Tokens written.", stats.tokens),
+        _counter("steps", "Steps of all texts together.", stats.steps),
+        _family("ended_total", "counter", "Texts that ended, and why.", *ended),
     ]
-    return "\n".join(lines) + "\n"
+    return "".join(f"{line}\n" for family in families for line in family)
 
 
-def _about(model: str) -> Labels:
-    return {"model": model, "version": __version__}
+def _gauge(name: str, text: str, value: float) -> Iterator[str]:
+    return _family(name, "gauge", text, ("", {}, value))
 
 
-def _engine(stats: EngineStats) -> Iterator[str]:
-    gauges = {
-        "active": ("Texts that are being written.", stats.active),
-        "waiting": ("Texts that wait for a place.", stats.waiting),
-        "places": ("Texts that can be written at once.", stats.slots),
-        "queue": ("Texts that may wait.", stats.queue),
-        "uptime_seconds": ("Since the engine started.", stats.seconds),
-    }
-    counters = {
-        "texts": ("Texts that were asked for.", stats.requests),
-        "refused": ("Texts for which the queue was full.", stats.refused),
-        "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
-        "generated_tokens": ("Tokens written.", stats.tokens),
-        "steps": ("Steps of all texts together.", stats.steps),
-    }
-    for name, (text, value) in gauges.items():
-        yield from _family(name, "gauge", text, [("", {}, value)])
-    for name, (text, value) in counters.items():
-        yield from _family(name, "counter", text, [("_total", {}, value)])
-    ended = [("_total", {"reason": str(why)}, float(n)) for why, n in sorted(stats.ended.items())]
-    yield from _family("ended", "counter", "Texts that ended, and why.", ended)
+def _counter(name: str, text: str, value: float) -> Iterator[str]:
+    return _family(f"{name}_total", "counter", text, ("", {}, value))
 
 
 def _histograms(name: str, text: str, by_route: dict[str, Histogram]) -> Iterator[str]:
@@ -157,13 +147,12 @@ def _histograms(name: str, text: str, by_route: dict[str, Histogram]) -> Iterato
         for route, histogram in sorted(by_route.items())
         for sample in histogram.samples({"route": route})
     ]
-    yield from _family(name, "histogram", text, samples)
+    return _family(name, "histogram", text, *samples)
 
 
-def _family(name: str, kind: str, text: str, samples: Iterable[Sample]) -> Iterator[str]:
-    full = f"tinygpt_{name}" + ("_total" if kind == "counter" else "")
-    yield f"# HELP {full} {text}"
-    yield f"# TYPE {full} {kind}"
+def _family(name: str, kind: str, text: str, *samples: Sample) -> Iterator[str]:
+    yield f"# HELP tinygpt_{name} {text}"
+    yield f"# TYPE tinygpt_{name} {kind}"
     for ending, labels, value in samples:
         inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
         yield f"tinygpt_{name}{ending}{f'{{{inside}}}' if inside else ''} {value:.15g}"

@@ -1,7 +1,7 @@
-"""From what was sent to token ids: plain prompts, and chats by way of a template.
+"""Prompts and chats to token ids.
 
-A base model knows no roles; it continues text. So a chat becomes a text that looks like one, each
-turn with its speaker before it, and ends where the assistant is about to speak::
+A base model continues text and was not trained on roles. So a template makes a text of a chat, each
+turn behind its speaker, which ends where the assistant is to speak::
 
     You are brief.
 
@@ -9,7 +9,7 @@ turn with its speaker before it, and ends where the assistant is about to speak:
 
     Assistant:
 
-The model's continuation is the answer, up to where it would let the user speak: ``\\nUser:``.
+The continuation up to the user's next turn, ``\\nUser:``, is the answer.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tinygpt.server.openai.service import Service
 Ids = tuple[int, ...]
 
 SHORT = 1000
-"""Characters or ids up to which to encode a prompt takes less time than to hand it over."""
+"""Characters, or ids, up to which encoding a prompt takes less time than a switch of threads."""
 
 SPEAKERS = {"user": "User: ", "assistant": "Assistant: "}
-"""What stands before a turn; system and developer messages stand for themselves."""
+"""Prefixes of turns; system and developer messages have none."""
 ANSWER = "Assistant:"
 TURN = "\n\n"
 CHAT_STOP = "\nUser:"
@@ -45,8 +45,10 @@ def chat_text(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _turn(index: int, message: Mapping[str, Any]) -> str:
-    """A message in the template. What the model wrote comes back with the space that it put behind
-    ``Assistant:``, and maybe with the line break before ``User:``; there is one of each already.
+    """A message in the template.
+
+    Clients send answers back with the space behind ``Assistant:``, and maybe the line break before
+    ``User:``. The template has both, so they are stripped.
     """
     role = message["role"]
     if role != "assistant" and "content" not in message:
@@ -76,7 +78,7 @@ async def encode(
 ) -> Ids:
     """The ids of a prompt, refused where the model has none or there are more than ``most``.
 
-    A long one is encoded in a thread of its own, so that nobody has to wait for it.
+    A long one is encoded in a thread of its own, so that the event loop goes on.
     """
     most = service.limits.prompt_tokens if most is None else most
     if len(prompt) <= SHORT:

@@ -1,6 +1,6 @@
-"""JSON Schema, the part of it that we use: one description both checks requests and documents them.
+"""JSON Schema, the part of it that we use.
 
-What /openapi.json says of a request body is what is checked here, so the two cannot differ.
+The schema that checks a request's body also stands in /openapi.json, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -37,15 +37,28 @@ def object_schema(fields: Mapping[str, Any], *required: str, strict: bool = True
 
 
 def check(value: Any, schema: Schema, path: str = "") -> None:
-    """Refuse a value that is not as the schema says, naming the field and what was wanted there."""
+    """Raise Refusal for a value that does not fit: it names the field and what is wanted there."""
     problem = next(problems(value, schema, path), None)
     if problem is not None:
         where, message, code = problem
         raise Refusal(400, message, param=where or None, code=code)
 
 
+def given(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a body that are not null; JSON's 2.0 is an int, as it is a whole number.
+
+    >>> given({"n": 2.0, "stop": None})
+    {'n': 2}
+    """
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in body.items()
+        if value is not None
+    }
+
+
 def problems(value: Any, schema: Schema, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """(path, message, code) for what is wrong with a value; nothing of the value is repeated."""
+    """(path, message, code) of each problem of a value; messages do not quote the value."""
     if not _fits(value, schema):
         name = path or "The body"
         yield path, f"{name} must be {wanted(schema)}.", "invalid_value"
@@ -80,7 +93,7 @@ def _problems_of_object(
 
 
 def unknown(value: Any, schema: Schema, path: str = "") -> Iterator[str]:
-    """Paths of fields, within a value that fits the schema, which it says nothing of.
+    """Paths of the fields of a valid value that its schema does not name.
 
     >>> list(unknown({"a": [{"b": 1}]}, {"properties": {"a": {"items": {"properties": {}}}}}))
     ['a[].b']
@@ -103,9 +116,9 @@ def unknown(value: Any, schema: Schema, path: str = "") -> Iterator[str]:
 
 
 def _fits(value: Any, schema: Schema) -> bool:
-    """Whether the value itself is right; what lies within lists and objects is looked at later.
+    """Whether the value fits, apart from items and properties, which the caller checks.
 
-    An ``anyOf`` has to look at everything at once.
+    An ``anyOf`` checks those, too.
     """
     if "anyOf" in schema:
         return any(next(problems(value, s), None) is None for s in schema["anyOf"])
@@ -124,7 +137,7 @@ def _fits(value: Any, schema: Schema) -> bool:
 
 
 def _is(value: Any, kind: str) -> bool:
-    """JSON's types: true is no number, and 2.0 is a whole one."""
+    """Whether a value has one of JSON's types: true is no number, and 2.0 is an integer."""
     match kind:
         case "null":
             return value is None

@@ -1,5 +1,4 @@
-"""The JSON of answers, as OpenAI's clients expect it: of completions and of chats, whole and in
-chunks."""
+"""The JSON of answers in OpenAI's shapes: completions and chats, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ class CompletionShape:
         }
 
     def whole(self, texts: Sequence[tuple[Choice, Delta]], usage: Json) -> Json:
-        """The answer when all of it is there."""
+        """The whole answer."""
         choices = [self.choice(choice, delta) for choice, delta in texts]
         return {**self.head, "object": self.kind, "choices": choices, "usage": usage}
 
@@ -67,7 +66,7 @@ class CompletionShape:
         }
 
     def _top(self, token: Piece) -> dict[str, float | None] | None:
-        """The likeliest, and the one that was chosen, which may be less likely."""
+        """The likeliest tokens and the chosen one, by name."""
         if token.logprob is None:
             return None
         top = {token_name(self.raw(id_)): finite(value) for id_, value in token.top}

@@ -11,19 +11,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TokenizerError
-from tinygpt.server.http.body import check_model, read_json
-from tinygpt.server.http.json_answer import JSONResponse
+from tinygpt.server.http.answers import JSONResponse
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
 from tinygpt.server.openai.prompts import chat_text, strange
-from tinygpt.server.openai.schema import check
 from tinygpt.server.openai.service import Service
 
 Json = dict[str, Any]
 
 
 def routes(service: Service) -> list[Route]:
-    """The three of them."""
+    """The three routes."""
     return [
         Route("/tokenize", partial(_tokenize, service), methods=["POST"]),
         Route("/detokenize", partial(_detokenize, service), methods=["POST"]),
@@ -32,9 +30,7 @@ def routes(service: Service) -> list[Route]:
 
 
 async def _tokenize(service: Service, request: Request) -> Response:
-    body = await read_json(request, service.limits)
-    check_model(service.name, body)
-    check(body, tokenize_schema(service.name, service.limits))
+    body = await service.body(request, tokenize_schema(service.name, service.limits))
     name, text = _text(body)
     try:
         ids = await asyncio.to_thread(service.tokenizer.encode, text)
@@ -67,7 +63,7 @@ def _raw(service: Service, token: int) -> bytes:
 
 
 def _piece(raw: bytes) -> str | list[int]:
-    """A token's text, or its bytes where they are no whole characters, as llama.cpp tells them."""
+    """A token's text, or, as in llama.cpp, its bytes where they are no whole characters."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -75,9 +71,8 @@ def _piece(raw: bytes) -> str | list[int]:
 
 
 async def _detokenize(service: Service, request: Request) -> Response:
-    body = await read_json(request, service.limits)
-    check_model(service.name, body)
-    check(body, detokenize_schema(service.name, service.vocab_size, service.limits))
+    schema = detokenize_schema(service.name, service.vocab_size, service.limits)
+    body = await service.body(request, schema)
     try:
         text = await asyncio.to_thread(service.tokenizer.decode, [int(i) for i in body["tokens"]])
     except TokenizerError as error:
@@ -87,7 +82,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
 
 
 async def _info(service: Service, request: Request) -> Response:
-    """What lm-evaluation-harness asks for before it uses a tokenizer from afar."""
+    """lm-evaluation-harness asks for this before it uses a remote tokenizer."""
     return JSONResponse(
         {
             "tokenizer_class": service.tokenizer.kind,

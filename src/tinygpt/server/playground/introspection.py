@@ -109,9 +109,9 @@ def causal_weights(q: Weights, k: Weights) -> Weights:
 
 
 class _Seen:
-    """Takes the place of a cache to see what one layer attends with; nothing else changes.
+    """A `Cache` that stores the queries, keys and values of one layer and changes nothing else.
 
-    The number of the layer is an input, so that one function does for all.
+    The number of the layer is an input, so that one jitted function serves all layers.
     """
 
     def __init__(self, config: GPTConfig, layer: Tensor) -> None:

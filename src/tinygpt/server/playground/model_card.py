@@ -1,4 +1,4 @@
-"""What the model is, and what its checkpoint and its run say of how it came to be."""
+"""The model's card: its shape, and how its checkpoint and its run say that it was trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinygpt.text.tokenizers import ends_of
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    """Everything that a page tells of the model."""
+    """The card as JSON values."""
     config, tokenizer = service.model.config, service.tokenizer
     return {
         "name": service.name,
@@ -36,7 +36,7 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 def _history(folder: Path | None) -> dict[str, Any]:
-    """Of the training, as far as it was written down."""
+    """The card of the training; empty where no checkpoint can be read."""
     try:
         return {} if folder is None else run_card(choose_checkpoint(folder))
     except CheckpointError:

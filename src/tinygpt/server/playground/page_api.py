@@ -1,16 +1,16 @@
-"""The playground: its page, and what the page asks for.
+"""The playground's page, and the JSON that the page asks for.
 
-Every endpoint takes POST with JSON. What stands before the place in question is told as ``ids``,
-the tokens that are certain, and ``text``, which is encoded and comes after them: so a page can hand
-back, token for token, what the model wrote, and leave what a person typed to the tokenizer. Of
-what is too long the end is taken, which is all that the model sees.
+Every endpoint takes POST with JSON. The text so far is given as ``ids``, tokens that are certain,
+and ``text``, which comes after them and is encoded here: so a page sends back, token for token,
+what the model wrote, and leaves what a person typed to the tokenizer. Of a text that is too long
+the end is taken, which is all that the model sees.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,16 +22,16 @@ from tinygpt.config import MAX_TOKENS
 from tinygpt.errors import TinyGPTError, TokenizerError
 from tinygpt.server.engine.scheduler import EngineClosed
 from tinygpt.server.engine.sequence import Request as TextRequest
-from tinygpt.server.http import static
-from tinygpt.server.http.body import read_json, unless_gone
-from tinygpt.server.http.json_answer import JSONResponse
-from tinygpt.server.http.refusal import Refusal, timed_out
+from tinygpt.server.http.answers import JSONResponse
+from tinygpt.server.http.body import unless_gone
+from tinygpt.server.http.refusal import Refusal, queue_full, timed_out
+from tinygpt.server.http.static import page_files
 from tinygpt.server.openai.choices import Choice, Delta, finite
 from tinygpt.server.openai.endpoints import generate
 from tinygpt.server.openai.fields import completion_schema
 from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of, stops_of
 from tinygpt.server.openai.prompts import Ids, encode
-from tinygpt.server.openai.schema import Schema, check, object_schema
+from tinygpt.server.openai.schema import Schema, given, object_schema
 from tinygpt.server.openai.service import Service
 from tinygpt.server.openai.shapes import CompletionShape, Json
 from tinygpt.server.playground import introspection
@@ -43,123 +43,105 @@ T = TypeVar("T")
 Answer = Callable[[Body], Coroutine[Any, Any, Json]]
 
 CANDIDATES = 50
-"""Tokens that are told of a distribution at most."""
+"""Tokens of a distribution in one answer, at most."""
 WINDOW = 128
-"""Tokens of which attention is told at most."""
+"""Tokens of an attention map, at most."""
 LOOKS = 16
-"""Looks inside the model that may wait for the engine; each is a forward pass."""
+"""Requests for candidates or attention that may wait for the engine; each is a forward pass."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def routes(service: Service) -> list[Route]:
-    """The page at /, and its endpoints below /api."""
-    page = static.read_page_files()["playground/index.html"]
-    card, looking = model_card(service), _Looking(service)
+def routes(service: Service, dashboard: bool) -> list[Route]:
+    """The page at /, with its endpoints below /api and, maybe, a link to the dashboard."""
+    looking, schemas = _Looking(service, dashboard), _schemas(service)
 
-    async def index(request: Request) -> Response:
-        return page.response(request)
+    def post(name: str, endpoint: Callable[..., Awaitable[Response]], *args: object) -> Route:
+        return Route(f"/api/{name}", partial(endpoint, service, *args), methods=["POST"])
 
-    async def model(request: Request) -> Response:
-        beside = any(getattr(route, "path", "") == "/dashboard" for route in request.app.routes)
-        await read_json(request, service.limits)
-        return JSONResponse(card | {"dashboard": beside})
-
-    def post(path: str, schema: Schema, answer: Answer) -> Route:
-        return Route(path, partial(_answer, service, schema, answer), methods=["POST"])
-
-    schemas = _schemas(service)
     return [
-        Route("/", index, methods=["GET"]),
-        Route("/api/model", model, methods=["POST"]),
-        Route(
-            "/api/generate",
-            partial(generate, service, schemas["generate"], _generation),
-            methods=["POST"],
-        ),
-        post("/api/beginnings", object_schema({}), looking.beginnings),
-        post("/api/tokens", schemas["tokens"], looking.tokens),
-        post("/api/candidates", schemas["candidates"], looking.candidates),
-        post("/api/attention", schemas["attention"], looking.attention),
+        Route("/", page_files()["playground/index.html"], methods=["GET"]),
+        post("generate", generate, schemas.pop("generate"), _generation),
+        *(post(name, _answer, schema, getattr(looking, name)) for name, schema in schemas.items()),
     ]
 
 
 def _schemas(service: Service) -> dict[str, Schema]:
-    """What each endpoint takes; of a completion the same fields as there."""
+    """The body of each endpoint; fields of a completion are as in /v1/completions."""
     fields = completion_schema(service.name, service.vocab_size, service.limits)["properties"]
-    # The page's own bounds: what stands for nothing in other servers' words is null here.
     sampling = {name: fields[name] for name in SAMPLING}
-    sampling["top_p"] = {**fields["top_p"], "exclusiveMinimum": 0}
-    token = {"type": "integer", "minimum": 0, "maximum": service.vocab_size - 1}
-    text = {"type": "string"}
+    sampling["top_p"] = {**fields["top_p"], "exclusiveMinimum": 0}  # the page sends null for none
+
+    def whole(low: int, high: int) -> dict[str, Any]:
+        return {"type": "integer", "minimum": low, "maximum": high}
+
+    token, text = whole(0, service.vocab_size - 1), {"type": "string"}
     ids = {"type": "array", "minItems": 0, "maxItems": service.limits.prompt_tokens, "items": token}
     context = {"ids": ids, "text": text}
-    count = {"type": "integer", "minimum": 1, "maximum": CANDIDATES}
-    last = {"type": "integer", "minimum": 1, "maximum": WINDOW}
-    layer = {"type": "integer", "minimum": 0, "maximum": service.model.config.n_layer - 1}
-    told = {**token, "type": ["integer", "null"]}
     writing = {
         "max_tokens": {**fields["max_tokens"], "maximum": service.limits.max_tokens},
         "seed": {**fields["seed"], "minimum": 0},
         "stop": fields["stop"],
         "ignore_eos": fields["ignore_eos"],
     }
+    looked_at = {"token": {**token, "type": ["integer", "null"]}, "count": whole(1, CANDIDATES)}
+    layer = {"layer": whole(0, service.model.config.n_layer - 1), "last": whole(1, WINDOW)}
     return {
+        "model": object_schema({}, strict=False),
+        "beginnings": object_schema({}),
         "tokens": object_schema({"text": text}, "text"),
         "generate": object_schema({**context, **sampling, **writing}),
-        "candidates": object_schema({**context, **sampling, "token": told, "count": count}),
-        "attention": object_schema({**context, "layer": layer, "last": last}, "layer"),
+        "candidates": object_schema({**context, **sampling, **looked_at}),
+        "attention": object_schema({**context, **layer}, "layer"),
     }
 
 
 async def _answer(service: Service, schema: Schema, answer: Answer, request: Request) -> Response:
-    """Check what was asked, and answer unless the client has gone meanwhile."""
-    body = await read_json(request, service.limits)
-    check(body, schema)
+    """Check the body and answer, unless the client disconnects meanwhile."""
+    body = await service.body(request, schema)
     try:
         async with asyncio.timeout(service.limits.request_seconds):
-            found = await unless_gone(request, answer(body))
+            found = await unless_gone(request, answer(given(body)))
         return await asyncio.to_thread(JSONResponse, found)
     except TimeoutError:
         raise timed_out() from None
 
 
 class _Looking:
-    """Answers about the model and what it makes of a text."""
+    """Answers about the model, and about what it computes for a text: a method for an endpoint."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, dashboard: bool) -> None:
         self.service = service
+        self._card = model_card(service) | {"dashboard": dashboard}
         self._attention = AttentionLook(service.model)
         self._waiting = 0
+
+    async def model(self, body: Body) -> Json:
+        """The model's card."""
+        return self._card
 
     async def beginnings(self, body: Body) -> Json:
         """Texts to begin with, from the run's own validation text."""
         return {"beginnings": await asyncio.to_thread(self.service.beginnings)}
 
     async def tokens(self, body: Body) -> Json:
-        """How the tokenizer cuts a text, or the end of one that is too long."""
+        """The tokens of a text, or of the end of one that is too long."""
         ids = await _text_ids(self.service, body["text"])
         return {"tokens": pieces(self.service.tokenizer, ids)}
 
     async def candidates(self, body: Body) -> Json:
-        """The likeliest tokens after a text; of one token, its rank as well."""
-        ids, config = await _context(self.service, body), sampling_of(body)
+        """The likeliest tokens after a text; of ``token``, its rank as well."""
+        (ids, _), config = await _ids_and_text(self.service, body), sampling_of(body)
         size, decoder = self.service.vocab_size, self.service.engine.decoder
         found = await self._look(lambda: introspection.next_token(decoder, ids, config, size))
 
-        def told(token: int) -> Json:
+        def shown(token: int) -> Json:
             own, sampled = float(found.model[token]), float(found.sampled[token])
-            return {
-                **piece(self.service.tokenizer, token),
-                "probability": own,
-                "sampled": sampled,
-            }
+            return {**piece(self.service.tokenizer, token), "probability": own, "sampled": sampled}
 
         token = body.get("token")
         return {
-            "candidates": [told(each) for each in found.likeliest(int(body.get("count", 10)))],
-            "chosen": None
-            if token is None
-            else told(int(token)) | {"rank": found.rank(int(token))},
+            "candidates": [shown(each) for each in found.likeliest(body.get("count", 10))],
+            "chosen": None if token is None else {**shown(token), "rank": found.rank(token)},
             "kept": found.kept,
             "vocabulary": size,
         }
@@ -167,11 +149,12 @@ class _Looking:
     async def attention(self, body: Body) -> Json:
         """Where the heads of a layer look: for each head a row of weights for each token.
 
-        A row ends at its own token. ``start`` is the number of tokens before the first one told,
-        ``position`` of those that the model no longer sees, ``before`` what goes to those between.
+        A row ends at its own token. ``start`` counts the tokens before the first one shown,
+        ``position`` those that the model no longer sees, ``before`` sums the weights of the others
+        in front of it.
         """
-        ids, layer = await _context(self.service, body), int(body["layer"])
-        last, look = int(body.get("last", WINDOW)), self._attention
+        (ids, _), layer = await _ids_and_text(self.service, body), body["layer"]
+        last, look = body.get("last", WINDOW), self._attention
         weights = await self._look(lambda: look.weights(ids, layer, last))
         _, rows, columns = weights.shape
         weights = weights.astype(float).round(4)
@@ -188,29 +171,22 @@ class _Looking:
         }
 
     async def _look(self, work: Callable[[], T]) -> T:
-        """What a function finds in the engine's thread; only so many may wait for that."""
+        """The result of a function in the engine's thread, for which `LOOKS` requests may wait."""
         if self._waiting >= LOOKS:
-            message = "More looks inside the model are waiting than this server takes. Try again."
-            raise Refusal(429, message, code="queue_full")
+            raise queue_full()
         self._waiting += 1
         try:
             return await asyncio.wrap_future(self.service.engine.run(work))
+        except EngineClosed:
+            raise
         except TinyGPTError as error:
-            if isinstance(error, EngineClosed):
-                raise
             raise Refusal(500, str(error), code="model_failed") from error
         finally:
             self._waiting -= 1
 
 
-async def _context(service: Service, body: Body) -> Ids:
-    """The ids of what stands before, at least one."""
-    ids, _ = await _ids_and_text(service, body)
-    return ids
-
-
 async def _ids_and_text(service: Service, body: Body) -> tuple[Ids, Ids]:
-    """The last ids of what stands before, so many as are taken, and those of its text alone."""
+    """The last ids before the place in question, at least one, and the ids of ``text`` alone."""
     text = await _text_ids(service, body.get("text", ""))
     ids = (*map(int, body.get("ids", ())), *text)[-service.limits.prompt_tokens :]
     if not ids:
@@ -220,32 +196,26 @@ async def _ids_and_text(service: Service, body: Body) -> tuple[Ids, Ids]:
 
 
 async def _text_ids(service: Service, text: str) -> Ids:
-    """The last ids of a text, as many as a prompt may have, from a whole character on.
-
-    The model sees the end of a text only, so a page need not know how long one may be.
-    """
+    """The last ids of a text, as many as a prompt may have, from a whole character on."""
     ids = await encode(service, text, "text", most=sys.maxsize)
-    kept = ids[-service.limits.prompt_tokens :]
-    if len(kept) < len(ids):
-        first = (i for i, token in enumerate(kept) if _begins(service.tokenizer, token))
-        kept = kept[next(first, len(kept)) :]
-    return kept
+    start = max(0, len(ids) - service.limits.prompt_tokens)
+    while 0 < start < len(ids) and _continues(service.tokenizer, ids[start]):
+        start += 1
+    return ids[start:]
 
 
-def _begins(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether a token's first byte is not one from within a character."""
-    raw = bytes(piece(tokenizer, token)["bytes"][:1])
-    return not 0x80 <= int.from_bytes(raw) <= 0xBF
+def _continues(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token begins within a character: UTF-8's bytes 10xxxxxx continue one."""
+    raw = piece(tokenizer, token)["bytes"]
+    return bool(raw) and raw[0] & 0xC0 == 0x80
 
 
 async def _generation(service: Service, body: Body) -> Job:
     """The engine's work for a body of /api/generate."""
     ids, text = await _ids_and_text(service, body)
-    asked = body.get("max_tokens")
-    max_tokens = MAX_TOKENS if asked is None else int(asked)
     request = TextRequest(
         ids,
-        max_tokens,
+        body.get("max_tokens", MAX_TOKENS),
         sampling_of(body),
         seed_of(body),
         stops_of(body),
@@ -272,12 +242,8 @@ class _TokenShape(CompletionShape):
     def part(self, choice: Choice, delta: Delta, reason: str | None = None) -> Json:
         if reason is not None:
             return {"finish_reason": reason}
-        return {
-            "tokens": [
-                described(token.token, token.raw) | {"logprob": finite(token.logprob)}
-                for token in delta.tokens
-            ]
-        }
+        tokens = [described(t.token, t.raw) | {"logprob": finite(t.logprob)} for t in delta.tokens]
+        return {"tokens": tokens}
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Json]:
@@ -285,8 +251,7 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Json]:
 
 
 def piece(tokenizer: Tokenizer, token: int) -> Json:
-    """A token as pages get it. Its bytes say what it is; its text, where they are no characters,
-    holds U+FFFD.
+    """A token as pages get it; where its bytes are no characters, its text holds U+FFFD.
 
     >>> from tinygpt.text.tokenizers import ByteTokenizer
     >>> piece(ByteTokenizer(), 65)

@@ -1,17 +1,25 @@
-"""Server-sent events: how one is written, and how a stream of them ends when the server does."""
+"""The bodies of answers: JSON, and streams of server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Any
 
-from starlette.responses import StreamingResponse
+from starlette import responses
 from starlette.types import Message, Receive, Scope, Send
 
 from tinygpt.files.strict_json import to_json
 
 LAST_SECONDS = 1.0
-"""Time for the end of a stream to be sent to a client that leaves bytes unread."""
+"""Seconds to send the end of a stream to a client that leaves bytes unread."""
+
+
+class JSONResponse(responses.JSONResponse):
+    """JSON with null for NaN and escapes for lone surrogates, where Starlette's class raises."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content, unicode=True, compact=True).encode()
 
 
 def event(value: object) -> bytes:
@@ -19,11 +27,11 @@ def event(value: object) -> bytes:
     return f"data: {to_json(value, unicode=True, compact=True)}\n\n".encode()
 
 
-class EventStream(StreamingResponse):
-    """A stream that ends as an answer does, with ``last``, where the server cancels it.
+class EventStream(responses.StreamingResponse):
+    """A stream that ends properly, with ``last``, when the server cancels it.
 
-    uvicorn cancels what still runs when the time of a shutdown is over. A connection that is closed
-    then, in the middle of an answer, looks to a client like a fault of the network.
+    uvicorn cancels running answers when the time of a shutdown is over. A connection that closed in
+    the middle of an answer would look like a network failure to its client.
     """
 
     media_type = "text/event-stream"
