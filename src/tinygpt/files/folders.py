@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +74,21 @@ def keep_limit(folder: Path, kept: Path) -> None:
         room = cache_limit() - kept.stat().st_size
         for path in too_many([(s.st_atime, s.st_size, p) for s, p in found], room):
             path.unlink()
+
+
+def put(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write what can be made again: the file appears whole, and with its permissions, at once.
+
+    Others may write the same file at the same time. It may be lost with the power. Raises OSError.
+    """
+    staging = path.with_name(f".{os.getpid()}-{threading.get_ident()}.{path.name}")
+    try:
+        staging.write_bytes(content)
+        staging.chmod(mode)
+        staging.replace(path)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def cache_limit() -> int:

@@ -147,7 +147,7 @@ def past(progress: Mapping[str, Any]) -> list[dict[str, Any]]:
 def as_comments(changes: Iterable[Mapping[str, Any]]) -> str:
     """The changes of a run as comments of its config.toml."""
     lines = [f"# {to_json(dict(change))}" for change in changes]
-    return "\n".join(["", "# Allowed to change on the way:", *lines, ""]) if lines else ""
+    return "\n".join(["", "# Changed on the way:", *lines, ""]) if lines else ""
 
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[Change]:

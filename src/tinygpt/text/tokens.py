@@ -301,11 +301,14 @@ def data_fingerprint(tokens: Tokens) -> str:
 
 
 def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
-    """Bytes of text for each token that is predicted, which is all but the first; None for none.
+    """Bytes of UTF-8 for each token that is predicted, which is all but the first.
 
-    A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte.
+    A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte. None where the tokens
+    stand for no text, or for none that this tokenizer knows.
     """
-    return byte_count(tokens[1:], tokenizer) / max(len(tokens) - 1, 1) or None
+    if len(tokens) < 2 or tokens.max() >= tokenizer.vocab_size:
+        return None
+    return byte_count(tokens[1:], tokenizer) / (len(tokens) - 1) or None
 
 
 def byte_count(tokens: Tokens, tokenizer: Tokenizer) -> int:
