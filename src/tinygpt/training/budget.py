@@ -30,7 +30,12 @@ BLOCKS = ((64, 0), (128, 1e6), (256, 1e7))
 HEAD = 32
 """Width of a head; twice that in models wider than 256."""
 RECIPES: dict[str, dict[str, Any]] = {
-    "muon": {"muon_learning_rate": 0.02, "learning_rate": 4e-3, "beta2": 0.95, "decay_start": 0.4},
+    "muon": {
+        "muon_learning_rate": 0.02,
+        "learning_rate": 1.5e-2,
+        "beta2": 0.95,
+        "decay_start": 0.4,
+    },
     "adam": {"learning_rate": 5e-3, "beta2": 0.99, "decay_start": 0.0},
 }
 """What each optimizer learns best with, whatever the shape."""
@@ -110,7 +115,7 @@ def expected_bits(parameters: float, vocabulary: Vocabulary, tokens: float, epoc
 
 SIZE, SIZE_POWER = 30.0, 0.4
 READ, READ_POWER = 180.0, 0.4
-WORDS, RARE = 0.08, 4.0
+WORDS, RARE = 0.02, 0.5
 """What a vocabulary of twice the size is worth, and what an entry costs for each time it is met."""
 REPEATS = 10.0
 """Epochs after which reading once more teaches little."""
@@ -173,7 +178,8 @@ def _plan(
     vocabulary = text.vocabularies[name]
     optimizer = train.get("optimizer", "muon")
     recipe = {"optimizer": optimizer, "decay": "linear", "weight_decay": 0.1, **RECIPES[optimizer]}
-    model, tokens = dict(shape), 1e6
+    known = max(1.0, text.training / vocabulary.bytes_per_token)  # tokens to learn from
+    model, tokens = dict(shape), min(1e6, MAX_EPOCHS * known)
     for _ in range(3):  # block and batch follow from the tokens, and these from the pace with both
         model = {**model, "block_size": _block(text, vocabulary, tokens), **shape}
         positions = min(max(1.2 * math.sqrt(tokens), 256), 16_384)
@@ -185,24 +191,25 @@ def _plan(
             extra = MUON * config.n_layer * config.n_embd**3
             estimate = replace(estimate, flops=estimate.flops + extra)
         tokens = estimate.tokens * seconds / seconds_per_step(estimate, rate)
-    epochs = tokens * vocabulary.bytes_per_token / max(1, text.training)
-    if epochs > MAX_EPOCHS:
-        tokens, epochs = tokens * MAX_EPOCHS / epochs, MAX_EPOCHS
+        tokens = min(tokens, MAX_EPOCHS * known)
+    epochs = tokens / known
     bits = expected_bits(_blocks(shape), vocabulary, tokens, epochs)
     model = {**model, "dropout": dropout(epochs), **shape}
     return Plan(seconds, name, vocabulary, model, recipe, int(tokens), epochs, bits)
 
 
 def _block(text: Text, vocabulary: Vocabulary, tokens: float) -> int:
-    """The longest block that pays, and of which the held-out text has more than one."""
-    longest = max(length for length, least in BLOCKS if tokens >= least)
-    held_out = int(text.held_out / vocabulary.bytes_per_token) - 1
-    return max(1, min(longest, held_out // 2))
+    """The longest block that pays, and of which each part of the text has at least two."""
+    length = max(length for length, least in BLOCKS if tokens >= least)
+    shortest = min(text.training, text.held_out or text.training) / vocabulary.bytes_per_token
+    while length > 1 and 2 * length >= shortest:
+        length //= 2
+    return length
 
 
 def dropout(epochs: float) -> float:
     """Dropout keeps a model from learning by heart what it reads again and again."""
-    return 0.0 if epochs < 4 else 0.1 if epochs < 12 else 0.2
+    return 0.0 if epochs < 5 else 0.1 if epochs < 20 else 0.2
 
 
 def fix_steps(

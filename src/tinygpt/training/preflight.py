@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from statistics import fmean
 from typing import Any
 
 from tinygrad import Device, dtypes
@@ -21,7 +22,7 @@ from tinygpt.config.weights import weights
 from tinygpt.errors import UsageError
 from tinygpt.files.disk import size
 from tinygpt.kernels import linear
-from tinygpt.kernels.loss.fused import cut_of
+from tinygpt.kernels.loss.chunked import cut_of
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
@@ -224,21 +225,22 @@ def on_cpu() -> bool:
     return Device.DEFAULT.split(":")[0] == "CPU"
 
 
-def measured_rate() -> float:
+def measured_rate(seconds: float = 0.0) -> float:
     """Floating-point operations per second of a matrix product on this device, as busy as it is.
 
-    It takes a tenth of a second, more where the kernel has to be compiled first.
+    It takes a tenth of a second, more where the kernel has to be compiled first. The pace is that
+    of the fastest of three products, or the mean of all during ``seconds``.
     """
     n, width = 512, 512
     x, w = zeros((n, width), dtypes.float32), zeros((width, width), dtypes.float32)
     product = jit(lambda: linear(x, w))
     product()
-    seconds = []
-    for _ in range(3):
+    began, times = time.perf_counter(), list[float]()
+    while len(times) < 3 or time.perf_counter() - began < seconds:
         before = time.perf_counter()
         product()
-        seconds.append(time.perf_counter() - before)
-    return 2 * n * width * width / min(seconds)
+        times.append(time.perf_counter() - before)
+    return 2 * n * width * width / (fmean(times) if seconds else min(times))
 
 
 def seconds_per_step(estimate: Estimate, rate: float) -> float:
