@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 """Bytes: a line of the cache, and a multiple of every vector."""
 
-
 HEAD = """\
 #define bool _Bool
 #define long long long
