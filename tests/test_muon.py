@@ -186,7 +186,7 @@ def test_a_run_goes_on_bit_for_bit_and_with_no_other_optimizer(tmp_path):
     whole = tmp_path / "whole"
     list(make_run(whole, config=config))
     folder = stopped_at(whole, 2, tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"optimizer \(was 'muon', now 'adam'\) would"):
+    with pytest.raises(CheckpointError, match=r"optimizer \(was 'muon', now 'adam'\)"):
         make_run(folder, resume=True, config=replace(config, optimizer="adam"))
     assert [step.iter for step in make_run(folder, resume=True, config=config)] == [3, 4]
     assert differing(whole, folder) == []
