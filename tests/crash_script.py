@@ -17,8 +17,8 @@ import numpy as np
 
 from tinygpt.config import GPTConfig
 from tinygpt.files.atomic import remove_stale
+from tinygpt.files.tensor_file import arrange
 from tinygpt.runs import checkpoint
-from tinygpt.runs.checkpoint.format import arrange
 from tinygpt.runs.folder import best_checkpoint, list_checkpoints
 
 CONFIG = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=2, n_embd=64)

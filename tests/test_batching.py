@@ -19,9 +19,10 @@ from tinygpt.errors import KernelError, TinyGPTError
 from tinygpt.generation.decoder import Decoder, Sequence
 from tinygpt.generation.sample import Choice, choose, draw, draw_each, first_choice, make_sampler
 from tinygpt.kernels.attention.rows import (
-    _keep,
+    Cache,
     decode_rows,
     keep,
+    keep_rows,
     plain_keep,
     plain_rows_attention,
     rows_attention,
@@ -138,11 +139,11 @@ def test_the_kernels_for_gpus_are_right_on_the_device_that_emulates_one():
 
 @pytest.mark.parametrize("name", RENDERERS)
 def test_the_kernels_can_be_written_for_gpus(name):
-    sizes = {"rows": 2, "P": 3, "H": 2, "T": 40, "D": 16}
+    sizes = {"s": Cache(2, 3, 2, 40, 16)}
     cache = 3 * 2 * 40 * 16
     for kernel, outputs, lengths in (
         (decode_rows, 3, (64, cache, cache, 192, 1, 1)),
-        (_keep, 2, (cache, cache, 192, 1)),
+        (keep_rows, 2, (cache, cache, 192, 1)),
     ):
         source = render(name, kernel, outputs, lengths, sizes)
         assert THREAD[name] in source

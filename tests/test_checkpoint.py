@@ -23,11 +23,11 @@ from tinygpt.api import GPT
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
+from tinygpt.files.tensor_file import arrange
 from tinygpt.machine.transfer import write
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import background, keeping
 from tinygpt.runs.checkpoint import copier as copier_module
-from tinygpt.runs.checkpoint.format import arrange
 from tinygpt.runs.folder import best_checkpoint, checkpoint_path, list_checkpoints, mark_best
 from tinygpt.training.optim import AdamW
 

@@ -206,7 +206,7 @@ WRONG_USE = {
     "generate run --temperature nan": "temperature=nan is not a finite number",
     "generate run --top-k 0": "top_k=0 is too small",
     "generate run --top-p 2": "top_p=2.0 is out of range",
-    "generate run -n 0": "it must be at least 1",
+    "generate run -n 0": "must be at least 1",
     "generate run --prompt ''": "The prompt is empty",
     "generate run -i --prompt x": "-i asks for the prompts itself",
     "eval run --batch-size 0": "must be at least 1",
@@ -507,6 +507,8 @@ def test_a_stop_string_ends_the_text_and_is_left_out(generate):
 def test_the_prompt_can_come_from_stdin(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the dog")))
     assert generate("--prompt", "-")[1].startswith("the dog")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the dog")))
+    assert generate("-")[1].startswith("the dog")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     code, _, err = generate("--prompt", "-")
     assert code == 1 and "not UTF-8" in err

@@ -467,7 +467,7 @@ ODD = {
     "pipe": (instead("metrics.jsonl", fifo), "metrics.jsonl: It is no ordinary file"),
     "hole": (
         instead("samples.jsonl", sparse(1 << 40)),
-        "samples.jsonl: It was hardly ever written",
+        "samples.jsonl: Nearly all of it was never written",
     ),
     "folder": (instead("metrics.jsonl", a_folder), "metrics.jsonl: Is a directory"),
     "best": (write("best.json", b'{"checkpoint": [1e999], "val_loss": NaN}'), None),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -248,7 +249,8 @@ def test_what_is_chosen_stands_in_the_address_and_a_link_shows_the_same(tmp_path
         (folder / "config.toml").write_text(
             settings.replace("[train]", "block_size = 8\n[train]\nbatch_size = 4")
         )
-        (folder / "run.json").write_text('{"run": "0123456789abcdef", "bytes_per_token": 0.5}')
+        number = {"run": "0123456789abcdef", "bytes_per_token": 0.5 / math.log(2)}
+        (folder / "run.json").write_text(json.dumps(number))
     with serving(tmp_path) as address:
         page = ready(open_page(address))
         seen = {picture(page, "loss")}
@@ -297,18 +299,26 @@ def test_one_value_far_from_the_others_leaves_the_axis_alone_until_it_is_asked_f
         assert picture(page, "loss") == cut
 
 
-def test_curves_are_saved_as_a_table_and_as_a_picture(runs, open_page):
-    page = ready(open_page(runs[1]))
-    with page.expect_download() as table:
-        page.locator("#csv").click()
+def test_curves_are_saved_as_a_table_and_as_a_picture(tmp_path, open_page):
+    for name, steps in (("first", 400), ("second", 300)):
+        folder = make_run(tmp_path / name, steps)
+        (folder / "run.json").write_text('{"run": "0123456789abcdef", "bytes_per_token": 0.5}')
+    with serving(tmp_path) as address:
+        page = ready(open_page(address))
+        with page.expect_download() as table:
+            page.locator("#csv").click()
+        with page.expect_download() as drawn:
+            page.locator("#png").click()
     head, *found = table.value.path().read_text().splitlines()
-    assert head.startswith("run,step,train_loss,") and head.endswith(",val_loss")
+    assert head.startswith("run,step,train_loss,")
+    assert head.endswith(",val_loss,train_bits_per_byte,val_bits_per_byte")
     assert table.value.suggested_filename == "curves.csv" and len(found) == 700 + 14
     wanted = next(rows(1, 1, 0))
     [first] = [row.split(",") for row in found if row.startswith('"first",1,')]
     assert float(first[2]) == pytest.approx(wanted["train_loss"], rel=1e-5)
-    with page.expect_download() as drawn:
-        page.locator("#png").click()
+    assert float(first[-2]) == pytest.approx(2 * float(first[2]) / math.log(2), rel=1e-12)
+    evaluated = found[-1].split(",")
+    assert float(evaluated[-1]) == pytest.approx(2 * float(evaluated[-3]) / math.log(2), rel=1e-12)
     assert drawn.value.path().read_bytes().startswith(b"\x89PNG")
 
 

@@ -23,7 +23,7 @@ from tinygpt.text import tokens as tokens_module
 from tinygpt.text.batches import batch, split
 from tinygpt.text.corpus import Corpus, open_corpus
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
-from tinygpt.text.tokens import byte_count, data_fingerprint, load_tokens, tokenize
+from tinygpt.text.tokens import byte_count, bytes_per_token, data_fingerprint, load_tokens, tokenize
 
 TEXT = "It was the best of times, it was the worst of times. 日本 ¿Qué?\n" * 20
 
@@ -480,6 +480,15 @@ def test_batches_are_the_same_on_every_machine() -> None:
     for step in (0, 3, 10**12):
         x, _ = batch(np.arange(12), step, 2**63 - 1, 5, 3)
         assert x[:, 0].tolist() == [start(12, 3, 2**63 - 1, 5 * step + i) for i in range(5)]
+
+
+def test_bytes_per_token_are_those_of_the_tokens_that_are_predicted() -> None:
+    tokenizer = CharTokenizer.train(["aé日"])
+    tokens = np.array([2, 0, 1, 1])
+    sizes = [len(tokenizer.decode([i]).encode()) for i in tokens]
+    assert bytes_per_token(tokens, tokenizer) == sum(sizes[1:]) / 3
+    assert bytes_per_token(tokens[:1], tokenizer) is None
+    assert bytes_per_token(np.array([0, 3]), tokenizer) is None  # of another tokenizer
 
 
 def test_from_a_file_to_a_batch(tmp_path: Path) -> None:

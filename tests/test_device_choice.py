@@ -47,7 +47,7 @@ def test_an_accelerator_is_the_default_and_opencl_on_the_processor_never(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(choice, "has_opencl_accelerator", lambda: real)
+    monkeypatch.setattr(choice, "opencl_accelerators", lambda: int(real))
     with caplog.at_level(logging.WARNING):
         assert next(choice.available(a_machine(*working))) == chosen
     said = [record.getMessage() for record in caplog.records]
@@ -56,7 +56,7 @@ def test_an_accelerator_is_the_default_and_opencl_on_the_processor_never(
 
 
 def test_opencl_on_the_processor_is_not_even_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "has_opencl_accelerator", lambda: False)
+    monkeypatch.setattr(choice, "opencl_accelerators", lambda: 0)
     fake = a_machine("CPU")
     assert list(choice.available(fake)) == ["CPU"]
     assert "CL" not in fake.Device.opened and "CUDA" in fake.Device.opened
@@ -77,7 +77,7 @@ def test_opencl_is_asked_for_accelerators_before_it_is_opened(
 
     monkeypatch.setattr(cl, "clGetPlatformIDs", lambda *_: 0)
     monkeypatch.setattr(cl, "clGetDeviceIDs", devices)
-    assert choice.has_opencl_accelerator() is expected
+    assert bool(choice.opencl_accelerators()) is expected
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_the_last_state_is_rescued_to_the_one_place_that_there_is(tmp_path, monk
         monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
     saver = background.Saver(tmp_path / "run", keep_last=1)
     meta = checkpoint.Meta(8, SMALL)
-    message = saver._rescue(background._Job(snapshot(8), meta, None, None, again=True))
+    message = saver._rescue(background._Job(snapshot(8), meta, None, again=True))
     [rescued] = (tmp_path / refuge).glob("tinygpt-rescued-*/ckpt_8.safetensors")
     assert f"step 8 was written to {rescued} instead" in message
     assert checkpoint.read_meta(rescued).iter_num == 8

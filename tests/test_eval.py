@@ -184,7 +184,7 @@ def test_eval_reads_chinese(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--stride", "0"], "--stride 0"),
         (["--stride", "9"], "1 to 8"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--batch-size", "0"], "for --batch-size. It must be at least 1"),
         (["--data", "EMPTY"], "EMPTY"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
     ],

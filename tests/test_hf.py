@@ -20,11 +20,12 @@ from tinygpt.cli import main
 from tinygpt.config.weights import weights
 from tinygpt.errors import CheckpointError, InteropError, UsageError
 from tinygpt.files import atomic
+from tinygpt.files.tensor_file import CODES
 from tinygpt.interop import parity
 from tinygpt.interop.hf import hf_export, layout, pretrained
 from tinygpt.interop.hf.hf_config import config_to_hf, read_config
 from tinygpt.interop.hf.hf_export import export, read_back, write_weights
-from tinygpt.interop.hf.weight_files import WIDTHS, read_file, write_file
+from tinygpt.interop.hf.weight_files import read_file, write_file
 from tinygpt.machine.transfer import write
 from tinygpt.model.transformer import Transformer
 from tinygpt.runs import checkpoint
@@ -508,7 +509,7 @@ def test_weights_of_a_type_that_is_none_are_refused(exported, capsys):
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
     refused(exported, capsys, wanted="is of type I32")
-    assert WIDTHS["I32"] == WIDTHS["F32"]
+    assert CODES["I32"][1] == CODES["F32"][1]  # of equal width
 
 
 def test_pipes_sparse_files_and_truncated_ones_are_refused(exported, capsys):

@@ -330,8 +330,10 @@ def test_a_file_with_holes_that_holds_data_is_read(tmp_path: Path) -> None:
         file.write(b"\1\0" * (1 << 20))
     assert len(load_tokens(path)) == 3 << 20
     sparse(TERABYTE, b"\1\0" * 100)(path)
-    with open_regular(path) as file:
+    with path.open("rb") as file:
         assert is_sparse(file) and file.read(2) == b"\1\0"
+    with pytest.raises(OSError, match="never written"):
+        open_regular(path)
 
 
 def test_an_interpreter_never_waits_for_a_pipe(tmp_path: Path) -> None:

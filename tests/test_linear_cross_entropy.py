@@ -36,7 +36,7 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of rows and several parts, at sizes that are quick."""
-    monkeypatch.setattr(sys.modules["tinygpt.kernels.loss.fused"], "CHUNK", 32)
+    monkeypatch.setattr(sys.modules["tinygpt.kernels.loss.chunked"], "CHUNK", 32)
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:

@@ -13,11 +13,11 @@ from tinygpt import kernels
 from tinygpt.api import GPT, load, train
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, ConfigError, UsageError
+from tinygpt.files.tensor_file import arrange
 from tinygpt.machine.transfer import write
 from tinygpt.model import lora
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import Snapshot
-from tinygpt.runs.checkpoint.format import arrange
 from tinygpt.training import preflight
 from tinygpt.training.gradcheck import gradcheck
 from tinygpt.training.loop import train_steps

@@ -268,9 +268,9 @@ def test_another_text_can_be_given_without_a_held_out_part(
     [
         (["--data", "EMPTY"], "EMPTY"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
-        (["--samples", "0"], "--samples 0"),
-        (["--min-length", "0"], "--min-length 0"),
-        (["--max-tokens", "0"], "--max-tokens 0"),
+        (["--samples", "0"], "for --samples. It must be at least 1"),
+        (["--min-length", "0"], "for --min-length. It must be at least 1"),
+        (["--max-tokens", "0"], "for --max-tokens. It must be at least 1"),
         (["--temperature", "-1"], "temperature"),
         (["--prompt", "§"], "--prompt"),
         (["--prompt", ""], "prompt is empty"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_smoothing_keeps_a_constant_and_bridges_gaps():
 def test_rows_come_back_as_they_were_written(tmp_path, written):
     path = tmp_path / "m.jsonl"
     path.unlink(missing_ok=True)
-    with History(path) as history:
+    with closing(History(path)) as history:
         for row in written:
             history.append(row)
         assert same(history.rows, written)
@@ -71,7 +72,7 @@ def test_rows_come_back_as_they_were_written(tmp_path, written):
 def test_a_torn_last_line_costs_only_that_line(tmp_path, written, data):
     path = tmp_path / "m.jsonl"
     path.unlink(missing_ok=True)
-    with History(path) as history:
+    with closing(History(path)) as history:
         for row in written:
             history.append(row)
     whole = path.read_bytes() if written else b""
@@ -80,7 +81,7 @@ def test_a_torn_last_line_costs_only_that_line(tmp_path, written, data):
     survived = list(read(path))
     assert same(survived, written[: len(survived)])
     assert len(survived) >= whole[:cut].count(b"\n")
-    with History(path) as history:
+    with closing(History(path)) as history:
         history.append({"iter": 99})
     assert same(list(read(path)), [*survived, {"iter": 99}])
 
@@ -90,7 +91,7 @@ def test_every_line_is_strict_json_also_for_a_loss_that_is_not_a_number(tmp_path
         raise AssertionError(f"{constant} is not JSON")
 
     path = tmp_path / "m.jsonl"
-    with History(path) as history:
+    with closing(History(path)) as history:
         history.append({"iter": 1, "train_loss": math.nan, "grad_norm": -math.inf, "lr": 0.1})
     line = json.loads(path.read_text(), parse_constant=refuse)
     assert line["train_loss"] is None
@@ -109,7 +110,7 @@ def test_each_row_is_in_the_file_before_the_next_step(tmp_path):
 
 
 def test_numpy_numbers_are_written_as_plain_ones(tmp_path):
-    with History(tmp_path / "m.jsonl") as history:
+    with closing(History(tmp_path / "m.jsonl")) as history:
         history.append({"train_loss": np.float32(0.5), "iter": np.int64(3)})
     assert history.rows == [{"train_loss": 0.5, "iter": 3}]
 
@@ -144,7 +145,7 @@ def test_damage_in_the_middle_names_the_line(tmp_path):
 def test_a_very_long_torn_line_is_mended(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"iter": 1}\n{"text": "' + "x" * 20_000)
-    with History(path) as history:
+    with closing(History(path)) as history:
         history.append({"iter": 2})
     assert history.rows == [{"iter": 1}, {"iter": 2}]
 

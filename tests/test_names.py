@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tinygpt.cli.loading import own_validation
 from tinygpt.cli.options import DataConfig, resolve
 from tinygpt.cli.running import _lasting, gather
-from tinygpt.cli.texts import own_validation
 from tinygpt.config import GPTConfig, to_toml
 from tinygpt.errors import TokenizerError
+from tinygpt.files.tensor_file import arrange
 from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import checkpoint_path, text_of
 from tinygpt.text import corpus, tokenizers
@@ -94,7 +95,7 @@ def make_run(folder: Path, source: str) -> Path:
     meta = checkpoint.Meta(0, CONFIG, tokenizer=ByteTokenizer().to_dict(), data=hashes)
     folder.mkdir()
     weights = np.zeros(CONFIG.num_params(), np.float32)
-    layout = checkpoint.arrange([("model.x", weights.dtype, weights.shape)])
+    layout = arrange([("model.x", weights.dtype, weights.shape)])
     checkpoint.stream(checkpoint_path(folder, 0), layout, lambda _: iter([weights]), meta)
     (folder / "config.toml").write_text(to_toml({"model": CONFIG, "data": written}))
     return folder

@@ -24,7 +24,7 @@ from tests.browser import axe_violations, overflow
 from tests.numpy_gpt2 import GPT2
 from tests.serving import running, until
 from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig
-from tinygpt.cli.texts import beginnings
+from tinygpt.cli.loading import beginnings
 from tinygpt.config import MAX_TOKENS, to_toml
 from tinygpt.generation.sample import filter_logits, softmax
 from tinygpt.interop.web import export_web

@@ -21,9 +21,9 @@ from tinygpt.cli.proving import compare
 from tinygpt.cli.training import _fields, _same_command
 from tinygpt.config import GPTConfig
 from tinygpt.errors import ChangedRunError, CheckpointError, UsageError
+from tinygpt.files.tensor_file import arrange
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import Snapshot
-from tinygpt.runs.checkpoint.format import arrange
 from tinygpt.runs.folder import list_checkpoints, named_step
 from tinygpt.runs.history import read
 from tinygpt.text.tokenizers import CharTokenizer
@@ -126,8 +126,11 @@ def test_the_comparison_sees_a_single_bit(whole, tmp_path):
         checkpoint.write(path, snapshot, meta)
         assert differing(whole, folder) == [name]
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    row = {k: v for k, v in json.loads(lines[-1]).items() if k not in proving.VARYING}
     (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
-    assert differing(whole, folder) == ["optimizer.m.wte.weight", "row 12 is in one only"]
+    assert differing(whole, folder) == ["optimizer.m.wte.weight"] + [
+        f"step 12: {name} {row[name]!r} and None" for name in row
+    ]
 
 
 # ---- the random state ----

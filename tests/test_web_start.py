@@ -7,6 +7,7 @@ import json
 import math
 import re
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose second step was skipped, and whose last loss is no number."""
     folder = tmp_path_factory.mktemp("skipped") / "run"
     make(SMALL).save_checkpoint(4, None, folder, tokenizer=ByteTokenizer())
-    with History(folder / "metrics.jsonl") as history:
+    with closing(History(folder / "metrics.jsonl")) as history:
         history.append({"iter": 1, "train_loss": 5.0})
         history.append({"iter": 2, "train_loss": math.nan, "skipped": "loss nan"})
         history.append({"iter": 3, "train_loss": 4.0, "val_loss": math.inf})

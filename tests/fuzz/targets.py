@@ -24,7 +24,7 @@ from tinygpt.errors import DataError, TinyGPTError, TokenizerError
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs import checkpoint as checkpoints
 from tinygpt.runs import lock
-from tinygpt.runs.folder import best_checkpoint, run_of
+from tinygpt.runs.folder import best_checkpoint, bytes_per_token_of, run_of
 from tinygpt.runs.history import read
 from tinygpt.runs.plots import read_curves
 from tinygpt.server.dashboard.watch import Watch
@@ -195,6 +195,9 @@ def fuzz_best(data: bytes) -> None:
             raise Finding(f"best: {best} is not in the folder")
         if run is not None and not isinstance(run, str):
             raise Finding("best: a run that is no text")
+        size = bytes_per_token_of(path.parent)
+        if size is not None and not 0 < size < 1e31:
+            raise Finding(f"best: {size} bytes per token")
     (path.parent / "run.json").unlink()
 
 

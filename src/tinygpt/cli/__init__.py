@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from cyclopts import App, Group, Parameter, validators
 
 from tinygpt.cli.console import BROKEN_PIPE, INTERRUPTED, PROGRAMS, program_name
-from tinygpt.cli.flags import Switch, proof_first, undotted
+from tinygpt.cli.flags import Switch, dash_as_prompt, proof_first, undotted
 from tinygpt.cli.mistakes import DEBUG, explain
 from tinygpt.cli.streams import standard_streams
 from tinygpt.files.atomic import user_path
@@ -40,7 +40,10 @@ GROUPS = {
     },
     "Exchange": {
         "import": ("importing:app", "Take in weights that others trained."),
-        "export": ("export:app", "Hand a model on: to Hugging Face, to llama.cpp, as a web page."),
+        "export": (
+            "exporting:app",
+            "Hand a model on: to Hugging Face, llama.cpp, as a web page.",
+        ),
         "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
     },
     "Proofs": {
@@ -57,8 +60,8 @@ GROUPS = {
 """The verbs under their headings in the help: where each one is, and what it does in one line."""
 
 OTHER_NAMES = {
-    "check": ("checking:check", "doctor --kernels"),
-    "gradcheck": ("gradchecking:gradcheck", "doctor --gradients"),
+    "check": ("doctoring:check", "doctor --kernels"),
+    "gradcheck": ("doctoring:gradcheck", "doctor --gradients"),
     "verify-resume": ("proving:verify_resume", "doctor --resume"),
 }
 """Verbs that were called so before; the help leaves them out."""
@@ -155,7 +158,7 @@ def make_app(program: str = PROGRAMS[0], verb: str | None = None) -> App:
         if strict:
             os.environ[STRICT] = "1"
         start()
-        command, given, _ = _parse(app, proof_first(undotted(words)))
+        command, given, _ = _parse(app, proof_first(undotted(dash_as_prompt(words))))
         options = {name: _at_home(value) for name, value in given.kwargs.items()}
         return command(*map(_at_home, given.args), **options)
 

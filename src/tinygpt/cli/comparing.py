@@ -48,7 +48,7 @@ class Run:
 
 
 def compare(*runs: Path, samples: int = 2, json: Switch = False) -> None:
-    """Show runs side by side: settings that differ, figures, losses, samples.
+    """Show runs side by side: settings that differ, losses, samples, and which learned more.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ def _argument(word: object) -> str:
 
 
 def say(message: str) -> None:
-    """A line for whoever watches, on stderr."""
+    """Print a line on stderr, without what a terminal would obey."""
     print(printable(message), file=sys.stderr, flush=True)
 
 

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tinygpt.cli.console import aligned, command, show_json
-from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import load_model
+from tinygpt.cli.flags import Count, Switch
+from tinygpt.cli.loading import load_model, own_validation, read_tokens
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
-from tinygpt.cli.texts import own_validation, read_tokens
-from tinygpt.errors import UsageError
-
-if TYPE_CHECKING:
-    from tinygpt.api import GPT
-    from tinygpt.text.tokenizers import Tokenizer
-    from tinygpt.text.tokens import Tokens
-    from tinygpt.training.evaluation import Measured
 
 BATCH_SIZE = 16
 """Windows evaluated at a time."""
@@ -32,7 +23,7 @@ def evaluate(
     field: str = DataConfig.field,
     glob: str = DataConfig.glob,
     stride: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: Count = BATCH_SIZE,
     tokenizer: str | None = None,
     json: Switch = False,
 ) -> None:
@@ -62,32 +53,17 @@ def evaluate(
         Print the result as JSON.
     """
     run = run_or_newest(run)
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is too small: it must be at least 1.")
+    from rich.console import Console
+    from rich.progress import track
+
+    from tinygpt.training import evaluation
+
     model, own = load_model(run, tokenizer)
     name, tokens = (
         own_validation(run, model, own, f"Give one: {command('eval', run, '--data', 'TEXT.txt')}")
         if data is None
         else read_tokens(DataConfig(source=data, field=field, glob=glob), model, own)
     )
-    found = _measured(model, tokens, own, batch_size, stride).to_dict()
-    result = {"data": name, "stride": stride or model.config.block_size, **found}
-    if json:
-        show_json(result)
-    else:
-        shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in result.items()}
-        print(aligned([(k.replace("_", " "), v) for k, v in shown.items()]))
-
-
-def _measured(
-    model: GPT, tokens: Tokens, tokenizer: Tokenizer, batch_size: int, stride: int | None
-) -> Measured:
-    """``evaluation.measure`` with a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from tinygpt.training import evaluation
-
     block_size, console = model.config.block_size, Console(stderr=True)
     evaluation.check(block_size, tokens, batch_size, stride)
     sums = track(
@@ -98,4 +74,10 @@ def _measured(
         transient=True,
         disable=not console.is_terminal,
     )
-    return evaluation.summary(tokens, tokenizer, math.fsum(sums))
+    found = evaluation.summary(tokens, own, math.fsum(sums)).to_dict()
+    result = {"data": name, "stride": stride or block_size, **found}
+    if json:
+        show_json(result)
+    else:
+        shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in result.items()}
+        print(aligned([(k.replace("_", " "), v) for k, v in shown.items()]))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.cli.console import command
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.options import DataConfig, Tables
 from tinygpt.config import fine_tuning
 from tinygpt.errors import UsageError
@@ -37,8 +38,7 @@ class Beginning:
         self.path = choose_checkpoint(path).resolve()
         if out is not None and out.resolve() == self.path.parent:
             raise UsageError(
-                f"--out {out} is where --init is from, and nothing there is overwritten. Give the "
-                f"new run a folder of its own."
+                f"--init is from --out {out}: nothing there is overwritten. Choose another."
             )
         self.meta: Meta = checkpoint.read_meta(self.path)
 
@@ -66,11 +66,11 @@ class Beginning:
 
     def tokenizer(self, data: DataConfig) -> Tokenizer | None:
         """The weights' own tokenizer; UsageError if another is asked for, or none is known."""
-        from tinygpt.text.tokenizers import make_tokenizer, tokenizer_from_dict
+        from tinygpt.text.tokenizers import tokenizer_from_dict
         from tinygpt.text.tokens import TOKEN_FILES
 
         described, spec = self.meta.tokenizer, data.tokenizer
-        named = None if spec is None else make_tokenizer(spec, lambda: _untrained(spec))
+        named = None if spec is None else ready_tokenizer(spec)
         if described is None:
             if named is None and Path(str(data.source)).suffix not in TOKEN_FILES:
                 raise UsageError(
@@ -90,10 +90,3 @@ class Beginning:
 def _values(table: str, *layers: Tables) -> dict[str, Any]:
     """What the layers say of one table, later ones winning."""
     return {name: value for layer in layers for name, value in layer.get(table, {}).items()}
-
-
-def _untrained(spec: str) -> list[str]:
-    raise UsageError(
-        f"--tokenizer {spec} would be trained anew, and the weights know the tokens of the one "
-        f"they have learned with. Leave it out."
-    )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from tinygpt.cli.console import program_name, read_stdin, say, show_json
-from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
+from tinygpt.cli.flags import Count, Switch
+from tinygpt.cli.loading import Quantize, load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.config import MAX_TOKENS, SampleConfig
@@ -42,7 +42,7 @@ def generate(
     seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(negative=(), allow_leading_hyphen=True)] = None,
     ignore_eos: Switch = False,
-    count: Annotated[int, Parameter(name=["--count", "-n"])] = 1,
+    count: Annotated[Count, Parameter(name=["--count", "-n"])] = 1,
     interactive: Annotated[Switch, Parameter(name=["--interactive", "-i"])] = False,
     echo: bool = True,
     tokenizer: str | None = None,
@@ -59,9 +59,9 @@ def generate(
         if there is such a path, or if it has a slash and no blank; any other is the text to
         continue. [default: the newest run in runs/]
     text
-        Text to continue. [default: a line break, if the vocabulary has one]
+        Text to continue; - reads it from stdin. [default: a line break, if the vocabulary has one]
     prompt
-        The same as a flag: with it a single word is the run. --prompt - reads the text from stdin.
+        The same as a flag: with it a single word is the run.
     max_tokens
         Most tokens to add.
     seed
@@ -85,27 +85,17 @@ def generate(
     json
         Print the texts as JSON when they are all there.
     """
-    if count < 1:
-        raise UsageError(f"--count {count} texts cannot be written: it must be at least 1.")
     if interactive and (prompt is not None or json):
         raise UsageError("-i asks for the prompts itself: leave --prompt and --json out.")
-    if (
-        text is None
-        and run is not None
-        and prompt is None
-        and not interactive
-        and not _is_path(run)
-    ):
+    bare = text is None and prompt is None and not interactive
+    if bare and run is not None and not _is_path(run):
         run, text = None, run
     if text is not None and (prompt is not None or interactive):
         raise UsageError(f"There are two prompts, or none is wanted: leave {text!r} out.")
     config = SampleConfig.from_dict(dict(sample or {}))
-    check_quantize(quantize, quantize_data)
     text = _prompt_text(text if prompt is None else prompt)
     folder = run_or_newest(None if run is None else user_path(run))
-    model, own = load_model(folder, tokenizer, quantize)
-    if quantize is not None:
-        tell_quantized(folder, model, own, quantize_data)
+    model, own = load_model(folder, tokenizer, quantize, quantize_data)
     from tinygpt.generation.stream import first_prompt, generate_text
 
     def pieces(prompt: str, number: int) -> Iterator[str]:
@@ -139,10 +129,7 @@ def _prompt_text(prompt: str | None) -> str | None:
     if prompt == "-":
         prompt = read_stdin()
     if not prompt:
-        raise UsageError(
-            "The prompt is empty, and a model needs something to continue. Leave --prompt out to "
-            "start from a line break."
-        )
+        raise UsageError("The prompt is empty. Leave --prompt out to start from a line break.")
     return prompt
 
 

@@ -9,7 +9,7 @@ from cyclopts import App
 
 from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import ready_tokenizer
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.machine import device
 from tinygpt.text.names import is_name
 
@@ -49,15 +49,18 @@ def import_hf(
     json
         Print a summary as JSON.
     """
-    from tinygpt.interop.destination import check_free
-    from tinygpt.interop.hf.pretrained import import_run, open_pretrained
+    from tinygpt.files.atomic import check_free
+    from tinygpt.interop.hf import pretrained
 
     check_free(out)
-    found = open_pretrained(source, progress=True, revision=revision)
+    found = pretrained.open_pretrained(source, progress=True, revision=revision)
     say(f"weights: {found.place}")
     vocabulary = _tokenizer(found, tokenizer)
-    difference = _checked(found) if check else None
-    path = import_run(found, out, vocabulary)
+    difference = None
+    if check:
+        device.require_device()
+        difference = pretrained.check(found)
+    path = pretrained.import_run(found, out, vocabulary)
     if difference is not None:
         say(f"largest logit difference to a plain forward pass: {difference:.2g}")
     say(f"wrote {path}: {found.config.num_params():,} parameters, from {found.dtypes}")
@@ -91,11 +94,3 @@ def _tokenizer(found: Pretrained, spec: str | None) -> Tokenizer | None:
     named = ready_tokenizer(spec)
     found.check_vocabulary(named)
     return named
-
-
-def _checked(found: Pretrained) -> float:
-    """How far our model's logits are from those of the plain forward pass."""
-    from tinygpt.interop.hf.pretrained import check
-
-    device.require_device()
-    return check(found)

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from tinygpt.cli.console import aligned, command, say, show_json
-from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import load_model
+from tinygpt.cli.flags import Count, Switch
+from tinygpt.cli.loading import load_model, own_source, read_tokens, unlike_training
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
-from tinygpt.cli.texts import own_source, read_tokens, unlike_training
 from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import DataError, TokenizerError, UsageError
 from tinygpt.runs.display.text import printable
 from tinygpt.untrusted import clip
 
 if TYPE_CHECKING:
-    from tinygpt.api import GPT
     from tinygpt.text.overlap import Overlap
     from tinygpt.text.tokenizers import Tokenizer
     from tinygpt.text.tokens import Tokens
@@ -44,12 +42,12 @@ def memorization(
     temperature: Annotated[
         list[float] | None, Parameter(negative=(), consume_multiple=True)
     ] = None,
-    samples: int = 10,
-    max_tokens: int = MAX_TOKENS,
+    samples: Count = 10,
+    max_tokens: Count = MAX_TOKENS,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     seed: int = 1,
     ignore_eos: Switch = False,
-    min_length: int = 50,
+    min_length: Count = 50,
     show: int = 3,
     tokenizer: str | None = None,
     json: Switch = False,
@@ -96,12 +94,14 @@ def memorization(
         Print the result as JSON.
     """
     run = run_or_newest(run)
+    import numpy as np
+
+    from tinygpt.generation.generate import FINISHED, generate_tokens
     from tinygpt.generation.stream import first_prompt
     from tinygpt.text.batches import split
     from tinygpt.text.overlap import overlaps
     from tinygpt.text.tokenizers import ends_of
 
-    _check(samples=samples, max_tokens=max_tokens, min_length=min_length)
     temperatures = list(TEMPERATURES if temperature is None else temperature)
     configs = [SampleConfig(temperature=t) for t in temperatures]
     model, own = load_model(run, tokenizer)
@@ -112,12 +112,20 @@ def memorization(
     say(f"writing {samples} texts at each temperature")
     prompt = first_prompt(own) if prompt is None else prompt
     ends = () if ignore_eos else ends_of(own)
-    groups = [
-        _write(
-            model, own, prompt, max_tokens, config, samples if config.temperature else 1, seed, ends
+    ids = _encoded(own, prompt)
+
+    def write(config: SampleConfig) -> list[str]:
+        """The continuations of the prompt, without it and without the ids that end a text."""
+        count = samples if config.temperature else 1  # at 0 all would be the same
+        limit, decoder = own.vocab_size, model.decoder
+        steps = generate_tokens(
+            decoder, [ids] * count, max_tokens, config, seed, limit=limit, ends=ends
         )
-        for config in configs
-    ]
+        rows = np.stack(list(steps), axis=1)  # (samples, tokens)
+        kept = ([i for i in row.tolist() if i != FINISHED and i not in ends] for row in rows)
+        return [own.decode(row) for row in kept]
+
+    groups = [write(config) for config in configs]
     length = max((len(text) for group in groups for text in group), default=0)
     if held_out is not None:
         groups.append(_spread("".join(texts(held_out, own)), samples, length))
@@ -145,13 +153,6 @@ def memorization(
         _report(temperatures, found, baseline, min_length)
 
 
-def _check(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {count} is too small: it must be at least 1.")
-
-
 def _source(
     run: Path, data: str | None, field: str | None, glob: str | None, fraction: float | None
 ) -> DataConfig:
@@ -175,34 +176,14 @@ def texts(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def _write(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_tokens: int,
-    config: SampleConfig,
-    samples: int,
-    seed: int,
-    ends: Sequence[int],
-) -> list[str]:
-    """The continuations of the prompt, without it and without the ids that end a text."""
-    import numpy as np
-
-    from tinygpt.generation.generate import FINISHED, generate_tokens
-
+def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
     try:
         ids = tokenizer.encode(prompt)
     except TokenizerError as error:
         raise UsageError(f"{error} Give another --prompt.") from error
     if not ids:
         raise UsageError("The prompt is empty, and a model needs something to continue.")
-    limit = tokenizer.vocab_size
-    steps = generate_tokens(
-        model.decoder, [ids] * samples, max_tokens, config, seed, limit=limit, ends=ends
-    )
-    rows = np.stack(list(steps), axis=1)  # (samples, tokens)
-    kept = [[i for i in row.tolist() if i != FINISHED and i not in ends] for row in rows]
-    return [tokenizer.decode(row) for row in kept]
+    return ids
 
 
 def _spread(text: str, count: int, length: int) -> list[str]:
@@ -215,12 +196,9 @@ def _spread(text: str, count: int, length: int) -> list[str]:
 
 
 def _report(
-    temperatures: Sequence[float],
-    found: Sequence[Overlap],
-    baseline: Overlap | None,
-    min_length: int,
+    temperatures: Sequence[float], found: Sequence[Overlap], baseline: Overlap | None, length: int
 ) -> None:
-    heads = ("", "texts", "characters", "longest", "mean longest", f"in passages of {min_length}+")
+    heads = ("", "texts", "characters", "longest", "mean longest", f"in passages of {length}+")
     rows: list[Sequence[object]] = [heads]
     named = [(f"temperature {t:g}", each) for t, each in zip(temperatures, found, strict=True)]
     rows += [(name, *_row(each)) for name, each in named]
@@ -235,7 +213,7 @@ def _report(
                 f"  {printable(clip(passage.text, SHOWN))}"
             )
     if not any(each.passages for each in found):
-        print(f"\nNo passage of {min_length} characters or more stands in the training text.")
+        print(f"\nNo passage of {length} characters or more stands in the training text.")
 
 
 def _row(found: Overlap) -> tuple[Any, ...]:

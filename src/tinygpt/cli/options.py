@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -108,6 +108,13 @@ def flags(config: type[Config], title: str, defaults: Values = FOUND_LATER) -> A
         parameter = Parameter(name=field.name.replace("_", "-"), help=text, group=group)
         types[field.name] = Annotated[hints[field.name], parameter]
     return TypedDict(f"{config.__name__}Flags", types, total=False)  # type: ignore[operator]
+
+
+if TYPE_CHECKING:
+    ModelFlags = dict[str, Any]
+    TrainFlags = dict[str, Any]
+else:
+    ModelFlags, TrainFlags = flags(GPTConfig, "Model"), flags(TrainConfig, "Training")
 
 
 def given_tables(model: Values | None, train: Values | None, data: Values) -> Tables:

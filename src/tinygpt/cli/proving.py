@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json as jsonlib
 import signal
 import subprocess
 import tempfile
@@ -13,43 +12,36 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.flags import Flat, Switch
 from tinygpt.cli.options import (
+    ModelFlags,
     Settings,
     Tables,
+    TrainFlags,
     file_tables,
-    flags,
     given_tables,
     preset_tables,
     resolve,
     run_tables,
 )
 from tinygpt.cli.running import Material, gather, make_run
-from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.errors import TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import children
 from tinygpt.machine.device import require_device
-from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER
+from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER, latest_checkpoint
+from tinygpt.runs.history import read
 from tinygpt.text.corpus import NAMES
 from tinygpt.text.names import is_name
 
-if TYPE_CHECKING:
-    from tinygpt.runs.checkpoint import Meta
-
-VARYING = {"elapsed", "tokens_per_second", "memory"}
-"""What two equal runs need not have in common."""
+VARYING = {"elapsed", "tokens_per_second", "memory", "run"}
+"""What two equal runs need not have in common: times, and the number of the run."""
 MOST_ACCUMULATION = 2
 """Micro-batches of a step in the proof: more would only take longer."""
-
-if TYPE_CHECKING:
-    ModelFlags = dict[str, Any]
-    TrainFlags = dict[str, Any]
-else:
-    ModelFlags, TrainFlags = flags(GPTConfig, "Model"), flags(TrainConfig, "Training")
 
 
 @dataclass(frozen=True)
@@ -60,10 +52,6 @@ class Compared:
     count: int
     differing: tuple[str, ...] = ()
     """Names of those that are not the same in both."""
-
-    @property
-    def same(self) -> bool:
-        return not self.differing
 
 
 def verify_resume(
@@ -122,7 +110,7 @@ def verify_resume(
     with _temporary_folder() as folder:
         compared, same_twice = prove(settings, material, folder)
     seconds = time.perf_counter() - began
-    exact = all(row.same for row in compared)
+    exact = all(not row.differing for row in compared)
     if json:
         show_json(
             {
@@ -193,11 +181,11 @@ def prove(
     say(f"a fresh process for the other {steps - half} …")
     go_on(parts)
     compared = compare(whole, parts)
-    if all(row.same for row in compared):
+    if all(not row.differing for row in compared):
         return compared, None
     say("they differ: is the device to blame? Once more without a stop …")
     _train(settings, material, again, steps)
-    return compared, all(row.same for row in compare(whole, again))
+    return compared, all(not row.differing for row in compare(whole, again))
 
 
 def _train(settings: Settings, material: Material, folder: Path, steps: int) -> None:
@@ -218,63 +206,34 @@ def go_on(folder: Path) -> None:
 
 def compare(one: Path, two: Path) -> list[Compared]:
     """What two run folders hold, from their newest checkpoints and their histories."""
-    from tinygpt.runs import checkpoint
-    from tinygpt.runs.folder import latest_checkpoint
+    first, second = _contents(one), _contents(two)
+    return [_compared(what, first[what], second[what]) for what in first]
 
-    (a, first), (b, second) = (checkpoint.read(latest_checkpoint(path)) for path in (one, two))
-    names = sorted({*first, *second})
-    differing = [
-        name
-        for name in names
-        if name not in first
-        or name not in second
-        or first[name].tobytes() != second[name].tobytes()
-    ]
-    tensors = [
-        Compared(
-            what,
-            sum(name.startswith(prefix) for name in names),
-            tuple(name for name in differing if name.startswith(prefix)),
-        )
+
+def _contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """All that a run leaves behind, but for times and its number: values by kind and name."""
+    meta, arrays = checkpoint.read(latest_checkpoint(folder))
+    found: dict[str, dict[str, Any]] = {
+        what: {name: a.tobytes() for name, a in arrays.items() if name.startswith(prefix)}
         for what, prefix in (("weights", "model."), ("optimizer", "optimizer."))
-    ]
-    return [
-        *tensors,
-        _compare_rows("metrics", one / METRICS, two / METRICS),
-        _compare_rows("samples", one / SAMPLES, two / SAMPLES),
-        _compare_values("state", _state(a), _state(b)),
-    ]
+    }
+    for what, name in (("metrics", METRICS), ("samples", SAMPLES)):
+        rows = [(f"step {row.get('iter')}", row) for row in read(folder / name)]
+        found[what] = {f"{step}: {k}": repr(v) for step, row in rows for k, v in row.items()}
+    progress = {f"progress: {name}": value for name, value in meta.progress.items()}
+    found["state"] = meta.to_dict() | {"progress": None} | progress
+    return {
+        what: {k: v for k, v in values.items() if k.rpartition(": ")[2] not in VARYING}
+        for what, values in found.items()
+    }
 
 
-def _compare_rows(what: str, one: Path, two: Path) -> Compared:
-    from tinygpt.runs.history import read
-
-    first, second = (list(read(path)) for path in (one, two))
-    found = []
-    for i in range(max(len(first), len(second))):
-        if i >= min(len(first), len(second)):
-            found.append(f"row {i + 1} is in one only")
-            continue
-        a, b = first[i], second[i]
-        found += [
-            f"step {a.get('iter')}: {name} {a.get(name)} and {b.get(name)}"
-            for name in {**a, **b}
-            if name not in VARYING and jsonlib.dumps(a.get(name)) != jsonlib.dumps(b.get(name))
-        ]
-    return Compared(what, max(len(first), len(second)), tuple(found))
-
-
-def _state(meta: Meta) -> dict[str, Any]:
-    """What a checkpoint remembers besides its tensors, but for times and the name of the run."""
-    values = meta.to_dict()
-    values.pop("run", None)
-    values["progress"] = {k: v for k, v in values["progress"].items() if k not in VARYING}
-    return values
-
-
-def _compare_values(what: str, one: dict[str, Any], two: dict[str, Any]) -> Compared:
-    differing = tuple(name for name in {**one, **two} if one.get(name) != two.get(name))
-    return Compared(what, len(one), differing)
+def _compared(what: str, one: dict[str, Any], two: dict[str, Any]) -> Compared:
+    names = {**one, **two}
+    differing = [name for name in names if one.get(name) != two.get(name)]
+    if what in ("metrics", "samples"):
+        differing = [f"{name} {one.get(name)} and {two.get(name)}" for name in differing]
+    return Compared(what, len(names), tuple(differing))
 
 
 # What is said of it -----------------------------------------------------------------------------
@@ -285,7 +244,7 @@ def _table(compared: list[Compared]) -> str:
     for row in compared:
         more = f" and {len(row.differing) - 3} more" if len(row.differing) > 3 else ""
         found = "; ".join(row.differing[:3]) + more
-        rows.append((row.what, row.count, "identical" if row.same else f"DIFFERS: {found}"))
+        rows.append((row.what, row.count, f"DIFFERS: {found}" if found else "identical"))
     return aligned(rows, right=[1])
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.cli.console import say
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
-from tinygpt.errors import CheckpointError, DataError, UsageError
+from tinygpt.errors import CheckpointError, DataError
 from tinygpt.files.atomic import make_folder, sync_folder
 from tinygpt.runs.display.text import duration
 from tinygpt.text.names import lasting
@@ -200,7 +201,7 @@ def _read(
     source, spec, tokenizer = str(settings.data.source), settings.data.tokenizer, own
     if corpus is None:
         if tokenizer is None and spec is not None:
-            tokenizer = make_tokenizer(spec, lambda: _no_text(source))
+            tokenizer = ready_tokenizer(spec)
         size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
         return Path(source).stem, load_tokens(source, size), tokenizer
     if tokenizer is None:
@@ -208,13 +209,6 @@ def _read(
         share = 1 - settings.data.val_fraction if merges else 1.0
         tokenizer = make_tokenizer(spec, lambda: corpus.beginning(share))
     return corpus.name, tokens_of(corpus, tokenizer), tokenizer
-
-
-def _no_text(source: str) -> list[str]:
-    raise UsageError(
-        f"{source} holds tokens, from which no tokenizer can be trained. Name the one that made "
-        f"them with --tokenizer gpt2, byte or the path of a saved one; or give none."
-    )
 
 
 def _lasting(data: DataConfig, chosen: str) -> DataConfig:
@@ -238,15 +232,11 @@ def new_folder(name: str) -> Path:
     folder = RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     with writing(RUNS):
         make_folder(RUNS)
-        while not _made(folder):
-            folder = folder.with_name(folder.name + "x")
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                folder = folder.with_name(folder.name + "x")
         sync_folder(RUNS)
     return folder
-
-
-def _made(folder: Path) -> bool:
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True

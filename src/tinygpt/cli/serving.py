@@ -18,23 +18,25 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import command, say
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import Quantize, check_quantize, load_model, tell_quantized
+from tinygpt.cli.loading import Quantize, beginnings, load_model
 from tinygpt.cli.newest import RUNS, run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.cli.signals import Words, run_signals
-from tinygpt.cli.texts import beginnings
 from tinygpt.errors import UsageError, extras
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.display.text import printable
+from tinygpt.runs.folder import choose_checkpoint, last_change
 from tinygpt.server.http.limits import Limits
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from tinygpt.api import GPT
     from tinygpt.runs.run import TrainingRun
     from tinygpt.server.dashboard.board import Board
     from tinygpt.server.openai.service import Service
+    from tinygpt.text.tokenizers import Tokenizer
 
     LimitFlags = dict[str, Any]
 else:
@@ -112,21 +114,22 @@ def serve(
     run = run_or_newest(run)
     from tinygpt.server.http.listening import Server, listen, url
 
-    key = _key(api_key, host, "serve", run)
+    key = _key(api_key, host, no_token, "serve", run)
     check_names(allow_host, cors_origin)
-    _check_open(no_token, host)
     if not 1 <= places <= MOST_PLACES:
         raise UsageError(f"--places {places} is out of range: it must be from 1 to {MOST_PLACES}.")
-    check_quantize(quantize, quantize_data)
     bounds = Limits.from_dict(dict(limits or {}))
     if model_name is not None and not (model_name.strip() and printable(model_name) == model_name):
         raise UsageError("--model-name is what clients call the model: give it at least a letter.")
     with listen(host, port) as listener:
-        service = _service(run, tokenizer, quantize, quantize_data, places, bounds)
+        model, own = load_model(run, tokenizer, quantize, quantize_data)
+        service = _service(run, model, own, places, bounds)
         service.name, service.strict = model_name or service.name, strict_api
         from tinygpt.server.app import make_app
 
-        board = _board(run, key, no_token)
+        board = None  # a checkpoint alone has none
+        if last_change(run) is not None:
+            board = _board([run], key, playground=True, is_open=no_token)
         app = make_app(
             service,
             board=board,
@@ -176,17 +179,15 @@ def dashboard(
         Open the page in a browser.
     """
     require_extra()
-    from tinygpt.server.dashboard.board import Board, make_app
-    from tinygpt.server.dashboard.watch import Watch
+    from tinygpt.server.dashboard.board import make_app
     from tinygpt.server.http.listening import Server, url
     from tinygpt.server.http.thread import listen_nearby
 
     if not runs and not RUNS.is_dir():
         raise UsageError(f"There is no folder {RUNS} here. Say which runs to watch: their folders.")
-    key = _key(api_key, host, "dashboard", *runs)
-    _check_open(no_token, host)
+    key = _key(api_key, host, no_token, "dashboard", *runs)
     check_names(allow_host)
-    board = Board(Watch(runs or [RUNS]), key, is_open=no_token)
+    board = _board(runs or [RUNS], key, is_open=no_token)
     board.watch.refresh()
     with listen_nearby(host, port) as listener:
         app = make_app(board, hosts=allow_host or [], bound=host)
@@ -215,17 +216,16 @@ def dashboard_beside(
 
     Runs in the usual folder are shown together, for comparison. ``port`` is the one asked for.
     """
-    from tinygpt.server.dashboard.board import Board, make_app
+    from tinygpt.server.dashboard.board import make_app
     from tinygpt.server.dashboard.steering import Here
-    from tinygpt.server.dashboard.watch import Watch
     from tinygpt.server.http.listening import url
     from tinygpt.server.http.thread import ServerThread
 
     assert run.folder is not None
     others = [RUNS] if run.folder.absolute().parent == RUNS.absolute() else []
     here = Here(run.save_soon, run.stop)
-    key = _key(None, "127.0.0.1", "train")
-    board = Board(Watch([run.folder, *others]), key, {run.folder: here}, is_open=is_open)
+    key = _key(None, "127.0.0.1", is_open, "train")
+    board = _board([run.folder, *others], key, steering={run.folder: here}, is_open=is_open)
     with ServerThread(make_app(board), listener):
         address = url(listener, "127.0.0.1")
         _tell_address(listener, address, port, board, shown=key is None)
@@ -248,22 +248,20 @@ def _tell_address(
 
 def require_extra() -> None:
     """Refuse to go on without the packages that a server needs."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise extras.missing(
-            "serve", f"A server needs {error.name}, which is not installed."
-        ) from error
+    extras.need("serve", "A server", "starlette", "uvicorn")
 
 
-def _key(given: str | None, host: str, *words: object) -> str | None:
+def _key(given: str | None, host: str, no_token: bool, *words: object) -> str | None:
     """The key that clients must send, which only a server for this machine can do without.
 
-    ``words`` are the command that is to be told with a key.
+    ``no_token``: runs are shown without it. ``words`` are the command that an error repeats.
     """
     from tinygpt.server.http.security import is_loopback
 
+    if no_token and not is_loopback(host):
+        raise UsageError(
+            f"--no-token is for this machine alone, and --host {host} can be reached from others."
+        )
     key = given if given is not None else os.environ.get(API_KEY) or None
     if key is None:
         if is_loopback(host):
@@ -290,49 +288,23 @@ def check_names(hosts: list[str] | None, origins: list[str] | None = None) -> No
         allowed_origin(origin)
 
 
-def _check_open(no_token: bool, host: str) -> None:
-    """Only this machine may see runs without a key."""
-    from tinygpt.server.http.security import is_loopback
-
-    if no_token and not is_loopback(host):
-        raise UsageError(
-            f"--no-token is for this machine alone, and --host {host} can be reached from others. "
-            f"Leave one of them out."
-        )
-
-
-def _service(
-    run: Path,
-    tokenizer: str | None,
-    quantize: Quantize | None,
-    text: str | None,
-    places: int,
-    limits: Limits,
-) -> Service:
-    from tinygpt.runs.folder import choose_checkpoint
+def _service(run: Path, model: GPT, own: Tokenizer, places: int, limits: Limits) -> Service:
     from tinygpt.server.engine.scheduler import Engine
     from tinygpt.server.openai.service import Service
 
-    model, own = load_model(run, tokenizer, quantize)
-    if quantize is not None:
-        tell_quantized(run, model, own, text)
-    chosen = choose_checkpoint(run)
-    created = int(chosen.stat().st_mtime)
+    created = int(choose_checkpoint(run).stat().st_mtime)
     engine = Engine(model, own, places, limits.queue)
     service = Service(engine, model, own, _name(run), run, created, limits)
     service.beginnings = cache(partial(beginnings, run, model, own))
     return service
 
 
-def _board(run: Path, key: str | None, is_open: bool) -> Board | None:
-    """The dashboard of the run that is served; a checkpoint alone has none."""
-    from tinygpt.runs.folder import last_change
+def _board(runs: Sequence[Path], key: str | None, **options: Any) -> Board:
+    """The dashboard of runs."""
     from tinygpt.server.dashboard.board import Board
     from tinygpt.server.dashboard.watch import Watch
 
-    if last_change(run) is None:
-        return None
-    return Board(Watch([run]), key, playground=True, is_open=is_open)
+    return Board(Watch(runs), key, **options)
 
 
 def _name(run: Path) -> str:
@@ -382,13 +354,10 @@ def redirect_file(folder: Path, target: str) -> Path:
         f'<!DOCTYPE html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
         f'<meta http-equiv="refresh" content="0; url={link}"><a href="{link}">Go on</a>\n'
     )
-    with open(path, "x", encoding="utf-8", opener=_private) as file:
+    owner_only = partial(os.open, mode=0o600)
+    with open(path, "x", encoding="utf-8", opener=owner_only) as file:
         file.write(page)
     return path
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _open_browser(address: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -16,7 +15,7 @@ from tinygpt.runs.interrupts import SAVING, STOPPING, Stopper, receiving
 
 @dataclass(frozen=True)
 class Words:
-    """What is said to whoever sent a signal."""
+    """What a signal is answered with on stderr."""
 
     stopping: str = "stopping after this step"
     stopped: str = "the last checkpoint is as it was"
@@ -38,10 +37,7 @@ def run_signals(
     the exit code of a program that was stopped is 128 and the number of the first. A signal that is
     ignored, as nohup does with SIGHUP, stays ignored. Outside the main thread nothing is changed.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield []
-        return
-    terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def first(number: int) -> None:
         if signal.Signals(number).name == "SIGHUP":
@@ -56,19 +52,9 @@ def run_signals(
 
     stopper = Stopper(first, again, save, tell, words.stopping)
     wanted = (*STOPPING, *(SAVING if save is not None else ()))
-    with receiving([number for number in wanted if not _ignored(number)], stopper.receive):
+    heard = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+    with receiving(heard, stopper.receive):
         yield stopper.received
-
-
-def _ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
-
-
-def _is_terminal(fd: int) -> bool:
-    try:
-        return os.isatty(fd)
-    except OSError:
-        return False
 
 
 def _silence(terminals: list[int]) -> None:

@@ -97,12 +97,10 @@ def standard_streams() -> Iterator[None]:
         _Descriptor(number, is_open=still_open[number] and stream is not None)
         for number, stream in enumerate(before)
     ]
-    if sys.stdin in (None, sys.__stdin__):
-        sys.stdin = _text(io.BufferedReader(made[0]), sys.stdin)
-    if sys.stdout in (None, sys.__stdout__):
-        sys.stdout = _text(made[1], sys.stdout)
-    if sys.stderr in (None, sys.__stderr__):
-        sys.stderr = _text(made[2], sys.stderr)
+    binaries = (io.BufferedReader(made[0]), made[1], made[2])
+    for name, binary, stream in zip(("stdin", "stdout", "stderr"), binaries, before, strict=True):
+        if stream in (None, getattr(sys, f"__{name}__")):
+            setattr(sys, name, _text(binary, stream))
     sys.stderr = cast(io.TextIOWrapper, Forgiving.of(sys.stderr))
     try:
         yield

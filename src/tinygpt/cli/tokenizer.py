@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cyclopts import App
 
 from tinygpt.cli.console import aligned, read_stdin, say, show_json
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.models import ready_tokenizer
+from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.options import DataConfig
 from tinygpt.errors import UsageError
 from tinygpt.runs.display.text import printable
-
-if TYPE_CHECKING:
-    pass
 
 app = App(name="tokenizer", help="Train a vocabulary, or turn text into tokens and back.")
 
@@ -58,8 +54,7 @@ def train(
     check_overwritable(out, MARK, "a tokenizer")
     if run_of(out.parent) is not None:
         raise UsageError(
-            f"{out.parent} is the folder of a run, whose tokenizer belongs to its weights. Write "
-            f"to another place."
+            f"{out.parent} is the folder of a run, whose tokenizer has to stay. Write elsewhere."
         )
     corpus = open_corpus(source, field=field, glob=glob)
     say(f"text: {corpus.description}")

@@ -89,10 +89,6 @@ def _checkpoint(path: Path) -> str:
     return f"step {meta.iter_num:,}, {size(path.stat().st_size)}"
 
 
-def _settings(path: Path) -> str:
-    return ", ".join(f"[{name}]" for name in file_tables(path))
-
-
 def _tokenizer(path: Path) -> str:
     from tinygpt.text.tokenizers import load_tokenizer
 
@@ -114,7 +110,7 @@ def _best(path: Path) -> str:
 
 
 BESIDE: dict[str, Callable[[Path], str]] = {
-    CONFIG: _settings,
+    CONFIG: lambda path: ", ".join(f"[{name}]" for name in file_tables(path)),
     TOKENIZER: _tokenizer,
     METRICS: _rows,
     SAMPLES: _rows,

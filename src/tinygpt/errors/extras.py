@@ -10,8 +10,10 @@ import re
 import shlex
 import shutil
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tinygpt.errors import MissingExtraError
 
@@ -19,7 +21,7 @@ from tinygpt.errors import MissingExtraError
 def install_command(*requirements: str) -> str:
     """A shell command that installs ``requirements`` for the running interpreter.
 
-    An environment made by uv has no pip of its own; there uv installs, told which interpreter.
+    An environment made by uv has no pip of its own; there uv installs for that interpreter.
     """
     python = sys.executable or "python3"
     pip = [python, "-m", "pip", "install"]
@@ -34,6 +36,17 @@ def cure(extra: str) -> str:
         return install_command(*requirements(extra))
     except LookupError:
         return f"see the extra {extra!r} in the pyproject.toml that tinygpt came with"
+
+
+def need(extra: str, task: str, *modules: str) -> Any:
+    """Import modules of an extra for a task; -> the last one.
+
+    Raises MissingExtraError that names the one that is not installed.
+    """
+    try:
+        return [import_module(name) for name in modules][-1]
+    except ImportError as error:
+        raise missing(extra, f"{task} needs {error.name}, which is not installed.") from error
 
 
 def missing(extra: str, reason: str) -> MissingExtraError:

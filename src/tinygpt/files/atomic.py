@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +33,7 @@ CHUNK = 2**26
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which becomes ``path`` when the block ends without an error.
 
-    Whoever reads ``path``, even after a crash or a power cut at any instant, finds the old content
+    A reader of ``path``, even after a crash or a power cut at any instant, finds the old content
     or the new one, never a part: the data goes to disk first, then the name, then the folder that
     holds the name. Missing folders are made. Raises OSError where the folder cannot be written, and
     if ``path`` is a device, a pipe or a folder. Until then the file is at ``file.name``, for
@@ -41,17 +41,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     _check_replaceable(path)
     make_folder(path.parent)
-    temporary, file = _new_temporary(path)
+    # Beside the target, since a rename is atomic only within one file system.
+    temporary, handle = _new_temporary(path, _new_file)
     try:
-        with file:
+        with open(temporary, "wb", opener=lambda *_: handle) as file:
             yield file
             file.flush()
+            # The system writes data and names to the disk in any order it likes. Without fsync the
+            # new name could be there first, and a power cut would leave it on an empty file.
             sync(file.fileno())
+            # rename(2) exchanges what the name stands for in one step: opening the path gives the
+            # old file or the new one, and a reader that has the old one open keeps it.
             temporary.replace(path)  # before it is closed: the lock keeps sweepers away
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+    # The name is an entry of the folder, which is data too: until it is on the disk, a power cut
+    # would bring back the old file.
     sync_folder(path.parent)
 
 
@@ -60,14 +67,28 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(name)
 
 
-def _new_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside ``path``, open and locked; one that a sweeper took first is left to it."""
+def _new_temporary(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new file or folder beside ``path``, made by ``make``, and locked by the handle returned.
+
+    One that a sweeper took between the two is left to it.
+    """
     while True:
         temporary = temporary_name(path)
-        file = open(temporary, "xb", opener=create)  # noqa: SIM115
-        if lock(file.fileno()) is not False and is_at(file.fileno(), temporary):
-            return temporary, file
-        file.close()
+        handle = make(temporary)
+        if lock(handle) is not False and is_at(handle, temporary):
+            return temporary, handle
+        os.close(handle)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _new_folder(path: Path) -> int:
+    while True:
+        path.mkdir()
+        with suppress(FileNotFoundError):  # a sweeper took it first
+            return os.open(path, os.O_RDONLY)
 
 
 def user_path(path: str | Path) -> Path:
@@ -85,15 +106,11 @@ def user_path(path: str | Path) -> Path:
 
 
 def _check_replaceable(path: Path) -> None:
-    """A new name takes the place of anything: of /dev/null too, for who may do all things."""
+    """A rename takes the place of anything, as root even of /dev/null: only files are replaced."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
-
-
-def create(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o666)
 
 
 @contextmanager
@@ -102,13 +119,13 @@ def building(folder: Path) -> Iterator[Path]:
 
     It is made beside ``folder``, under a name that begins with a dot, and is removed if anything
     goes wrong; what a killed process left there of an earlier try is removed too. ``folder`` itself
-    may be there if it is empty. Raises OSError, FileExistsError if something is in it.
+    may be there if it is empty. Raises UsageError if something is in it, and OSError.
     """
+    check_free(folder)
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  # without any ..
     make_folder(folder.parent)
-    check_free(folder)
     _sweep(folder.parent, folders_of=folder.name)
-    temporary, handle = _new_temporary_folder(folder)
+    temporary, handle = _new_temporary(folder, _new_folder)
     try:
         yield temporary
         sync_folder(temporary)
@@ -121,22 +138,13 @@ def building(folder: Path) -> Iterator[Path]:
     sync_folder(folder.parent)
 
 
-def _new_temporary_folder(folder: Path) -> tuple[Path, int]:
-    while True:
-        temporary = temporary_name(folder)
-        temporary.mkdir()
-        with suppress(FileNotFoundError):  # a sweeper took it first
-            handle = os.open(temporary, os.O_RDONLY)
-            if lock(handle) is not False and is_at(handle, temporary):
-                return temporary, handle
-            os.close(handle)
-
-
 def check_free(folder: Path) -> None:
-    """FileExistsError if something is at ``folder`` already, but for a folder without content."""
+    """UsageError if something is at ``folder`` already, but for a folder without content."""
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if not empty and (folder.is_symlink() or folder.exists()):
-        raise FileExistsError(errno.EEXIST, "it is there already", str(folder))
+        raise UsageError(
+            f"{folder} is there already, and nothing in it is overwritten. Choose another folder."
+        )
 
 
 def check_overwritable(path: Path, mark: bytes, kind: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
 import threading
 import time
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinygpt.errors import DataError, extras
-from tinygpt.files.atomic import is_at, sha256_of, temporary_name
+from tinygpt.files.atomic import is_at, lock, sha256_of, temporary_name
 
 WATCH = 0.1
 """Seconds between two looks at a download."""
@@ -25,31 +25,43 @@ class _Wanted:
     """A file on a server, the digest that it must have, and at most ``size`` bytes."""
 
     url: str
-    sha256: str
+    digest: str
     size: int | None
     headers: Mapping[str, str]
+
+    def hash_of(self, path: Path) -> str:
+        """The digest of a file, of the kind that is wanted."""
+        if len(self.digest) == 64:
+            return sha256_of(path)
+        content = path.read_bytes()
+        named = b"blob %d\0" % len(content) + content
+        return hashlib.sha1(named, usedforsecurity=False).hexdigest()
+
+    def is_at(self, path: Path) -> bool:
+        return self.hash_of(path) == self.digest
 
 
 def download(
     url: str,
     path: Path,
-    sha256: str,
+    digest: str,
     *,
     deadline: float | None = None,
     size: int | None = None,
     headers: Mapping[str, str] | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> Path:
-    """Fetch ``url`` to ``path`` and return ``path``, whose content then has the digest ``sha256``.
+    """Fetch ``url`` to ``path`` and return ``path``, whose content then has the ``digest``.
 
+    That is the SHA-256 in hexadecimal, or the shorter SHA-1 that git gives to a content.
     What has arrived is kept beside it as ``.part``, and a later call goes on from there. With a
     ``deadline`` in seconds the call gives up in time whatever hangs, the name lookup included.
     More than ``size`` bytes are not taken, ``headers`` go with each request, and ``watch`` gets the
     number of bytes that have arrived, every ``WATCH`` seconds. Raises DataError that says what went
     wrong.
     """
-    wanted = _Wanted(url, sha256, size, headers or {})
-    stop = threading.Event()
+    wanted = _Wanted(url, digest, size, headers or {})
+    stop, start, part = threading.Event(), time.monotonic(), _part(path)
     failures: list[Exception] = []
 
     def work() -> None:
@@ -61,10 +73,10 @@ def download(
     thread = threading.Thread(target=work, daemon=True, name="tinygpt-download")
     thread.start()
     try:
-        if watch is None:
-            thread.join(deadline)
-        else:
-            _watch(thread, path.with_name(path.name + ".part"), deadline, watch)
+        while thread.is_alive() and (deadline is None or time.monotonic() - start < deadline):
+            thread.join(WATCH)
+            if watch and (count := _size(part)):
+                watch(count)
     finally:
         stop.set()
     if thread.is_alive():
@@ -72,17 +84,6 @@ def download(
     if failures:
         raise _explain(url, path, failures[0]) from failures[0]
     return path
-
-
-def _watch(
-    thread: threading.Thread, part: Path, deadline: float | None, watch: Callable[[int], None]
-) -> None:
-    """Wait for the thread, and tell how much of the file is there meanwhile."""
-    start = time.monotonic()
-    while thread.is_alive() and (deadline is None or time.monotonic() - start < deadline):
-        thread.join(WATCH)
-        if count := _size(part):
-            watch(count)
 
 
 def _explain(url: str, path: Path, error: Exception) -> DataError:
@@ -128,8 +129,8 @@ def network_advice(error: Exception) -> str | None:
 def _fetch(wanted: _Wanted, path: Path, stop: threading.Event) -> None:
     """Transfer, resume what breaks off, verify, and only then give the file its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _claimed(path.with_name(path.name + ".part"), stop) as part:
-        if part is None or (path.is_file() and sha256_of(path) == wanted.sha256):
+    with _claimed(_part(path), stop) as part:
+        if part is None or (path.is_file() and wanted.is_at(path)):
             return  # given up while another download had the part, or that one has done it
         _complete(wanted, part, stop)
         if not stop.is_set():
@@ -140,35 +141,27 @@ def _fetch(wanted: _Wanted, path: Path, stop: threading.Event) -> None:
 def _claimed(part: Path, stop: threading.Event) -> Iterator[Path | None]:
     """The unfinished file of a download, for one writer at a time; None if ``stop`` comes first.
 
-    Whoever is second waits for the first, in this process or another. The lock ends with its
+    A second download waits for the first, in this process or another. The lock ends with its
     process, so that what a killed one left is resumed. On a disk without locks each download has
     a file of its own, and begins anew.
     """
     while True:
         with part.open("ab") as file:  # for writing, as network file systems want it for a lock
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            locked = lock(file.fileno())
+            if locked is False:
                 if stop.wait(WATCH):
                     yield None
                     return
-                continue
-            except OSError:
-                own = temporary_name(part)
-            else:
-                own = part
-            if not is_at(
-                file.fileno(), part
-            ):  # it was finished, or thrown away, before it was locked
-                continue
-            try:
-                yield own
-            finally:
-                if own != part:
-                    own.unlink(missing_ok=True)
-                if is_at(file.fileno(), part) and not _size(part):
-                    part.unlink()
-            return
+            elif is_at(file.fileno(), part):  # else it was finished, or thrown away, meanwhile
+                own = part if locked else temporary_name(part)
+                try:
+                    yield own
+                finally:
+                    if own != part:
+                        own.unlink(missing_ok=True)
+                    if is_at(file.fileno(), part) and not _size(part):
+                        part.unlink()
+                return
 
 
 def _complete(wanted: _Wanted, part: Path, stop: threading.Event) -> None:
@@ -182,18 +175,17 @@ def _complete(wanted: _Wanted, part: Path, stop: threading.Event) -> None:
             _transfer(wanted, part, before, stop)
         except requests.RequestException as error:
             failure = error
-        if stop.is_set() or (part.exists() and sha256_of(part) == wanted.sha256):
+        if stop.is_set() or (part.exists() and wanted.is_at(part)):
             return
         if failure is not None and _size(part) <= before:
             raise failure
         if failure is None:  # all there, and wrong
-            found = sha256_of(part)
+            found = wanted.hash_of(part)
             os.truncate(part, 0)
             if not before:  # not even a stale beginning to blame
                 raise DataError(
-                    f"{wanted.url} is not the file it should be: its SHA-256 is {found}, "
-                    f"wanted {wanted.sha256}. "
-                    f"Something on the way changed it; nothing was kept."
+                    f"{wanted.url} is not the file it should be: its hash is {found}, wanted "
+                    f"{wanted.digest}. Something on the way changed it; nothing was kept."
                 )
     raise DataError(
         f"{wanted.url} broke off {ATTEMPTS} times. What has arrived is kept; try again."
@@ -226,6 +218,11 @@ def _transfer(wanted: _Wanted, part: Path, start: int, stop: threading.Event) ->
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _part(path: Path) -> Path:
+    """Where what has arrived of a file is kept."""
+    return path.with_name(path.name + ".part")
 
 
 def _size(path: Path) -> int:

@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -75,6 +76,21 @@ def keep_limit(folder: Path, kept: Path) -> None:
             path.unlink()
 
 
+def put(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write what can be made again: the file appears whole, and with its permissions, at once.
+
+    Others may write the same file at the same time. It may be lost with the power. Raises OSError.
+    """
+    staging = path.with_name(f".{os.getpid()}-{threading.get_ident()}.{path.name}")
+    try:
+        staging.write_bytes(content)
+        staging.chmod(mode)
+        staging.replace(path)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise
+
+
 def cache_limit() -> int:
     """Bytes that the token files of the cache may take: TINYGPT_CACHE_GB, by default 10."""
     try:
@@ -98,7 +114,7 @@ def _absolute(path: str) -> Path:
 def private_temp() -> Path:
     """A temporary folder of this user alone: what stands in it gets executed.
 
-    The same one in every process if nobody else has a hand in it, else a fresh one.
+    The same one in every process if it is this user's alone, else a fresh one.
     """
     owner = os.getuid()
     path = Path(tempfile.gettempdir()) / f"tinygpt-{owner}"

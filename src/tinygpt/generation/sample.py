@@ -144,11 +144,7 @@ def _finite(logits: npt.ArrayLike) -> Logits:
 
 def draw(logits: Logits, uniform: float) -> int:
     """The token that a number from [0, 1) picks: the inverse of the cumulative distribution."""
-    weights = np.exp(logits - logits.max())
-    ids = np.flatnonzero(weights)
-    sums = np.cumsum(weights[ids])
-    i = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
-    return int(ids[min(i, ids.size - 1)])
+    return draw_each(logits[None], [uniform])[0]
 
 
 def draw_each(logits: Logits, uniforms: Sequence[float]) -> list[int]:

@@ -65,7 +65,7 @@ class Vocabulary:
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary | None:
     """The byte-level vocabulary that tokenizes as ``tokenizer`` does; None for one of characters.
 
-    Raises TokenizerError for a vocabulary that cannot be told in this way.
+    Raises TokenizerError for a vocabulary that has no such form.
     """
     if isinstance(tokenizer, ByteTokenizer):
         return Vocabulary({bytes([byte]): byte for byte in range(256)}, [], {})

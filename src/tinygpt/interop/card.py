@@ -55,28 +55,26 @@ def model_card(
 ) -> str:
     """The text, in Markdown.
 
-    ``source`` is the name of the text that the model learned from; ``tokenizer`` tells whether its
+    ``source`` is the name of the text that the model learned from; ``tokenizer`` says whether its
     files are in the folder too.
     """
     rows = "\n".join(f"| {title} | {_cell(value)} |" for title, value in _figures(meta, source))
+    more, write = (", AutoTokenizer", WRITE) if tokenizer else ("", "")
+    train = {} if meta.train is None else meta.train.to_dict()
+    settings = "\n".join(f"{name} = {value}" for name, value in train.items())
     blocks = [
         FRONT + f"# {_cell(name)}",
         f"A GPT-2, written by TinyGPT {__version__}.",
         f"## Figures\n\n| | |\n| --- | --- |\n{rows}",
-        *([_settings(meta)] if meta.train else []),
+        *([f"## Training settings\n\n```text\n{settings}\n```"] if settings else []),
         f"## Parity\n\nThe folder was read back by {parity.reader} before it was handed out, and "
         f"its logits were compared with TinyGPT's on {parity.tokens} tokens from all over the "
         f"vocabulary. The largest difference is {parity.difference:.3g}, and "
         f"{parity.tolerance:g} is allowed.",
         *([] if meta.model.bias else [NO_BIAS]),
-        _use(name, tokenizer),
+        (LOAD + write).format(name=name, more=more) + BACK,
     ]
     return "\n\n".join(blocks)
-
-
-def _use(name: str, tokenizer: bool) -> str:
-    more, write = (", AutoTokenizer", WRITE) if tokenizer else ("", "")
-    return (LOAD + write).format(name=name, more=more) + BACK
 
 
 NO_BIAS = (
@@ -107,12 +105,6 @@ def _figures(meta: Meta, source: str | None) -> Iterator[tuple[str, object]]:
         yield "imported from", imported.get("source", "")
         if "commit" in imported:
             yield "commit", f"{imported.get('repository')} {imported['commit']}"
-
-
-def _settings(meta: Meta) -> str:
-    assert meta.train is not None
-    lines = "\n".join(f"{name} = {value}" for name, value in meta.train.to_dict().items())
-    return f"## Training settings\n\n```text\n{lines}\n```"
 
 
 def _cell(value: object) -> str:

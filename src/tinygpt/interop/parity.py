@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -67,21 +68,20 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    ours: npt.NDArray[Any],
-    theirs: npt.NDArray[Any],
+    ours: Floats,
+    theirs: Floats,
     reader: str = "the other program",
     rounding: Callable[[], float] | None = None,
 ) -> Comparison:
     """How far two arrays of logits (T, V) lie apart; InteropError where that is too far.
 
-    Allowed is ``TOLERANCE``, and where that does not suffice a few times what ``rounding`` tells:
+    Allowed is ``TOLERANCE``, and where that does not suffice a few times what ``rounding`` returns:
     the error that float32 itself makes in this model. With large weights that is more; the logits
     of two right programs can then differ by a thousandth. What is no number is a failure.
     """
     if ours.shape != theirs.shape:
         raise InteropError(
-            f"{reader} gives logits of shape {theirs.shape}, and this model {ours.shape}. "
-            f"Nothing was written."
+            f"{reader} gives logits of shape {theirs.shape}, not {ours.shape}. Nothing was written."
         )
     difference = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
     allowed = TOLERANCE
@@ -95,6 +95,16 @@ def compare(
             f"finite? tinygpt doctor --kernels tells whether the kernels are right on this machine."
         )
     return Comparison(difference, allowed)
+
+
+def prove(model: Transformer, fetch: Fetch, theirs: Floats, reader: str) -> Comparison:
+    """``compare`` for a model's logits of ``fixed_prompt`` and those that a reader of it gives.
+
+    ``fetch`` gives the model's weights, for the error that float32 makes.
+    """
+    ids = fixed_prompt(model.config)
+    rounding = partial(rounding_error, fetch, model.config, ids)
+    return compare(our_logits(model, ids), theirs, reader, rounding)
 
 
 # GPT-2 in numpy ---------------------------------------------------------------------------------

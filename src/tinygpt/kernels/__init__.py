@@ -8,35 +8,19 @@ benchmarks that compare the two. `phases` is the language of the kernels and `lo
 Shapes use the field's letters: B batch, T positions, C width, H heads, D head size, V vocabulary.
 """
 
-from tinygpt.kernels.adamw import adamw_update
-from tinygpt.kernels.attention import self_attention
-from tinygpt.kernels.attention.rows import keep, rows_attention
-from tinygpt.kernels.dispatch import plain, use
-from tinygpt.kernels.dropout import dropout, next_key
-from tinygpt.kernels.embedding import embedding
-from tinygpt.kernels.gelu import gelu
-from tinygpt.kernels.linear import linear
-from tinygpt.kernels.loss.cross_entropy import cross_entropy
-from tinygpt.kernels.loss.fused import loss
-from tinygpt.kernels.muon import muon_update
-from tinygpt.kernels.norm import layer_norm
-from tinygpt.kernels.quantized import quantized_linear
-
-__all__ = [
-    "adamw_update",
-    "cross_entropy",
-    "dropout",
-    "embedding",
-    "gelu",
-    "keep",
-    "layer_norm",
-    "linear",
-    "loss",
-    "muon_update",
-    "next_key",
-    "plain",
-    "quantized_linear",
-    "rows_attention",
-    "self_attention",
-    "use",
-]
+from tinygpt.kernels.adamw import adamw_update as adamw_update
+from tinygpt.kernels.attention import self_attention as self_attention
+from tinygpt.kernels.attention.rows import keep as keep
+from tinygpt.kernels.attention.rows import rows_attention as rows_attention
+from tinygpt.kernels.dispatch import plain as plain
+from tinygpt.kernels.dispatch import use as use
+from tinygpt.kernels.dropout import dropout as dropout
+from tinygpt.kernels.dropout import next_key as next_key
+from tinygpt.kernels.embedding import embedding as embedding
+from tinygpt.kernels.gelu import gelu as gelu
+from tinygpt.kernels.linear import linear as linear
+from tinygpt.kernels.loss.cross_entropy import cross_entropy as cross_entropy
+from tinygpt.kernels.loss.fused import loss as loss
+from tinygpt.kernels.muon import muon_update as muon_update
+from tinygpt.kernels.norm import layer_norm as layer_norm
+from tinygpt.kernels.quantized import quantized_linear as quantized_linear

@@ -26,6 +26,9 @@ LANES = 16
 UNITS = 16
 """About so many units share the columns: clearing the gradient is slower in narrower shares."""
 
+Size = tuple[int, int, int]
+"""B, T, C"""
+
 
 def plain_embedding(
     tokens: Tensor, weight: Tensor, positions: Tensor | None = None, scale: Tensor | None = None
@@ -55,7 +58,7 @@ def embedding(
     tables = [contiguous(t) for t in (weight, positions) if t is not None]
     scales = [contiguous(t) for t in (scale,) if t is not None]
     tokens = contiguous(tokens.cast(dtypes.int32))
-    launch = partial(run, lanes=largest_divisor(C, LANES), B=B, T=T, C=C)
+    launch = partial(run, lanes=largest_divisor(C, LANES), size=(B, T, C))
 
     def backward(gradient: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
         rows = tuple(int(t.shape[0]) for t in tables)
@@ -76,18 +79,10 @@ def embedding(
 
 
 def _forward(
-    k: Kernel,
-    out: Array,
-    tokens: Array,
-    *arrays: Array,
-    B: int,
-    T: int,
-    C: int,
-    V: int,
-    scaled: bool,
+    k: Kernel, out: Array, tokens: Array, *arrays: Array, size: Size, V: int, scaled: bool
 ) -> None:
     """A unit is one token. Inputs: tokens, [scale,] weight, [positions]."""
-    scale, (weight, *positions) = arrays[:scaled], arrays[scaled:]
+    (B, T, C), scale, (weight, *positions) = size, arrays[:scaled], arrays[scaled:]
     i = k.units(B * T)
     row, known = row_of(tokens[i], V)
     with k.loop(C // k.lanes) as j, k.phase() as lane:
@@ -100,9 +95,9 @@ def _forward(
         out[i * C + at] = known.where(value, as_uop(math.nan, out.dtype))
 
 
-def _backward(k: Kernel, *arrays: Array, rows: tuple[int, ...], B: int, T: int, C: int) -> None:
+def _backward(k: Kernel, *arrays: Array, rows: tuple[int, ...], size: Size) -> None:
     """Outputs: the gradient of each table, so many ``rows``. Inputs: (B, T, C) gradient, tokens."""
-    *sums, g, tokens = arrays
+    (*sums, g, tokens), (B, T, C) = arrays, size
     whole = C // k.lanes  # vectors of columns, of which a unit owns some
     count = 1 if k.gpu else largest_divisor(whole, max(1, whole // UNITS))
     first = k.units(whole // count) * count

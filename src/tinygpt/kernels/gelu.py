@@ -1,4 +1,4 @@
-"""GELU, the activation of GPT-2's MLP, by itself and in the epilogue of products.
+"""GELU, the activation of GPT-2's MLP.
 
 With s = 1 / (1 + exp(-2u)) and u = √(2/π) (x + 0.044715 x³), the tanh approximation of x Φ(x) is::
 
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor
 
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import blocks
@@ -33,58 +34,23 @@ def plain_gelu(x: Tensor) -> Tensor:
 @operation("gelu", plain_gelu, cpu=True)
 def gelu(x: Tensor) -> Tensor:
     """GELU of every element of x; on GPUs a part of tinygrad's products."""
-    x = contiguous(x)
+    x, n = contiguous(x), int(x.numel())
+    launch = partial(run, _gelu, lanes=min(n, LANES), n=n, units=min(UNITS, blocks(n, LANES)))
 
     def backward(gradient: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
-        return [gelu_gradient(contiguous(gradient), x)]
+        return [*launch([empty(x, *map(int, x.shape))], [contiguous(gradient), x], ops=30 * n)]
 
-    n, units = sizes(x)
-    new = [empty(x, *map(int, x.shape))]
-    lanes = min(n, LANES)
-    return run(_value, new, [x], lanes=lanes, ops=20 * n, backward=backward, n=n, units=units)[0]
+    return launch([empty(x, *map(int, x.shape))], [x], ops=20 * n, backward=backward)[0]
 
 
-def gelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x, given that of gelu(x)."""
-    n, units = sizes(x)
-    new = [empty(x, *map(int, x.shape))]
-    return run(_gradient, new, [dy, x], lanes=min(n, LANES), ops=30 * n, n=n, units=units)[0]
-
-
-def sizes(x: Tensor) -> tuple[int, int]:
-    """The number of elements, and of units."""
-    n = int(x.numel())
-    return n, min(UNITS, blocks(n, LANES))
-
-
-def gelu_value(x: UOp) -> UOp:
-    """gelu(x), in a kernel."""
-    return x * _gate(x)
-
-
-def gelu_slope(x: UOp) -> UOp:
-    """gelu'(x), in a kernel."""
-    s = _gate(x)
-    return s + x * s * (1.0 - s) * (x * x * (3 * CUBE) + 1.0) * (2 * SLOPE)
-
-
-def _gate(x: UOp) -> UOp:
-    """s"""
-    u = x * (x * x * CUBE + 1.0) * SLOPE
-    return (exp2(u * (-2 * LOG2E)) + 1.0).reciprocal()
-
-
-def _value(k: Kernel, y: Array, x: Array, *, n: int, units: int) -> None:
+def _gelu(k: Kernel, out: Array, *inputs: Array, n: int, units: int) -> None:
+    """gelu(x) of x, or the gradient of x from that of gelu(x), and x."""
+    *dy, x = inputs
     steps = blocks(n, units * k.lanes)
     first = k.units(units) * (steps * k.lanes)
     with k.loop(steps) as i, k.phase() as lane:
         at = minimum(first + i * k.lanes, n - k.lanes) + lane  # the last ones may be done twice
-        y[at] = gelu_value(x[at])
-
-
-def _gradient(k: Kernel, dx: Array, dy: Array, x: Array, *, n: int, units: int) -> None:
-    steps = blocks(n, units * k.lanes)
-    first = k.units(units) * (steps * k.lanes)
-    with k.loop(steps) as i, k.phase() as lane:
-        at = minimum(first + i * k.lanes, n - k.lanes) + lane
-        dx[at] = dy[at] * gelu_slope(x[at])
+        u = x[at] * (x[at] * x[at] * CUBE + 1.0) * SLOPE
+        s = (exp2(u * (-2 * LOG2E)) + 1.0).reciprocal()
+        slope = s + x[at] * s * (1.0 - s) * (x[at] * x[at] * (3 * CUBE) + 1.0) * (2 * SLOPE)
+        out[at] = dy[0][at] * slope if dy else x[at] * s

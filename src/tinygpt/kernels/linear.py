@@ -11,7 +11,11 @@ dW     (O, I)       dyᵀ, dy being (M, O) x (M, I)
 ====== ============ ==================== ====================
 
 For the few rows of generation the weight is read once and nothing is worth copying: `few_rows`
-takes the dot products as they stand.
+takes the dot products as they stand. Such a product takes the time that reading the weight takes.
+Where the weight is int8 (`quantized`) one more thing counts: the hardware prefetches along
+addresses that are read in order, but only to the end of a page, and a page of bytes is soon read.
+Several places read at once give the full bandwidth, so the outputs of a unit then lie far apart:
+one from each of 8 shares of the weight, each of which is read in order.
 
 The gradient of the bias, dy summed over M, comes with dW, which reads all of dy in any case.
 """
@@ -20,17 +24,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tinygrad import Tensor, UOp
 
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
-from tinygpt.kernels.phases import Array, Backward, Kernel, contiguous, minimum, run, wide
+from tinygpt.kernels.phases import Array, Backward, Index, Kernel, contiguous, minimum, run, wide
 from tinygpt.machine.tinygrad_internals import least_upper_dtype
 
 FEW = 16
 """Up to so many rows of x, `few_rows` is the faster."""
+INT8_LANES = 8
+"""A register of AVX2. With wider lanes 8 sums would not stay in its 16 registers."""
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,65 +64,95 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dw, *db = matmul(dy, x2, (n_out, n_in, m), (1, n_out), (n_in, 1), sums=bias is not None)
         return [g.cast(t.dtype) for g, t in zip([dx, dw, *db], given, strict=True)]
 
-    b = None if bias is None else contiguous(bias)
-    if m <= FEW:
-        y = matvec(x2, w, b, backward)
-    else:
-        y = matmul(x2, w, (m, n_out, n_in), (n_in, 1), (1, n_in), bias=b, backward=backward)[0]
-    return y.cast(least_upper_dtype(x.dtype, weight.dtype)).reshape(*lead, n_out)
+    y = project(x2, w, None, bias, backward).cast(least_upper_dtype(x.dtype, weight.dtype))
+    return y.reshape(*lead, n_out)
 
 
-def matvec(x: Tensor, w: Tensor, b: Tensor | None, backward: Backward) -> Tensor:
-    """y for few rows of x (m, I)."""
+class Few(NamedTuple):
+    """The sizes of a product of few rows, and which of its inputs there are."""
+
+    m: int
+    n_in: int
+    n_out: int
+    int8: bool
+    bias: bool
+
+
+def project(
+    x: Tensor, w: Tensor, scale: Tensor | None, b: Tensor | None, backward: Backward | None = None
+) -> Tensor:
+    """y = x Wᵀ scale + b (m, O) for x (m, I), w (O, I), which is int8 if there is a scale (O,)."""
     (m, n_in), n_out = map(int, x.shape), int(w.shape[0])
-    real = wide(least_upper_dtype(x.dtype, w.dtype))
+    scale, b = (None if t is None else contiguous(t) for t in (scale, b))
+    if m > FEW:
+        sizes = (m, n_out, n_in), (n_in, 1), (1, n_in)
+        return matmul(x, w, *sizes, scale=scale, bias=b, backward=backward)[0]
+    real = wide(least_upper_dtype(x.dtype, x.dtype if scale is not None else w.dtype))
     return run(
         few_rows,
         [Tensor.empty(m, n_out, dtype=real, device=x.device)],
-        [t for t in (x, w, b) if t is not None],
-        lanes=16,
-        name=f"matvec_{m}x{n_out}x{n_in}",
+        [t for t in (x, w, scale, b) if t is not None],
+        lanes=16 if scale is None else min(INT8_LANES, n_in),
+        name=f"matvec_{'int8_' * (scale is not None)}{m}x{n_out}x{n_in}",
         ops=2 * m * n_in * n_out,
         backward=backward,
-        m=m,
-        n_in=n_in,
-        n_out=n_out,
-        bias=b is not None,
+        few=Few(m, n_in, n_out, scale is not None, b is not None),
     )[0]
 
 
-def few_rows(
-    k: Kernel, out: Array, x: Array, w: Array, *b: Array, m: int, n_in: int, n_out: int, bias: bool
-) -> None:
-    """y = x Wᵀ + b for a few rows of x.
+def few_rows(k: Kernel, out: Array, x: Array, w: Array, *rest: Array, few: Few) -> None:
+    """y = x Wᵀ scale + b for a few rows of x. Inputs: x, W, [scale], [b].
 
-    A unit is 4 outputs; the lanes run along the rows of W, and are added up at the end. What a row
-    becomes does not depend on how many there are.
+    A unit is a few outputs; the lanes run along the rows of W, and are added up at the end. What a
+    row becomes does not depend on how many there are.
     """
-    real = wide(out.dtype)
+    m, n_in, n_out, int8, bias = few
+    scale, shift = rest[:int8], rest[int8 : int8 + bias]
+    # so many sums are in registers; int8 weights are turned into floats once for two rows of x
+    outputs, together = min(8 if int8 else 4, n_out), 2 if int8 else 1
+    real, units = wide(out.dtype), blocks(n_out, outputs)
+    unit = k.units(units)
+    first = minimum(unit * outputs, n_out - outputs)
+    steps, rest_of_depth = divmod(n_in, k.lanes)
 
-    rows = min(4, n_out)
-    unit = k.units(blocks(n_out, rows))
-    first = minimum(unit * rows, n_out - rows)  # the last unit may repeat some of the one before
-    acc, total = k.tile(rows, real, shared=True), k.tile(rows, real, width=1)
-    steps, rest = divmod(n_in, k.lanes)
+    def row(j: Index) -> UOp:
+        """The unit's output j. The last units may repeat some of others: the numbers are equal."""
+        return unit + (n_out - units) * j // max(outputs - 1, 1) if int8 else first + j
 
-    with k.loop(m) as i:
+    def some(start: UOp | int, count: int) -> None:
+        """The rows of x from ``start`` on, so many together."""
+        sums = [(a, j) for a in range(count) for j in range(outputs)]
+        acc, total = k.tile(len(sums), real, shared=True), k.tile(len(sums), real, width=1)
 
-        def add(start: UOp | int, lane: UOp) -> None:
-            vector = x[i * n_in + start + lane].cast(real)
-            for j in range(rows):
-                weight = w[(first + j) * n_in + start + lane].cast(real)
-                acc[j, lane] = acc[j, lane] + vector * weight
+        def add(d: UOp | int, lane: UOp) -> None:
+            numbers = [w[row(j) * n_in + d + lane].cast(real) for j in range(outputs)]
+            vectors = [x[(start + a) * n_in + d + lane].cast(real) for a in range(count)]
+            for i, (a, j) in enumerate(sums):
+                acc[i, lane] = acc[i, lane] + vectors[a] * numbers[j]
 
-        fill(k, 0.0, rows, acc)
+        fill(k, 0.0, len(sums), acc)
         if steps:
             with k.loop(steps) as d, k.phase() as lane:
                 add(d * k.lanes, lane)
-        if rest:
-            with k.phase(rest) as lane:
+        if rest_of_depth:
+            with k.phase(rest_of_depth) as lane:
                 add(steps * k.lanes, lane)
-        add_across(k, total, acc, rows)
-        with k.phase(rows) as j:
-            value = total[j, 0]
-            out[i * n_out + first + j] = value + b[0][first + j].cast(real) if bias else value
+        if int8:  # in order: `add_across` would keep 16 sums in memory and not in registers
+            k.fold(total, acc, len(sums))
+        else:
+            add_across(k, total, acc, len(sums))
+        with k.phase(outputs) as j:
+            for a in range(count):
+                value = total[a * outputs + j, 0]
+                for factor in scale:
+                    value = value * factor[row(j)].cast(real)
+                for b in shift:
+                    value = value + b[row(j)].cast(real)
+                out[(start + a) * n_out + row(j)] = value
+
+    whole, rest_of_rows = divmod(m, together)
+    if whole:
+        with k.loop(whole) as i:
+            some(i * together, together)
+    if rest_of_rows:
+        some(whole * together, rest_of_rows)

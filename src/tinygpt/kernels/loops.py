@@ -170,6 +170,17 @@ def add_across(k: Kernel, sums: Tile, tile: Tile, rows: int) -> None:
             sums[x, 0] = sums[x, 0] + tile[x, lane]
 
 
+def add_up(
+    k: Kernel, sums: Tile, acc: Tile, rows: int, n: int, value: Callable[[int, UOp], UOp]
+) -> None:
+    """sums[u, 0] = the sum of value(u, i) over the elements i < n, for u < rows; by way of acc."""
+    fill(k, 0.0, rows, acc)
+    for at, lane, inside in across(k, n):
+        for u in range(rows):
+            acc[u, lane] = acc[u, lane] + inside.where(value(u, at), 0.0)
+    k.fold(sums, acc, rows)
+
+
 Matrix = Callable[[Index, Index], UOp]
 """The element of a row and a column."""
 

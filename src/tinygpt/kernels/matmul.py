@@ -5,7 +5,10 @@ adds one number of ``a`` times that vector:
 
     for d in depth:  for row in rows:  acc[row, lane] += a[row, d] * b[d, lane]
 
-The tile stays in the vector registers (`register_tiles`). Around it, what each cache should hold:
+The tile stays in the vector registers (`register_tiles`): each step loads one vector and a few
+numbers for rows x vectors multiply-adds, so that the arithmetic is the limit and not the loads.
+Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), have the general
+idea. Around the tile, what each cache should hold:
 
 - A *panel*, ``lanes`` columns of ``b`` over a *block* of the depth, is copied to where its vectors
   lie one behind the other. It is read once for every tile of rows.
@@ -170,7 +173,7 @@ class Product:
 
     def __init__(self, k: Kernel, arrays: tuple[Array, ...], plan: Plan) -> None:
         self.k, self.plan = k, plan
-        left = iter(arrays)
+        left = iter(arrays)  # in the order of the docstring
         self.out = next(left)
         self.sums = next(left) if plan.sums else None
         self.a, self.b = next(left), next(left)
@@ -190,6 +193,7 @@ class Product:
         self.first_row, self.group = unit // groups * height, unit % groups
 
         depth = max(block for _, _, block in self.blocks)
+        # acc: (rows, lanes), the register tile; panel: (steps of depth, lanes), a copy of b
         self.acc = k.tile(plan.rows, self.real)
         self.panel = k.tile(depth, self.real)
         if plan.copies_a:
@@ -251,6 +255,7 @@ class Product:
     def write_tile(self, row: UOp, column: UOp, start: UOp, block: int, fresh: UOp | bool) -> None:
         """out[row : row + rows, panel] += a[..., start : start + block] @ panel."""
         k, acc, plan = self.k, self.acc, self.plan
+        # rows behind the last one repeat it: the same number is written twice
         rows = [row + x for x in range(plan.rows)]
         if self.beyond:
             rows = [minimum(i, plan.m - 1) for i in rows]

@@ -19,11 +19,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 from tinygrad import Tensor, UOp
 
 from tinygpt.kernels.dispatch import operation
-from tinygpt.kernels.loops import across, fill, largest_divisor
+from tinygpt.kernels.loops import across, add_up, fill, largest_divisor
 from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
 
 LANES = 16
@@ -31,16 +32,28 @@ ROWS = 4  # rows at a time: the additions of one row wait for each other, those 
 PARTS = 16
 
 
-def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+EPS = 1e-5
+"""ε, which GPT-2 has too."""
+
+
+class Shape(NamedTuple):
+    """Rows of so many numbers, of which a unit takes a ``group`` at a time."""
+
+    rows: int
+    width: int
+    group: int
+
+
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The formula for y in stock operations."""
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    y = centred * (variance + eps).rsqrt() * weight
+    y = centred * (variance + EPS).rsqrt() * weight
     return y if bias is None else y + bias
 
 
 @operation("norm", plain_layer_norm)
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Normalise the last axis of x (..., C) to mean 0 and variance 1, then scale and shift.
 
     weight and bias are (C,). Half precision is summed in float32.
@@ -48,10 +61,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     *outer, width = map(int, x.shape)
     rows = prod(outer)
     group = largest_divisor(rows, ROWS)
-    launch = partial(run, lanes=LANES, rows=rows, width=width, group=group)
-    size = f"{rows}x{width}"
-    x = contiguous(x)
-    affine = [contiguous(t) for t in (weight, bias) if t is not None]
+    launch, size = partial(run, lanes=LANES, s=Shape(rows, width, group)), f"{rows}x{width}"
+    x, affine = contiguous(x), [contiguous(t) for t in (weight, bias) if t is not None]
 
     def backward(gradient: Tensor, forward: Sequence[Tensor]) -> list[Tensor | None]:
         _, mean, rstd = forward
@@ -62,82 +73,49 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
         sums = [empty(t, width) for t in affine]
         return [dx, *run(_add_parts, sums, pieces, lanes=LANES, parts=parts, width=width)]
 
-    statistics = [empty(x, rows, dtype=wide(x.dtype)) for _ in range(2)]
-    return launch(
-        _forward,
-        [empty(x, *outer, width), *statistics],
-        [x, *affine],
-        name=f"norm_{size}",
-        backward=backward,
-        eps=eps,
-    )[0]
+    outputs = [empty(x, *outer, width), *(empty(x, rows, dtype=wide(x.dtype)) for _ in range(2))]
+    return launch(_forward, outputs, [x, *affine], name=f"norm_{size}", backward=backward)[0]
 
 
 def _forward(
-    k: Kernel,
-    y: Array,
-    mean: Array,
-    rstd: Array,
-    x: Array,
-    weight: Array,
-    *bias: Array,
-    rows: int,
-    width: int,
-    group: int,
-    eps: float,
+    k: Kernel, y: Array, mean: Array, rstd: Array, x: Array, weight: Array, *bias: Array, s: Shape
 ) -> None:
-    """y, and each row's μ and σ⁻¹. A unit is a group of rows."""
-    first = k.units(rows // group) * group
-    kind = mean.dtype
+    """y, and each row's μ and σ⁻¹."""
+    first, kind, group = k.units(s.rows // s.group) * s.group, mean.dtype, s.group
     acc = k.tile(group, kind, shared=True)
     total, mu, scale = (k.tile(group, kind) for _ in range(3))
 
-    def centred(u: int, at: UOp) -> UOp:
-        return x[(first + u) * width + at].cast(kind) - mu[u, 0]
+    def number(u: int, at: UOp) -> UOp:
+        return x[(first + u) * s.width + at].cast(kind)
 
-    fill(k, 0.0, group, acc)
-    for at, lane, inside in across(k, width):
-        for u in range(group):
-            value = x[(first + u) * width + at].cast(kind)
-            acc[u, lane] = acc[u, lane] + inside.where(value, 0.0)
-    k.fold(total, acc, group)
+    def centred(u: int, at: UOp) -> UOp:
+        return number(u, at) - mu[u, 0]
+
+    add_up(k, total, acc, group, s.width, number)
     with k.phase(1):
         for u in range(group):
-            mu[u, 0] = total[u, 0] * (1 / width)
-    fill(k, 0.0, group, acc)
-    for at, lane, inside in across(k, width):
-        for u in range(group):
-            acc[u, lane] = acc[u, lane] + inside.where(centred(u, at) * centred(u, at), 0.0)
-    k.fold(total, acc, group)
+            mu[u, 0] = total[u, 0] * (1 / s.width)
+    add_up(k, total, acc, group, s.width, lambda u, at: centred(u, at) * centred(u, at))
     with k.phase(1):
         for u in range(group):
-            scale[u, 0] = 1.0 / (total[u, 0] * (1 / width) + eps).sqrt()
-    for at, _, inside in across(k, width):
+            scale[u, 0] = 1.0 / (total[u, 0] * (1 / s.width) + EPS).sqrt()
+    for at, _, inside in across(k, s.width):
         for u in range(group):
             value = centred(u, at) * scale[u, 0] * weight[at].cast(kind)
-            if bias:
-                value = value + bias[0][at].cast(kind)
-            y.put((first + u) * width + at, value, where=inside)
+            for shift in bias:
+                value = value + shift[at].cast(kind)
+            y.put((first + u) * s.width + at, value, where=inside)
     with k.phase(1):
         for u in range(group):
             mean[first + u] = mu[u, 0]
             rstd[first + u] = scale[u, 0]
 
 
-def _backward(
-    k: Kernel,
-    dx: Array,
-    dweight: Array,
-    *rest: Array,
-    rows: int,
-    width: int,
-    group: int,
-    parts: int,
-) -> None:
+def _backward(k: Kernel, dx: Array, dweight: Array, *rest: Array, s: Shape, parts: int) -> None:
     """dx, and for each part of the rows its sums for dweight and dbias (parts, width)."""
     *dbias, g, x, mean, rstd, weight = rest
+    (rows, width, group), kind = s, mean.dtype
     groups, part = rows // group // parts, k.units(parts)
-    kind = mean.dtype
     acc, hx = k.tile(group, kind, shared=True), k.tile(group, kind, shared=True)
     mean_h, mean_hx = k.tile(group, kind), k.tile(group, kind)
 

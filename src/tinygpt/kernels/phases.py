@@ -89,7 +89,6 @@ from tinygrad import Device, Tensor, UOp, dtypes
 
 from tinygpt.machine.gradients import open_gradients
 from tinygpt.machine.tinygrad_internals import (
-    NUM_CPU_THREADS,
     PIECE,
     AddrSpace,
     AxisType,
@@ -97,6 +96,7 @@ from tinygpt.machine.tinygrad_internals import (
     Estimates,
     KernelInfo,
     Ops,
+    pieces_of_kernels,
 )
 
 PIECE_OPS = 200_000
@@ -420,7 +420,7 @@ def run(
     and an output holds the call, so that neither would ever be freed.
     """
     assert fn.__closure__ is None, "a kernel function takes its constants as arguments"
-    gpu, whole = on_gpu(outputs[0]), NUM_CPU_THREADS.value == 1
+    gpu, whole = on_gpu(outputs[0]), pieces_of_kernels() == 1
     fixed = tuple(sorted(constants.items()))
 
     def body(*buffers: UOp) -> UOp:
@@ -448,7 +448,7 @@ class Gradient:
         self.backward: Backward | None = backward
         self.outputs = outputs
         if (opened := open_gradients.get()) is not None:
-            opened.append(self)
+            opened.append(self.drop)
 
     def drop(self) -> None:
         self.backward = None

@@ -1,7 +1,9 @@
-"""Processes with this Python and this tinygpt in them, which take no code from the current folder.
+"""Child processes of this Python and this tinygpt that import nothing from the current folder.
 
-``python -m`` and ``python -c`` put the current folder first on the path of imports, and an empty
-entry in ``PYTHONPATH`` stands for it too. A folder of texts may hold a ``token.py``.
+``python -m`` and ``python -c`` put the current folder first on ``sys.path``, and an empty entry in
+``PYTHONPATH`` means it too. A folder of texts may hold a ``token.py``, which would then be imported
+in place of the standard library's. So a child is started with ``-P`` and gets this process's
+``sys.path``, without the current folder, as its first argument.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from tinygpt.files.strict_json import to_json
 
+# sys.argv of the child: the path as JSON, what to run (code or a module's name), its arguments.
 START = (
     "import json, runpy, sys; path, what = sys.argv[1:3]; del sys.argv[1:3]; "
     "sys.path[:] = json.loads(path); "
@@ -48,9 +51,10 @@ def _python(*arguments: str, environment: Mapping[str, str] | None) -> dict[str,
 
 
 def _path() -> list[str]:
-    """``sys.path`` without the current folder, unless this very tinygpt stands in that.
+    """``sys.path`` without the current folder, unless this tinygpt itself lies in it.
 
-    Behind the standard library it was put by an installation, and shadows nothing.
+    An entry behind the standard library stays: an installation put it there (a development
+    install, for example), and it cannot shadow the standard library.
     """
     home, library = str(Path(__file__).absolute().parents[2]), str(Path(os.__file__).parent)
     path = [place for place in sys.path if place]

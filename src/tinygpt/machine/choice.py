@@ -35,7 +35,7 @@ def install(device: ModuleType) -> None:
 def available(device: ModuleType) -> Iterator[str]:
     """Names of the devices that open, best first; the first is the default, and is logged."""
     for name in device.ALL_DEVICES:
-        if name == "CL" and not has_opencl_accelerator():
+        if name == "CL" and not opencl_accelerators():
             continue
         opened: Any = None
         with suppress(Exception):  # backends raise whatever they like where there is no device
@@ -53,16 +53,14 @@ def available(device: ModuleType) -> Iterator[str]:
 
 def has_opencl() -> bool:
     """Whether OpenCL has any platform."""
-    return _opencl_accelerators() is not None
+    return opencl_accelerators() is not None
 
 
-def has_opencl_accelerator() -> bool:
-    """Whether the OpenCL device that tinygrad would open is anything but the processor."""
-    return bool(_opencl_accelerators())
+def opencl_accelerators() -> int | None:
+    """The number of OpenCL devices that are not the processor; None without any OpenCL.
 
-
-def _opencl_accelerators() -> int | None:
-    """The number of them on the first platform, the one that tinygrad takes; None without any."""
+    They are those of the first platform, the one that tinygrad takes.
+    """
     try:
         from tinygrad.runtime.autogen import opencl as cl
 

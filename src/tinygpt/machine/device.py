@@ -12,13 +12,12 @@ import shlex
 import shutil
 import stat
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
 from tinygpt.errors import DeviceError, extras
-from tinygpt.files.folders import cache_dir, private_temp, wanted_cache_dir
+from tinygpt.files.folders import cache_dir, private_temp, put, wanted_cache_dir
 from tinygpt.machine import choice, disk_cache, environment, hook
 from tinygpt.machine.resources import may_have_accelerator, processor
 
@@ -194,7 +193,7 @@ def script_for(words: list[str], prefix: str) -> Path:
         path = folder() / name
         with suppress(OSError):  # such as a full disk, or a script of another user
             if not (path.is_file() and path.read_bytes() == script):
-                _write_program(path, script)
+                put(path, script, stat.S_IRWXU)  # another process may be about to start it
             if os.access(path, os.X_OK):  # false too on a file system mounted noexec
                 return path
     raise PermissionError(f"programs cannot be run from {path.parent}")
@@ -203,19 +202,6 @@ def script_for(words: list[str], prefix: str) -> Path:
 def is_shim(cc: str) -> bool:
     """Whether a compiler is a script that ``shim`` wrote."""
     return Path(cc).name.startswith(SHIM_PREFIX)
-
-
-def _write_program(path: Path, content: bytes) -> None:
-    """It appears whole and executable at once: another process may be about to start it."""
-    handle, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(staging).chmod(stat.S_IRWXU)
-        Path(staging).replace(path)
-    except OSError:
-        Path(staging).unlink()
-        raise
 
 
 def kernel_database() -> Path:

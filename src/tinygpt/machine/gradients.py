@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
 
-
-class Gradient(Protocol):
-    """What a kernel gives tinygrad as its gradient; its backward pass can be dropped."""
-
-    def drop(self) -> None: ...
-
-
-open_gradients: ContextVar[list[Gradient] | None] = ContextVar("open_gradients", default=None)
-"""Those of the innermost block of ``all_gradients_taken`` in this thread."""
+open_gradients: ContextVar[list[Callable[[], None]] | None] = ContextVar("open", default=None)
+"""What drops the backward passes of the innermost ``all_gradients_taken`` in this thread."""
 
 
 @contextmanager
@@ -26,11 +18,11 @@ def all_gradients_taken() -> Iterator[None]:
     their backward passes, and memory that a Tensor has is not used for anything else: an evaluation
     took as much of it as a training step.
     """
-    before, gradients = open_gradients.get(), list[Gradient]()
+    before, gradients = open_gradients.get(), list[Callable[[], None]]()
     open_gradients.set(gradients)
     try:
         yield
     finally:
         open_gradients.set(before)
-        for gradient in gradients:
-            gradient.drop()
+        for drop in gradients:
+            drop()

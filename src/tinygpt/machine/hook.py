@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -58,9 +59,8 @@ class _Hook(MetaPathFinder):
         loader.exec_module = exec_module  # type: ignore[attr-defined]
 
 
+@cache
 def _hook() -> _Hook:
-    found = next((finder for finder in sys.meta_path if isinstance(finder, _Hook)), None)
-    if found is None:
-        found = _Hook()
-        sys.meta_path.insert(0, found)
-    return found
+    """The one hook of the process, which is put in its place when it is first asked for."""
+    sys.meta_path.insert(0, hook := _Hook())
+    return hook

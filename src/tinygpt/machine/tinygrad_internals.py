@@ -52,7 +52,7 @@ try:
 
     # Settings, each with ``value``.
     from tinygrad.helpers import DEBUG as DEBUG
-    from tinygrad.helpers import NUM_CPU_THREADS as NUM_CPU_THREADS
+    from tinygrad.helpers import NUM_CPU_THREADS as _NUM_CPU_THREADS
     from tinygrad.helpers import PARALLEL as PARALLEL
     from tinygrad.helpers import TRACEMETA as TRACEMETA
     from tinygrad.helpers import VIZ as VIZ
@@ -81,3 +81,18 @@ except ImportError as error:
         f"This tinygrad is not one that tinygpt can use: {error}. "
         f"Get one with: {extras.install_command(f'tinygrad=={SEEN_IN}*')}"
     ) from error
+
+
+ONE_PIECE = {"NUM_CPU_THREADS": 1}
+"""For ``tinygrad.Context``: within the block kernels for the CPU are made whole."""
+
+
+def pieces_of_kernels(most: int | None = None) -> int:
+    """How many pieces kernels for the CPU are made of at most; with ``most``, from now on.
+
+    tinygrad's setting is one of the threads that its next release deletes.
+    """
+    if most is not None:
+        _NUM_CPU_THREADS.value = most
+    pieces: int = _NUM_CPU_THREADS.value
+    return pieces

@@ -35,11 +35,27 @@ SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie
 """What decides which weights there are, and what they mean."""
 LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init", "optimizer"}
 """What decides which weights learn, and how, and where they began."""
-FIXED = SHAPE | LEARNING
+START_ANEW = (
+    "To go on in another way from the weights of a run, start a new one from it, with --init."
+)
+FIXED = {
+    **dict.fromkeys(
+        SHAPE,
+        "it is part of the model's shape, and the checkpoint's weights would not fit. Use the "
+        "run's own settings, or start a new run in another folder.",
+    ),
+    **dict.fromkeys(
+        LEARNING,
+        "the optimizer's moments are those of the weights that learned so far, and others would "
+        f"learn, or in another way. Use the run's own settings. {START_ANEW}",
+    ),
+}
+"""Fields that never change within a run, and why."""
 TRAIN_FIELDS = [f.name for f in fields(TrainConfig)]
 MODEL_FIELDS = [f.name for f in fields(GPTConfig)]
 FIELDS = [f for f in (*TRAIN_FIELDS, *MODEL_FIELDS, "data", "tokenizer") if f not in FIXED]
 """What can be named in ``allow_change``."""
+KNOWN = ", ".join(FIELDS)
 
 
 @dataclass(frozen=True)
@@ -63,25 +79,11 @@ def parse(allow: Sequence[str]) -> frozenset[str]:
     for name in allow:
         if name not in FIELDS and name not in FIXED:
             raise UsageError(
-                f"There is no field {name!r} to allow a change of.{nearest(name, FIELDS)} "
-                f"Known: {', '.join(FIELDS)}."
+                f"There is no field {name!r} to allow.{nearest(name, FIELDS)} Known: {KNOWN}."
             )
-        if name in SHAPE:
-            raise UsageError(
-                f"{name} cannot change within a run: it is part of the model's shape, and the "
-                f"weights of the checkpoint would not fit. Start a new run in another folder."
-            )
-        if name in LEARNING:
-            raise UsageError(
-                f"{name} cannot change within a run: the optimizer's moments are those of the "
-                f"weights that learned so far. {START_ANEW}"
-            )
+        if name in FIXED:
+            raise UsageError(f"{name} cannot change within a run: {FIXED[name]}")
     return frozenset(allow)
-
-
-START_ANEW = (
-    "To go on in another way from the weights of a run, start a new one from it, with --init."
-)
 
 
 def differences(
@@ -107,16 +109,9 @@ def differences(
 def check(path: Path, found: Sequence[Change], allow: frozenset[str], iter_num: int) -> None:
     """Raise ChangedRunError unless everything that differs is allowed, and makes sense."""
     refused = [change for change in found if change.field not in allow | {ORDER_CHANGED}]
-    if fixed := [str(change) for change in refused if change.field in SHAPE]:
+    if fixed := [change for change in refused if change.field in FIXED]:
         raise CheckpointError(
-            f"{path} cannot be resumed: it is of another model, {', '.join(fixed)}, and its "
-            f"weights would not fit. Use the run's own settings, or start a new run in another "
-            f"folder."
-        )
-    if fixed := [str(change) for change in refused if change.field in LEARNING]:
-        raise CheckpointError(
-            f"{path} cannot be resumed: {', '.join(fixed)} would change, and other weights would "
-            f"learn than so far, or in another way. Use the run's own settings. {START_ANEW}"
+            f"{path} cannot be resumed with {', '.join(map(str, fixed))}: {FIXED[fixed[0].field]}"
         )
     if refused:
         raise ChangedRunError(
@@ -127,8 +122,7 @@ def check(path: Path, found: Sequence[Change], allow: frozenset[str], iter_num: 
     for change in found:
         if change.field == "max_iters" and change.now < iter_num:
             raise UsageError(
-                f"max_iters={change.now} is less than the {iter_num} steps that {path} has done. "
-                f"Give at least {iter_num}."
+                f"max_iters={change.now} is less than the {iter_num} steps that {path} has done."
             )
 
 
@@ -153,7 +147,7 @@ def past(progress: Mapping[str, Any]) -> list[dict[str, Any]]:
 def as_comments(changes: Iterable[Mapping[str, Any]]) -> str:
     """The changes of a run as comments of its config.toml."""
     lines = [f"# {to_json(dict(change))}" for change in changes]
-    return "\n".join(["", "# Allowed to change on the way:", *lines, ""]) if lines else ""
+    return "\n".join(["", "# Changed on the way:", *lines, ""]) if lines else ""
 
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[Change]:

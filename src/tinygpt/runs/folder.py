@@ -47,7 +47,7 @@ MAX_ENTRIES, MAX_RUNS = 10_000, 100
 """Entries of a folder that are looked at, and the most runs that are taken, the newest of them."""
 BYTES = "bytes_per_token"
 PROGRAM = {"program": "tinygpt"}
-"""What tells our run.json from those of other programs."""
+"""Marks a run.json as ours: other programs have files of that name too."""
 
 
 # ---- checkpoints ----

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Self, cast
+from typing import IO, Any, BinaryIO, cast
 
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.strict_json import to_json
-from tinygpt.untrusted import is_sparse, open_regular, parse_json
+from tinygpt.untrusted import open_regular, parse_json
 
 MAX_LINE = 1 << 20
 """Bytes that a row may have; a longer line is damage."""
@@ -97,10 +97,7 @@ def read(path: str | Path) -> Iterator[Row]:
             if row is not None:
                 yield row
             elif len(line) == MAX_LINE or (line.endswith(b"\n") and line.strip()):
-                raise DataError(
-                    f"{path}, line {number}: not a JSON object. The file is damaged there; delete "
-                    f"that line to go on without it."
-                )
+                raise DataError(f"{path}, line {number}: not a JSON object; delete it to go on.")
 
 
 class Tail:
@@ -139,7 +136,7 @@ class Tail:
     def _next_lines(self) -> bytes:
         if self.path.is_symlink():  # it could lead out of the folder, to what must not be shown
             raise OSError("It is a link, and links are not followed")
-        with _open(self.path) as file:
+        with open_regular(self.path) as file:
             if not self._continues(file):
                 self._restart()
             if os.fstat(file.fileno()).st_size == self._offset:
@@ -166,18 +163,9 @@ class Tail:
         self._offset, self._mark, self.damaged = 0, b"", 0
 
 
-def _open(path: Path) -> BinaryIO:
-    """OSError if it is no ordinary file, or one of which nearly nothing was ever written."""
-    file = open_regular(path)
-    if is_sparse(file):
-        file.close()
-        raise OSError("It was hardly ever written: most of it is a hole")
-    return file
-
-
 def _opened(path: Path) -> BinaryIO:
     try:
-        return _open(path)
+        return open_regular(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -251,8 +239,11 @@ class History:
     def sync(self) -> None:
         """Wait until the rows are on the disk, so that a checkpoint never knows more steps."""
         if (file := self._file) is not None:
-            with suppress(ValueError):  # closed meanwhile: another thread may call this
+            try:
                 os.fsync(file.fileno())
+            except (OSError, ValueError):
+                if self._file is file:  # else it was closed meanwhile, by another thread
+                    raise
 
     @property
     def rows(self) -> list[Row]:
@@ -297,15 +288,9 @@ class History:
         """Close the file; a later ``append`` opens it again."""
         with suppress(OSError):
             self.flush()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def _refuse_link(path: Path) -> None:

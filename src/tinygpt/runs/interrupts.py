@@ -19,6 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -31,26 +32,25 @@ END = b"\0"
 """What ends the thread for signals when it is read from the pipe; no signal has the number 0."""
 
 
+@dataclass
 class Stopper:
     """What the signals of a run do: the first stops it, the next ends it at once, some save.
 
-    ``stop`` and ``again`` get the signal's number, ``tell`` a message for the user. ``save`` is
-    None where there is nothing to save. All are called in the thread for signals.
+    All functions are called in the thread for signals.
     """
 
-    def __init__(
-        self,
-        stop: Callable[[int], None],
-        again: Callable[[int], None],
-        save: Callable[[], None] | None,
-        tell: Callable[[str], None],
-        stopping: str,
-    ) -> None:
-        self.stop, self.again, self.save, self.tell = stop, again, save, tell
-        self.stopping = stopping
-        self.received: list[signal.Signals] = []
-        """The stopping signal that arrived first, once there is one."""
-        self._first = 0.0
+    stop: Callable[[int], None]
+    """Gets the signal's number, as ``again`` does."""
+    again: Callable[[int], None]
+    save: Callable[[], None] | None
+    """None where there is nothing to save."""
+    tell: Callable[[str], None]
+    """Shows a message to the user."""
+    stopping: str
+    """What the first signal is answered with."""
+    received: list[signal.Signals] = field(default_factory=list)
+    """The stopping signal that arrived first, once there is one."""
+    _first: float = 0.0
 
     def receive(self, number: int) -> None:
         if self.save is not None and number in SAVING:
@@ -71,8 +71,12 @@ class Stopper:
 
 @contextlib.contextmanager
 def receiving(numbers: Iterable[signal.Signals], receive: Callable[[int], None]) -> Iterator[None]:
-    """Pass these signals to ``receive`` during the block; their handlers are restored then."""
-    wanted = list(numbers)
+    """Pass these signals to ``receive`` during the block; their handlers are restored then.
+
+    Outside the main thread, which alone gets signals, nothing is changed.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    wanted = list(numbers) if here else []
 
     def ignore(number: int, frame: FrameType | None) -> None:
         """The thread for signals has read the number from the pipe."""
@@ -127,9 +131,6 @@ def held_back(
     Outside the main thread, which alone gets signals, nothing is changed. Yields a list for the
     signal that arrived, which is not raised again if the block ends with an error.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield []
-        return
     stopper = Stopper(lambda _: stop(), _interrupt, save, tell, "stopping after this step")
     with receiving(filter(_is_free, (*STOPPING, *SAVING)), stopper.receive):
         yield stopper.received

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import socket
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -48,6 +47,12 @@ class Holder:
     def is_here(self) -> bool:
         return self.host == socket.gethostname()
 
+    @property
+    def is_me(self) -> bool:
+        me = Holder.me()
+        same = (self.pid, self.host, self.birth) == (me.pid, me.host, me.birth)
+        return same and self.birth is not None  # else it may be an earlier one of this number
+
     def may_be_alive(self) -> bool:
         """False only where it is certain: a process of this machine that has ended."""
         if not self.is_here:
@@ -73,7 +78,7 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / LOCK
-        self._release: weakref.finalize[[int, Path, str, int], FolderLock] | None = None
+        self._release: weakref.finalize[[int, Path, int], FolderLock] | None = None
 
     @property
     def held(self) -> bool:
@@ -86,18 +91,11 @@ class FolderLock:
         """
         if self.held:
             return None
-        name, me = os.path.realpath(self.path), Holder.me()
-        with _guard:
-            _check_own(self.folder, name)
-            _ours[name] = me
-        try:
-            atomic.make_folder(self.folder)
-            handle, before = _take(self.path)
-        except BaseException:
-            _ours.pop(name)
-            raise
+        atomic.make_folder(self.folder)
+        handle, before = _take(self.path)
+        me = Holder.me()
         _write(handle, me)
-        self._release = weakref.finalize(self, _unlock, handle, self.path, name, me.pid)
+        self._release = weakref.finalize(self, _unlock, handle, self.path, me.pid)
         return _warning(self.folder, before)
 
     def release(self) -> None:
@@ -109,8 +107,6 @@ class FolderLock:
 def check_free(folder: Path) -> None:
     """UsageError that names the holder if somebody trains in a folder; nothing there changes."""
     path = folder / LOCK
-    with _guard:
-        _check_own(folder, os.path.realpath(path))
     # no file, or a pipe of that name: what is wrong with it, ``acquire`` says
     with contextlib.suppress(OSError), _opened(path, os.O_RDWR) as handle:
         _check_taken(path, atomic.lock(handle), _read(handle))
@@ -129,16 +125,6 @@ def holder(folder: Path) -> Holder | None:
     with contextlib.suppress(OSError), _opened(folder / LOCK) as handle:
         found = _read(handle)
     return found if found is not None and found.may_be_alive() else None
-
-
-_ours: dict[str, Holder] = {}
-"""Lock files of this process: some file systems tell only processes apart."""
-_guard = threading.Lock()
-
-
-def _check_own(folder: Path, name: str) -> None:
-    if name in _ours:
-        raise UsageError(_explain(folder, _ours[name]))
 
 
 @contextlib.contextmanager
@@ -172,17 +158,20 @@ def _take(path: Path) -> tuple[int, Holder | None]:
 
 
 def _check_taken(path: Path, locked: bool | None, before: Holder | None) -> None:
-    """UsageError if the kernel says so or, where it has no locks, if the holder may be alive."""
+    """UsageError if the kernel says so or, where it has no locks, if the holder may be alive.
+
+    Also if the file names this very process: some file systems tell only processes apart.
+    """
     if locked is None and before is not None and before.may_be_alive():
         raise UsageError(
             f"{_explain(path.parent, before)} This file system has no locks to tell whether it "
             f"still runs; if it does not, delete {path}."
         )
-    if locked is False:
+    if locked is False or (before is not None and before.is_me):
         raise UsageError(_explain(path.parent, before))
 
 
-def _unlock(handle: int, path: Path, name: str, pid: int) -> None:
+def _unlock(handle: int, path: Path, pid: int) -> None:
     if pid != os.getpid():  # a copy of the process, by fork, is not the holder
         return
     with contextlib.suppress(OSError):
@@ -191,7 +180,6 @@ def _unlock(handle: int, path: Path, name: str, pid: int) -> None:
             path.unlink()
     with contextlib.suppress(OSError):
         os.close(handle)
-    _ours.pop(name, None)
 
 
 def _read(handle: int) -> Holder | None:

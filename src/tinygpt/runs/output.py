@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import TrainConfig
-from tinygpt.errors import DataError, TinyGPTError, UsageError
-from tinygpt.files.atomic import remove_stale, replacing
+from tinygpt.errors import CheckpointError, DataError, TinyGPTError, UsageError
+from tinygpt.files.atomic import remove_stale, replacing, user_path
 from tinygpt.files.disk import writing
 from tinygpt.runs import checkpoint
-from tinygpt.runs.folder import CONFIG, METRICS, SAMPLES, TOKENIZER, list_checkpoints
+from tinygpt.runs.folder import (
+    CONFIG,
+    METRICS,
+    SAMPLES,
+    TOKENIZER,
+    latest_checkpoint,
+    list_checkpoints,
+    run_of,
+)
 from tinygpt.runs.history import Cut, History
 from tinygpt.runs.lock import FolderLock, check_free
 from tinygpt.untrusted import is_number
@@ -50,8 +58,8 @@ class Output:
     notice, and what was not written waits or is tried again.
     """
 
-    def __init__(self, folder: Path | None, config: TrainConfig, notices: Notices) -> None:
-        self.folder, self.config, self.notices = folder, config, notices
+    def __init__(self, folder: Path | None, config: TrainConfig) -> None:
+        self.folder, self.config, self.notices = folder, config, Notices()
         self.newest: Path | None = None
         """The newest checkpoint that is written."""
         self.found: list[Path] = []
@@ -73,10 +81,44 @@ class Output:
         self.found = list_checkpoints(self.folder)
         if self.found and not resume:
             raise UsageError(
-                f"{self.folder} holds a run already. Resume it, or choose another folder: nothing "
-                f"there is overwritten."
+                f"{self.folder} holds a run already. Resume it, or choose another folder."
             )
         checkpoint.check_claim(self.folder)
+
+    def find(self, resume: bool | str | Path) -> Path | None:
+        """The checkpoint to go on from; None for a run that was stopped before its first one.
+
+        ``resume`` is True for the newest whole checkpoint of the run's own folder, or the path of a
+        checkpoint or of a folder. Raises UsageError without a folder, and CheckpointError if no
+        checkpoint is whole. The damaged ones after the one that is taken are noticed.
+        """
+        given = self.folder if resume is True else user_path(str(resume))
+        if given is None:
+            raise UsageError("To resume, say which run: give its folder or a checkpoint.")
+        if resume is True and (given / CONFIG).is_file() and not self.found:
+            self.notices.add(f"{given} has no checkpoint yet: it starts from its first step.")
+            return None
+        latest = latest_checkpoint(given)  # there is one, whole or not
+        if not given.is_dir():
+            return latest
+        path, problems = checkpoint.newest_good(given)
+        if path is None:
+            raise CheckpointError("\n".join(["No checkpoint is whole.", *map(str, problems)]))
+        for problem in problems:
+            self.notices.add(f"{problem} Going on from {path} instead.")
+        return path
+
+    def check_same_run(self, path: Path, meta: checkpoint.Meta) -> None:
+        """UsageError if the run would go on in the folder of another one."""
+        folder = self.folder
+        if folder is None or not self.found or path.resolve().parent == folder.resolve():
+            return
+        # a checkpoint without a run's number could only be saved to another place
+        if meta.run not in (None, run_of(folder)) or meta.train is None:
+            raise UsageError(
+                f"{folder} holds another run than {path}, and nothing there is overwritten. Choose "
+                f"a folder that is missing or empty."
+            )
 
     def foresee(self, size: int, steps: int) -> None:
         """Notice if checkpoints of ``size`` bytes during ``steps`` more steps will fill the disk.
@@ -105,14 +147,13 @@ class Output:
         checkpoints. What the folder holds of later steps is set aside. Raises UsageError if another
         run was in the folder since ``check``.
         """
-        if self.folder is None:
-            return
+        assert self.folder is not None
         self.take()
         checkpoint.check_claim(self.folder)
         if list_checkpoints(self.folder) != self.found:
             raise UsageError(f"{self.folder} was being trained until just now: try again.")
         remove_stale(self.folder)
-        self.saver = checkpoint.Saver(self.folder, self.config.keep_last)
+        self.saver = checkpoint.Saver(self.folder, self.config.keep_last, self._sync)
         self.history = History(self.folder / METRICS)
         self.samples = History(self.folder / SAMPLES)
         lost = anew and not self.found and self._had_a_checkpoint()
@@ -192,17 +233,13 @@ class Output:
                 )
 
     def save(
-        self,
-        model: Transformer,
-        optimizer: Optimizer,
-        meta: checkpoint.Meta,
-        best_loss: float | None,
+        self, model: Transformer, optimizer: Optimizer, meta: checkpoint.Meta, best: float | None
     ) -> Path:
         """Begin to save the state; ``hear`` reports the outcome. -> where it will be"""
         assert self.folder is not None and self.saver is not None
         if not self.folder.is_dir():
             self._make_folder_again()
-        return self.saver.save(model, optimizer, meta, best_loss, first=self._sync)
+        return self.saver.save(model, optimizer, meta, best)
 
     def hear(self) -> None:
         """Take in what became of the saves."""
@@ -229,7 +266,7 @@ class Output:
         for history in (self.history, self.samples):
             try:
                 history.sync()
-            except (OSError, ValueError, AttributeError) as error:  # the last: closed meanwhile
+            except OSError as error:
                 news.append(f"{history.path} may not be on the disk: {error}.")
         return news
 

@@ -21,9 +21,9 @@ from tinygpt.generation.generate import generate_tokens
 from tinygpt.machine import resources
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
-from tinygpt.runs import changes, checkpoint, resuming
+from tinygpt.runs import changes, checkpoint
 from tinygpt.runs.history import History
-from tinygpt.runs.output import Notices, Output
+from tinygpt.runs.output import Output
 from tinygpt.runs.trial import SAMPLE_TOKENS, Trial
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
@@ -118,9 +118,9 @@ class TrainingRun:
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
-        for tokens in (train_tokens, val_tokens):
-            if tokens is not None:
-                batches.check_length(tokens, model.config.block_size)
+        parts = {"train": train_tokens} | ({} if val_tokens is None else {"val": val_tokens})
+        for tokens in parts.values():
+            batches.check_length(tokens, model.config.block_size)
         if trial is not None:
             optimizer = trial.optimizer
         elif optimizer is None:
@@ -137,11 +137,8 @@ class TrainingRun:
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
         self._stop = self._save_soon = False
-        self._notices = Notices()
-        self.output = Output(self.folder, config, self._notices)
-        self.fingerprints = {"train": data_fingerprint(train_tokens)}
-        if val_tokens is not None:
-            self.fingerprints["val"] = data_fingerprint(val_tokens)
+        self.output = Output(self.folder, config)
+        self.fingerprints = {part: data_fingerprint(tokens) for part, tokens in parts.items()}
         try:
             self.output.check(bool(resume))
             self._resume(resume, changes.parse(allow_change))
@@ -167,7 +164,7 @@ class TrainingRun:
             if allow:
                 raise UsageError("allow_change is for a run that is resumed: give resume=True too.")
             return
-        path = resuming.find(resume, self.output)
+        path = self.output.find(resume)
         if path is None:
             return
         meta = checkpoint.read_meta(path)
@@ -181,7 +178,7 @@ class TrainingRun:
             self.notice(f"changed from here on: {change}")
         self._save_soon = bool(found)  # the next checkpoint, which records them, comes at once
         changes.check_random_state(path, meta)
-        resuming.check_same_folder(path, meta, self.output)
+        self.output.check_same_run(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
         self.iter_num, self.output.newest, self.init = meta.iter_num, path, meta.init
         known = {k: v for k, v in meta.progress.items() if k in vars(self.progress)}
@@ -238,11 +235,11 @@ class TrainingRun:
 
     def notice(self, message: str) -> None:
         """Add a message for the user, which comes with the step in progress."""
-        self._notices.add(message)
+        self.output.notices.add(message)
 
     def take_notices(self) -> tuple[str, ...]:
         """The messages since the last step; they will not come with the next one."""
-        return self._notices.take()
+        return self.output.notices.take()
 
     @property
     def result(self) -> TrainResult:
@@ -254,7 +251,7 @@ class TrainingRun:
             self.output.newest,
             stopped=self.iter_num < self.config.max_iters,
             skipped=self.guard.skipped,
-            notices=tuple(self._notices.kept),
+            notices=tuple(self.output.notices.kept),
         )
 
     def __iter__(self) -> Iterator[Step]:

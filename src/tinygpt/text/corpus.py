@@ -94,14 +94,10 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
         if isinstance(error, DataError):
             raise
         raise DataError(f"{str(source)!r} cannot be read: {error}.") from error
-    _check_beginning(corpus, path)
-    return corpus
-
-
-def _check_beginning(corpus: Corpus, path: Path) -> None:
-    """What is wrong with the first piece is said at once, not after a model has been built."""
+    # What is wrong with the first piece is said at once, not after a model has been built.
     if not any(corpus.pieces()):
         raise DataError(f"{path} holds no text: it is empty. Give a file with text in it.")
+    return corpus
 
 
 def _missing(source: str | Path, path: Path) -> str:

@@ -158,24 +158,24 @@ def _matches_in(part: Codes, samples: Sequence[Codes]) -> Iterator[tuple[Numbers
 
 def suffix_order(codes: Codes, far: int) -> Numbers:
     """Where the suffixes of ``codes`` begin, sorted by their first ``far`` characters at least."""
-    ranks, h = _first_ranks(codes)
-    order = np.argsort(ranks, kind="stable")
-    ranks, tied = _regroup(order, ranks[order])
-    while len(tied) and h < far:
-        # those of one group stand side by side: sort them by the group of what follows
-        suffixes = order[tied]
-        ahead = suffixes + h
-        follows = np.where(ahead < len(codes), ranks[np.minimum(ahead, len(codes) - 1)] + 1, 0)
-        keys = ranks[suffixes] * (len(codes) + 1) + follows
+    (keys, h), n = _first_ranks(codes), len(codes)
+    order, ranks, tied = np.arange(n), np.empty(n, np.int64), np.arange(n)
+    while True:
+        # suffixes with equal ranks stand side by side, at the places ``tied``: sort them by key
         by_key = np.argsort(keys, kind="stable")
-        order[tied] = suffixes[by_key]
-        keys = keys[by_key]
+        order[tied], keys = order[tied][by_key], keys[by_key]
         first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
         sizes = np.diff(np.r_[first, len(keys)])
         ranks[order[tied]] = np.repeat(tied[first], sizes)
         tied = tied[np.repeat(sizes > 1, sizes)]
+        if not len(tied) or h >= far:
+            return order
+        # what has equal first h characters is sorted by the rank of what follows them
+        suffixes = order[tied]
+        ahead = suffixes + h
+        follows = np.where(ahead < n, ranks[np.minimum(ahead, n - 1)] + 1, 0)
+        keys = ranks[suffixes] * (n + 1) + follows
         h *= 2
-    return order
 
 
 def _first_ranks(codes: Codes) -> tuple[Numbers, int]:
@@ -190,15 +190,6 @@ def _first_ranks(codes: Codes) -> tuple[Numbers, int]:
     for i in range(h):
         ranks = ranks * base + padded[i : i + len(codes)]
     return ranks, h
-
-
-def _regroup(order: Numbers, keys: Numbers) -> tuple[Numbers, Numbers]:
-    """-> the rank of each suffix, the place of its group in the order; and where groups have two"""
-    first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
-    sizes = np.diff(np.r_[first, len(keys)])
-    ranks = np.empty(len(keys), np.int64)
-    ranks[order] = np.repeat(first, sizes)
-    return ranks, np.flatnonzero(np.repeat(sizes > 1, sizes))
 
 
 def common_length(codes: Codes, a: Numbers, b: Numbers) -> Numbers:

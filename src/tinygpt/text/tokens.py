@@ -22,7 +22,7 @@ from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
 from tinygpt.text.corpus import Corpus
 from tinygpt.text.tokenizers import Tokenizer, chunks, fingerprint
-from tinygpt.untrusted import clip, is_sparse, open_regular
+from tinygpt.untrusted import clip, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +212,6 @@ def _map_file(path: Path) -> Tokens:
         )
     try:
         with open_regular(path) as file:
-            if is_sparse(file):
-                raise ValueError("nearly all of it was never written (it is a sparse file)")
             return _map_npy(file) if path.suffix == ".npy" else _map_bin(file)
     except FileNotFoundError as error:
         raise DataError(f"There is no token file {str(path)!r}.") from error
@@ -303,11 +301,14 @@ def data_fingerprint(tokens: Tokens) -> str:
 
 
 def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
-    """Bytes of text for each token that is predicted, which is all but the first; None for none.
+    """Bytes of UTF-8 for each token that is predicted, which is all but the first.
 
-    A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte.
+    A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte. None where the tokens
+    stand for no text, or for none that this tokenizer knows.
     """
-    return byte_count(tokens[1:], tokenizer) / max(len(tokens) - 1, 1) or None
+    if len(tokens) < 2 or tokens.max() >= tokenizer.vocab_size:
+        return None
+    return byte_count(tokens[1:], tokenizer) / (len(tokens) - 1) or None
 
 
 def byte_count(tokens: Tokens, tokenizer: Tokenizer) -> int:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import codecs
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import count
 from pathlib import Path, PurePath
 
 from tinygpt.errors import DataError
@@ -42,9 +40,6 @@ REASONS = {
     "special": ("that is no ordinary file", "that are no ordinary files"),
 }
 """Why something was left out, for one and for several."""
-
-States = frozenset[int]
-"""Places in a pattern up to which a path has matched it."""
 
 
 @dataclass
@@ -75,9 +70,7 @@ def find_texts(folder: Path, glob: str) -> Found:
     folder is not followed.
     """
     pattern = _checked(glob)
-    walk = _Walk(folder, pattern)
-    walk.go(_closure({0}, pattern))
-    found = walk.found
+    found = _Walk(folder, pattern).found
     for paths in (found.files, *found.left_out.values()):
         paths.sort()
     _sort_out(found, folder)
@@ -114,31 +107,22 @@ def _checked(glob: str) -> tuple[str, ...]:
 # Walking ----------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Walk:
-    """Goes through a folder with two sets of states: by what is visible, and by everything."""
+    """Goes through a folder, and sorts what is in it by the pattern and by what is hidden."""
 
-    root: Path
-    pattern: tuple[str, ...]
-    found: Found = field(default_factory=Found)
-
-    def go(self, begin: States) -> None:
-        waiting = [(PurePath(), begin, begin)]
+    def __init__(self, root: Path, pattern: tuple[str, ...]) -> None:
+        self.root, self.pattern, self.found = root, pattern, Found()
+        waiting = [PurePath()]
         while waiting:
-            below, seen, every = waiting.pop()
-            for entry in self._listed(below, seen):
-                states = (
-                    _after(entry.name, seen, self.pattern, hidden=False),
-                    _after(entry.name, every, self.pattern, hidden=True),
-                )
+            below = waiting.pop()
+            for entry in self._listed(below):
                 place = below / entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    if self._goes_on(states[1]):
-                        waiting.append((place, *states))
-                else:
-                    self._judge(entry, place, *states)
+                if not entry.is_dir(follow_symlinks=False):
+                    self._judge(entry, place)
+                elif fits(place.parts, pattern, hidden=True, begins=True):
+                    waiting.append(place)
 
-    def _listed(self, below: PurePath, seen: States) -> list[os.DirEntry[str]]:
+    def _listed(self, below: PurePath) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(self.root / below) as entries:
                 return list(entries)
@@ -146,29 +130,25 @@ class _Walk:
             if not below.parts:
                 may = f"Allow it: chmod u+rx {self.root}"
                 raise DataError(f"{self.root} may not be entered. {may}") from error
-            if self._goes_on(seen):
+            if fits(below.parts, self.pattern, begins=True):
                 self._leave_out("closed", below)
             return []
 
-    def _judge(self, entry: os.DirEntry[str], place: PurePath, seen: States, every: States) -> None:
+    def _judge(self, entry: os.DirEntry[str], place: PurePath) -> None:
         """One thing that is no folder, but perhaps a link to one."""
-        end = len(self.pattern)
-        kind, path = self._kind(entry), self.root / place
-        told = {
-            "broken": bool(seen),
-            "outer folder": self._goes_on(seen),
-            "elsewhere": end in seen,
-            "special": end in seen,
-        }
-        if kind in told:
-            if told[kind]:
-                self._leave_out("elsewhere" if kind == "outer folder" else kind, place)
-        elif kind == "file" and end in seen:
+        kind, path, parts = self._kind(entry), self.root / place, place.parts
+        wanted = fits(parts, self.pattern)
+        could = fits(parts, self.pattern, begins=True)
+        if kind == "file" and wanted:
             self.found.files.append(path)
-        elif kind == "file" and end in every:
+        elif kind == "file" and fits(parts, self.pattern, hidden=True):
             self._leave_out("hidden", place)
-        elif kind == "file" and not any(map(is_hidden, place.parts)):
+        elif kind == "file" and not any(map(is_hidden, parts)):
             self.found.others[path.suffix] += 1
+        elif kind == "outer folder" and could:
+            self._leave_out("elsewhere", place)
+        elif (kind == "broken" and (wanted or could)) or (kind in REASONS and wanted):
+            self._leave_out(kind, place)
 
     def _kind(self, entry: os.DirEntry[str]) -> str:
         """What a thing, or the target of a link, is, and whether a link stays within the root."""
@@ -185,36 +165,28 @@ class _Walk:
             return "inner folder" if inside else "outer folder"
         return "elsewhere" if not inside else "file" if is_file else "special"
 
-    def _goes_on(self, states: States) -> bool:
-        """Whether something in a folder with these states could match."""
-        return any(state < len(self.pattern) for state in states)
-
     def _leave_out(self, reason: str, place: PurePath) -> None:
         self.found.left_out[reason].append(self.root / place)
 
 
-def _after(name: str, states: States, pattern: tuple[str, ...], hidden: bool) -> States:
-    """The states behind one more name, which a wildcard matches only if it is not hidden."""
-    out = hidden or not is_hidden(name)
-    reached = set()
-    for state in states:
-        part = pattern[state] if state < len(pattern) else None
-        if part == "**" and out:
-            reached.add(state)
-        elif part not in (None, "**") and fnmatchcase(name, part) and (out or is_hidden(part)):
-            reached.add(state + 1)
-    return _closure(reached, pattern)
+def fits(
+    names: tuple[str, ...], pattern: tuple[str, ...], hidden: bool = False, begins: bool = False
+) -> bool:
+    """Whether the names of a path match a pattern, or with ``begins`` those of a path below could.
 
-
-def _closure(states: Iterable[int], pattern: tuple[str, ...]) -> States:
-    """With those behind each ``**``, which stands for no folder too."""
-    reached = set(states)
-    for state in states:
-        for following in count(state):
-            if following == len(pattern) or pattern[following] != "**":
-                break
-            reached.add(following + 1)
-    return frozenset(reached)
+    Wildcards match what is hidden only with ``hidden``; ``**`` stands for no folder too.
+    """
+    if not names:
+        return bool(pattern) if begins else all(part == "**" for part in pattern)
+    if not pattern:
+        return False
+    (name, *_), (part, *_) = names, pattern
+    seen = hidden or not is_hidden(name)
+    if part == "**":
+        further = seen and fits(names[1:], pattern, hidden, begins)
+        return further or fits(names, pattern[1:], hidden, begins)
+    matches = fnmatchcase(name, part) and (seen or is_hidden(part))
+    return matches and fits(names[1:], pattern[1:], hidden, begins)
 
 
 # Looking into them ------------------------------------------------------------------------------

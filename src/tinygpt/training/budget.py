@@ -30,7 +30,12 @@ BLOCKS = ((64, 0), (128, 1e6), (256, 1e7))
 HEAD = 32
 """Width of a head; twice that in models wider than 256."""
 RECIPES: dict[str, dict[str, Any]] = {
-    "muon": {"muon_learning_rate": 0.02, "learning_rate": 1e-2, "beta2": 0.95, "decay_start": 0.4},
+    "muon": {
+        "muon_learning_rate": 0.02,
+        "learning_rate": 1.5e-2,
+        "beta2": 0.95,
+        "decay_start": 0.4,
+    },
     "adam": {"learning_rate": 5e-3, "beta2": 0.99, "decay_start": 0.0},
 }
 """What each optimizer learns best with, whatever the shape."""

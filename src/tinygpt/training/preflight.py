@@ -22,7 +22,7 @@ from tinygpt.config.weights import weights
 from tinygpt.errors import UsageError
 from tinygpt.files.disk import size
 from tinygpt.kernels import linear
-from tinygpt.kernels.loss.fused import cut_of
+from tinygpt.kernels.loss.chunked import cut_of
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros

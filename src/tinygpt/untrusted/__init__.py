@@ -91,12 +91,15 @@ def utf8_name(text: str) -> str:
 def open_regular(path: str | Path) -> BinaryIO:
     """Open an ordinary file, or a link to one, for reading.
 
-    Raises OSError, also for pipes, devices and sockets, which would wait, or never end.
+    Raises OSError, also for pipes, devices and sockets, which would wait, or never end, and for
+    files of which nearly nothing was ever written.
     """
     _check_regular(path, os.stat(path))  # noqa: PTH116  # before: to open a device may do things
     file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115
     try:
         _check_regular(path, os.fstat(file.fileno()))  # after: it may have been exchanged
+        if is_sparse(file):
+            raise OSError(errno.EINVAL, "nearly all of it was never written", str(path))
     except OSError:
         file.close()
         raise

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HEAD = 4096
-"""Bytes from the beginning of a file that tell what it is."""
+"""Bytes from the beginning of a file that its format is recognized by."""
 NO_TEXT = frozenset(
     f".{ending}"
-    for ending in (
-        *("bin", "npy", "npz", "pt", "pth", "pkl", "ckpt", "safetensors", "gguf", "h5", "onnx"),
-        *("parquet", "arrow", "db", "sqlite", "pdf", "doc", "docx", "odt", "rtf", "epub"),
-        *("zip", "gz", "bz2", "xz", "zst", "7z", "tar", "exe", "so", "pyc"),
-        *("png", "jpg", "jpeg", "gif", "webp", "mp3", "mp4", "wav", "ogg", "ttf", "woff", "woff2"),
+    for endings in (
+        "bin npy npz pt pth pkl ckpt safetensors gguf h5 onnx parquet arrow db sqlite pdf doc docx",
+        "odt rtf epub zip gz bz2 xz zst 7z tar exe so pyc png jpg jpeg gif webp mp3 mp4 wav ogg",
+        "ttf woff woff2",
     )
+    for ending in endings.split()
 )
 """Endings of files that no pattern should be suggested for."""
 
@@ -72,33 +72,19 @@ PARQUET = Kind(
 SAFETENSORS = Kind("a safetensors file", "It holds weights, no text.")
 
 BEGINNINGS = {
-    b"GGUF": GGUF,
-    b"%PDF": PDF,
-    b"PAR1": PARQUET,
-    b"\x1f\x8b": COMPRESSED,
-    b"BZh": COMPRESSED,
-    b"\xfd7zXZ": COMPRESSED,
-    b"\x28\xb5\x2f\xfd": COMPRESSED,
-    b"7z\xbc\xaf": COMPRESSED,
-    b"\x89HDF": HDF5,
-    b"{\\rtf": DOCUMENT,
-    b"\xd0\xcf\x11\xe0": DOCUMENT,
-    b"\x89PNG": PICTURE,
-    b"\xff\xd8\xff": PICTURE,
-    b"GIF8": PICTURE,
-    b"version https://git-lfs": POINTER,
-    b"\x93NUMPY": Kind("an array of numpy", "Name it .npy, if it holds tokens."),
-    b"SQLite format 3": Kind("a database of SQLite"),
-    b"\x7fELF": Kind("a program"),
+    GGUF: (b"GGUF",),
+    PDF: (b"%PDF",),
+    PARQUET: (b"PAR1",),
+    COMPRESSED: (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf"),
+    HDF5: (b"\x89HDF",),
+    DOCUMENT: (b"{\\rtf", b"\xd0\xcf\x11\xe0"),
+    PICTURE: (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+    POINTER: (b"version https://git-lfs",),
+    PICKLE: (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+    Kind("an array of numpy", "Name it .npy, if it holds tokens."): (b"\x93NUMPY",),
+    Kind("a database of SQLite"): (b"SQLite format 3",),
+    Kind("a program"): (b"\x7fELF",),
 }
-ICONV = {
-    "euc_jis_2004": "EUC-JP",
-    "utf_16_be": "UTF-16BE",
-    "utf_16_le": "UTF-16LE",
-    "utf_32_be": "UTF-32BE",
-    "utf_32_le": "UTF-32LE",
-}
-"""What iconv calls encodings that Python has another name for."""
 INSIDE_ZIP = {
     b"data.pkl": PICKLE,
     b"[Content_Types].xml": DOCUMENT,
@@ -110,13 +96,11 @@ INSIDE_ZIP = {
 
 def recognize(head: bytes) -> Kind | None:
     """The format of a file that begins with ``head``, if it is known; ``HEAD`` bytes are enough."""
-    for beginning, kind in BEGINNINGS.items():
-        if head.startswith(beginning):
+    for kind, beginnings in BEGINNINGS.items():
+        if head.startswith(beginnings):
             return kind
     if head.startswith(b"PK\x03\x04"):
         return next((kind for name, kind in INSIDE_ZIP.items() if name in head[:HEAD]), ZIP)
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        return PICKLE
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
         return SAFETENSORS
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
@@ -133,7 +117,7 @@ def no_text(path: Path, head: bytes) -> str | None:
 def no_model(path: Path, head: bytes) -> str | None:
     """What to say of a file given for a checkpoint or weights, or None likewise.
 
-    None too for a safetensors file: who reads those has more to say of one that is damaged.
+    None too for a safetensors file: their readers say more of one that is damaged.
     """
     kind = recognize(head)
     if kind is SAFETENSORS:
@@ -157,4 +141,5 @@ def encoding_of(head: bytes) -> str | None:
     with suppress(UnicodeDecodeError):  # of its many relatives this is the one that is met
         if head.decode("cp1252") == head.decode(best.encoding):
             return "WINDOWS-1252"
-    return ICONV.get(best.encoding, best.encoding.upper().replace("_", "-"))
+    name = best.encoding.upper().replace("_", "-").replace("EUC-JIS-2004", "EUC-JP")
+    return name.replace("-BE", "BE").replace("-LE", "LE")

@@ -8,12 +8,9 @@ GPT-2: the biases of such a model are written as zeros.
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,10 +80,10 @@ def export(
     """Write ``path`` for llama.cpp, with the weights as ``kind``, and prove what was written.
 
     Raises InteropError, and leaves no file, if what is read back computes something else; for a
-    vocabulary that cannot be told TokenizerError, for a place that cannot be written
+    vocabulary without such a form TokenizerError, for a place that cannot be written
     CheckpointError, and MissingExtraError without the gguf package.
     """
-    gguf = _gguf()
+    gguf = extras.need("gguf", "Writing GGUF files", "gguf")
     path = user_path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Give the file to write: {path / 'model.gguf'}")
@@ -109,18 +106,7 @@ def check_target(path: Path) -> None:
     check_overwritable(path, VERSION_KEY.encode(), "a GGUF file")
 
 
-def _gguf() -> types.ModuleType:
-    try:
-        return import_module("gguf")
-    except ImportError as error:
-        raise extras.missing(
-            "gguf", "Writing GGUF files needs the gguf package, which is not installed."
-        ) from error
-
-
-def _stored(
-    gguf: types.ModuleType, model: Transformer, tokens: Tokens, kind: Kind
-) -> Iterator[Stored]:
+def _stored(gguf: Any, model: Transformer, tokens: Tokens, kind: Kind) -> Iterator[Stored]:
     """All that llama.cpp wants, in our order."""
     config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
@@ -170,9 +156,7 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_uint32(f"{PARITY}.tokens", parity.fixed_prompt(config).size)
 
 
-def _write(
-    gguf: types.ModuleType, writer: Any, model: Transformer, stored: list[Stored]
-) -> Transformer:
+def _write(gguf: Any, writer: Any, model: Transformer, stored: list[Stored]) -> Transformer:
     """Write the weights one at a time; -> a model of what a reader gets from them"""
     for each in stored:
         kind = gguf.GGMLQuantizationType[each.kind.upper()]
@@ -205,7 +189,7 @@ def _with_rows(values: Floats, rows: int) -> Floats:
 
 
 def _prove(
-    gguf: types.ModuleType,
+    gguf: Any,
     model: Transformer,
     rounded: Transformer,
     stored: list[Stored],
@@ -227,17 +211,17 @@ def _prove(
         values: Floats = gguf.dequantize(tensor.data, tensor.tensor_type)
         return layout.turned(named[name].weight, values)
 
-    ours = parity.our_logits(rounded, ids)
     with np.errstate(all="ignore"):  # what is no number is refused by the comparison
         theirs = parity.plain_logits(fetch, config, ids)[:, : config.vocab_size]
-        rounding_error = partial(parity.rounding_error, layout.fetch_from(rounded), config, ids)
         reads = f"The reader of gguf {version('gguf')}"
-        difference, allowed = parity.compare(ours, theirs, reads, rounding_error)
+        fetch_rounded = layout.fetch_from(rounded)
+        difference, allowed = parity.prove(rounded, fetch_rounded, theirs, reads)
     if reader.get_field("tokenizer.ggml.tokens").contents() != tokens.texts:
         raise InteropError(f"gguf {version('gguf')} reads another vocabulary than was written.")
     rounding = 0.0
     if rounded is not model:
-        rounding = float(np.abs(parity.our_logits(model, ids) - ours).max())
+        exact, ours = (parity.our_logits(each, ids) for each in (model, rounded))
+        rounding = float(np.abs(exact - ours).max())
     proved = {"max_difference": difference, "tolerance": allowed, "rounding": rounding}
     for key, value in proved.items():
         reader.get_field(f"{PARITY}.{key}").parts[-1][0] = value

@@ -39,7 +39,7 @@ def tokens_of(tokenizer: Tokenizer, rows: int) -> Tokens:
     """The tokens of a model whose embedding has so many rows; what is left over is unused.
 
     Raises InteropError if the model has fewer rows than there are tokens, TokenizerError for a
-    vocabulary that cannot be told.
+    vocabulary that has no such form.
     """
     if tokenizer.vocab_size > rows:
         raise InteropError(
@@ -66,11 +66,8 @@ def _of_characters(tokenizer: CharTokenizer, rows: int) -> Tokens:
     drops it; so it does characters that are not in the vocabulary.
     """
     encoded = [character.encode() for character in tokenizer.chars]
-    merges = {
-        f"{spell(one[:i])} {spell(one[i : i + 1])}": None
-        for one in encoded
-        for i in range(1, len(one))
-    }
+    beginnings = ((one[:i], one[i : i + 1]) for one in encoded for i in range(1, len(one)))
+    merges = dict.fromkeys(f"{spell(left)} {spell(right)}" for left, right in beginnings)
     texts = [*map(spell, encoded), END]
     types = [NORMAL] * len(encoded) + [CONTROL]
     never = f"{spell(NEVER)} {spell(NEVER)}"
@@ -80,10 +77,5 @@ def _of_characters(tokenizer: CharTokenizer, rows: int) -> Tokens:
 def _filled(texts: list[str], types: list[int], merges: list[str], end: int, rows: int) -> Tokens:
     """With a token for every row; the space in its name is no letter of any other."""
     unused = [f"[unused {i}]" for i in range(len(texts), rows)]
-    return Tokens(
-        [*texts, *unused],
-        [*types, *[UNUSED] * len(unused)],
-        merges,
-        end,
-        max(len(texts) - rows, 0),
-    )
+    types = [*types, *[UNUSED] * len(unused)]
+    return Tokens([*texts, *unused], types, merges, end, max(len(texts) - rows, 0))

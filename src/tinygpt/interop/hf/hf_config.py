@@ -49,8 +49,7 @@ def read_config(path: Path) -> GPTConfig:
     for name, (usual, *others) in COMPUTED.items():
         if (found := values.get(name, usual)) not in (usual, *others):
             raise InteropError(
-                f"{path}: {name}={brief(found)} changes what the model computes, and TinyGPT has "
-                f"only {name}={usual!r}."
+                f"{path}: {name}={brief(found)} is not what TinyGPT computes: {name}={usual!r}."
             )
     return _shape(path, values)
 
@@ -74,8 +73,7 @@ def _shape(path: Path, values: Mapping[str, Any]) -> GPTConfig:
     inner = values.get("n_inner")
     if inner not in (None, config.n_inner):
         raise InteropError(
-            f"{path}: n_inner={brief(inner)}, and TinyGPT's MLPs are four times as wide as the "
-            f"model: {config.n_inner}."
+            f"{path}: n_inner={brief(inner)}, and TinyGPT has only 4 * n_embd: {config.n_inner}."
         )
     return config
 
@@ -98,12 +96,8 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
         "n_inner": None,
         **{name: usual for name, (usual, *_) in COMPUTED.items()},
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,11 @@ import numpy as np
 
 from tinygpt.config import GPTConfig, __version__
 from tinygpt.errors import InteropError
-from tinygpt.files.atomic import replacing, user_path
+from tinygpt.files.atomic import building, replacing, user_path
+from tinygpt.files.disk import writing
 from tinygpt.files.strict_json import write_json
 from tinygpt.interop import parity
 from tinygpt.interop.card import Parity, model_card
-from tinygpt.interop.destination import new_folder
 from tinygpt.interop.hf.hf_config import config_to_hf, end_of_text
 from tinygpt.interop.hf.hf_tokenizer import write_tokenizer
 from tinygpt.interop.hf.layout import all_weights, fetch_from, stored_shape
@@ -43,14 +42,15 @@ def export(
 ) -> Parity:
     """Write ``folder`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``; -> how it was proved.
 
-    ``meta`` and ``source``, the name of the text, are what the model card tells of the run. What
+    ``meta`` and ``source``, the name of the text, are what the model card says of the run. What
     was written is read back by another program, and its logits are compared; InteropError, and no
     folder, if they differ.
     """
     config = model.config
-    with new_folder(user_path(folder)) as staging:
+    with writing(folder := user_path(folder)), building(folder) as staging:
         write_json(staging / "config.json", config_to_hf(config, tokenizer), indent=2)
-        write_json(staging / "generation_config.json", _generation(tokenizer), indent=2)
+        generation = {k: v for k, v in end_of_text(tokenizer).items() if v is not None}
+        write_json(staging / "generation_config.json", generation, indent=2)
         write_weights(model, staging / WEIGHTS_FILE)
         if tokenizer is not None:
             write_tokenizer(tokenizer, staging, config.block_size)
@@ -61,10 +61,6 @@ def export(
             name, with_tokenizer = utf8_name(folder.resolve().name), tokenizer is not None
             file.write(model_card(name, meta, proved, source, with_tokenizer).encode())
     return proved
-
-
-def _generation(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    return {name: value for name, value in end_of_text(tokenizer).items() if value is not None}
 
 
 def _described(meta: checkpoint.Meta) -> dict[str, Any]:
@@ -85,10 +81,8 @@ def write_weights(model: Transformer, path: Path) -> None:
 def prove(model: Transformer, folder: Path) -> Parity:
     """Compare our logits with those that another program computes from the files in a folder."""
     ids = parity.fixed_prompt(model.config)
-    ours = parity.our_logits(model, ids)
     reader, theirs = read_back(folder, model.config, ids)
-    rounding = partial(parity.rounding_error, fetch_from(model), model.config, ids)
-    found = parity.compare(ours, theirs, reader, rounding)
+    found = parity.prove(model, fetch_from(model), theirs, reader)
     return Parity(found.difference, found.allowed, reader, ids.shape[1])
 
 

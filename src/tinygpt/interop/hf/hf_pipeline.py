@@ -58,28 +58,19 @@ def _only_in_batches(name: str, part: Any) -> bool:
 
 def _adding(part: Any) -> str | None:
     """The post-processor that adds something; None if none does."""
-    if part is None:
-        return None
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "ByteLevel":  # which knows where tokens are in the text, not which they are
+    if part is None or kind == "ByteLevel":  # which knows where tokens are, not which they are
         return None
     if kind == "Sequence" and isinstance(inner := part.get("processors"), list):
-        return next((found for each in inner if (found := _adding(each)) is not None), None)
+        return next(filter(None, map(_adding, inner)), None)
     if kind == "TemplateProcessing" and isinstance(single := part.get("single"), list):
-        added = [_template_token(piece) for piece in single]
-        if added == [None]:
+        pieces = [piece if isinstance(piece, dict) else {} for piece in single]
+        if [isinstance(piece.get("Sequence"), dict) for piece in pieces] == [True]:
             return None
-        names = ", ".join(brief(name) for name in added if name is not None)
+        tokens = [token for p in pieces if isinstance(token := p.get("SpecialToken"), dict)]
+        names = ", ".join(brief(token.get("id", "a token")) for token in tokens)
         return f"TemplateProcessing with {names or 'a text more than once'}"
     return f"a post_processor of type {brief(kind)}"
-
-
-def _template_token(piece: Any) -> Any:
-    """What a part of a template adds; None for the text itself."""
-    if isinstance(piece, dict) and isinstance(piece.get("Sequence"), dict):
-        return None
-    token = piece.get("SpecialToken") if isinstance(piece, dict) else piece
-    return token.get("id", "a token") if isinstance(token, dict) else "something damaged"
 
 
 def check_settings(values: Mapping[str, Any], roles: Set[str]) -> None:
@@ -107,7 +98,7 @@ def check_class(values: Mapping[str, Any]) -> bool:
 def check_added(tokens: Sequence[Mapping[str, Any]], roles: Set[str], around: bool = False) -> None:
     """TokenizerError if an ordinary text could become one of these added tokens.
 
-    Text never becomes a special token here, and there only where somebody writes its name, such as
+    Text never becomes a special token here, and there only where a text spells its name, such as
     ``<|endoftext|>``. With ``around`` they may not take along what stands beside them, either.
     """
     for token in tokens:
@@ -120,10 +111,7 @@ def check_added(tokens: Sequence[Mapping[str, Any]], roles: Set[str], around: bo
                 f"become it, mark it as special in the file. {TAKEN}"
             )
         if not around and not is_bracketed(text):
-            raise TokenizerError(
-                f"The special token {brief(text)} may stand in any text, which would become it. "
-                f"{TAKEN}"
-            )
+            raise TokenizerError(f"The special token {brief(text)} may stand in any text. {TAKEN}")
         if around and any(token.get(name) for name in AROUND):
             raise TokenizerError(f"The added token {brief(text)} takes more than its own text.")
 

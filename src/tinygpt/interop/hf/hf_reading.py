@@ -59,8 +59,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if vocab.exists() and merges.exists():
         roles = _settings(folder)
         with _about(folder):
-            path = folder / "added_tokens.json"
-            added = _ids(read_json(path)) if path.exists() else {}
+            added = _ids(extra) if (extra := _read(folder / "added_tokens.json")) else {}
             found = _of_bytes(_ids(read_json(vocab)), _read_merges(merges), added)
             check_added([{"content": text} for text in added], roles)
             return found
@@ -88,20 +87,23 @@ def _about(path: Path) -> Iterator[None]:
 
 def _settings(folder: Path) -> set[str]:
     """The special tokens that a folder names beside its vocabulary, once its settings are known."""
-    roles: set[str] = set()
-    for name in (SETTINGS, SPECIAL):
-        if (folder / name).exists():
-            with _about(folder / name):
-                roles |= special_roles(read_json(folder / name))
-    if (folder / SETTINGS).exists():
-        with _about(folder / SETTINGS):
-            check_settings(read_json(folder / SETTINGS), roles)
+    settings = _read(folder / SETTINGS)
+    roles = special_roles(settings) | special_roles(_read(folder / SPECIAL))
+    with _about(folder / SETTINGS):
+        check_settings(settings, roles)
     for name in NAMING:
-        if (folder / name).exists():
-            with _about(folder / name):
-                if check_class(read_json(folder / name)):
-                    break
+        with _about(folder / name):
+            if check_class(_read(folder / name)):
+                break
     return roles
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is no such file."""
+    if not path.exists():
+        return {}
+    with _about(path):
+        return read_json(path)
 
 
 def _refused(kind: str) -> str:
@@ -178,12 +180,10 @@ def _ids(vocab: Any) -> dict[str, int]:
 
 def _special(added: list[dict[str, Any]]) -> dict[str, int]:
     """The added tokens of a tokenizer.json, and their ids."""
-    texts = [token.get("content") for token in added]
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(token.get("content"), str) for token in added):
         raise TokenizerError("The file is damaged: an added token has no content.")
-    return (
-        _ids(dict(zip(texts, [token.get("id") for token in added], strict=True))) if added else {}
-    )
+    found = {token["content"]: token.get("id") for token in added}
+    return _ids(found) if found else {}
 
 
 def _read_merges(path: Path) -> list[Merge]:
@@ -229,13 +229,11 @@ def _of_bytes(vocab: Mapping[str, int], merges: list[Merge], added: Mapping[str,
     in_order = sorted(tokens, key=tokens.__getitem__)
     if in_order[256:] != made:
         raise TokenizerError(
-            "The ids of this vocabulary are not in the order of its merges. TinyGPT goes by the "
-            "order of the ids, and would make other tokens of a text."
+            "The ids of this vocabulary are not in the order of its merges, by which TinyGPT goes."
         )
     if list(merges_of(tokens)) != merges:
         raise TokenizerError(
-            "This vocabulary merges some tokens from others than the order of its merges leads to, "
-            "and TinyGPT would make other tokens of a text."
+            "This vocabulary merges some tokens from others than the order of its merges leads to."
         )
     alphabet = b"".join(in_order[:256])
     if not merges and not special and alphabet == BYTES:
@@ -251,18 +249,16 @@ def _check_complete(
 ) -> None:
     """Every byte and every merge has its token, and no id is missing or there twice."""
     missing = next((token for token in wanted if token not in tokens), None)
-    if missing is not None:
-        raise TokenizerError(f"This vocabulary has no token for {brief(missing)}.")
-    if len(wanted) != len(tokens):
-        raise TokenizerError("This vocabulary merges the same token twice.")
-    if len(tokens) == 256 and special:
-        raise TokenizerError("This vocabulary has special tokens and no merges.")
     ids = sorted([*tokens.values(), *special.values()])
     gap = next((i for i, found in enumerate(ids) if i != found), None)
-    if gap is not None:
-        raise TokenizerError(
-            f"The ids of this vocabulary do not count up from 0: {gap} is left out or there twice."
-        )
+    faults = {
+        f"has no token for {brief(missing)}": missing is not None,
+        "merges the same token twice": len(wanted) != len(tokens),
+        "has special tokens and no merges": len(tokens) == 256 and special,
+        f"has ids that do not count up: {gap} is left out or there twice": gap is not None,
+    }
+    if fault := next((fault for fault, found in faults.items() if found), None):
+        raise TokenizerError(f"This vocabulary {fault}.")
 
 
 def _check_special(special: Mapping[str, int], added: Mapping[str, int]) -> None:

@@ -1,7 +1,7 @@
 """Tokenizers in the files that transformers loads; ``hf_reading`` is the way back.
 
 ``tokenizer.json`` says all; ``vocab.json`` and ``merges.txt`` are the older form of a byte-level
-BPE, and the other two files tell ``AutoTokenizer`` how to go about it.
+BPE, and the other two files are the settings of ``AutoTokenizer``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tinygpt.text.tokenizers import END, CharTokenizer, Tokenizer, ends_of
 
 __all__ = ["read_tokenizer", "write_tokenizer"]
 
-STYLE: dict[str, Any] = {"indent": 2, "unicode": True}
+Part = dict[str, Any]
+STYLE: Part = {"indent": 2, "unicode": True}
 """How transformers writes its JSON files."""
 
 
@@ -57,13 +58,9 @@ def _of_bytes(found: Vocabulary) -> dict[str, Any]:
     """tokenizer.json of a byte-level BPE."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     flags = {
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
+        **dict.fromkeys(("dropout", "unk_token"), None),
+        **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
     }
     model = {"type": "BPE", **flags, "vocab": found.spelled, "merges": found.spelled_merges}
     added = [_added(text, i) for text, i in sorted(found.special.items(), key=lambda item: item[1])]
@@ -85,23 +82,10 @@ def _of_characters(tokenizer: Tokenizer) -> dict[str, Any]:
     return _fast(model, SPLIT, {"type": "Fuse"}, [])
 
 
-def _fast(
-    model: dict[str, Any],
-    pre_tokenizer: dict[str, Any],
-    decoder: dict[str, Any],
-    added: list[dict[str, Any]],
-) -> dict[str, Any]:
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": model,
-    }
+def _fast(model: Part, pre_tokenizer: Part, decoder: Part, added: list[Part]) -> Part:
+    nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"), None)
+    parts = {"pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
+    return {"version": "1.0", "added_tokens": added, **nothing, **parts}
 
 
 def _added(text: str, i: int) -> dict[str, Any]:

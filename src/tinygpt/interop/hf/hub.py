@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub by name: fetched once, verified, kept in the user's cache folder.
 
-The hub tells the size and the hash of each file before it is fetched: the SHA-256 of large files,
-and of small ones the SHA-1 that git knows them by. It also tells which commit a branch is at: all
+The hub states the size and the hash of each file before it is fetched: the SHA-256 of large files,
+and of small ones the SHA-1 that git knows them by. It also states which commit a branch is at: all
 files are fetched from the one that it was at first. ``HF_ENDPOINT`` names another server that
 speaks the same protocol, as it does for Hugging Face's own tools. What those have fetched already
 is used where it lies, and their token is sent along (``hub_cache``).
@@ -10,12 +10,11 @@ The folder ``hub`` of the cache holds
 
 owner--name@COMMIT   the files of one commit
 owner--name@main     a file that says which commit a branch or tag was at when it was fetched
-owner--name          files that were put there by hand, or of a server that tells no commit
+owner--name          files that were put there by hand, or of a server that states no commit
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from tinygpt.files import folders
 from tinygpt.files.atomic import replacing
 from tinygpt.files.download import download, network_advice
 from tinygpt.interop.hf import hub_cache
-from tinygpt.interop.hf.shards import INDEX, weight_map
+from tinygpt.interop.hf.weight_files import INDEX, weight_map
 from tinygpt.untrusted import brief, read_bounded
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ TIMEOUT = (5, 20)
 REDIRECTS = 5
 
 Watch = Callable[[str, int, int], None]
-"""Told a file's name, how many of its bytes have arrived, and how many it has."""
+"""Called with a file's name, how many of its bytes have arrived, and how many it has."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Snapshot:
     folder: Path
     repository: str
     commit: str | None
-    """The commit that its files are of; None if nobody told."""
+    """The commit that its files are of; None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Remote:
     digest: str
     """SHA-256 in hexadecimal, or the SHA-1 that git gives to the content."""
     commit: str | None = None
-    """The commit that it was asked of, or that the branch was at, if the server tells."""
+    """The commit that it was asked of, or that the branch was at, if the server states it."""
 
 
 def fetch(name: str, progress: bool = False, revision: str | None = None) -> Snapshot:
@@ -156,37 +155,37 @@ def _is_complete(folder: Path) -> bool:
 def _fetch_all(repository: str, place: Path, revision: str | None, watch: Watch) -> Path:
     """-> the folder with all files of one commit, or of a branch that stayed as it was meanwhile"""
     site = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
-    wanted = revision or BRANCH
-    first = _wanted(f"{site}/{repository}/resolve/{quote(wanted, safe='')}/{CONFIG}")
+    base, wanted = f"{site}/{repository}/resolve", revision or BRANCH
+    first = _Files(f"{base}/{quote(wanted, safe='')}").wanted(CONFIG)
     commit = wanted if COMMIT.fullmatch(wanted) else first.commit
-    files = _Files(f"{site}/{repository}/resolve/{quote(commit or wanted, safe='')}", commit)
+    files = _Files(f"{base}/{quote(commit or wanted, safe='')}", commit)
     folder = _at(place, commit or wanted) if commit or revision else place
-    config = _content(files.wanted(CONFIG))
+    config = files.wanted(CONFIG)
     for name in TOKENIZER:
         if remote := files.ask(name):
-            _write(folder / name, _content(remote))
+            _take(remote, folder / name, watch)
         else:
             (folder / name).unlink(missing_ok=True)  # of another state of the branch
-    weights = list(_weights(repository, files, folder))
+    weights = list(_weights(repository, files, folder, watch))
     files.check_unchanged()
     for remote in weights:
-        _large(remote, folder / remote.url.rpartition("/")[2], watch)
-    _write(folder / CONFIG, config)
+        _take(remote, folder / remote.url.rpartition("/")[2], watch)
+    _take(config, folder / CONFIG, watch)  # the last: where it is, all is
     if commit not in (None, wanted):
-        _write(_at(place, wanted), f"{commit}\n".encode())
+        with replacing(_at(place, wanted)) as file:
+            file.write(f"{commit}\n".encode())
     return folder
 
 
-def _weights(repository: str, files: _Files, folder: Path) -> Iterator[Remote]:
+def _weights(repository: str, files: _Files, folder: Path, watch: Watch) -> Iterator[Remote]:
     if remote := files.ask(WEIGHTS):
         yield remote
         return
     if (index := files.ask(INDEX)) is None:
         raise DataError(
-            f"{repository} has neither {WEIGHTS} nor {INDEX}: its weights are perhaps a pickle, "
-            f"which TinyGPT does not open."
+            f"{repository} has neither {WEIGHTS} nor {INDEX}, and TinyGPT opens no pickle."
         )
-    _write(folder / INDEX, _content(index))
+    _take(index, folder / INDEX, watch)
     for shard in sorted(set(weight_map(folder / INDEX).values())):
         yield files.wanted(shard)
 
@@ -196,38 +195,38 @@ class _Files:
     """The files of a repository at one commit, or else of a branch as it was when it was asked."""
 
     base: str
-    commit: str | None
+    commit: str | None = None
     asked: dict[str, Remote | None] = field(default_factory=dict)
 
     def ask(self, name: str) -> Remote | None:
-        found = self.asked[name] = _ask(f"{self.base}/{name}")
-        other = None if found is None else found.commit
-        if other is not None and self.commit not in (None, other):
-            raise DataError(f"{self.base}/{name} is said to be of another commit, {other}.")
+        """What the server says of a file; DataError for what is not taken, whatever is in it."""
+        url = f"{self.base}/{name}"
+        found = self.asked[name] = _ask(url)
+        if found is None:
+            return None
+        if found.commit is not None and self.commit not in (None, found.commit):
+            raise DataError(f"{url} is said to be of another commit, {found.commit}.")
+        large = name.endswith(".safetensors")
+        if large and len(found.digest) != 64:
+            raise DataError(f"{url}: the server does not tell its SHA-256, so it is not taken.")
+        if not large and found.size > SMALL:
+            raise DataError(f"{url} has {found.size:,} bytes, far more than such a file needs.")
         return found
 
     def wanted(self, name: str) -> Remote:
-        found = self.ask(name)
-        if found is None:
+        if (found := self.ask(name)) is None:
             raise DataError(f"{self.base}/{name} answered 404: there is no such file.")
         return found
 
     def check_unchanged(self) -> None:
         """DataError if a branch has moved on meanwhile: the files may be of two of its states.
 
-        What is fetched afterwards must have the hash that was told before.
+        What is fetched afterwards must have the hash that was stated before.
         """
         if self.commit is None:
             for name, remote in self.asked.items():
                 if _ask(f"{self.base}/{name}") != remote:
                     raise DataError(f"{self.base}/{name} changed while the model was fetched.")
-
-
-def _wanted(url: str) -> Remote:
-    remote = _ask(url)
-    if remote is None:
-        raise DataError(f"{url} answered 404: there is no such file.")
-    return remote
 
 
 def _ask(url: str) -> Remote | None:
@@ -277,10 +276,8 @@ def _described(url: str, answer: Response) -> Remote:
     return Remote(url, int(size), digest, commit if COMMIT.fullmatch(commit) else None)
 
 
-def _large(remote: Remote, path: Path, watch: Watch) -> None:
-    """A file with weights, resumed where it broke off; one that is there already is checked."""
-    if len(remote.digest) != 64:
-        raise DataError(f"{remote.url}: the server does not tell its SHA-256, so it is not taken.")
+def _take(remote: Remote, path: Path, watch: Watch) -> None:
+    """Fetch a file, resumed where it broke off; one that is there already is checked."""
     download(
         remote.url,
         path,
@@ -289,48 +286,6 @@ def _large(remote: Remote, path: Path, watch: Watch) -> None:
         size=remote.size,
         watch=lambda count: watch(path.name, count, remote.size),
     )
-
-
-def _content(remote: Remote) -> bytes:
-    """A file that is read in one go."""
-    import requests
-
-    if remote.size > SMALL:
-        raise DataError(f"{remote.url} has {remote.size:,} bytes, far more than such a file needs.")
-    try:
-        headers = _authorization()
-        with requests.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-            answer.raise_for_status()
-            content = b"".join(_bounded(answer, remote.size + 1))
-    except OSError as error:
-        advice = network_advice(error) or str(error)
-        raise DataError(f"{remote.url} broke off. {advice} Try again.") from error
-    if _digest(content, len(remote.digest)) != remote.digest:
-        raise DataError(
-            f"{remote.url} is not the file it should be: its hash is not {remote.digest}. "
-            f"Something on the way changed it; nothing was kept."
-        )
-    return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
-
-
-def _bounded(answer: Response, limit: int) -> Iterator[bytes]:
-    count = 0
-    for block in answer.iter_content(1 << 16):
-        yield block
-        count += len(block)
-        if count >= limit:
-            return
-
-
-def _digest(content: bytes, length: int) -> str:
-    if length == 64:
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _by_hand(name: str, repository: str, error: Exception) -> str:

@@ -20,15 +20,24 @@ import numpy as np
 from tinygpt.config import GPTConfig, to_toml
 from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import InteropError, TokenizerError, UsageError, nearest
-from tinygpt.files.atomic import replacing, user_path
+from tinygpt.files.atomic import building, replacing, user_path
+from tinygpt.files.disk import writing
+from tinygpt.files.tensor_file import arrange
 from tinygpt.interop import parity
-from tinygpt.interop.destination import new_folder
 from tinygpt.interop.hf import hub
 from tinygpt.interop.hf.hf_config import read_config, read_end_name, read_ends
 from tinygpt.interop.hf.hf_tokenizer import read_tokenizer
 from tinygpt.interop.hf.layout import PREFIX, stored_shape
-from tinygpt.interop.hf.shards import INDEX, read_shards
-from tinygpt.interop.hf.weight_files import WEIGHTS, Entry, Floats, read_file, refuse_pickle
+from tinygpt.interop.hf.weight_files import (
+    INDEX,
+    LISTED,
+    WEIGHTS,
+    Entry,
+    Floats,
+    read_file,
+    read_shards,
+    refuse_pickle,
+)
 from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import CONFIG, TOKENIZER, checkpoint_path, list_checkpoints
 from tinygpt.text.names import exists, is_name
@@ -56,8 +65,6 @@ MOST_PADDING = 1024
 """Rows of an embedding beyond the tokens: vocabularies are padded to a multiple of 64, as nanoGPT's
 50,304 rows for GPT-2's 50,257 tokens, or of up to so many. More tell that the tokenizer is not the
 model's."""
-LISTED = 5
-"""Names that an error lists at most."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Pretrained:
     @property
     def dtypes(self) -> str:
         """The types of the weights in the files, such as F16."""
-        return ", ".join(sorted({entry.dtype for entry in self.entries.values()}))
+        return ", ".join(sorted({entry.place.dtype for entry in self.entries.values()}))
 
     def pieces(self, weight: Weight) -> Iterator[Floats]:
         """A weight as our model has it, in float32, flat, a piece at a time."""
@@ -231,7 +238,7 @@ def _without_copy(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _same(a: Entry, b: Entry) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape) or a.dtype not in WEIGHTS:
+    if (a.place.dtype, a.place.shape) != (b.place.dtype, b.place.shape):
         return False
     return all(np.array_equal(x, y) for x, y in zip(a.pieces(), b.pieces(), strict=True))
 
@@ -251,14 +258,14 @@ def _check_names(path: Path, wanted: Mapping[str, object], found: Mapping[str, o
 
 
 def _check_entry(path: Path, weight: Weight, entry: Entry) -> None:
-    if entry.shape != (stored := stored_shape(weight)):
+    if entry.place.shape != (stored := stored_shape(weight)):
         raise InteropError(
-            f"{path}: {weight.name} has shape {entry.shape}, and by config.json it would be "
+            f"{path}: {weight.name} has shape {entry.place.shape}, and by config.json it would be "
             f"{stored}. {OF_ANOTHER}"
         )
-    if entry.dtype not in WEIGHTS:
+    if (kind := entry.place.dtype) not in WEIGHTS:
         raise InteropError(
-            f"{path}: {weight.name} is of type {entry.dtype}; weights are {', '.join(WEIGHTS)}."
+            f"{path}: {weight.name} is of type {kind}; weights are {', '.join(WEIGHTS)}."
         )
 
 
@@ -283,15 +290,9 @@ def check(pretrained: Pretrained) -> float:
 
     model = Transformer(pretrained.config, seed=None)
     load_weights(model, pretrained)
-    ids = parity.fixed_prompt(pretrained.config)
-    given = (pretrained.fetch, pretrained.config, ids)
-    plain = parity.plain_logits(*given)
-    return parity.compare(
-        parity.our_logits(model, ids),
-        plain,
-        "A plain forward pass",
-        lambda: parity.rounding_error(*given),
-    ).difference
+    config = pretrained.config
+    plain = parity.plain_logits(pretrained.fetch, config, parity.fixed_prompt(config))
+    return parity.prove(model, pretrained.fetch, plain, "A plain forward pass").difference
 
 
 def _origin(pretrained: Pretrained) -> dict[str, str]:
@@ -312,7 +313,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
     """
     folder = user_path(folder)
     named = {f"model.{weight.name}": weight for weight in weights(pretrained.config)}
-    layout = checkpoint.arrange((n, np.dtype(np.float32), w.shape) for n, w in named.items())
+    layout = arrange((n, np.dtype(np.float32), w.shape) for n, w in named.items())
     meta = checkpoint.Meta(
         0,
         pretrained.config,
@@ -320,7 +321,7 @@ def import_run(pretrained: Pretrained, folder: Path, tokenizer: Tokenizer | None
         progress={"imported": {**_origin(pretrained), "types": pretrained.dtypes}},
     )
     checkpoint.rehearse(meta, layout)
-    with new_folder(folder) as staging:
+    with writing(folder), building(folder) as staging:
         run = checkpoint.ensure_run(staging)
         meta, path = replace(meta, run=run), checkpoint_path(staging, 0)
         checkpoint.stream(path, layout, lambda name: pretrained.pieces(named[name]), meta)

@@ -1,11 +1,7 @@
-"""Safetensors files that others wrote, and those that others read.
+"""Safetensors files (``files/tensor_file``) that others wrote, and those that others read.
 
-    8 bytes   length of the header, little-endian
-    header    JSON: for each tensor its type, shape and place; "__metadata__" may hold texts
-    data      the tensors, one after another without a gap
-
-Every claim of a header is checked before anything is made of it. The data is mapped, not read: a
-tensor takes memory only while somebody looks at it.
+The data is mapped, not read: a tensor takes memory only while it is used. The weights of
+a large model lie in several files, with an index that says in which of them each one is.
 """
 
 from __future__ import annotations
@@ -13,34 +9,36 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinygpt.errors import InteropError
+from tinygpt.errors import InteropError, nearest
 from tinygpt.files.atomic import replacing, write_all
-from tinygpt.files.strict_json import to_json
-from tinygpt.untrusted import brief, clip, is_sparse, open_regular, parse_json
+from tinygpt.files.tensor_file import Place, arrange, opening, parse, read_opening
+from tinygpt.interop.hf.hf_config import read_object
+from tinygpt.untrusted import brief, clip, open_regular
 from tinygpt.untrusted.foreign import HEAD, PICKLE, ZIP, no_model, recognize
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 MAX_HEADER = 4 << 20
 """Bytes of header that are read at most; that of GPT-2's largest has 80,000."""
 PIECE = 1 << 22
 """Numbers that are converted at a time."""
-WIDTHS = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1},
-}
-"""Bytes of a number, by the name of its type."""
-WEIGHTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""Types that weights may have, and how numpy sees them: it has no bfloat16."""
+WEIGHTS = ("F32", "F16", "BF16")
+"""Types that weights may have."""
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.safetensors")
+"""Names of files that an index may speak of: beside itself, and nothing hidden."""
+MAX_SHARDS = 1024
+LISTED = 5
+"""Names that an error lists at most."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +46,18 @@ class Entry:
     """A tensor in a mapped file."""
 
     path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    """Where in the file its bytes begin."""
+    place: Place
+    data: int
+    """Where in the file the data of all tensors begins."""
     memory: mmap.mmap
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.place.shape)
 
     def floats(self) -> Floats:
         """The values in their shape: the file's own memory if they are float32 there."""
-        return self._flat(0, self.size).reshape(self.shape)
+        return self._flat(0, self.size).reshape(self.place.shape)
 
     def pieces(self) -> Iterator[Floats]:
         """The values, flat, a few megabytes at a time; each piece holds until the next is asked."""
@@ -74,9 +71,10 @@ class Entry:
             self.memory.madvise(mmap.MADV_DONTNEED)
 
     def _flat(self, at: int, count: int) -> Floats:
-        stored = np.dtype(WEIGHTS[self.dtype])
-        raw = np.frombuffer(self.memory, stored, count, self.start + at * stored.itemsize)
-        if self.dtype == "BF16":  # the upper half of a float32
+        stored = self.place.numpy_dtype
+        start = self.data + self.place.start + at * stored.itemsize
+        raw = np.frombuffer(self.memory, stored, count, start)
+        if self.place.dtype == "BF16":  # the upper half of a float32
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32, copy=False)
 
@@ -89,79 +87,19 @@ def read_file(path: Path) -> dict[str, Entry]:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            places, start = _read_header(file, path, size)
-            if is_sparse(file):
-                raise InteropError(f"{path} is damaged: nearly all of it was never written.")
+            if (start := read_opening(file, size, MAX_HEADER)) is None:
+                file.seek(0)
+                raise InteropError(_no_safetensors(path, file.read(HEAD), size))
+            try:
+                _, layout = parse(start, size)
+            except ValueError as error:
+                raise InteropError(
+                    f"{path} is damaged or incomplete: {error}. Fetch it again."
+                ) from error
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return {
-        name: Entry(path, dtype, shape, start + at, memory)
-        for name, (dtype, shape, at) in places.items()
-    }
-
-
-Place = tuple[str, tuple[int, ...], int]
-"""Type, shape, and where it begins in the data."""
-
-
-def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Place], int]:
-    """-> the places of all tensors, and where in the file the data begins"""
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(size - 8, MAX_HEADER):
-        file.seek(0)
-        raise InteropError(_no_safetensors(path, file.read(HEAD), size))
-    try:
-        header = parse_json(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is no object")
-        header.pop("__metadata__", None)
-        return _check_places(header, size - 8 - length), 8 + length
-    except ValueError as error:
-        known = type(error) is ValueError
-        reason = clip(error) if known else "its header cannot be read"
-        raise InteropError(f"{path} is damaged or incomplete: {reason}. Fetch it again.") from error
-
-
-def _check_places(header: Mapping[str, Any], size: int) -> dict[str, Place]:
-    """The places, in order, if they fill ``size`` bytes without gap or overlap; or ValueError."""
-    found = sorted((_check_entry(name, value) for name, value in header.items()), key=_order)
-    places, end = {}, 0
-    for name, dtype, shape, start, stop in found:
-        if start != end:
-            kind = "overlaps the one before it" if start < end else "leaves a gap before it"
-            raise ValueError(f"{brief(name)} {kind}")
-        places[name], end = (dtype, shape, start), stop
-    if end != size:
-        raise ValueError(f"its tensors take {end:,} bytes, but {size:,} are there")
-    return places
-
-
-Found = tuple[str, str, tuple[int, ...], int, int]
-
-
-def _order(found: Found) -> tuple[int, int]:
-    return found[3:]
-
-
-def _check_entry(name: str, value: Any) -> Found:
-    """Name, type, shape and place of a tensor, which agree with each other; or ValueError."""
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{brief(name)} is not described by dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in WIDTHS:
-        raise ValueError(f"{brief(name)} has the unknown type {brief(dtype)}")
-    if not _are_counts(shape) or len(shape) > 8 or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{brief(name)} has a shape or a place that cannot be")
-    start, stop = offsets
-    if stop - start != math.prod(shape) * WIDTHS[dtype]:
-        raise ValueError(f"{brief(name)} has another shape than its {stop - start:,} bytes hold")
-    return name, dtype, tuple(shape), start, stop
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+    return {name: Entry(path, place, len(start), memory) for name, place in layout.items()}
 
 
 def _no_safetensors(path: Path, start: bytes, size: int) -> str:
@@ -192,6 +130,47 @@ def refuse_pickle(path: Path) -> str:
     )
 
 
+# Several files ----------------------------------------------------------------------------------
+
+
+def read_shards(index: Path) -> dict[str, Entry]:
+    """The tensors of all files that an index names; InteropError if they are not those it lists."""
+    places = weight_map(index)
+    found: dict[str, Entry] = {}
+    absent = sorted({n for n in places.values() if not (index.parent / n).exists()})
+    if absent:
+        listed = clip(", ".join(absent[:LISTED]))
+        raise InteropError(f"{index} names {len(absent)} that are not beside it: {listed}.")
+    for shard in sorted(set(places.values())):
+        for name, entry in read_file(index.parent / shard).items():
+            if places.get(name) != shard:
+                said = f"says that it is in {places[name]}" if name in places else "lacks it"
+                raise InteropError(f"{index.parent / shard} holds {brief(name)}; the index {said}.")
+            found[name] = entry
+    missing = [name for name in places if name not in found]
+    if missing:
+        near = nearest(missing[0][:99], list(found)[:10_000])
+        place = index.parent / places[missing[0]]
+        raise InteropError(f"{place} lacks {brief(missing[0])}, which {index} lists.{near}")
+    return found
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """From each tensor's name to the name of its file, which is a plain one beside the index."""
+    places: Any = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InteropError(f"{index} is damaged: it has no weight_map.")
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise InteropError(
+                f"{index}: {brief(name)} would be in {brief(shard)}, which is no name of a "
+                f"safetensors file beside the index. Such a file is not opened."
+            )
+    if len(set(places.values())) > MAX_SHARDS:
+        raise InteropError(f"{index} names more than {MAX_SHARDS:,} files.")
+    return dict(places)
+
+
 # Writing ----------------------------------------------------------------------------------------
 
 
@@ -202,16 +181,10 @@ def write_file(
 
     The file is the one that transformers writes of the same tensors. Raises OSError.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(shapes):
-        start, end = end, end + 4 * math.prod(shapes[name])
-        header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [start, end]}
-    text = to_json(header, compact=True).encode()
-    text += b" " * (-len(text) % 8)
+    layout = arrange((name, np.dtype("f4"), shapes[name]) for name in sorted(shapes))
     with replacing(path) as file:
-        write_all(file.fileno(), len(text).to_bytes(8, "little") + text)
-        for name in sorted(shapes):
+        write_all(file.fileno(), opening({"format": "pt"}, layout))
+        for name, place in layout.items():
             values = np.ascontiguousarray(fetch(name), "<f4")
-            assert values.shape == shapes[name], name
+            assert values.shape == place.shape, name
             write_all(file.fileno(), values.reshape(-1).view(np.uint8).data)

@@ -19,17 +19,9 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 """Bytes: a line of the cache, and a multiple of every vector."""
 
-C_TYPES = {
-    "float": "float",
-    "int": "int",
-    "unsigned int": "unsigned",
-    "bool": "_Bool",
-    "unsigned char": "unsigned char",
-    "long": "long",
-}
-"""What tinygrad's types, the ones that a forward pass has, are called in C."""
 
 HEAD = """\
+#define bool _Bool
 #define long long long
 #define EXPORT(name) __attribute__((export_name(#name))) name
 #define ALIGNED __attribute__((aligned(64)))
@@ -130,7 +122,7 @@ class _Program:
                 if not written:
                     raise KernelError("a buffer is read that nothing has written")
                 self.scratch(buffer)
-            pointers.append(f"({C_TYPES[kind]} *)({self._at(buffer)})")
+            pointers.append(f"({kind} *)({self._at(buffer)})")
         kernel = self._kernel(call.info.function_name, call.text)
         return f"{kernel}({', '.join([*pointers, *call.variables])})"
 
@@ -141,14 +133,10 @@ class _Program:
         """A kernel under a name made of its text: tinygrad gives different ones the same name."""
         unique = "k" + hashlib.sha256(text.encode()).hexdigest()[:12]
         if unique not in self._kernels:
-            lines = re.sub(rf"\bvoid {re.escape(name)}\(", f"static void {unique}(", text)
-            body = []
-            for line in lines.strip().split("\n"):
-                if line.startswith("typedef "):
-                    self._types[line] = None
-                else:
-                    body.append(line)
-            self._kernels[unique] = "\n".join(body)
+            text = re.sub(rf"\bvoid {re.escape(name)}\(", f"static void {unique}(", text)
+            lines = text.strip().split("\n")
+            self._types |= dict.fromkeys(line for line in lines if line.startswith("typedef "))
+            self._kernels[unique] = "\n".join(line for line in lines if line not in self._types)
         return unique
 
 

@@ -96,6 +96,7 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
     from tinygrad import Context, Tensor, TinyJit, Variable, dtypes
 
     from tinygpt import kernels
+    from tinygpt.machine.tinygrad_internals import ONE_PIECE
     from tinygpt.machine.transfer import zeros
     from tinygpt.model.cache import KVCache, Prefill, Step
     from tinygpt.model.transformer import Transformer
@@ -115,7 +116,7 @@ def forward(config: GPTConfig, plain: bool = False) -> Forward:
         return model.unembed(x[:, last : last + 1]).float().realize(*written)
 
     functions = []
-    with Context(JIT=2, NUM_CPU_THREADS=1):  # each kernel by itself, and whole
+    with Context(JIT=2, **ONE_PIECE):  # each kernel by itself, and whole
         for function, name in ((step, "position"), (window, "last")):
             captured: Any = TinyJit(function)
             captured.cnt = 1  # captured at the first call

@@ -135,14 +135,7 @@ class _Running:
     """A module in wasmtime."""
 
     def __init__(self, module: bytes, config: GPTConfig) -> None:
-        try:
-            import wasmtime
-        except ImportError as error:
-            raise extras.missing(
-                "web",
-                "A page is checked before it is written, and there is nothing to run it in: "
-                "neither node nor wasmtime.",
-            ) from error
+        wasmtime = extras.need("web", "Checking a page where there is no node", "wasmtime")
         self._config = config
         self._store: Any = wasmtime.Store()
         instance = wasmtime.Instance(

@@ -103,7 +103,6 @@ def flash_attention(
     themselves.
     """
     _check(q, k, v, is_causal)
-    _check_dropout(dropout, key)
     (B, H, Tq, D), Tk = map(int, q.shape), int(k.shape[2])
     (b, h), causal = _each(q, B, H), is_causal and Tq > 1
     problem = Problem(b, h, Tq, Tk, D, causal, packed=False, dropout=dropout)
@@ -125,7 +124,6 @@ def self_attention(
             f"heads. Give (batch, time, 3 * n_head * head_size)."
         )
     _check_dtypes(qkv)
-    _check_dropout(dropout, key)
     B, T, width = map(int, qkv.shape)
     D = width // (3 * n_head)
     b, h = _each(qkv, B, n_head)
@@ -142,6 +140,7 @@ def _attention(
 ) -> Tensor:
     """The result, of the given shape; ``rows`` is that of a number for each query (B, H, Tq)."""
     x = inputs[0]
+    _check_dropout(p.dropout, key)
     keys = [contiguous(key)] if p.dropout and key is not None else []
 
     def gradients(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -9,10 +9,14 @@ where delta, one number for each query, is the sum of dO * O along the head: the
 gradient. W is not stored: 2 ** (score - lse) makes it again. Dropout, a mask M of zeros and of
 1 / (1 - p), turns the first W into M * W and dW into M * dW, and leaves delta as it is.
 
-Lanes are keys, and blocks of queries pass by. dQ is summed in memory, key tile after key tile,
-with the head's dimensions for lanes. There are two ways to share out the work, which add the same
-numbers in the same order: `fused`, a head per unit; and, for more units than heads, `queries` and
-`keys`, at the price of making W and dW twice.
+Lanes are keys: a tile of keys stays in place, and one block of queries after another is computed
+against it. dK and dV of the tile are summed in tiles, (D, lanes) each. dQ belongs to the queries:
+it is summed in memory, key tile after key tile, with the head's dimensions for lanes.
+
+There are two ways to share out the work, which add the same numbers in the same order. `fused` has
+a head per unit, and makes W and dW once. On a GPU, or where there are few heads, `keys` has a tile
+of keys per unit, for dK and dV, and `queries` a block of queries per unit, for dQ: more units, at
+the price of making W and dW twice.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ def fused(k: Kernel, *arrays: Array, p: Problem) -> None:
     head = k.units(p.B * p.H)
     dq, dk, dv = p.heads(gradients, head)
     add_up(k, p, head, delta, grad, out)
-    sweep = Sweep(k, p, head, grad, lse, delta, inputs)
+    sweep = Sweep(k, p, head, (grad, lse, delta, *inputs))
     with k.loop(blocks(p.Tq, sweep.block)) as block:
         sweep.clear(block, dq)
     with k.loop(blocks(p.Tk, k.lanes)) as tile:
@@ -44,22 +48,21 @@ def fused(k: Kernel, *arrays: Array, p: Problem) -> None:
 def keys(k: Kernel, *arrays: Array, p: Problem) -> None:
     """dK and dV, with a tile of keys per unit."""
     n = 1 if p.packed else 2
-    gradients, (grad, lse, delta), inputs = arrays[:n], arrays[n : n + 3], arrays[n + 3 :]
+    gradients, given = arrays[:n], arrays[n:]
     n_tiles = blocks(p.Tk, k.lanes)
     unit = k.units(p.B * p.H * n_tiles)
     head = unit // n_tiles
-    dk, dv = p.heads(gradients if p.packed else (grad, *gradients), head)[1:]
-    Sweep(k, p, head, grad, lse, delta, inputs).keys(unit % n_tiles, dk, dv)
+    dk, dv = p.heads(gradients if p.packed else (given[0], *gradients), head)[1:]
+    Sweep(k, p, head, given).keys(unit % n_tiles, dk, dv)
 
 
-def queries(k: Kernel, gradient: Array, *arrays: Array, p: Problem) -> None:
+def queries(k: Kernel, gradient: Array, *given: Array, p: Problem) -> None:
     """dQ, with a block of queries per unit."""
-    (grad, lse, delta), inputs = arrays[:3], arrays[3:]
     n_blocks = blocks(p.Tq, block_size(p.Tq))
     unit = k.units(p.B * p.H * n_blocks)
     head, block = unit // n_blocks, unit % n_blocks
     dq = p.head(gradient, head, p.Tq, 0, 3)
-    sweep = Sweep(k, p, head, grad, lse, delta, inputs)
+    sweep = Sweep(k, p, head, given)
     sweep.clear(block, dq)
     q, grad_rows = sweep.rows(block)
     with counted(k, sweep.tiles_seen_by(block), blocks(p.Tk, k.lanes)) as tile:
@@ -90,16 +93,9 @@ def add_up(k: Kernel, p: Problem, head: UOp, delta: Array, grad: Array, out: Arr
 class Sweep:
     """One tile of keys of one head, and the blocks of queries that pass by it."""
 
-    def __init__(
-        self,
-        k: Kernel,
-        p: Problem,
-        head: UOp,
-        grad: Array,
-        lse: Array,
-        delta: Array,
-        inputs: Sequence[Array],
-    ) -> None:
+    def __init__(self, k: Kernel, p: Problem, head: UOp, given: Sequence[Array]) -> None:
+        """``given``: dO, lse, delta, and the inputs of the forward kernel."""
+        grad, lse, delta, *inputs = given
         self.k, self.p, self.block = k, p, block_size(p.Tq)
         self.rows_of_tile = tile_shape(k.gpu)[1]
         self.q, self.key, self.value = p.heads(inputs, head)
@@ -107,7 +103,7 @@ class Sweep:
         self.lse, self.delta, self.first = lse, delta, head * p.Tq
         dtype = lse.dtype
         self.key_t, self.value_t = k.tile(p.D, dtype), k.tile(p.D, dtype)  # (D, lanes)
-        self.w = k.tile(self.block, dtype)  # (queries, lanes)
+        self.w = k.tile(self.block, dtype)  # (queries, lanes), as is ds
         self.ds = k.tile(self.block, dtype, shared=True)
         self.drop = Dropout(k, p, head, inputs, k.lanes)
 
@@ -133,7 +129,7 @@ class Sweep:
             dv.put(self.key_row(tile, lane), d, dv_t[d, lane] * p.boost)
 
     def take(self, tile: UOp) -> None:
-        """A tile of keys and values, with lanes for keys; and the keys as they are, for dQ."""
+        """Load a tile of keys and values, (D, lanes) each; the keys also row by row, for dQ."""
         self.key_rows = self.key.rows(
             self.k, lambda r: self.key_row(tile, r), self.k.lanes, self.p.D
         )
@@ -233,20 +229,24 @@ class Sweep:
         return functools.reduce(lambda a, b: a & b, gates) if gates else None
 
     def key_row(self, tile: UOp, lane: Index) -> UOp:
+        """The position of a lane's key; lanes behind the last key repeat it."""
         at = tile * self.k.lanes + lane
         return at if self.p.Tk % self.k.lanes == 0 else minimum(at, self.p.Tk - 1)
 
     def query_row(self, block: UOp, x: Index) -> UOp:
+        """The position of query x of a block; those behind the last repeat it."""
         at = block * self.block + x
         return at if self.p.Tq % self.block == 0 else minimum(at, self.p.Tq - 1)
 
     def first_block_that_sees(self, tile: UOp) -> Index:
+        """The first block of queries of which one may see a key of the tile (causal: not all)."""
         if not self.p.causal:
             return 0
         query = tile * self.k.lanes - self.p.ahead  # the first that sees the tile's first key
         return (query < 0).where(as_index(0), query) // self.block
 
     def tiles_seen_by(self, block: UOp) -> Index:
+        """How many tiles of keys, from the first on, the queries of a block may see."""
         if not self.p.causal:
             return blocks(self.p.Tk, self.k.lanes)
         last = minimum(block * self.block + (self.block - 1), self.p.Tq - 1) + self.p.ahead

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tinygrad import Tensor, UOp
 
@@ -87,19 +87,15 @@ def rows_attention(
     slot and position; its query then sees the positions up to there. slots and positions are
     int32 (n,). Two rows must not have the same slot, unless they are alike. There is no gradient.
     """
-    (P, H, T, D), n = map(int, keys.shape), int(qkv.shape[0])
+    s = Cache(int(qkv.shape[0]), *map(int, keys.shape))
     return run(
         decode_rows,
-        [empty(qkv, n, H * D), keys, values],
+        [empty(qkv, s.n, s.H * s.D), keys, values],
         [contiguous(qkv), contiguous(slots), contiguous(positions)],
         lanes=tile_shape(on_gpu(qkv))[0],
-        name=f"attention_rows_{n}_{P}_{H}_{T}_{D}",
-        ops=4 * n * H * T * D,
-        rows=n,
-        P=P,
-        H=H,
-        T=T,
-        D=D,
+        name="attention_rows_" + "_".join(map(str, s)),
+        ops=4 * s.n * s.H * s.T * s.D,
+        s=s,
     )[0]
 
 
@@ -109,115 +105,81 @@ def keep(qkv: Tensor, keys: Tensor, values: Tensor, slot: Tensor) -> list[Tensor
 
     They become its first positions. The caller realizes the keys and values that are returned.
     """
-    (P, H, T, D), n = map(int, keys.shape), int(qkv.shape[0])
-    return run(
-        _keep,
-        [keys, values],
-        [contiguous(qkv), contiguous(slot)],
-        lanes=tile_shape(on_gpu(qkv))[0],
-        name=f"attention_keep_{n}_{P}_{H}_{T}_{D}",
-        rows=n,
-        P=P,
-        H=H,
-        T=T,
-        D=D,
-    )
+    s = Cache(int(qkv.shape[0]), *map(int, keys.shape))
+    inputs, name = [contiguous(qkv), contiguous(slot)], "attention_keep_" + "_".join(map(str, s))
+    lanes = tile_shape(on_gpu(qkv))[0]
+    return run(keep_rows, [keys, values], inputs, lanes=lanes, name=name, s=s)
 
 
-def _keep(
-    k: Kernel,
-    keys: Array,
-    values: Array,
-    qkv: Array,
-    slot: Array,
-    *,
-    rows: int,
-    P: int,
-    H: int,
-    T: int,
-    D: int,
+class Cache(NamedTuple):
+    """The sizes of a step of n rows and of its cache, whose keys and values are (P, H, T, D)."""
+
+    n: int
+    P: int
+    H: int
+    T: int
+    D: int
+
+
+def keep_rows(k: Kernel, keys: Array, values: Array, qkv: Array, slot: Array, *, s: Cache) -> None:
+    """The keys and values of qkv (n, 3, H, D) become the first n positions of one slot."""
+    unit = k.units(s.n * s.H)
+    row, h = unit // s.H, unit % s.H
+    at = ((at_most(slot[0], s.P - 1) * s.H + h) * s.T + row) * s.D
+    copy_row(k, (keys, values), at, qkv, (row * 3 * s.H + h) * s.D, s)
+
+
+def copy_row(
+    k: Kernel, caches: tuple[Array, Array], at: UOp, qkv: Array, query: UOp, s: Cache
 ) -> None:
-    unit = k.units(rows * H)
-    row, h = unit // H, unit % H
-    start = ((at_most(slot[0], P - 1) * H + h) * T + row) * D
-    for part, cache in enumerate((keys, values), start=1):
-        with k.loop(blocks(D, k.lanes)) as j, k.phase() as lane:
+    """One head's key and value, which follow its ``query`` in qkv, go into the caches at ``at``."""
+    for part, cache in enumerate(caches, start=1):
+        with k.loop(blocks(s.D, k.lanes)) as j, k.phase() as lane:
             d = j * k.lanes + lane
-            new = qkv[((row * 3 + part) * H + h) * D + minimum(d, D - 1)]
-            cache.put(start + d, new, d < D if D % k.lanes else None)
+            new = qkv[query + part * (s.H * s.D) + minimum(d, s.D - 1)]
+            cache.put(at + d, new, d < s.D if s.D % k.lanes else None)
 
 
-def decode_rows(
-    k: Kernel,
-    out: Array,
-    keys: Array,
-    values: Array,
-    qkv: Array,
-    slots: Array,
-    positions: Array,
-    *,
-    rows: int,
-    P: int,
-    H: int,
-    T: int,
-    D: int,
-) -> None:
+def decode_rows(k: Kernel, out: Array, keys: Array, values: Array, *given: Array, s: Cache) -> None:
     """Each row's own key and value into the cache, then out = softmax(q kᵀ / √D) v up to there.
 
-    qkv is (rows, 3, H, D), out (rows, H, D), keys and values are (P, H, T, D). A row has the place
-    ``slots[row]`` there, and stands at ``positions[row]``.
+    out is (n, H, D). Inputs: qkv (n, 3, H, D), slots and positions (n,). A row has the place
+    ``slots[row]`` in the cache, and stands at ``positions[row]``.
     """
-    unit = k.units(rows * H)
+    (qkv, slots, positions), (_, P, H, T, D) = given, s
+    unit = k.units(s.n * H)
     row, h = unit // H, unit % H
     position = at_most(positions[row], T - 1)
-    query = row * (3 * H * D) + h * D
-    at = Head(query, (at_most(slots[row], P - 1) * H + h) * (T * D), unit * D)
-    for part, cache in enumerate((keys, values), start=1):
-        with k.loop(blocks(D, k.lanes)) as j, k.phase() as lane:
-            d = j * k.lanes + lane
-            new = qkv[query + part * (H * D) + minimum(d, D - 1)]
-            cache.put(at.cache + position * D + d, new, d < D if D % k.lanes else None)
-    _attend(k, out, qkv, keys, values, at, position + 1, T, D)
-
-
-@dataclass(frozen=True)
-class Head:
-    """Where a head's query, keys and values, and result begin."""
-
-    query: UOp
-    cache: UOp
-    result: UOp
+    query, start = row * (3 * H * D) + h * D, (at_most(slots[row], P - 1) * H + h) * (T * D)
+    copy_row(k, (keys, values), start + position * D, qkv, query, s)
+    _attend(k, (out, qkv, keys, values), (query, start, unit * D), position + 1, T, D)
 
 
 def _attend(
-    k: Kernel,
-    out: Array,
-    q: Array,
-    keys: Array,
-    values: Array,
-    at: Head,
-    n: UOp,
-    T: int,
-    D: int,
+    k: Kernel, arrays: tuple[Array, ...], at: tuple[UOp, UOp, UOp], n: UOp, T: int, D: int
 ) -> None:
     """The result of one head, which sees the first n of T keys.
+
+    The arrays are out, q, keys, values. The head's query, its keys and values, and its result begin
+    ``at`` these places.
 
     Online softmax, as in `forward`. Reading the cache is all the work there is, so lanes are the
     head's dimensions, in which it is read in order; the scores are added up across the lanes.
     """
+    out, q, keys, values = arrays
     dtype, W, parts = wide(q.dtype), k.lanes, range(blocks(D, k.lanes))
     scaled, o = k.tile(len(parts), dtype), k.tile(len(parts), dtype)
     products, w = k.tile(ROWS, dtype, shared=True), k.tile(1, dtype, width=BLOCK, shared=True)
     lanes = k.tile(1, dtype, shared=True)
     sums, m, m_new, total, shrink = (k.tile(n, dtype, width=1) for n in (ROWS, 1, 1, 1, 1))
-    groups = range(BLOCK // W)
+    groups, (start, cached, result) = range(BLOCK // W), at
 
     def number(cache: Array, t: Index, part: Index, lane: Index) -> UOp:
-        return cache[at.cache + minimum(t, n - 1) * D + minimum(part * W + lane, D - 1)].cast(dtype)
+        return cache[cached + minimum(t, n - 1) * D + minimum(part * W + lane, D - 1)].cast(dtype)
 
     with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
-        query = q[at.query + minimum(d, D - 1)].cast(dtype) * (LOG2E / math.sqrt(D))
+        query = q[start + minimum(d, D - 1)].cast(dtype) * (LOG2E / math.sqrt(D))
         scaled[part, lane] = (d < D).where(query, 0.0)
         o[part, lane] = 0.0
     with k.phase(1):
@@ -256,4 +218,4 @@ def _attend(
             o[part, lane] = sum_so_far
     with k.loop(len(parts)) as part, k.phase() as lane:
         d = part * W + lane
-        out.put(at.result + d, o[part, lane] / total[0, 0], d < D if D % W else None)
+        out.put(result + d, o[part, lane] / total[0, 0], d < D if D % W else None)

@@ -1,4 +1,9 @@
-"""What the attention kernels share: their sizes, where heads lie in memory, products of tiles."""
+"""What the attention kernels share: their sizes, where heads lie in memory, dropout of weights.
+
+A *tile* is as many queries (forward) or keys (backward) as there are lanes; a *block* is up to
+`BLOCK` rows of the other side, which meet it one block after another. All products of a kernel then
+are ``sums[x, lane] += a(x, y) b(y, lane)`` (`loops.product`): nothing is added up across lanes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from tinygpt.kernels.matmul import register_tiles
 from tinygpt.kernels.phases import LOG2E, Array, Index, Kernel, Value, as_index, wide
 
 BLOCK = 32
-"""Rows of the other side that meet a tile at once: with them, all of a unit stays in a 32 KB L1."""
+"""Rows of the other side that meet a tile at once: so all tiles of a unit fit a 32 KB L1 cache."""
 
 HIDDEN = -1e30
 """The score of a key that a query may not see; finite, since GPUs may assume that numbers are."""
@@ -100,8 +105,9 @@ class Head:
     def rows(self, k: Kernel, row: Callable[[Index], UOp], n: int, D: int) -> Matrix:
         """The n rows row(0), row(1), ... for a kernel that reads them again and again.
 
-        Rows far apart, which compete for the same places in a cache, and rows of another type are
-        copied first; a GPU has no room for that.
+        Rows that lie far apart (a power of two of bytes, often) fall on the same few sets of a
+        cache, and rows of another type would be converted at each use: both are copied into a tile
+        first. On a GPU they are read where they lie, since the tile would not fit its registers.
         """
         if k.gpu or (self._stride == D and self._array.dtype == self.dtype):
             return lambda x, d: self[row(x), d]
@@ -117,8 +123,8 @@ class Head:
 class Dropout:
     """Dropout of the weights of one head; without dropout in the problem, nothing at all.
 
-    A row of the mask belongs to a key, a column to a query. The streams of up to ``n`` keys are
-    kept at hand: `take` them first.
+    A row of the mask belongs to a key, a column to a query. Call `take` for each new block of keys:
+    it computes their streams, of up to ``n`` keys, which every query then uses.
     """
 
     def __init__(self, k: Kernel, p: Problem, head: UOp, inputs: Sequence[Array], n: int) -> None:
@@ -131,7 +137,7 @@ class Dropout:
             )
 
     def take(self, row: Callable[[Index], UOp]) -> None:
-        """The streams of the keys at the positions row(0), row(1), ..."""
+        """Compute the streams of the keys at the positions row(0), row(1), ..."""
         if not self._p.dropout:
             return
         key = (self._key[0], self._key[1])

@@ -96,7 +96,7 @@ def check_kernel(kernel: str, timed: bool = True) -> KernelReport:
     note = ""
     if kernel == "linear" and not on_cpu(probe):
         note = "on this device linear layers are tinygrad's own products: both ways are the same"
-    rows = tuple(map(check_case, cases()))
+    rows = tuple(check_case(make()) for make in cases)
     good = all(row.passed for row in rows)
     return KernelReport(
         kernel, Device.DEFAULT, rows, time_case(typical()) if timed and good else None, note
@@ -105,7 +105,9 @@ def check_kernel(kernel: str, timed: bool = True) -> KernelReport:
 
 def unchecked() -> list[str]:
     """The operations that no case of their kernel checks; there should be none."""
-    checked = {(kernel, c.operation) for kernel, (cases, _) in KERNELS.items() for c in cases()}
+    checked = {
+        (kernel, make().operation) for kernel, (cases, _) in KERNELS.items() for make in cases
+    }
     return [name for name, kernel in OPERATIONS.items() if (kernel, name) not in checked]
 
 

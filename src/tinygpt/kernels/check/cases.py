@@ -6,8 +6,9 @@ and in float64. Every operation of ``dispatch.OPERATIONS`` needs one: see `check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from tinygpt.kernels.attention import flash_attention
 from tinygpt.kernels.check import exact
 
 Array = npt.NDArray[Any]
-Function = Callable[..., Tensor]
 Results = Callable[..., list[Tensor]]
 Formula = Callable[..., list[exact.Array]]
 
@@ -42,235 +42,149 @@ class Case:
 
 
 def case(
-    operation: Callable[..., object],
+    operation: Callable[..., Any],
     shape: str,
     inputs: Sequence[Array],
-    compute: Results,
     formula: Formula,
+    compute: Callable[..., Any] | None = None,
+    gradients: int = 0,
     results: int = 1,
 ) -> Case:
-    """A case of an operation that ``compute`` calls: its twin is the same within ``plain()``."""
+    """A case of an operation, which ``compute`` calls if its arguments are not just the inputs.
+
+    With ``gradients`` those of so many inputs are computed too, from one more input, the last: the
+    gradient of the result. The twin is the same within ``plain()``.
+    """
+
+    def ours(*given: Tensor) -> list[Tensor]:
+        found = (compute or operation)(*(given[:-1] if gradients else given))
+        if not gradients:
+            return list(found) if isinstance(found, (list, tuple)) else [found]
+        last = given[-1].reshape(found.shape)
+        return [found, *found.gradient(*given[:gradients], gradient=last)]
 
     def twin(*given: Tensor) -> list[Tensor]:
         with kernels.plain():
-            return compute(*given)
+            return ours(*given)
 
-    return Case(operation.__name__, shape, tuple(inputs), compute, twin, formula, results)
-
-
-def attention_cases() -> Iterator[Case]:
-    for B, H, Tq, Tk, D, causal in (
-        (2, 2, 1, 1, 16, True),
-        (1, 3, 7, 7, 32, True),
-        (2, 2, 64, 64, 32, True),
-        (2, 1, 257, 257, 64, True),
-        (1, 2, 1000, 1000, 16, True),
-        (1, 2, 20, 100, 64, True),
-        (1, 2, 33, 50, 128, False),
-    ):
-        sizes = f"T{Tq}" if Tq == Tk else f"Tq{Tq} Tk{Tk}"
-        yield _attention(f"B{B} H{H} {sizes} D{D}", B, H, Tq, Tk, D, causal)
-    yield _packed("packed B2 H4 T40 D32", 2, 4, 40, 32)
-    yield _rows("rows n2 of 2 H4 T300 D64", 2, 2, 4, 300, 64)
-    yield _rows("rows n3 of 5 H2 T100 D32", 3, 5, 2, 100, 32)
-    yield _keep("keep 7 of 5 H2 T20 D24", 7, 5, 2, 20, 24)
+    return Case(operation.__name__, shape, tuple(inputs), ours, twin, formula, results)
 
 
-def attention_timed() -> Case:
-    return _packed("packed B2 H4 T256 D32", 2, 4, 256, 32)
+def several(*shapes: tuple[int, ...]) -> list[npt.NDArray[np.float32]]:
+    """Normal random numbers in each of the shapes."""
+    return [
+        np.random.default_rng(seed).standard_normal(shape, np.float32)
+        for seed, shape in enumerate(shapes)
+    ]
 
 
-def _attention(shape: str, B: int, H: int, Tq: int, Tk: int, D: int, causal: bool) -> Case:
-    q, grad = numbers(B, H, Tq, D), numbers(B, H, Tq, D, seed=3)
-    k, v = numbers(B, H, Tk, D, seed=1), numbers(B, H, Tk, D, seed=2)
+def _attention(B: int, H: int, Tq: int, Tk: int, D: int, causal: bool) -> Case:
+    sizes = f"T{Tq}" if Tq == Tk else f"Tq{Tq} Tk{Tk}"
     return case(
         flash_attention,
-        f"{shape} causal" if causal else f"{shape} all to all",
-        (q, k, v, grad),
-        with_gradients(lambda q, k, v: flash_attention(q, k, v, causal), 3),
+        f"B{B} H{H} {sizes} D{D} {'causal' if causal else 'all to all'}",
+        several((B, H, Tq, D), (B, H, Tk, D), (B, H, Tk, D), (B, H, Tq, D)),
         lambda q, k, v, grad: exact.attention(q, k, v, causal, grad),
+        lambda q, k, v: flash_attention(q, k, v, causal),
+        gradients=3,
     )
 
 
-def _packed(shape: str, B: int, H: int, T: int, D: int) -> Case:
+def _packed(B: int, H: int, T: int, D: int) -> Case:
     """As the model calls it."""
     return case(
         kernels.self_attention,
-        f"{shape} causal",
-        (numbers(B, T, 3 * H * D), numbers(B, T, H * D, seed=1)),
-        with_gradients(lambda qkv: kernels.self_attention(qkv, H), 1),
+        f"packed B{B} H{H} T{T} D{D} causal",
+        several((B, T, 3 * H * D), (B, T, H * D)),
         lambda qkv, grad: exact.packed_attention(qkv, H, grad),
+        lambda qkv: kernels.self_attention(qkv, H),
+        gradients=1,
     )
 
 
-def _rows(shape: str, n: int, P: int, H: int, T: int, D: int) -> Case:
+def _rows(n: int, P: int, H: int, T: int, D: int) -> Case:
     """A step of n sequences in a cache of P slots."""
-    slots, positions = np.arange(P, dtype=np.int32)[::-1][:n].copy(), np.arange(n, dtype=np.int32)
-    positions *= T // n
-    inputs = (numbers(n, 3 * H * D), *_cache(P, H, T, D), slots, positions)
+    slots = np.arange(P, dtype=np.int32)[::-1][:n].copy()
+    positions = np.arange(n, dtype=np.int32) * (T // n)
+    inputs = [*several((n, 3 * H * D), (P, H, T, D), (P, H, T, D)), slots, positions]
 
     def compute(qkv: Tensor, keys: Tensor, values: Tensor, *where: Tensor) -> list[Tensor]:
         keys, values = keys.clone().realize(), values.clone().realize()
-        out = kernels.rows_attention(qkv, keys, values, *where).realize()
-        return [out, keys, values]
+        return [kernels.rows_attention(qkv, keys, values, *where).realize(), keys, values]
 
-    return case(kernels.rows_attention, shape, inputs, compute, exact.rows_attention, results=3)
+    shape = f"rows n{n} of {P} H{H} T{T} D{D}"
+    return case(kernels.rows_attention, shape, inputs, exact.rows_attention, compute, results=3)
 
 
-def _keep(shape: str, n: int, P: int, H: int, T: int, D: int) -> Case:
+def _keep(n: int, P: int, H: int, T: int, D: int) -> Case:
     """The keys and values of a prompt, written into slot 1."""
-    inputs = (numbers(n, 3 * H * D), *_cache(P, H, T, D), np.array([1], np.int32))
+    inputs = [*several((n, 3 * H * D), (P, H, T, D), (P, H, T, D)), np.array([1], np.int32)]
 
     def compute(qkv: Tensor, keys: Tensor, values: Tensor, slot: Tensor) -> list[Tensor]:
         return kernels.keep(qkv, keys.clone().realize(), values.clone().realize(), slot)
 
-    return case(kernels.keep, shape, inputs, compute, exact.keep, results=2)
-
-
-def _cache(P: int, H: int, T: int, D: int) -> tuple[Array, Array]:
-    return numbers(P, H, T, D, seed=1), numbers(P, H, T, D, seed=2)
-
-
-def linear_cases() -> Iterator[Case]:
-    for rows, n_in, n_out in ((1, 64, 192), (24, 96, 160), (65, 33, 17)):
-        yield _linear(rows, n_in, n_out)
-
-
-def linear_timed() -> Case:
-    return _linear(768, 128, 512)
+    shape = f"keep {n} of {P} H{H} T{T} D{D}"
+    return case(kernels.keep, shape, inputs, exact.keep, compute, results=2)
 
 
 def _linear(rows: int, n_in: int, n_out: int) -> Case:
-    inputs = [numbers(rows, n_in), numbers(n_out, n_in, seed=1), numbers(n_out, seed=2)]
-    return case(
-        kernels.linear,
-        f"{rows}x{n_in} to {n_out}",
-        (*inputs, numbers(rows, n_out, seed=4)),
-        with_gradients(kernels.linear, 3),
-        exact.linear,
-    )
-
-
-def gelu_cases() -> Iterator[Case]:
-    for rows, width in ((1, 1), (7, 33), (96, 128)):
-        yield _gelu(rows, width)
-
-
-def gelu_timed() -> Case:
-    return _gelu(768, 512)
+    inputs = several((rows, n_in), (n_out, n_in), (n_out,), (rows, n_out))
+    return case(kernels.linear, f"{rows}x{n_in} to {n_out}", inputs, exact.linear, gradients=3)
 
 
 def _gelu(rows: int, width: int) -> Case:
-    inputs = numbers(rows, width), numbers(rows, width, seed=1)
-    compute = with_gradients(kernels.gelu, 1)
-    return case(kernels.gelu, f"{rows}x{width}", inputs, compute, exact.gelu)
-
-
-def int8_cases() -> Iterator[Case]:
-    for rows, n_in, n_out in ((1, 64, 192), (3, 33, 17), (24, 96, 160)):
-        yield _int8(rows, n_in, n_out)
-
-
-def int8_timed() -> Case:
-    return _int8(1, 768, 3072)
+    inputs = several((rows, width), (rows, width))
+    return case(kernels.gelu, f"{rows}x{width}", inputs, exact.gelu, gradients=1)
 
 
 def _int8(rows: int, n_in: int, n_out: int) -> Case:
     """A layer whose weights are int8, which only generates and has no gradients."""
+    x, scale, bias = several((rows, n_in), (n_out,), (n_out,))
     weight = np.random.default_rng(1).integers(-127, 128, (n_out, n_in), np.int8)
-    scale = np.abs(numbers(n_out, seed=2)) / 127
-    return case(
-        kernels.quantized_linear,
-        f"{rows}x{n_in} to {n_out}",
-        (numbers(rows, n_in), weight, scale, numbers(n_out, seed=3)),
-        lambda *given: [kernels.quantized_linear(*given)],
-        exact.quantized_linear,
-    )
-
-
-def norm_cases() -> Iterator[Case]:
-    for rows, width in ((1, 16), (7, 33), (96, 128), (5, 768)):
-        yield _norm(rows, width)
-
-
-def norm_timed() -> Case:
-    return _norm(768, 128)
+    inputs, shape = [x, weight, np.abs(scale) / 127, bias], f"{rows}x{n_in} to {n_out}"
+    return case(kernels.quantized_linear, shape, inputs, exact.quantized_linear)
 
 
 def _norm(rows: int, width: int) -> Case:
-    x = numbers(rows, width) * 3 + 1
-    inputs = (x, numbers(width, seed=1), numbers(width, seed=2), numbers(rows, width, seed=3))
-    compute = with_gradients(kernels.layer_norm, 3)
-    return case(kernels.layer_norm, f"{rows}x{width}", inputs, compute, exact.layer_norm)
-
-
-def dropout_cases() -> Iterator[Case]:
-    for rows, width in ((1, 1), (7, 33), (96, 128)):
-        yield _dropout(rows, width)
-
-
-def dropout_timed() -> Case:
-    return _dropout(768, 128)
+    inputs = several((rows, width), (width,), (width,), (rows, width))
+    inputs[0] = inputs[0] * 3 + 1
+    return case(kernels.layer_norm, f"{rows}x{width}", inputs, exact.layer_norm, gradients=3)
 
 
 def _dropout(rows: int, width: int) -> Case:
-    x, grad = (numbers(rows, width, seed=i) for i in range(2))
-    key, p = np.array([1337, 42], np.uint32), 0.3
+    (x, grad), p = several((rows, width), (rows, width)), 0.3
     return case(
         kernels.dropout,
         f"{rows}x{width}",
-        (x, key, grad),
-        with_gradients(lambda x, key: kernels.dropout(x, p, key), 1),
+        [x, np.array([1337, 42], np.uint32), grad],
         lambda x, key, grad: exact.dropout(x, key, p, grad),
+        lambda x, key: kernels.dropout(x, p, key),
+        gradients=1,
     )
-
-
-def embedding_cases() -> Iterator[Case]:
-    for B, T, V, C in ((1, 1, 5, 16), (2, 7, 11, 33), (3, 40, 300, 64)):
-        yield _embedding(B, T, V, C)
-
-
-def embedding_timed() -> Case:
-    return _embedding(12, 64, 512, 128)
 
 
 def _embedding(B: int, T: int, V: int, C: int) -> Case:
-    tokens = np.random.default_rng(0).integers(0, V, (B, T), np.int32)
+    weight, positions, grad = several((V, C), (T, C), (B, T, C))
     return case(
         kernels.embedding,
         f"{B}x{T} of {V}x{C}",
-        (numbers(V, C), numbers(T, C, seed=1), tokens, numbers(B, T, C, seed=2)),
-        with_gradients(lambda weight, at, tokens: kernels.embedding(tokens, weight, at), 2),
+        [weight, positions, np.random.default_rng(0).integers(0, V, (B, T), np.int32), grad],
         exact.embedding,
+        lambda weight, positions, tokens: kernels.embedding(tokens, weight, positions),
+        gradients=2,
     )
 
 
-def loss_cases() -> Iterator[Case]:
-    for rows, C, V in ((1, 16, 5), (7, 33, 300), (300, 64, 1000)):
-        yield _loss(rows, C, V)
-    yield _cross_entropy(7, 300)
-
-
-def loss_timed() -> Case:
-    return _loss(768, 128, 1024)
-
-
 def _loss(rows: int, C: int, V: int) -> Case:
-    def compute(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return kernels.loss(x, weight, targets, gradient=True)
-
-    inputs = (numbers(rows, C), numbers(V, C, seed=1), *_targets(rows, V))
-    shape = f"{rows}x{C} to {V}"
-    return case(kernels.loss, shape, inputs, with_gradients(compute, 2), exact.loss)
+    inputs, shape = [*several((rows, C), (V, C)), *_targets(rows, V)], f"{rows}x{C} to {V}"
+    compute = partial(kernels.loss, gradient=True)
+    return case(kernels.loss, shape, inputs, exact.loss, compute, gradients=2)
 
 
 def _cross_entropy(rows: int, V: int) -> Case:
     """Of logits that exist."""
-    inputs = (numbers(rows, V), *_targets(rows, V))
-    compute = with_gradients(kernels.cross_entropy, 1)
-    return case(
-        kernels.cross_entropy, f"{rows} logits of {V}", inputs, compute, exact.cross_entropy
-    )
+    inputs, shape = [*several((rows, V)), *_targets(rows, V)], f"{rows} logits of {V}"
+    return case(kernels.cross_entropy, shape, inputs, exact.cross_entropy, gradients=1)
 
 
 def _targets(rows: int, V: int) -> tuple[Array, Array]:
@@ -280,22 +194,12 @@ def _targets(rows: int, V: int) -> tuple[Array, Array]:
     return targets, np.array([rows], np.float32)
 
 
-def adamw_cases() -> Iterator[Case]:
-    yield _adamw("one number", (1,))
-    yield _adamw("33x7 and 7", (33, 7), (7,))
-    yield _adamw("three matrices and a vector", (64, 64), (64, 64), (300, 64), (64,))
-
-
-def adamw_timed() -> Case:
-    return _adamw("four layers", *[(384, 128), (128, 128), (512, 128), (128, 512)] * 4)
-
-
-def _adamw(name: str, *shapes: tuple[int, ...]) -> Case:
+def _adamw(*shapes: tuple[int, ...]) -> Case:
     """The third step, with weight decay, and clipped."""
     n, step = len(shapes), 3
     rates: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip": 1.0}
-    kinds = [[numbers(*s, seed=4 * i + j) for i, s in enumerate(shapes)] for j in range(4)]
-    kinds[3] = [v**2 for v in kinds[3]]
+    numbers = several(*shapes * 4)
+    numbers[3 * n :] = [v**2 for v in numbers[3 * n :]]
     scalars = [np.array([x], np.float32) for x in (0.1, 0.9 ** (step - 1), 0.99 ** (step - 1))]
 
     def compute(*inputs: Tensor) -> list[Tensor]:
@@ -309,24 +213,15 @@ def _adamw(name: str, *shapes: tuple[int, ...]) -> Case:
         parts = list(zip(*(inputs[i : i + n] for i in range(0, 4 * n, n)), strict=True))
         return exact.adamw(parts, step, lr=0.1, decay=0.1, **rates)
 
-    inputs = (*kinds[0], *kinds[1], *kinds[2], *kinds[3], *scalars)
-    return case(kernels.adamw_update, name, inputs, compute, formula, results=1 + 3 * n)
+    inputs, shape = numbers + scalars, f"{n} tensors from {shapes[0]}"
+    return case(kernels.adamw_update, shape, inputs, formula, compute, results=1 + 3 * n)
 
 
-def muon_cases() -> Iterator[Case]:
-    yield _muon("99x33 in three and 33x48", (99, 33, 3), (33, 48, 1))
-    yield _muon("192x64 in three and 64x256", (192, 64, 3), (64, 256, 1))
-
-
-def muon_timed() -> Case:
-    return _muon("384x128 in three and 512x128", (384, 128, 3), (512, 128, 1))
-
-
-def _muon(name: str, *shapes: tuple[int, int, int]) -> Case:
+def _muon(*shapes: tuple[int, int, int]) -> Case:
     """Clipped, with weight decay, of weights (rows, columns, matrices one above the other)."""
     n, counts, norm = len(shapes), [count for *_, count in shapes], 4.0
     rates: dict[str, Any] = {"momentum": 0.95, "decay": 0.1, "clip": 1.0}
-    kinds = [[numbers(*s[:2], seed=3 * i + j) for i, s in enumerate(shapes)] for j in range(3)]
+    numbers = several(*[(rows, columns) for rows, columns, _ in shapes] * 3)
     scalars = [np.array(x, np.float32) for x in ([0.01], [1.0, norm, 1.0])]
 
     def compute(*inputs: Tensor) -> list[Tensor]:
@@ -339,39 +234,59 @@ def _muon(name: str, *shapes: tuple[int, int, int]) -> Case:
         parts = list(zip(*(inputs[i : i + n] for i in range(0, 3 * n, n)), strict=True))
         return exact.muon(parts, counts, lr=0.02, norm=norm, **rates)
 
-    inputs = (*kinds[0], *kinds[1], *kinds[2], *scalars)
-    return case(kernels.muon_update, name, inputs, compute, formula, results=2 * n)
+    inputs, shape = numbers + scalars, f"{n} matrices from {shapes[0]}"
+    return case(kernels.muon_update, shape, inputs, formula, compute, results=2 * n)
 
 
-def with_gradients(function: Function, count: int) -> Results:
-    """The function's result and the gradients of its first ``count`` inputs.
-
-    The gradient of the result is one more input, the last.
-    """
-
-    def results(*inputs: Tensor) -> list[Tensor]:
-        *given, gradient = inputs
-        out = function(*given)
-        return [out, *out.gradient(*given[:count], gradient=gradient.reshape(out.shape))]
-
-    return results
+Make = Callable[[], Case]
 
 
-def numbers(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Normal random numbers."""
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+def each(make: Callable[..., Case], *shapes: tuple[Any, ...]) -> list[Make]:
+    """What makes a case of every shape."""
+    return [partial(make, *shape) for shape in shapes]
 
 
-KERNELS: dict[str, tuple[Callable[[], Iterator[Case]], Callable[[], Case]]] = {
-    "attention": (attention_cases, attention_timed),
-    "linear": (linear_cases, linear_timed),
-    "gelu": (gelu_cases, gelu_timed),
-    "int8": (int8_cases, int8_timed),
-    "norm": (norm_cases, norm_timed),
-    "dropout": (dropout_cases, dropout_timed),
-    "embedding": (embedding_cases, embedding_timed),
-    "loss": (loss_cases, loss_timed),
-    "adamw": (adamw_cases, adamw_timed),
-    "muon": (muon_cases, muon_timed),
+THREE = (1, 1), (7, 33), (96, 128)
+LAYERS = ((384, 128), (128, 128), (512, 128), (128, 512)) * 4
+KERNELS: dict[str, tuple[list[Make], Make]] = {
+    "attention": (
+        [
+            *each(_attention, (2, 2, 1, 1, 16, True), (1, 3, 7, 7, 32, True)),
+            *each(_attention, (2, 2, 64, 64, 32, True), (2, 1, 257, 257, 64, True)),
+            *each(_attention, (1, 2, 1000, 1000, 16, True), (1, 2, 20, 100, 64, True)),
+            *each(_attention, (1, 2, 33, 50, 128, False)),
+            *each(_packed, (2, 4, 40, 32)),
+            *each(_rows, (2, 2, 4, 300, 64), (3, 5, 2, 100, 32)),
+            *each(_keep, (7, 5, 2, 20, 24)),
+        ],
+        partial(_packed, 2, 4, 256, 32),
+    ),
+    "linear": (
+        each(_linear, (1, 64, 192), (24, 96, 160), (65, 33, 17)),
+        partial(_linear, 768, 128, 512),
+    ),
+    "gelu": (each(_gelu, *THREE), partial(_gelu, 768, 512)),
+    "int8": (each(_int8, (1, 64, 192), (3, 33, 17), (24, 96, 160)), partial(_int8, 1, 768, 3072)),
+    "norm": (each(_norm, (1, 16), (7, 33), (96, 128), (5, 768)), partial(_norm, 768, 128)),
+    "dropout": (each(_dropout, *THREE), partial(_dropout, 768, 128)),
+    "embedding": (
+        each(_embedding, (1, 1, 5, 16), (2, 7, 11, 33), (3, 40, 300, 64)),
+        partial(_embedding, 12, 64, 512, 128),
+    ),
+    "loss": (
+        [
+            *each(_loss, (1, 16, 5), (7, 33, 300), (300, 64, 1000)),
+            *each(_cross_entropy, (7, 300)),
+        ],
+        partial(_loss, 768, 128, 1024),
+    ),
+    "adamw": (
+        each(_adamw, ((1,),), ((33, 7), (7,)), ((64, 64), (64, 64), (300, 64), (64,))),
+        partial(_adamw, *LAYERS),
+    ),
+    "muon": (
+        each(_muon, ((99, 33, 3), (33, 48, 1)), ((192, 64, 3), (64, 256, 1))),
+        partial(_muon, (384, 128, 3), (512, 128, 1)),
+    ),
 }
-"""What can be checked: its cases, and the one that is timed."""
+"""What can be checked: what makes its cases, and the one that is timed."""

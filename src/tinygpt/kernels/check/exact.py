@@ -135,20 +135,19 @@ def cross_entropy(logits: Array, targets: Ids, grad: Array) -> list[Array]:
 
 
 def adamw(
-    parts: list[tuple[Array, Array, Array, Array]],
+    parts: list[tuple[Array, ...]],
     step: int,
     *,
     lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
     decay: float,
     clip: float,
+    **adam: float,
 ) -> list[Array]:
     """Step number ``step`` for (parameter, gradient, m, v)s -> norm, then parameter, m, v of each.
 
     The gradients are first clipped to the norm ``clip`` of all of them.
     """
+    beta1, beta2, eps = adam["beta1"], adam["beta2"], adam["eps"]
     norm = np.sqrt(sum((g**2).sum() for _, g, _, _ in parts))
     found = [norm]
     for p, g, m, v in parts:

@@ -7,12 +7,13 @@ lanes, laid so that a vector of them is contiguous.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tinygrad import UOp
 
-from tinygpt.kernels.loops import blocks, fill, product, row_of
+from tinygpt.kernels.loops import blocks, fill, largest_divisor, product, row_of
 from tinygpt.kernels.loss.cross_entropy import row_loss
+from tinygpt.kernels.matmul import register_tile
 from tinygpt.kernels.phases import (
     LOG2E,
     Array,
@@ -32,10 +33,13 @@ LOWEST = -3e38
 """Below every score but those beyond V, which are -inf: a block of these has exp(S - m) = 0."""
 DEPTH = 256
 """Most steps of a product between two visits to memory."""
+CHUNK = 512
+"""About how many rows are worked off at a time."""
+MOST_CHUNKS = 48
+"""A kernel takes something of every chunk, and tinygrad 62 buffers at most."""
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """How N rows of width C and V rows of weight are cut up."""
 
     N: int
@@ -43,48 +47,15 @@ class Cut:
     V: int
     lanes: int
     tile: int  # rows of a register tile
-    chunk: int  # about how many rows are worked off at a time
-    frozen: bool = False  # the gradient of the weight is not wanted
-
-    @property
-    def name(self) -> str:
-        """For profiles."""
-        return f"{self.N}x{self.V}x{self.C}"
-
-    @property
-    def chunks(self) -> int:
-        """Their number."""
-        return blocks(self.N, self.chunk)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a chunk, a multiple of the lanes; those beyond N are zero and do not count."""
-        return blocks(self.N, self.chunks * self.lanes) * self.lanes
-
-    @property
-    def padded(self) -> int:
-        """Rows of all chunks."""
-        return self.chunks * self.rows
-
-    @property
-    def columns(self) -> int:
-        """C, rounded up to a multiple of the lanes."""
-        return blocks(self.C, self.lanes) * self.lanes
-
-    @property
-    def block(self) -> int:
-        """Rows of the weight of a block; fewer where they would not make a block for each part."""
-        return BLOCK if self.V > BLOCK * PARTS else BLOCK // 2
-
-    @property
-    def parts(self) -> int:
-        """Parts of the vocabulary that are worked off independently."""
-        return min(PARTS, blocks(self.V, self.block))
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the vocabulary, the same number for each part; the last may lie beyond V."""
-        return blocks(self.V, self.block * self.parts) * self.parts
+    chunks: int
+    rows: int  # of a chunk, a multiple of the lanes; those beyond N are zero and do not count
+    padded: int  # rows of all chunks
+    columns: int  # C, rounded up to a multiple of the lanes
+    block: int  # rows of the weight of a block
+    parts: int  # of the vocabulary, which are worked off independently
+    blocks: int  # of the vocabulary, the same number for each part; the last may lie beyond V
+    depth: int  # steps of the sum over C between two visits to memory
+    frozen: bool  # the gradient of the weight is not wanted
 
     @property
     def powers(self) -> tuple[int, int]:
@@ -96,10 +67,29 @@ class Cut:
         """The shape of what the parts add to a chunk's dx, in numbers."""
         return self.parts, self.rows, self.C
 
-    @property
-    def depth(self) -> int:
-        """Steps of the sum over C between two visits to memory."""
-        return next((d for d in range(DEPTH, DEPTH // 4, -1) if self.C % d == 0), self.C)
+
+def cut_of(N: int, C: int, V: int, frozen: bool = False) -> Cut:
+    """How N rows of width C and V rows of weight are cut up on this machine."""
+    most = max(CHUNK, blocks(N, MOST_CHUNKS))
+    lanes, tile = register_tile(most)
+    chunks = blocks(N, most)
+    rows = blocks(N, chunks * lanes) * lanes
+    # smaller blocks where large ones would not make one for each part
+    block = BLOCK if V > BLOCK * PARTS else BLOCK // 2
+    parts = min(PARTS, blocks(V, block))
+    return Cut(
+        *(N, C, V, lanes),
+        tile=largest_divisor(BLOCK // 2, tile),
+        chunks=chunks,
+        rows=rows,
+        padded=chunks * rows,
+        columns=blocks(C, lanes) * lanes,
+        block=block,
+        parts=parts,
+        blocks=blocks(V, block * parts) * parts,
+        depth=next((d for d in range(DEPTH, DEPTH // 4, -1) if C % d == 0), C),
+        frozen=frozen,
+    )
 
 
 def prepare(k: Kernel, inverse: Array, padded: Array, *arrays: Array, cut: Cut) -> None:
@@ -139,18 +129,12 @@ def pack(k: Kernel, by_row: Array, by_column: Array, x: Array, *, cut: Cut) -> N
         by_column[(j * cut.padded + row) * L + lane] = element(row, j * L + lane)
 
 
-def scores(
-    k: Kernel,
-    scores: Array,
-    largest: Array,
-    sums: Array,
-    number: Array,
-    by_row: Array,
-    weight: Array,
-    *,
-    cut: Cut,
-) -> None:
-    """A block of S = W Xᵀ: the largest m of each column, all exp(S - m), and their sum."""
+def scores(k: Kernel, scores: Array, largest: Array, sums: Array, *given: Array, cut: Cut) -> None:
+    """A block of S = W Xᵀ: the largest m of each column, all exp(S - m), and their sum.
+
+    Inputs: the chunk's number, x in panels of rows, the weight.
+    """
+    number, by_row, weight = given
     block, C, V, L, rows, kind = k.units(cut.blocks), cut.C, cut.V, k.lanes, cut.rows, scores.dtype
     first = block * cut.block
     m, z = k.tile(1, kind), k.tile(1, kind)
@@ -189,20 +173,13 @@ def scores(
             sums[block * rows + j * L + lane] = z[0, lane]
 
 
-def statistics(
-    k: Kernel,
-    out: Array,
-    number: Array,
-    largest: Array,
-    sums: Array,
-    by_row: Array,
-    weight: Array,
-    targets: Array,
-    inverse: Array,
-    *,
-    cut: Cut,
-) -> None:
-    """Each row's loss, its m, and 1 / (z · the number of rows), 0 if the row does not count."""
+def statistics(k: Kernel, out: Array, *given: Array, cut: Cut) -> None:
+    """Each row's loss, its m, and 1 / (z · the number of rows), 0 if the row does not count.
+
+    Inputs: the chunk's number, the blocks' m and sums, x in panels of rows, the weight, targets,
+    1 / counted rows.
+    """
+    number, largest, sums, by_row, weight, targets, inverse = given
     panel = k.units(cut.rows // k.lanes)
     first, rows, kind, C = panel * k.lanes, cut.rows, out.dtype, cut.C
     m, z, logit = k.tile(1, kind), k.tile(1, kind), k.tile(1, kind)

@@ -9,7 +9,7 @@ from functools import partial
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import operation
-from tinygpt.kernels.loops import across, fill, largest_divisor, row_of
+from tinygpt.kernels.loops import across, add_up, fill, largest_divisor, row_of
 from tinygpt.kernels.phases import (
     LOG2E,
     Array,
@@ -25,6 +25,9 @@ from tinygpt.kernels.phases import (
 
 LANES = 16
 ROWS = 4  # rows at a time: the additions of one row wait for each other, those of four overlap
+
+Size = tuple[int, int, int]
+"""N rows of V logits; a unit takes a group of so many rows."""
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     N, V = map(int, logits.shape)
     logits, targets = contiguous(logits), contiguous(targets.cast(dtypes.int32))
-    launch = partial(run, lanes=LANES, N=N, V=V, group=largest_divisor(N, ROWS))
+    launch = partial(run, lanes=LANES, size=(N, V, largest_divisor(N, ROWS)))
 
     def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         _, *statistics = outputs
@@ -51,27 +54,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         out, name = [empty(logits, N, V)], f"cross_entropy_grad_{N}x{V}"
         return [launch(_row_gradients, out, inputs, name=name)[0], None]
 
-    rows, name = (
-        [empty(logits, N, dtype=wide(logits.dtype)) for _ in range(3)],
-        f"cross_entropy_{N}x{V}",
-    )
+    rows = [empty(logits, N, dtype=wide(logits.dtype)) for _ in range(3)]
+    name = f"cross_entropy_{N}x{V}"
     losses = launch(_row_losses, rows, [logits, targets], name=name, backward=backward)[0]
     return losses.sum() / (targets >= 0).cast(dtypes.int32).sum().maximum(1)
 
 
-def _row_losses(
-    k: Kernel,
-    losses: Array,
-    largest: Array,
-    scale: Array,
-    logits: Array,
-    targets: Array,
-    *,
-    N: int,
-    V: int,
-    group: int,
-) -> None:
-    """For each row its loss, m and 1 / z. A unit is a group of rows."""
+def _row_losses(k: Kernel, *arrays: Array, size: Size) -> None:
+    """For each row its loss, m and 1 / z, from the logits and the targets."""
+    (losses, largest, scale, logits, targets), (N, V, group) = arrays, size
     first, kind = k.units(N // group) * group, losses.dtype
     acc = k.tile(group, kind, shared=True)
     m, z = k.tile(group, kind), k.tile(group, kind)
@@ -84,12 +75,7 @@ def _row_losses(
         for u in range(group):
             acc[u, lane] = acc[u, lane].maximum(logit(u, at))
     k.fold(m, acc, group, UOp.maximum, -math.inf)
-    fill(k, 0.0, group, acc)
-    for at, lane, inside in across(k, V):
-        for u in range(group):
-            power = exp2((logit(u, at) - m[u, 0]) * LOG2E)
-            acc[u, lane] = acc[u, lane] + inside.where(power, 0.0)
-    k.fold(z, acc, group)
+    add_up(k, z, acc, group, V, lambda u, at: exp2((logit(u, at) - m[u, 0]) * LOG2E))
     with k.phase(1):
         for u in range(group):
             row, target = first + u, targets[first + u]
@@ -104,20 +90,9 @@ def row_loss(target: UOp, V: int, logit: UOp, m: UOp, z: UOp) -> UOp:
     return (target < 0).where(0.0, (target < V).where(loss, math.nan))
 
 
-def _row_gradients(
-    k: Kernel,
-    out: Array,
-    gradient: Array,
-    largest: Array,
-    scale: Array,
-    logits: Array,
-    targets: Array,
-    *,
-    N: int,
-    V: int,
-    group: int,
-) -> None:
+def _row_gradients(k: Kernel, *arrays: Array, size: Size) -> None:
     """(softmax - onehot) times the gradient of each row's loss; 0 for rows that do not count."""
+    (out, gradient, largest, scale, logits, targets), (N, V, group) = arrays, size
     first, kind = k.units(N // group) * group, scale.dtype
     for at, _, inside in across(k, V):
         for u in range(group):

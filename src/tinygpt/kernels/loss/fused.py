@@ -24,25 +24,18 @@ V = 50257 and C = 128, for the logits and their gradient go to memory and back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.linear import linear
-from tinygpt.kernels.loops import largest_divisor
 from tinygpt.kernels.loss import chunked
-from tinygpt.kernels.loss.chunked import BLOCK, Cut
+from tinygpt.kernels.loss.chunked import Cut, cut_of
 from tinygpt.kernels.loss.cross_entropy import cross_entropy
-from tinygpt.kernels.matmul import register_tile
 from tinygpt.kernels.phases import contiguous, empty, run, together, wide
 from tinygpt.machine.tinygrad_internals import Ops
-
-CHUNK = 512
-"""About how many rows are worked off at a time."""
-MOST_CHUNKS = 48
-"""A kernel takes something of every chunk, and tinygrad 62 buffers at most."""
 
 
 def plain_loss(
@@ -84,13 +77,6 @@ def _is_one(g: UOp) -> bool:
     return g.base.op is Ops.CONST and g.base.arg == 1
 
 
-def cut_of(N: int, C: int, V: int, frozen: bool = False) -> Cut:
-    """How N rows of width C and V rows of weight are cut up on this machine."""
-    rows = max(CHUNK, -(-N // MOST_CHUNKS))
-    lanes, tile = register_tile(rows)
-    return Cut(N, C, V, lanes, largest_divisor(BLOCK // 2, tile), rows, frozen)
-
-
 def work_off(
     x: Tensor, weight: Tensor, targets: Tensor, cut: Cut, gradient: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -99,45 +85,32 @@ def work_off(
     Some buffers serve all chunks: the powers, the parts, dx and dweight.
     """
     new, ids = partial(empty, x, dtype=wide(x.dtype)), partial(empty, x, dtype=dtypes.int32)
-    launch = partial(run, lanes=cut.lanes, cut=cut)
-    inverse, padded, *numbers = launch(
-        chunked.prepare,
-        [new(1), ids(cut.padded), *(ids(1) for _ in range(cut.chunks))],
-        [contiguous(targets.cast(dtypes.int32))],
-        name=f"loss_prepare_{cut.name}",
-    )
-    by_row, by_column = launch(
-        chunked.pack,
-        [new(cut.padded * cut.C), new(cut.padded * cut.columns)],
-        [x],
-        name=f"loss_pack_{cut.name}",
-    )
+
+    def launch(
+        kernel: Callable[..., None], outputs: list[Tensor], inputs: list[Tensor], products: int = 0
+    ) -> list[Tensor]:
+        name = f"loss_{kernel.__name__}_{cut.N}x{cut.V}x{cut.C}"
+        ops = products * 2 * cut.rows * cut.V * cut.C
+        return run(kernel, outputs, inputs, lanes=cut.lanes, name=name, ops=ops, cut=cut)
+
+    outputs = [new(1), ids(cut.padded), *(ids(1) for _ in range(cut.chunks))]
+    given = [contiguous(targets.cast(dtypes.int32))]
+    inverse, padded, *numbers = launch(chunked.prepare, outputs, given)
+    panels = [new(cut.padded * cut.C), new(cut.padded * cut.columns)]
+    by_row, by_column = launch(chunked.pack, panels, [x])
     powers, parts, dx = new(*cut.powers), new(*cut.dx_parts), new(cut.N, cut.C)
     dweight = [] if cut.frozen else [new(cut.V, cut.C)]
-    found, flops = list[Tensor](), 2 * cut.rows * cut.V * cut.C
+    found = list[Tensor]()
     for number in numbers:
-        powers, largest, sums = launch(
-            chunked.scores,
-            [powers, new(cut.blocks, cut.rows), new(cut.blocks, cut.rows)],
-            [number, by_row, weight],
-            name=f"loss_scores_{cut.name}",
-            ops=flops,
-        )
-        found += launch(
-            chunked.statistics,
-            [new(3, cut.rows)],
-            [number, largest, sums, by_row, weight, padded, inverse],
-            name=f"loss_rows_{cut.name}",
-        )
+        outputs = [powers, new(cut.blocks, cut.rows), new(cut.blocks, cut.rows)]
+        powers, largest, sums = launch(chunked.scores, outputs, [number, by_row, weight], 1)
+        given = [number, largest, sums, by_row, weight, padded, inverse]
+        found += launch(chunked.statistics, [new(3, cut.rows)], given)
         if gradient:
-            parts, *dweight = launch(
-                chunked.products,
-                [parts, *dweight],
-                [number, powers, largest, found[-1], padded, inverse, weight, by_column],
-                name=f"loss_products_{cut.name}",
-                ops=flops * (1 + len(dweight)),
-            )
-            [dx] = launch(chunked.add_parts, [dx], [number, parts], name=f"loss_dx_{cut.name}")
+            given = [number, powers, largest, found[-1], padded, inverse, weight, by_column]
+            outputs = [parts, *dweight]
+            parts, *dweight = launch(chunked.products, outputs, given, len(outputs))
+            [dx] = launch(chunked.add_parts, [dx], [number, parts])
     if not gradient:
         return inverse, found, []
     dx, *rest = together(dx, *found, *dweight)

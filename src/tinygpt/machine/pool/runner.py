@@ -1,16 +1,23 @@
-"""What tinygrad calls: a graph of kernels inside a ``TinyJit``, and a kernel outside of one."""
+"""What tinygrad calls: a graph of kernels inside a ``TinyJit``, and a kernel outside of one.
+
+tinygrad has two places where a device may put code of its own. ``device.graph`` makes an object of
+each batch of captured kernels, which is called at every replay: `PoolGraph` writes the batch as a
+list of commands, once, and a replay only replaces the addresses and numbers that have changed.
+``device.runtime_t`` makes an object of each compiled kernel, which is called at every launch:
+`PoolProgram`. Both end in `Pool.run`, which returns when everything is done.
+"""
 
 from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 from tinygrad import Device, UOp, getenv
 
 from tinygpt.machine.pool.workers import MAX_ARGS, Pool, command, command_list
 from tinygpt.machine.resources import cores
 from tinygpt.machine.tinygrad_internals import (
-    NUM_CPU_THREADS,
     Buffer,
     Compiled,
     CPUDevice,
@@ -20,6 +27,7 @@ from tinygpt.machine.tinygrad_internals import (
     Ops,
     TinyELF,
     get_call_arg_uops,
+    pieces_of_kernels,
     resolve_params,
 )
 
@@ -41,7 +49,7 @@ class Engine:
         if not isinstance(device, CPUDevice) or device.runtime_t is not CPUProgram or device.graph:
             raise RuntimeError("something else has plugged into tinygrad's CPU device")
         self.device, self.pool = device, Pool(device)
-        self.stock = device.graph, device.runtime_t, NUM_CPU_THREADS.value
+        self.stock = device.graph, device.runtime_t, pieces_of_kernels()
 
     def plug_in(self, threads: int) -> None:
         """Run kernels on ``threads`` threads; those that are made from now on come in PIECES."""
@@ -49,12 +57,13 @@ class Engine:
             self.pool.start(threads, cores())
         self.device.graph = partial(PoolGraph, self.pool)
         self.device.runtime_t = partial(PoolProgram, self.pool)  # type: ignore[assignment]
-        NUM_CPU_THREADS.value = PIECES
+        pieces_of_kernels(PIECES)
 
     def unplug(self) -> None:
         """Put everything back as it was."""
         self.pool.stop()
-        self.device.graph, self.device.runtime_t, NUM_CPU_THREADS.value = self.stock
+        self.device.graph, self.device.runtime_t, pieces = self.stock
+        pieces_of_kernels(pieces)
 
 
 class PoolGraph(GraphRunner):
@@ -71,6 +80,7 @@ class PoolGraph(GraphRunner):
         self.variables: dict[tuple[int, int], int] = {}  # (call, its variable) -> place
         words: list[int] = []
         for j, call in enumerate(self.linear.src):
+            # a command is two words and its arguments: first the buffers, then the variables
             info, buffers, place = call.src[0].arg, self.calls[j][2], len(words) + 2
             core, runtime = info.runtimevars.get("core_id"), self.runtimes[j]
             assert isinstance(runtime, CPUProgram), "supports_uop takes compiled kernels only"
@@ -80,6 +90,7 @@ class PoolGraph(GraphRunner):
                 slot=UNSPLIT if core is None else len(info.globals) + core,
                 arguments=[_pointer(buffers[p]) for p in info.globals] + [0] * len(info.vars),
             )
+            # the batch's own buffers stay where they are; inputs may be others at every call
             moving = {p for p, u in enumerate(get_call_arg_uops(call)) if _is_input(u)}
             for i, p in enumerate(info.globals):
                 if p in moving:
@@ -128,20 +139,16 @@ class PoolProgram(CPUProgram):
         self,
         *bufs: HCQBuffer,
         global_size: tuple[int, int, int] = (1, 1, 1),
-        local_size: tuple[int, int, int] = (1, 1, 1),
         vals: tuple[int | None, ...] = (),
-        wait: bool = False,
-        timeout: int | None = None,
+        **rest: Any,
     ) -> float | None:
         if self.core is None or self.pool.threads == 1 or len(bufs) + len(vals) > MAX_ARGS:
-            return super().__call__(
-                *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait
-            )
+            return super().__call__(*bufs, global_size=global_size, vals=vals, **rest)
         start = time.perf_counter()
         arguments = [int(b.va_addr) for b in bufs] + [value or 0 for value in vals]
         words = command(self.addr, global_size[0], self.core, arguments)
         self.pool.run(command_list(words), 1)
-        return time.perf_counter() - start if wait else None
+        return time.perf_counter() - start if rest.get("wait") else None
 
 
 def _is_input(argument: UOp) -> bool:

@@ -2,11 +2,24 @@
 
 The C is compiled by the compiler that makes tinygrad's kernels, kept in the same cache and loaded
 into memory in the same way. So it works wherever a kernel does: no linker, no headers, no file of
-ours on disk. What it needs of libc (a mutex, a condition variable, the clock) it is handed as
-pointers.
+ours on disk. It gets what it needs of libc (a mutex, a condition variable, the clock) as pointers.
 
 The workers are Python threads that enter the C once and stay there, without the interpreter lock,
-until the pool stops.
+until the pool stops. The words of this folder:
+
+- A *piece* is one call of a kernel's function, with the piece's number as an argument. The pieces
+  of a kernel are independent; a large kernel has up to some hundred, whatever the number of cores.
+- A *command* is a kernel with its arguments and the number of its pieces. A list of commands, such
+  as a whole training step, is one call into the C and runs in order.
+- The *caller* is the thread that asked for it. It works on pieces like a worker and waits, at the
+  end of each command, until the last piece is done: the next kernel reads what this one wrote.
+- A *worker* waits for the next command, takes pieces until none is left, and waits again.
+
+Both wait by spinning first. From one kernel to the next a few microseconds pass, and a thread that
+sleeps takes 50 µs to wake up: with a hundred kernels in a step of 10 ms, sleeping at once would
+cost half of it. After `PATIENCE` the thread sleeps, so that a pool without work takes no processor
+time. Where there are more threads than CPUs, none spins: it would hold the very CPU that the thread
+it waits for needs.
 """
 
 from __future__ import annotations
@@ -59,7 +72,7 @@ class _Head(ctypes.Structure):
     )
 
 
-_RUN, _SERVE, _START, _STOP = range(4)
+_RUN, _SERVE, _START, _STOP = range(4)  # what the one entry of pool.c is to do, as numbered there
 
 
 Commands = ctypes.Array[ctypes.c_uint64]
@@ -95,7 +108,8 @@ class Crew:
     """
 
     def __init__(self, threads: int, patience: int) -> None:
-        # Private, so that a forked child has its own copy.
+        # Zeros at first, on a page boundary, so that the fields that pool.c aligns to cache lines
+        # are aligned. Private, so that a forked child has its own copy.
         self._memory = mmap.mmap(-1, MEMORY, mmap.MAP_ANON | mmap.MAP_PRIVATE)
         head = _Head.from_buffer(self._memory)
         self.threads, self.address = threads, ctypes.addressof(head)
@@ -149,7 +163,7 @@ class Pool:
         # A thread inherits what is blocked where it is started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
         try:
-            for rank in range(1, threads):
+            for rank in range(1, threads):  # rank 0 is the caller
                 worker = threading.Thread(target=self._serve, args=(crew, rank), daemon=True)
                 worker.name = f"tinygpt-{rank}"
                 worker.start()
@@ -159,7 +173,7 @@ class Pool:
 
     def stop(self) -> None:
         """Let the workers finish, and wait for them; other threads may run kernels meanwhile."""
-        crew = self._dismiss()
+        crew = self._dismiss()  # from here on callers work alone, so no command reaches the workers
         if crew.workers:
             self._enter(crew.address, _STOP, 0, 0)
         for worker in crew.workers:

@@ -11,11 +11,11 @@ export function saveCsv(runs) {
     const bits = (loss) => (scale && loss !== null ? loss * scale : "");
     const { x, curves, validation } = series;
     return [
-      ...x.mean.map((step, i) => row(step, [...CURVES.map((key) => curves[key].mean[i]), bits(curves.train_loss.mean[i]), "", ""])),
-      ...validation.x.map((step, i) => row(step, [...CURVES.map(() => ""), "", validation.y[i], bits(validation.y[i])])),
+      ...x.mean.map((step, i) => row(step, [...CURVES.map((key) => curves[key].mean[i]), "", bits(curves.train_loss.mean[i]), ""])),
+      ...validation.x.map((step, i) => row(step, [...CURVES.map(() => ""), validation.y[i], "", bits(validation.y[i])])),
     ];
   });
-  const heads = ["run", "step", ...CURVES, "train_bits_per_byte", "val_loss", "val_bits_per_byte"];
+  const heads = ["run", "step", ...CURVES, "val_loss", "train_bits_per_byte", "val_bits_per_byte"];
   download([heads.join(","), ...rows, ""].join("\n"), "text/csv", "curves.csv");
 }
 

@@ -1,15 +1,24 @@
-"""Saving while the run goes on: copied in the step loop, hashed and written in a thread."""
+"""Saving while the run goes on: copied in the step loop, hashed and written in a thread.
+
+The order of what is written makes every instant of it a good one to be killed at:
+
+1. the rows of the metrics up to this step are synced, so that a checkpoint is never ahead of them;
+2. the checkpoint is written beside its name, synced and renamed (``files/atomic.replacing``);
+3. best.json is replaced by one that names it, if it is the best: it never names a missing file;
+4. older checkpoints are deleted, when the new one is known to be whole.
+
+So a folder has at least one whole checkpoint from the first save on.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import secrets
 import shlex
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -20,13 +29,7 @@ from tinygpt.runs.checkpoint.format import Meta
 from tinygpt.runs.checkpoint.keeping import Verified, remove_old
 from tinygpt.runs.checkpoint.reader import read_meta
 from tinygpt.runs.checkpoint.writer import Snapshot, write
-from tinygpt.runs.folder import (
-    checkpoint_path,
-    list_checkpoints,
-    mark_best,
-    mark_run,
-    run_of,
-)
+from tinygpt.runs.folder import checkpoint_path, list_checkpoints, mark_best, mark_run, run_of
 
 if TYPE_CHECKING:
     from tinygrad.nn.optim import Optimizer
@@ -49,8 +52,6 @@ class _Job:
     meta: Meta
     best_loss: float | None
     """Given if it is the best checkpoint so far."""
-    first: Callable[[], list[str]] | None
-    """Called before the checkpoint is written; returns messages."""
     again: bool
     """Whether the attempt before failed."""
     error: Exception | None = None
@@ -64,13 +65,14 @@ class Saver:
     raised. Until then a checkpoint that cannot be written is only a message of ``news``.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int, first: Callable[[], list[str]] = list) -> None:
+        """``first`` is called in the thread, before each checkpoint is written; it returns news."""
+        self.folder, self.keep_last, self.first = folder, keep_last, first
         self.newest: Path | None = None
         """The last checkpoint that is written."""
         self._copier: Copier | None = None
-        self._thread: threading.Thread | None = None
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._pool: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
         self._unsaved: _Job | None = None
         self._unmarked: tuple[Path, float] | None = None
         self._verified = Verified()
@@ -83,40 +85,29 @@ class Saver:
         optimizer: Optimizer | None,
         meta: Meta,
         best_loss: float | None = None,
-        first: Callable[[], list[str]] | None = None,
     ) -> Path:
         """Copy the state and begin to write it; -> where it will be.
 
-        The save before is waited for. ``best_loss`` marks the best checkpoint so far. ``first`` is
-        called in the thread, does what must be done before there is a new one, and returns news.
+        The save before is waited for. ``best_loss`` marks the best checkpoint so far.
         """
         self.wait()
         if self._copier is None:
             self._copier = Copier(model, optimizer)
-        return self.save_snapshot(self._copier.copy(), meta, best_loss, first)
+        return self.save_snapshot(self._copier.copy(), meta, best_loss)
 
-    def save_snapshot(
-        self,
-        snapshot: Snapshot,
-        meta: Meta,
-        best_loss: float | None = None,
-        first: Callable[[], list[str]] | None = None,
-    ) -> Path:
+    def save_snapshot(self, snapshot: Snapshot, meta: Meta, best_loss: float | None = None) -> Path:
         """The same from a copy, which must not change until ``wait`` has returned."""
         self.wait()
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._work, name="tinygpt-checkpoint", daemon=True
-            )
-            self._thread.start()
-        job = _Job(snapshot, meta, best_loss, first, again=self._unsaved is not None)
+        self._pool = self._pool or ThreadPoolExecutor(1, "tinygpt-checkpoint")
+        job = _Job(snapshot, meta, best_loss, again=self._unsaved is not None)
         self._unsaved = job
-        self._jobs.put(job)
+        self._writing = self._pool.submit(self._write, job)
         return checkpoint_path(self.folder, meta.iter_num)
 
     def wait(self) -> None:
         """Until nothing is being written."""
-        self._jobs.join()
+        if self._writing is not None:
+            self._writing.result()
 
     def news(self) -> list[str]:
         """What has gone wrong, or is well again, since the last call."""
@@ -129,10 +120,9 @@ class Saver:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.wait()
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-        self._thread = self._copier = None
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool = self._copier = None
         for pause in PAUSES if error is None else ():
             if self._unsaved is not None:
                 time.sleep(pause)
@@ -146,16 +136,10 @@ class Saver:
 
     # ---- in the thread ----
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._write(job)
-            self._jobs.task_done()
-        self._jobs.task_done()
-
     def _write(self, job: _Job) -> None:
         path = checkpoint_path(self.folder, job.meta.iter_num)
         try:
-            self._news += job.first() if job.first else []
+            self._news += self.first()
             run = ensure_run(self.folder)
             write(path, job.snapshot, replace(job.meta, run=run))
             self._verified.add(path)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinygpt.errors import UsageError
-from tinygpt.runs.checkpoint.format import Array, Layout, arrange, data_size
+from tinygpt.files.tensor_file import Layout, arrange
+from tinygpt.runs.checkpoint.format import Array, data_size
 from tinygpt.runs.checkpoint.writer import Snapshot
 
 if TYPE_CHECKING:
     from tinygrad import Tensor, UOp
     from tinygrad.nn.optim import Optimizer
 
-    from tinygpt.machine.tinygrad_internals import Buffer
     from tinygpt.model.transformer import Transformer
 
 
@@ -104,47 +104,37 @@ class _Source:
     tensor: Tensor
     out: Array
     uop: UOp | None = None
-    buffer: Buffer | None = None
-    """The buffer of ``uop``."""
     memory: Array | None = None
-    """The content of ``buffer``, where the processor can reach it."""
+    """Where the values of ``uop`` lie, if the processor can reach them."""
 
     def copy(self) -> None:
         """Copy the values; the device must have finished its work."""
         if self.tensor.uop is not self.uop:
-            self.uop, self.buffer = self.tensor.uop, _buffer(self.tensor, self.out)
-            self.memory = _memory(self.buffer, self.out)
-        if self.memory is not None:
-            np.copyto(self.out, self.memory)
-        elif self.buffer is not None:
-            _fetch(self.buffer, self.out)
-        else:  # not computed yet, a view of something larger, or on several devices
-            np.copyto(self.out, self.tensor.numpy())
+            self.uop, self.memory = self.tensor.uop, _memory(self.tensor, self.out)
+        np.copyto(self.out, _fetched(self.tensor, self.out) if self.memory is None else self.memory)
 
 
-def _buffer(tensor: Tensor, out: Array) -> Buffer | None:
-    """The buffer that holds the values of a Tensor and nothing else, as they are in ``out``."""
+def _memory(tensor: Tensor, out: Array) -> Array | None:
+    """The values of a Tensor where they lie; None where the processor cannot reach them."""
+    from tinygpt.machine import transfer
+
+    return transfer.memory(tensor) if _has_own_buffer(tensor, out) else None
+
+
+def _fetched(tensor: Tensor, out: Array) -> Array:
+    """A copy of the values from a device with memory of its own.
+
+    Also of a Tensor without a buffer: one not computed yet, a view, or one on several devices.
+    """
+    from tinygpt.machine import transfer
+
+    values: Array = transfer.read(tensor) if _has_own_buffer(tensor, out) else tensor.numpy()
+    return values
+
+
+def _has_own_buffer(tensor: Tensor, out: Array) -> bool:
+    """Whether a buffer holds the values of a Tensor and nothing else, as they are in ``out``."""
     from tinygpt.machine.tinygrad_internals import Buffer
 
-    if not tensor.uop.has_buffer_identity():
-        return None
-    buffer = tensor.uop.base.buffer
-    if not isinstance(buffer, Buffer) or not buffer.is_initialized():
-        return None
-    return buffer if buffer.nbytes == out.nbytes else None
-
-
-def _memory(buffer: Buffer | None, like: Array) -> Array | None:
-    """The memory of a buffer without a copy, if the processor can reach it."""
-    if buffer is None or not hasattr(buffer.allocator, "_as_buffer"):
-        return None
-    memory = buffer.as_memoryview(force_zero_copy=True)
-    return np.frombuffer(memory, like.dtype).reshape(like.shape)
-
-
-def _fetch(buffer: Buffer, out: Array) -> None:
-    """Copy from a device with memory of its own."""
-    from tinygpt.machine.tinygrad_internals import Buffer
-
-    memory = out.reshape(-1).view(np.uint8).data
-    Buffer("PYTHON", buffer.size, buffer.dtype, opaque=memory).copy_from(buffer)
+    buffer = tensor.uop.base.buffer if tensor.uop.has_buffer_identity() else None
+    return isinstance(buffer, Buffer) and buffer.is_initialized() and buffer.nbytes == out.nbytes

@@ -1,4 +1,12 @@
-"""Reading checkpoints: every byte is checked against its hash before any of it is used."""
+"""Reading checkpoints: every byte is checked against its hash before any of it is used.
+
+A reader needs no lock. The file behind a name is whole, as it was renamed only when it was; and if
+the run replaces or deletes it meanwhile, the open file stays what it is until it is closed. What
+the hashes guard against is all else: disks, cables, copies that broke off, and editors.
+
+A file may also come from a stranger, with hashes that are right and claims that are not. So nothing
+is allocated for a claim before the bytes that it needs have been seen to be there.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +25,19 @@ from tinygpt.config import ADAPTERS, GPTConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
+from tinygpt.files.tensor_file import Layout, Place
 from tinygpt.runs.checkpoint.format import (
     BROKEN,
     ZEROS,
     Array,
     Header,
-    Layout,
     Meta,
-    Place,
     data_size,
     decode,
     encode,
 )
 from tinygpt.runs.folder import checkpoint_path, list_checkpoints, named_step, run_of
-from tinygpt.untrusted import clip, is_sparse, open_regular
+from tinygpt.untrusted import clip, open_regular
 
 CHUNK = 2**20
 """Bytes that are read at a time of tensors that are only checked."""
@@ -73,10 +80,7 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta,
 
 
 def _damaged(path: str | Path, names: str) -> str:
-    return (
-        f"{user_path(path)} is damaged: the bytes of {names} do not match their hash. Use an older "
-        f"checkpoint."
-    )
+    return f"{user_path(path)} is damaged: {names} do not match their hash. Use an older one."
 
 
 @contextlib.contextmanager
@@ -154,8 +158,6 @@ def _opened(path: str | Path) -> Iterator[tuple[BinaryIO, Header, Meta]]:
         raise CheckpointError(f"There is no checkpoint at {path}.{there}")
     try:
         with open_regular(path) as file:
-            if is_sparse(file):
-                raise CheckpointError(f"{path} is damaged: nearly all of it was never written.")
             header = decode(file, path, os.fstat(file.fileno()).st_size)
             yield file, header, _meta(path, header)
     except OSError as error:
@@ -184,8 +186,7 @@ def _meta(path: Path, header: Header) -> Meta:
         )
     if step is not None and None not in (run, meta.run) and run != meta.run:
         raise CheckpointError(
-            f"{path} belongs to another run than its folder does. Move it into a folder of its own "
-            f"to use it."
+            f"{path} belongs to another run than its folder. Move it into a folder of its own."
         )
     return meta
 
@@ -202,33 +203,25 @@ MOST_CACHE = 64
 def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
     """The file has to hold the weights that its config claims: only then is a model built.
 
-    So whatever is allocated later is no more than a multiple of what somebody had to store.
+    So what is allocated later is no more than a multiple of the bytes that are stored.
     """
     weights = {name: place for name, place in layout.items() if name.startswith(WEIGHTS)}
-    own = [place for name, place in weights.items() if not name.endswith(ADAPTERS)]
-    count = sum(math.prod(place.shape) for place in own)
-    if count != config.num_params():
-        raise CheckpointError(
-            f"{path} is damaged or made up: its config claims {config.num_params():,} parameters, "
-            f"but it holds {count:,}."
-        )
-    if any(place.numpy_dtype.kind != "f" for place in weights.values()):
-        raise CheckpointError(f"{path} is damaged or made up: its weights are no real numbers.")
-    strange = [name for name in layout if not name.startswith((WEIGHTS, STATE))]
-    if strange:
-        raise CheckpointError(
-            f"{path} is damaged or made up: {clip(strange[0], 40)} is neither a weight nor a state "
-            f"of the optimizer."
-        )
+    claimed, strange = (
+        config.num_params(),
+        [n for n in layout if not n.startswith((WEIGHTS, STATE))],
+    )
+    count = sum(math.prod(p.shape) for n, p in weights.items() if not n.endswith(ADAPTERS))
     rest = sum(math.prod(place.shape) for place in layout.values()) - count
-    if rest > MOST_STATE * count + FEW:
-        raise CheckpointError(f"{path} holds {rest:,} numbers besides its {count:,} weights.")
     cache = 2 * config.n_layer * config.block_size * config.n_embd
-    if cache > MOST_CACHE * count:
-        raise CheckpointError(
-            f"{path} would need {cache:,} numbers of memory for one text, with only {count:,} "
-            f"weights. No useful model has such a shape."
-        )
+    faults = {
+        f"it claims {claimed:,} parameters, but holds {count:,}": count != claimed,
+        "its weights are no real numbers": any(p.numpy_dtype.kind != "f" for p in weights.values()),
+        f"it holds {clip(strange, 60)}, neither weights nor a state of the optimizer": strange,
+        f"it holds {rest:,} numbers besides its {count:,} weights": rest > MOST_STATE * count + FEW,
+        f"one text would need {cache:,} numbers of memory": cache > MOST_CACHE * count,
+    }
+    if fault := next((fault for fault, found in faults.items() if found), None):
+        raise CheckpointError(f"{path} is damaged or made up: {fault}.")
 
 
 def _read_tensor(file: BinaryIO, place: Place) -> tuple[Array, str]:

@@ -1,5 +1,8 @@
 """From a model and its optimizer to a checkpoint, and back.
 
+Loading reads and checks the whole file first and assigns then: a damaged file changes nothing. The
+values go into the buffers that are there, since functions captured before hold on to them.
+
 tinygrad is imported where it is used, so that a program which only looks at files starts quickly.
 """
 
@@ -18,7 +21,7 @@ from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
 from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import check_overwritable, remove_stale, user_path
 from tinygpt.runs.checkpoint.copier import Copier, layout_of, named_tensors
-from tinygpt.runs.checkpoint.format import Array, Meta
+from tinygpt.runs.checkpoint.format import FREE, Array, Meta
 from tinygpt.runs.checkpoint.reader import (
     WEIGHTS,
     describe,
@@ -45,8 +48,7 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
     """
     if model.quantized:
         raise UsageError(
-            "This model was quantised, and a checkpoint holds the weights before: they are in the "
-            "one that it was loaded from."
+            "This model was quantised: a checkpoint of its weights is the one it was loaded from."
         )
     check_overwritable(path, b"tinygpt", "a checkpoint")
     rehearse(meta, layout_of(named_tensors(model, optimizer)))
@@ -57,7 +59,6 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
 def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = None) -> Meta:
     """Read weights, and the optimizer's state if one is given, into place.
 
-    Values are assigned to the existing buffers, so functions that were jitted before see them.
     Nothing is changed unless all of the file is whole and fits. What LoRA's adapters have learned
     is added to the weights, unless the model has such adapters too.
     """
@@ -135,23 +136,27 @@ def _read_merged(path: Path, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Ar
 
     -> also the names of the weights that are no longer as they are in the file
     """
-    layers = [name.removesuffix(".weight") for name in wanted if name.endswith(".weight")]
-    adapters = {layer + end for layer in layers for end in ADAPTERS} - wanted.keys()
+    adapters = {part for name in wanted for part in _adapters(name)} - wanted.keys()
     meta, arrays = read(path, {*wanted, *adapters})
-    changed = set()
-    for layer in layers:
-        if any(layer + end in adapters and layer + end in arrays for end in ADAPTERS):
-            parts = [arrays.pop(layer + end, None) for end in (".weight", *ADAPTERS)]
-            arrays[f"{layer}.weight"] = _merged(path, layer, meta.train, *parts)
-            changed.add(f"{layer}.weight")
+    learned = {name: arrays.pop(name) for name in adapters if name in arrays}
+    changed = {name for name in wanted if any(part in learned for part in _adapters(name))}
+    for name in changed:
+        parts = map(learned.get, _adapters(name))
+        arrays[name] = _merged(path, name, meta.train, arrays.get(name), *parts)
     return arrays, changed
+
+
+def _adapters(name: str) -> tuple[str, str]:
+    """The names of the two factors of LoRA for the layer that a weight belongs to."""
+    layer = name.removesuffix(".weight")
+    return layer + ADAPTERS[0], layer + ADAPTERS[1]
 
 
 @contextmanager
 def weights(path: str | Path, model: Transformer) -> Iterator[Callable[[str], Array]]:
     """-> a function that reads one parameter of ``model`` at a time, by its name
 
-    ``load`` for those who cannot have all of them in memory: the model itself stays as it is.
+    Like ``load``, for memory that cannot hold all of them: the model itself stays as it is.
     """
     path = user_path(path)
     shapes = {name: tuple(map(int, p.shape)) for name, p in model.parameters().items()}
@@ -159,10 +164,9 @@ def weights(path: str | Path, model: Transformer) -> Iterator[Callable[[str], Ar
         _check_same_model(path, meta.model, model.config)
 
         def fetch(name: str) -> Array:
-            array, layer = find(WEIGHTS + name), WEIGHTS + name.removesuffix(".weight")
-            a, b = (find(layer + end) for end in ADAPTERS)
-            if a is not None or b is not None:
-                array = _merged(path, layer, meta.train, array, a, b)
+            array, *parts = map(find, (WEIGHTS + name, *_adapters(WEIGHTS + name)))
+            if any(part is not None for part in parts):
+                array = _merged(path, WEIGHTS + name, meta.train, array, *parts)
             if array is None or array.shape != shapes[name]:
                 raise CheckpointError(f"{path} has no {name} of the shape {shapes[name]}.")
             return array.astype(np.float32, copy=False)
@@ -171,21 +175,17 @@ def weights(path: str | Path, model: Transformer) -> Iterator[Callable[[str], Ar
 
 
 def _merged(
-    path: Path,
-    layer: str,
-    train: TrainConfig | None,
-    weight: Array | None,
-    a: Array | None,
-    b: Array | None,
+    path: Path, name: str, train: TrainConfig | None, weight: Array | None, *parts: Array | None
 ) -> Array:
     """The weight (O, I) of a layer with what its adapter has learned, if they fit together."""
     from tinygpt.model.lora import merged
 
-    rank = None if train is None else train.lora_rank
+    rank, (a, b) = None if train is None else train.lora_rank, parts
     if train is not None and rank and weight is not None and a is not None and b is not None:
         n_out, *n_in = weight.shape
         if (a.shape, b.shape) == ((rank, *n_in), (n_out, rank)):
             return merged(weight, a, b, train.lora_alpha / rank)
+    layer = name.removesuffix(".weight")
     raise CheckpointError(f"{path} is damaged or made up: the adapter of {layer} does not fit it.")
 
 
@@ -208,8 +208,7 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array
 
 def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:
     a, b = found.to_dict(), wanted.to_dict()
-    free = ("dropout", "attention")  # how it is trained and computed, not what it is
-    differing = [f"{k}={a[k]} (this model: {b[k]})" for k in b if a[k] != b[k] and k not in free]
+    differing = [f"{k}={a[k]} (this model: {b[k]})" for k in b if a[k] != b[k] and k not in FREE]
     if differing:
         raise CheckpointError(
             f"{path} is of another model: {', '.join(differing)}. Build the model with these "
@@ -219,9 +218,6 @@ def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:
 
 def _explain_missing(path: Path, missing: list[str]) -> str:
     if not any(name.startswith("optimizer.") for name in describe(path)["tensors"]):
-        return (
-            f"{path} holds weights but no optimizer state. Load it without an optimizer to use the "
-            f"weights alone."
-        )
+        return f"{path} holds weights but no optimizer state. Load it without an optimizer."
     listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
     return f"{path} lacks {listed}. It was saved with another kind of optimizer or model."

@@ -11,7 +11,8 @@ import numpy as np
 from tinygpt.files import disk
 from tinygpt.files.atomic import replacing, write_all
 from tinygpt.files.disk import check_space, size, writing
-from tinygpt.runs.checkpoint.format import ZEROS, Array, Layout, Meta, data_size, encode
+from tinygpt.files.tensor_file import Layout
+from tinygpt.runs.checkpoint.format import ZEROS, Array, Meta, data_size, encode
 
 
 class Snapshot:
@@ -38,6 +39,8 @@ def write(path: Path, snapshot: Snapshot, meta: Meta) -> Path:
     Raises CheckpointError if that does not work; what stood at ``path`` stays.
     """
     layout, memory = snapshot.layout, snapshot.memory.data
+    # The header comes before the data and holds its hashes, so all data is hashed first. Two calls
+    # of write follow, header and data, since the snapshot is laid out as the file is.
     hashes = {n: hashlib.sha256(snapshot.bytes(n).data).hexdigest() for n in layout}
     header = encode(meta, layout, hashes)
     with writing(path):
@@ -71,6 +74,7 @@ def stream(
                     left -= len(data)
                 assert not left, f"the pieces of {name} are not as long as it is"
                 hashes[name] = digest.hexdigest()
+            # The file has no name yet, so nobody sees it between these two headers.
             file.seek(0)
             write_all(file.fileno(), encode(meta, layout, hashes))
     return path

@@ -178,10 +178,7 @@ class BPETokenizer(BaseTokenizer):
         if "encoding" in values:
             encoding = values["encoding"]
             if not isinstance(encoding, str) or len(encoding) > 99:
-                raise TokenizerError(
-                    f"The saved vocabulary is damaged: its encoding is {brief(encoding)}, wanted a "
-                    f"name such as 'gpt2'."
-                )
+                raise _damaged(f"its encoding is {brief(encoding)}, wanted a name such as 'gpt2'")
             return cls(encoding)._ending_as(values)
         pattern = values.get("pattern")
         if not isinstance(pattern, str) or pattern not in PATTERNS:  # a name, never a pattern
@@ -207,23 +204,29 @@ def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:
         yield from split_space(chunk)
 
 
+def _damaged(what: str) -> TokenizerError:
+    return TokenizerError(f"The saved vocabulary is damaged: {what}.")
+
+
+def _bytes(text: object) -> bytes:
+    """What base64 stands for; nothing for what is none."""
+    try:
+        return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError):
+        return b""
+
+
 def _checked_merges(merges: object) -> list[bytes]:
     """The tokens after the 256 bytes, in the order of their ranks, from a file one cannot trust."""
     if not isinstance(merges, list) or not 1 <= len(merges) <= MAX_VOCAB - 256:
-        raise TokenizerError(
-            f"The saved vocabulary is damaged: 'merges' must be a list of 1 to {MAX_VOCAB - 256} "
-            f"tokens in base64."
-        )
+        raise _damaged(f"'merges' must be a list of 1 to {MAX_VOCAB - 256} tokens in base64")
     tokens: dict[bytes, None] = {}
     for at, text in enumerate(merges):
-        try:
-            token = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
-        except (binascii.Error, ValueError):
-            token = b""
+        token = _bytes(text)
         if len(token) < 2 or token in tokens:
-            raise TokenizerError(
-                f"The saved vocabulary is damaged: merge {at} is {brief(text)}, wanted base64 "
-                f"of two or more bytes that no other merge has."
+            raise _damaged(
+                f"merge {at} is {brief(text)}, wanted base64 of two or more bytes that no other "
+                f"merge has"
             )
         tokens[token] = None
     return list(tokens)
@@ -231,44 +234,34 @@ def _checked_merges(merges: object) -> list[bytes]:
 
 def _checked_alphabet(text: object) -> bytes:
     """The 256 bytes in any order, from a file one cannot trust."""
-    try:
-        alphabet = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
-    except (binascii.Error, ValueError):
-        alphabet = b""
+    alphabet = _bytes(text)
     if sorted(alphabet) != list(BYTES):
-        raise TokenizerError(
-            f"The saved vocabulary is damaged: its alphabet is {brief(text)}, wanted the 256 bytes "
-            f"in base64."
-        )
+        raise _damaged(f"its alphabet is {brief(text)}, wanted the 256 bytes in base64")
     return alphabet
 
 
 def _checked_ends(ends: object, vocab_size: int) -> tuple[int, ...]:
     """The ids that end a text, from a file one cannot trust."""
     if not isinstance(ends, list) or len(ends) > MAX_SPECIAL:
-        raise TokenizerError(f"The vocabulary is damaged: 'ends' is {brief(ends)}, wanted ids.")
+        raise _damaged(f"'ends' is {brief(ends)}, wanted ids")
     for i in ends:
         if type(i) is not int or not 0 <= i < vocab_size:
-            raise TokenizerError(
-                f"The vocabulary is damaged: a text ends with {brief(i)}, wanted an id from 0 to "
-                f"{vocab_size - 1}."
-            )
+            raise _damaged(f"a text ends with {brief(i)}, wanted an id from 0 to {vocab_size - 1}")
     return tuple(ends)
 
 
 def _checked_special(special: object, others: int) -> dict[str, int]:
     """Special tokens of a vocabulary that has ``others`` besides; the ids must leave no gap."""
     if not isinstance(special, dict) or len(special) > MAX_SPECIAL:
-        raise TokenizerError(
-            f"The saved vocabulary is damaged: 'special' must name up to {MAX_SPECIAL} tokens."
-        )
+        raise _damaged(f"'special' must name up to {MAX_SPECIAL} tokens")
+    count = others + len(special)
     for text, i in special.items():
         utf8(text)
-        if not text or type(i) is not int or not 0 <= i < others + len(special):
-            raise TokenizerError(
-                f"The saved vocabulary is damaged: the special token {brief(text)} has the id "
-                f"{brief(i)}, wanted one from 0 to {others + len(special) - 1}."
+        if not text or type(i) is not int or not 0 <= i < count:
+            raise _damaged(
+                f"the special token {brief(text)} has the id {brief(i)}, wanted one from 0 to "
+                f"{count - 1}"
             )
     if len(set(special.values())) != len(special):
-        raise TokenizerError("The saved vocabulary is damaged: special tokens share an id.")
+        raise _damaged("special tokens share an id")
     return special

@@ -1,0 +1,165 @@
+"""What a command loads of a run: its model, its tokenizer, and the text that it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tinygpt.cli.console import say
+from tinygpt.cli.options import DataConfig, run_tables
+from tinygpt.errors import DataError, TinyGPTError, TokenizerError, UsageError
+from tinygpt.machine import device
+from tinygpt.runs import checkpoint
+from tinygpt.runs.folder import choose_checkpoint, folder_of
+
+if TYPE_CHECKING:
+    from tinygpt.api import GPT
+    from tinygpt.text.tokenizers import Tokenizer
+    from tinygpt.text.tokens import Tokens
+
+Quantize = Literal["int8"]
+"""What weights can be rounded to, see ``tinygpt.model.int8``."""
+LARGEST_BEGUN = 1 << 25
+"""Bytes of a text of which beginnings are offered."""
+
+
+# ---- the text ----
+
+
+def own_source(run: Path) -> DataConfig:
+    """Where the text of a run, or of the run that a checkpoint lies in, comes from."""
+    return DataConfig.from_dict(run_tables(folder_of(run)).get("data", {}))
+
+
+def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[str, Tokens]:
+    """-> a name for the text, and its tokens"""
+    from tinygpt.text.corpus import open_corpus
+    from tinygpt.text.tokens import TOKEN_FILES, load_tokens, tokens_of
+
+    name, vocab_size = str(source.source), model.config.vocab_size
+    if Path(name).suffix in TOKEN_FILES:
+        return name, load_tokens(name, vocab_size)
+    corpus = open_corpus(name, field=source.field, glob=source.glob)
+    return corpus.description, tokens_of(corpus, tokenizer, vocab_size)
+
+
+def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
+    """What to say behind the name of a run's own text if it is no longer the one it was.
+
+    ``part`` is ``train`` or ``val``. An empty string where the run does not say what it was.
+    """
+    changed = _is_unchanged(run, part, tokens) is False
+    return " (not what it was when the run was trained)" if changed else ""
+
+
+def _is_unchanged(run: Path, part: str, tokens: Tokens) -> bool | None:
+    """Whether a text is the one that a run was trained on; None if the run does not say."""
+    from tinygpt.text.tokens import data_fingerprint
+
+    known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get(part)
+    return None if known is None else known == data_fingerprint(tokens)
+
+
+def own_validation(run: Path, model: GPT, tokenizer: Tokenizer, advice: str) -> tuple[str, Tokens]:
+    """The text that a run keeps for validation; UsageError, with the advice, if it keeps none."""
+    from tinygpt.text import batches
+
+    source = own_source(run)
+    if source.source is None:
+        raise UsageError(f"{run} does not say what it was trained on. {advice}")
+    name, tokens = read_tokens(source, model, tokenizer)
+    _, held_out = batches.split(tokens, source.val_fraction, model.config.block_size)
+    if held_out is None:
+        raise UsageError(f"{run} kept no text for validation. {advice}")
+    changed = unlike_training(run, "val", held_out)
+    return f"{name}, its last {source.val_fraction:.0%}{changed}", held_out
+
+
+def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> list[str]:
+    """First lines from a run's own validation text, from places far apart; [] without that text.
+
+    Only a text that is known to be the run's is read from: the folder may come from elsewhere, and
+    name a file that its author has never seen. A text that would take long to encode is left alone.
+    """
+    try:
+        source = Path(own_source(run).source or "")
+        if source.exists() and not (source.is_file() and source.stat().st_size <= LARGEST_BEGUN):
+            return []
+        _, tokens = own_validation(run, model, tokenizer, "")
+        if not _is_unchanged(run, "val", tokens):
+            return []
+        starts = [len(tokens) * i // count for i in range(count)]
+        passages = [tokenizer.decode(tokens[at : at + 200].tolist()) for at in starts]
+    except (TinyGPTError, OSError):
+        return []
+    lines = ["".join(passage.splitlines(keepends=True)[1:3]) for passage in passages]
+    return [line[:80].rstrip() for line in lines if line.strip()]
+
+
+# ---- the model ----
+
+
+def ready_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that ``spec`` names; UsageError if it would have to be trained."""
+    from tinygpt.text.tokenizers import make_tokenizer
+
+    def refuse() -> list[str]:
+        raise UsageError(
+            f"The tokenizer {spec!r} has to be trained first, and not here. Give gpt2, byte, a run "
+            f"folder, or a file written by tokenizer train."
+        )
+
+    return make_tokenizer(spec, refuse)
+
+
+def load_model(
+    run: Path,
+    tokenizer: str | None,
+    quantize: Quantize | None = None,
+    quantize_data: str | None = None,
+) -> tuple[GPT, Tokenizer]:
+    """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
+
+    With ``quantize`` its weights are rounded as they are read, for generation only, and messages
+    say what that has saved and what it costs, on ``quantize_data`` or the run's validation text.
+    """
+    from tinygpt.api import load
+
+    if quantize_data is not None and quantize is None:
+        raise UsageError("--quantize-data goes with --quantize int8.")
+    device.require_device()
+    model, own = load(run, quantize)
+    own = own if tokenizer is None else ready_tokenizer(tokenizer)
+    if own is None:
+        raise UsageError(
+            f"{run} holds no tokenizer. Name the one its tokens were made with: --tokenizer gpt2, "
+            f"byte, or the path of a saved one."
+        )
+    if quantize is not None:
+        _say_quantized(run, model, own, quantize_data)
+    return model, own
+
+
+def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
+    from tinygpt.files.disk import size
+    from tinygpt.model import int8
+
+    before, after = int8.sizes(model)
+    say(f"int8: the weights take {size(after)} instead of {size(before)}")
+    try:
+        name, tokens = (
+            own_validation(run, model, tokenizer, "To compare: --quantize-data TEXT.txt")
+            if data is None
+            else read_tokens(DataConfig(source=data), model, tokenizer)
+        )
+    except (DataError, TokenizerError, UsageError) as error:
+        if data is not None:
+            raise
+        say(f"loss: not compared. {error}")
+        return
+    with checkpoint.weights(choose_checkpoint(run), model) as fetch:
+        found = int8.compare(model, fetch, tokens)
+    say(
+        f"loss on {found.tokens:,} tokens of {name}: {found.after:.4f} instead of "
+        f"{found.before:.4f} ({found.after - found.before:+.4f})"
+    )
