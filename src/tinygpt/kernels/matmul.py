@@ -268,7 +268,8 @@ class Product:
                 acc[x, lane] = acc[x, lane] + vector * self.number(i, start, d)
         with k.phase() as lane:
             for x, i in enumerate(rows):
-                self.end(i, column + lane, self.gate(row + x, column + lane), acc[x, lane])
+                gate = self.gate(row + x, column + lane)
+                self.out.put(i * plan.n + column + lane, acc[x, lane], gate)
 
     def number(self, row: UOp, start: UOp, d: UOp) -> UOp:
         """a[row, start + d]"""
@@ -284,9 +285,6 @@ class Product:
         bias = None if self.bias is None else self.bias[column].cast(self.real)
         value = as_uop(0.0, self.real) if bias is None else bias
         return value if fresh is True else fresh.where(value, self.out[at])
-
-    def end(self, row: UOp, column: UOp, gate: UOp | None, value: UOp) -> None:
-        self.out.put(row * self.plan.n + column, value, gate)
 
     def inside(self, column: UOp, lane: UOp) -> UOp:
         """The lane's column, or the last one if it is beyond."""
@@ -329,15 +327,8 @@ def matmul(
     m, n, depth = shape
     lanes, rows = register_tile(n)
     extra = [t for t in (scale, bias) if t is not None]
-    plan = Plan(
-        *shape,
-        a_strides,
-        b_strides,
-        min(rows, m),
-        scale is not None,
-        bias is not None,
-        sums,
-    )
+    parts = scale is not None, bias is not None, sums
+    plan = Plan(*shape, a_strides, b_strides, min(rows, m), *parts)
     real = dtypes.float64 if dtypes.float64 in (a.dtype, b.dtype) else dtypes.float32
     new = functools.partial(Tensor.empty, dtype=real, device=a.device)
     outputs = [new(m, n)] + [new(m) for _ in range(sums)]

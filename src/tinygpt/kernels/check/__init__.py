@@ -120,15 +120,9 @@ def check_case(case: Case) -> Row:
         raise
     except Exception as error:  # whatever a device's compiler or driver raises
         return Row(case.shape, None, None, None, None, False, _first_line(error))
-    n = case.results
-    return Row(
-        case.shape,
-        _error(ours[:n], wanted[:n]),
-        _error(twin[:n], wanted[:n]),
-        _error(ours[n:], wanted[n:]),
-        _error(twin[n:], wanted[n:]),
-        _near(ours, wanted) and _near(twin, wanted),
-    )
+    halves = slice(case.results), slice(case.results, None)  # results, gradients
+    a, b, c, d = (_error(way[half], wanted[half]) for half in halves for way in (ours, twin))
+    return Row(case.shape, a, b, c, d, _near(ours, wanted) and _near(twin, wanted))
 
 
 def time_case(case: Case) -> Speed:
