@@ -14,7 +14,7 @@ from tests.run_script import MODEL, TOKENS, TRAIN
 from tests.run_script import make_run as make_plain_run
 from tinygpt import GPT
 from tinygpt.cli import main
-from tinygpt.cli.budgeting import asked, seconds_of
+from tinygpt.cli.budgeting import STARTING, Budget, asked, seconds_of
 from tinygpt.config import PRESETS, GPTConfig
 from tinygpt.errors import UsageError
 from tinygpt.machine import resources
@@ -183,9 +183,12 @@ def test_a_trial_leaves_no_trace_in_the_run_that_follows_it(tmp_path):
     assert tried == [(step.train_loss, step.val_loss, step.sample) for step in plain]
 
 
-def test_the_age_of_the_process_grows_with_the_clock():
+def test_the_time_begins_with_the_process_unless_that_is_older(monkeypatch):
     first = resources.process_age()
     assert first > 0 and 0 <= resources.process_age() - first < 60
+    for age, gone in ((1.5, 1.5), (3600.0, STARTING)):
+        monkeypatch.setattr(resources, "process_age", lambda age=age: age)
+        assert gone <= 300 - asked(None, None, [], None, False).left < gone + 60
 
 
 # The command line -------------------------------------------------------------------------------
@@ -196,10 +199,10 @@ TINY += ["--batch-size", "2", "--tokenizer", "byte", "--optimizer", "adam"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a text, a process that is a second old, and a machine of a known pace."""
+    """A folder with a text, one second that is gone, and a machine of a known pace."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cats.txt").write_text("the cat sat on the mat, and the dog on the log.\n" * 60)
-    monkeypatch.setattr(resources, "process_age", lambda: 1.0)
+    monkeypatch.setattr(Budget, "left", property(lambda self: self.seconds - 1))
     monkeypatch.setattr(Trial, "pace", lambda *_: Pace(step=2.0, evaluation=0.01, sample=0.1))
     return tmp_path
 

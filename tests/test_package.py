@@ -71,6 +71,7 @@ echo "$(basename "$0") $*" >>calls
 [ "$1" = train ] || exit 0
 mkdir -p runs/demo
 ! [ -e interrupt ] || exit 130
+! [ -e slow ] || {{ rm slow; exit 2; }}
 """
 """Stands for everything in .venv/bin: writes down how it is called."""
 
@@ -121,6 +122,12 @@ def test_demo_trains_once_then_only_generates(clone: Path) -> None:
     assert [line.split()[1] for line in first[-2:]] == ["train", "generate"]
     assert "--resume" not in first[-2]
     assert [line.split()[1] for line in calls(clone, "demo")] == ["generate"]
+
+
+def test_a_machine_that_compiles_for_too_long_gives_the_demo_more_time(clone: Path) -> None:
+    (clone / "slow").touch()
+    trains = [line for line in calls(clone, "demo") if " train " in line]
+    assert [line.split()[4] for line in trains] == ["45s", "5"]
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(clone: Path) -> None:

@@ -46,6 +46,8 @@ ENTRY = 500
 """Bytes that a text must have for each byte pair: others mean nothing in texts that are new."""
 TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.9
 """Shares of the time for making tokens, at most, for timing steps, and for the steps, about."""
+STARTING = 20.0
+"""A process that is so many seconds older has done something else before."""
 WATCHED = 0.5
 """Seconds for which the pace of a product is watched."""
 OPENING = 3.0
@@ -114,7 +116,9 @@ def asked(
     shape = None if size is None else _shape(size)
     if minutes is None and (resume or settled or steps is not None):
         return None
-    return Budget(seconds_of(USUAL if minutes is None else minutes), minutes, shape, not settled)
+    seconds = seconds_of(USUAL if minutes is None else minutes)
+    began = time.monotonic() - min(resources.process_age(), STARTING)
+    return Budget(seconds, minutes, shape, not settled, began)
 
 
 class Budget(NamedTuple):
@@ -128,11 +132,13 @@ class Budget(NamedTuple):
     """Parameters, or a preset's shape, if the model's size was given."""
     whole: bool
     """Whether everything is to be chosen; else a preset, a file or weights say what to train."""
+    began: float
+    """When its time began, by ``time.monotonic``."""
 
     @property
     def left(self) -> float:
         """Seconds from now on."""
-        return self.seconds - resources.process_age()
+        return self.seconds - (time.monotonic() - self.began)
 
 
 def _shape(size: str) -> int | dict[str, Any]:
@@ -203,6 +209,7 @@ def _beginning_of(corpus: Corpus) -> tuple[str, int]:
 
 
 def _seen(tokenizer: Tokenizer, sample: str) -> Vocabulary:
+    """What the rule must know of a vocabulary, on a part of the text."""
     from tinygpt.training.budget import Vocabulary
 
     return Vocabulary(tokenizer.vocab_size, len(sample.encode()) / len(tokenizer.encode(sample)))
@@ -219,11 +226,13 @@ def _measured(sample: str, total: int, most: float) -> dict[str | None, Vocabula
     sizes = [size for size in MERGES if size * ENTRY <= total]
     if sizes:
         began = time.perf_counter()
-        merges = list(BPETokenizer.train(sample, sizes[-1]).ranks)[256:]
-        for size in sizes:
+        largest = BPETokenizer.train(sample, sizes[-1])
+        found[f"bpe:{sizes[-1]}"] = _seen(largest, sample)
+        if time.perf_counter() - began > most:
+            return {"byte": found["byte"]}
+        merges = list(largest.ranks)[256:]
+        for size in sizes[:-1]:
             found[f"bpe:{size}"] = _seen(BPETokenizer.from_merges(merges[: size - 256]), sample)
-            if time.perf_counter() - began > most:
-                return {"byte": found["byte"]}
     return found
 
 
@@ -259,7 +268,7 @@ def plan(
         settings.train,
         pace,
         budget.seconds,
-        resources.process_age(),
+        budget.seconds - budget.left,
         len(material.training),
         flags["train"].get("eval_interval"),
     )
@@ -332,6 +341,7 @@ def _reasons(
 
 def _vocabulary_reason(material: Material, given: bool) -> str:
     kind = material.tokenizer.kind if material.tokenizer else "ids"
+    given = given or material.tokenizer is None
     why = "as given" if given else "rarer words mean nothing in a text that is new"
     return f"vocabulary: {kind} of {material.shape.vocab_size:,}, {why}"
 

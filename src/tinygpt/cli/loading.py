@@ -9,7 +9,6 @@ from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, run_tables
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError, UsageError
 from tinygpt.machine import device
-from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import choose_checkpoint, folder_of
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
 
 def _is_unchanged(run: Path, part: str, tokens: Tokens) -> bool | None:
     """Whether a text is the one that a run was trained on; None if the run does not say."""
+    from tinygpt.runs import checkpoint
     from tinygpt.text.tokens import data_fingerprint
 
     known = (checkpoint.read_meta(choose_checkpoint(run)).data or {}).get(part)
@@ -143,6 +143,7 @@ def load_model(
 def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
     from tinygpt.files.disk import size
     from tinygpt.model import int8
+    from tinygpt.runs import checkpoint
 
     before, after = int8.sizes(model)
     say(f"int8: the weights take {size(after)} instead of {size(before)}")

@@ -1,7 +1,7 @@
 """What a browser runs: scripts, styles and markup.
 
-``shared`` serves every page; ``playground`` and ``dashboard`` are the pages; ``local`` is the
-engine of a page that holds its own model; ``card`` describes a model to them.
+``shared`` has the parts of every page; ``playground`` and ``dashboard`` are the pages; ``local`` is
+the engine of a page that holds its own model; ``run_card`` describes a model to them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def bundle(entry: str) -> str:
 
 
 def _beside(name: str, reference: str) -> str:
-    """What a module means by ``./other.js`` or ``../shared/dom.js``."""
+    """The name of the module that ``./other.js`` or ``../shared/dom.js`` refers to."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(name), reference))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import os
@@ -13,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.errors import DataError, MissingExtraError, UsageError, extras
+from tinygpt.errors import DataError, UsageError, extras
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
 from tinygpt.runs.display.text import duration
 from tinygpt.runs.folder import METRICS
@@ -230,7 +229,7 @@ def terminal_plot(
 
     Raises MissingExtraError without plotext.
     """
-    plotext = _plotext()
+    plotext = extras.need("plots", "Drawing in the terminal", "plotext")
     curves = [read_curves(run, x, y) for run in runs]
     figure = plotext.figure.clear().theme("colorless")
     figure.plot_size(width, height - len(curves))
@@ -260,23 +259,10 @@ def _describe(run: Curves) -> str:
 
 def _matplotlib_figure() -> type[Figure]:
     """matplotlib reads MPLBACKEND as it is imported; a notebook sets one that only it has."""
-    backend = os.environ.pop("MPLBACKEND", None)
+    backend, task = os.environ.pop("MPLBACKEND", None), "Drawing PNG and SVG"
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _missing("matplotlib", "Drawing PNG and SVG") from error
+        figure: type[Figure] = extras.need("plots", task, "matplotlib.figure").Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-    return Figure
-
-
-def _plotext() -> Any:
-    try:
-        return importlib.import_module("plotext")  # it has no types
-    except ImportError as error:
-        raise _missing("plotext", "Drawing in the terminal") from error
-
-
-def _missing(package: str, task: str) -> MissingExtraError:
-    return extras.missing("plots", f"{task} needs {package}, which is not installed.")
+    return figure

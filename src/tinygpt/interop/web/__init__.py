@@ -1,10 +1,10 @@
 """A trained model as one web page that needs no server and makes no request.
 
-``forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles; ``shaders``
-makes the same for graphics cards. ``payload`` rounds and cuts the weights, ``vocabulary`` describes
-the tokenizer, ``page`` puts all of it into one file with the scripts in ``pages``,
-``parity`` sees to it that what is in there computes the same as the model, and ``finished`` that
-the file starts.
+``page_forward`` captures the kernels, ``capture`` makes C of them, which ``wasm`` compiles;
+``shaders`` does the same for graphics cards. ``payload`` rounds and cuts the weights,
+``page_vocabulary`` describes the tokenizer, and ``page`` writes all of it into one file, with the
+scripts from ``pages``. ``page_parity`` checks that the module computes what the model does, and
+``finished`` that the file starts.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Exported", "Kind", "check_target", "export_web"]
 
 MARK = b'<meta name="generator" content="TinyGPT">'
-"""What stands in the head of every page."""
+"""Marks the head of every exported page, so that only such a file is overwritten."""
 LARGEST = 1 << 29
 """Bytes of a page: what browsers still open. GPT-2 124M takes 333 MB as float16."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """The result of an export."""
 
     path: Path
     size: int
@@ -127,7 +127,7 @@ def check_target(path: Path) -> None:
 
 
 def _shaders(config: GPTConfig, source: Source) -> dict[str, Any]:
-    """The shaders, with the place of each weight in the module's memory: there they come from."""
+    """The shaders, with the place in the module's memory from which each weight is copied."""
     made = shaders(config)
     weights = [[made["weights"][name], at, size] for name, at, size in source.weights]
     return {**made, "weights": weights}

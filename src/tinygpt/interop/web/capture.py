@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 """Bytes: a line of the cache, and a multiple of every vector."""
 
-
 HEAD = """\
 #define bool _Bool
 #define long long long
@@ -81,7 +80,7 @@ class _Program:
             self._size += _aligned(buffer.nbytes)
 
     def name(self, buffer: Buffer, expression: str) -> None:
-        """Say where a buffer is in C."""
+        """Set the C expression for the start of a buffer."""
         self._names[buffer.base] = expression
 
     def scratch(self, buffer: Buffer) -> None:
@@ -92,7 +91,7 @@ class _Program:
         self.name(buffer, name)
 
     def add(self, function: Function) -> None:
-        """A function that runs what was captured, and copies what comes of it to the logits."""
+        """Add a function that runs the captured calls and copies their result to the logits."""
         calls = [f"  {self._call(call)};" for call in function.calls]
         calls.append(f"  __builtin_memcpy(logits_, {self._at(function.result)}, sizeof logits_);")
         variables = sorted({name for call in function.calls for name in call.variables})
@@ -100,7 +99,7 @@ class _Program:
         self._functions.append("\n".join([head, *calls, "}"]))
 
     def source(self, ids: int, logits: int) -> Source:
-        """The whole, with room for so many bytes of ids and of logits."""
+        """The whole program, with so many bytes for ids and for logits."""
         memory = [
             f"static unsigned char weights_[{self._size}] ALIGNED;",
             f"static unsigned char ids_[{ids}] ALIGNED;",

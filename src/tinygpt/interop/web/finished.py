@@ -1,4 +1,4 @@
-"""Does the finished file start? Asked of each page before it gets its name.
+"""Checks that a finished page starts, before the file gets its name.
 
 What a browser parses is parsed again, strictly; where node is at hand the worker of the page is
 started with the module and the weights that stand in the file, and has to write a token.

@@ -23,7 +23,7 @@ from tinygpt.interop.web.payload import Chunk
 _STYLE = re.compile(r'<link rel="stylesheet" href="page/([^"]+)">')
 _SCRIPT = re.compile(r'<script src="page/([^"]+)"></script>')
 _SERVED = re.compile(r' *(?:<script type="module".*?</script>|<nav.*?</nav>)\n', re.DOTALL)
-"""What only a server's page has: its script, and the way to other pages."""
+"""The parts of a server's page that an exported one lacks: its script, and links to other pages."""
 
 
 _CHANGES = {
@@ -34,7 +34,7 @@ _CHANGES = {
     '    <h1 class="unseen">Playground</h1>\n': pages.text("local/start.html"),
     "</body>": pages.text("local/end.html") + "</body>",
 }
-"""What else a page with its own model has in the place of what a server's has."""
+"""Replacements that make an exported page of a server's."""
 
 
 def render(
@@ -45,7 +45,7 @@ def render(
     module: bytes,
     chunks: Iterable[Chunk],
 ) -> Iterator[bytes]:
-    """The file, piece by piece. ``about`` is what the scripts know of the model, as JSON values."""
+    """The file, piece by piece. ``about`` describes the model to the scripts, as JSON values."""
     ui, worker = pages.bundle("local/page.js"), pages.bundle("local/worker.mjs")
     template = _SERVED.sub("", pages.text("playground/index.html"))
     styles = [pages.text(name) for name in _STYLE.findall(template)]
@@ -87,12 +87,12 @@ def render(
 
 
 def _fill(template: str, parts: Mapping[str, str]) -> bytes:
-    """In one pass, so that nothing that is filled in is taken for a name."""
+    """Fill in the parts in one pass, so that no part's own text is taken for a name."""
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template).encode()
 
 
 def _json(value: object) -> str:
-    """JSON that an element of HTML can hold, whatever is in it."""
+    """JSON that is safe inside a script element: ``<`` is escaped."""
     text = to_json(value, unicode=True, compact=True, sort=True)
     return text.replace("<", "\\u003c")
 

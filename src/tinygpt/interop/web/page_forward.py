@@ -1,4 +1,4 @@
-"""A model's forward pass as the kernels that tinygrad makes of it, for others to render.
+"""Captures a model's forward pass as tinygrad's kernels, which ``capture`` and ``shaders`` render.
 
 It depends on the model's shape and on nothing else: not on the weights, nor on the processor, the
 number of its cores or the devices that this machine has. So it is captured in a process of its own,
@@ -154,7 +154,7 @@ def _buffer(tensor: Tensor) -> Any:
 
 
 def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str]) -> Any:
-    """What the program ``module`` makes of a config, from JSON to JSON."""
+    """Run ``module`` as a program with a config as JSON; -> the JSON that it prints."""
     done = subprocess.run(
         **children.python_module(module, environment=environment),
         input=to_json(config.to_dict()).encode(),
@@ -168,5 +168,5 @@ def in_own_process(module: str, config: GPTConfig, environment: Mapping[str, str
 
 
 def answer(make: Callable[[GPTConfig], Any]) -> None:
-    """The other side of ``in_own_process``."""
+    """The child's side of ``in_own_process``."""
     sys.stdout.write(to_json(make(GPTConfig.from_dict(json.load(sys.stdin)))))

@@ -1,4 +1,4 @@
-"""Does the page's module compute what the model computes? Asked before a page is written.
+"""Checks that a page's module computes what the model computes, before the page is written.
 
 The module runs in node, where the page's own JavaScript feeds it, or else in wasmtime.
 """
@@ -32,12 +32,12 @@ from tinygpt.model.transformer import Transformer
 Logits = npt.NDArray[np.float32]
 
 GREEDY = 100
-"""Tokens that both have to choose alike."""
+"""Tokens that the module and the model have to choose alike."""
 CHECK = pages.FOLDER / "local" / "check.mjs"
 
 
 class Ran(NamedTuple):
-    """What a module made of a prompt."""
+    """The results of a module for a prompt."""
 
     by_steps: Logits
     """(T, V), a token at a time."""

@@ -1,4 +1,4 @@
-"""A model's weights as a page carries them: in chunks that each make sense by themselves.
+"""A model's weights in a page: in chunks that can each be unpacked without the others.
 
 ``float32`` is what they are, ``float16`` rounds to half the size, ``int8`` to a quarter: each row
 of a matrix is then whole numbers from -127 to 127 times a scale, and vectors stay float32. The page
