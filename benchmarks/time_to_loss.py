@@ -220,6 +220,7 @@ def goals(text: Text, path: Path, options: Any) -> Iterator[dict[str, Any]]:
     """nanoGPT's recipe to its end, ours to the same loss, and ours for the same time."""
     peer, ours = PeerSide("nanogpt-cpu", text, path, options), OurSide(text, path, options)
     steps, seeds = RECIPES["nanogpt-cpu"].train["max_iters"], range(options.seeds)
+    peer.train(True, 0, FEWEST_STEPS)  # for the caches
     ways = [[peer.train(way, seed, steps, True) for seed in seeds] for way in (False, True)]
     for way in ways:
         yield row(text.name, 0, "nanogpt-cpu", way)

@@ -294,6 +294,7 @@ def test_doctor_outlives_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) ->
     def broken() -> None:
         raise RecursionError("deep")
 
+    broken.__name__ = "_device"
     monkeypatch.setattr(doctor, "_device", broken)
     monkeypatch.setattr(extras, "requirements", lambda extra: 1 / 0)
     found = by_name(doctor.examine())
@@ -312,7 +313,7 @@ def test_doctor_trusts_a_cached_vocabulary_only_with_the_right_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(doctor, "_carried_files", lambda package: [])
+    monkeypatch.setattr(doctor.vocabulary, "offline_path", lambda name: None)
     for url in (c for c in gpt2.__code__.co_consts if str(c).startswith("https://")):
         (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"not the vocabulary")
     assert len(list(tmp_path.iterdir())) == 2

@@ -209,6 +209,7 @@ def _beginning_of(corpus: Corpus) -> tuple[str, int]:
 
 
 def _seen(tokenizer: Tokenizer, sample: str) -> Vocabulary:
+    """What the rule must know of a vocabulary, on a part of the text."""
     from tinygpt.training.budget import Vocabulary
 
     return Vocabulary(tokenizer.vocab_size, len(sample.encode()) / len(tokenizer.encode(sample)))
@@ -225,11 +226,13 @@ def _measured(sample: str, total: int, most: float) -> dict[str | None, Vocabula
     sizes = [size for size in MERGES if size * ENTRY <= total]
     if sizes:
         began = time.perf_counter()
-        merges = list(BPETokenizer.train(sample, sizes[-1]).ranks)[256:]
-        for size in sizes:
+        largest = BPETokenizer.train(sample, sizes[-1])
+        found[f"bpe:{sizes[-1]}"] = _seen(largest, sample)
+        if time.perf_counter() - began > most:
+            return {"byte": found["byte"]}
+        merges = list(largest.ranks)[256:]
+        for size in sizes[:-1]:
             found[f"bpe:{size}"] = _seen(BPETokenizer.from_merges(merges[: size - 256]), sample)
-            if time.perf_counter() - began > most:
-                return {"byte": found["byte"]}
     return found
 
 
@@ -338,6 +341,7 @@ def _reasons(
 
 def _vocabulary_reason(material: Material, given: bool) -> str:
     kind = material.tokenizer.kind if material.tokenizer else "ids"
+    given = given or material.tokenizer is None
     why = "as given" if given else "rarer words mean nothing in a text that is new"
     return f"vocabulary: {kind} of {material.shape.vocab_size:,}, {why}"
 

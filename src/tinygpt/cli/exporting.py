@@ -17,7 +17,6 @@ from tinygpt.cli.newest import run_or_newest
 from tinygpt.files.atomic import check_free
 from tinygpt.files.disk import size
 from tinygpt.machine import device
-from tinygpt.runs.checkpoint import read_meta
 from tinygpt.runs.folder import choose_checkpoint, text_of
 from tinygpt.text.names import is_name
 
@@ -53,6 +52,7 @@ def export_hf(
     run = run_or_newest(run)
     from tinygpt.api import load
     from tinygpt.interop.hf.hf_export import export
+    from tinygpt.runs.checkpoint import read_meta
 
     check_free(out)
     chosen = choose_checkpoint(run)

@@ -32,7 +32,6 @@ from tinygpt.errors import TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import children
 from tinygpt.machine.device import require_device
-from tinygpt.runs import checkpoint
 from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER, latest_checkpoint
 from tinygpt.runs.history import read
 from tinygpt.text.corpus import NAMES
@@ -212,6 +211,8 @@ def compare(one: Path, two: Path) -> list[Compared]:
 
 def _contents(folder: Path) -> dict[str, dict[str, Any]]:
     """All that a run leaves behind, but for times and its number: values by kind and name."""
+    from tinygpt.runs import checkpoint
+
     meta, arrays = checkpoint.read(latest_checkpoint(folder))
     found: dict[str, dict[str, Any]] = {
         what: {name: a.tobytes() for name, a in arrays.items() if name.startswith(prefix)}

@@ -143,7 +143,7 @@ def _vocabulary() -> Iterator[Check]:
     hashes = {c for c in pinned if re.fullmatch("[0-9a-f]{64}", c)}
     urls = [c for c in pinned if c.startswith("https://")]
     if hashes <= _hashes(map(vocabulary.cache_path, urls)):
-        found = "tiktoken's cache"
+        found = f"tiktoken's cache {Path(str(vocabulary.cache_path(urls[0]))).parent}"
     elif hashes <= _hashes(vocabulary.offline_path(url.rpartition("/")[2]) for url in urls):
         found = "the extra offline"
     else:

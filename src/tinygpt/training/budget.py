@@ -39,9 +39,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adam": {"learning_rate": 5e-3, "beta2": 0.99, "decay_start": 0.0},
 }
 """What each optimizer learns best with, whatever the shape."""
-PER_BYTE = 10
+PER_BYTE = 5
 """Parameters for each byte of the text, at most: a larger model learns it by heart."""
-MAX_EPOCHS = 40
+MAX_EPOCHS = 30
 """After so many times through a text a model learns it by heart, and nothing else."""
 EVALUATING = 0.05
 """Share of the time that evaluations and samples may take."""
@@ -203,7 +203,7 @@ def _block(text: Text, vocabulary: Vocabulary, tokens: float) -> int:
 
 def dropout(epochs: float) -> float:
     """Dropout keeps a model from learning by heart what it reads again and again."""
-    return 0.0 if epochs < 5 else 0.1 if epochs < 20 else 0.2
+    return 0.0 if epochs < 4 else 0.1 if epochs < 10 else 0.2
 
 
 def fix_steps(
