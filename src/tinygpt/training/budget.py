@@ -32,6 +32,7 @@ HEAD = 32
 RECIPES: dict[str, dict[str, Any]] = {
     "muon": {
         "muon_learning_rate": 0.02,
+        "muon_momentum": 0.9,
         "learning_rate": 1.5e-2,
         "beta2": 0.95,
         "decay_start": 0.4,
