@@ -44,8 +44,8 @@ MERGES = (512, 1024, 2048, 4096, 8192)
 """Sizes of the BPE vocabularies to choose from."""
 ENTRY = 500
 """Bytes that a text must have for each byte pair: others mean nothing in texts that are new."""
-TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.9
-"""Shares of the time for making tokens, at most, for timing steps, and for the steps, about."""
+TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.75
+"""Shares of the time: for making tokens, at most; for timing; for steps at a product's pace."""
 STARTING = 20.0
 """A process that is so many seconds older has done something else before."""
 WATCHED = 0.5
