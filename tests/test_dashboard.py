@@ -541,7 +541,7 @@ def test_a_folder_that_may_not_be_entered_is_shown_with_the_reason(tmp_path, mon
         return refused
 
     monkeypatch.setattr(Path, "lstat", refusing(lstat))
-    monkeypatch.setattr("tinygpt.runs.history._open", refusing(lambda path: path.open("rb")))
+    monkeypatch.setattr("tinygpt.runs.history.open_regular", refusing(lambda path: path.open("rb")))
     cards = {card["name"]: card for card in board_of(tmp_path).watch.cards()}
     assert (cards["good"]["iter"], cards["good"]["odd"]) == (10, [])
     assert cards["shut"]["iter"] is None

@@ -1,5 +1,6 @@
 """A run folder holds everything, and a run that stops goes on as if it had not."""
 
+import gc
 import importlib
 import json
 import math
@@ -125,6 +126,16 @@ def test_other_settings_or_data_are_not_resumed(whole, change, words):
 def test_settings_that_only_watch_may_change(whole):
     config = TrainConfig(**{**TRAIN.to_dict(), "eval_iters": 7, "keep_last": 5})
     assert make_run(whole, resume=True, config=config).iter_num == 12
+
+
+def test_the_folder_is_free_once_a_run_that_holds_it_is_gone(whole):
+    config = TrainConfig(**{**TRAIN.to_dict(), "eval_iters": 7})
+    gc.disable()  # no circle of references may keep the run, and with it the lock
+    try:
+        for _ in range(2):
+            assert make_run(whole, resume=True, config=config).iter_num == 12
+    finally:
+        gc.enable()
 
 
 def test_another_model_is_not_resumed(whole):

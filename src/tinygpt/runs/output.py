@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +154,10 @@ class Output:
         if list_checkpoints(self.folder) != self.found:
             raise UsageError(f"{self.folder} was being trained until just now: try again.")
         remove_stale(self.folder)
-        self.saver = checkpoint.Saver(self.folder, self.config.keep_last, self._sync)
         self.history = History(self.folder / METRICS)
         self.samples = History(self.folder / SAMPLES)
+        first = partial(_sync, self.history, self.samples)
+        self.saver = checkpoint.Saver(self.folder, self.config.keep_last, first)
         lost = anew and not self.found and self._had_a_checkpoint()
         if aside := checkpoint.set_aside(self.folder, iter_num, best, rows_too=lost):
             self.notices.add(
@@ -257,19 +259,6 @@ class Output:
                 self.notices.add(f"{history.path} lacks its last {history.waiting:,}: not written.")
         self.release()
 
-    def _sync(self) -> list[str]:
-        """Sync the rows before their checkpoint is written, so that they are never behind it.
-
-        Runs in the thread that saves; -> what went wrong.
-        """
-        news = []
-        for history in (self.history, self.samples):
-            try:
-                history.sync()
-            except OSError as error:
-                news.append(f"{history.path} may not be on the disk: {error}.")
-        return news
-
     def _make_folder_again(self) -> None:
         """Somebody moved or deleted the folder, or its disk is gone; the weights are still here."""
         self.notices.add(
@@ -283,6 +272,20 @@ class Output:
             self._write_settings()
         except TinyGPTError as error:
             self.notices.add(str(error))
+
+
+def _sync(*histories: History) -> list[str]:
+    """Sync the rows before their checkpoint is written, so that they are never behind it.
+
+    Runs in the thread that saves; -> what went wrong.
+    """
+    news = []
+    for history in histories:
+        try:
+            history.sync()
+        except OSError as error:
+            news.append(f"{history.path} may not be on the disk: {error}.")
+    return news
 
 
 def _lost(path: Path | None, cut: Cut) -> Iterator[str]:
