@@ -42,7 +42,7 @@ SAMPLE = 1 << 20
 """Characters of a text, at its beginning, that vocabularies are compared on."""
 MERGES = (512, 1024, 2048, 4096, 8192)
 """Sizes of the BPE vocabularies to choose from."""
-ENTRY = 500
+ENTRY = 300
 """Bytes that a text must have for each byte pair: others mean nothing in texts that are new."""
 TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.75
 """Shares of the time: for making tokens, at most; for timing; for steps at a product's pace."""

@@ -25,7 +25,7 @@ SHAPES = (
     (6, 320), (6, 384), (8, 384), (8, 512), (12, 512), (12, 768),
 )  # fmt: skip
 """Layers and width of the models to choose from, the smallest first."""
-BLOCKS = ((64, 0), (128, 1e6), (256, 1e7))
+BLOCKS = ((64, 0), (128, 4e6), (256, 4e7))
 """Lengths of a block, each with the tokens that a run must see to make use of it."""
 HEAD = 32
 """Width of a head; twice that in models wider than 256."""
@@ -111,11 +111,11 @@ def expected_bits(parameters: float, vocabulary: Vocabulary, tokens: float, epoc
     return float(SIZE * parameters**-SIZE_POWER + READ * worth**-READ_POWER + rare - words)
 
 
-SIZE, SIZE_POWER = 30.0, 0.4
-READ, READ_POWER = 180.0, 0.4
+SIZE, SIZE_POWER = 50.0, 0.4
+READ, READ_POWER = 165.0, 0.4
 WORDS, RARE = 0.02, 0.5
 """What a vocabulary of twice the size is worth, and what an entry costs for each time it is met."""
-REPEATS = 10.0
+REPEATS = 2.0
 """Epochs after which reading once more teaches little."""
 
 
@@ -180,7 +180,7 @@ def _plan(
     model, tokens = dict(shape), min(1e6, MAX_EPOCHS * known)
     for _ in range(3):  # block and batch follow from the tokens, and these from the pace with both
         model = {**model, "block_size": _block(text, vocabulary, tokens), **shape}
-        positions = min(max(1.2 * math.sqrt(tokens), 256), 16_384)
+        positions = min(max(1.2 * math.sqrt(tokens), 1024), 16_384)
         batch = max(1, round(positions / model["block_size"] / 4) * 4)
         recipe = {**recipe, "batch_size": batch, **train}
         config = GPTConfig(**{"vocab_size": vocabulary.size, **model})
@@ -189,7 +189,8 @@ def _plan(
         tokens = min(tokens, MAX_EPOCHS * known)
     epochs = tokens / known
     bits = expected_bits(_blocks(shape), vocabulary, tokens, epochs)
-    model = {**model, "dropout": dropout(epochs), **shape}
+    chance = epochs * _blocks(shape) / max(1, text.training)
+    model = {**model, "dropout": dropout(chance), **shape}
     return Plan(seconds, name, vocabulary, model, recipe, int(tokens), epochs, bits)
 
 
@@ -202,9 +203,13 @@ def _block(text: Text, vocabulary: Vocabulary, tokens: float) -> int:
     return length
 
 
-def dropout(epochs: float) -> float:
-    """Dropout keeps a model from learning by heart what it reads again and again."""
-    return 0.0 if epochs < 4 else 0.1 if epochs < 10 else 0.2
+def dropout(chance: float) -> float:
+    """Dropout keeps a model from learning by heart what it reads again and again.
+
+    ``chance``, to do so, grows with the parameters for each byte of the text and with the epochs;
+    it is their product. Where it is small dropout costs more than it saves.
+    """
+    return 0.0 if chance < 40 else 0.1 if chance < 120 else 0.2
 
 
 def fix_steps(
