@@ -32,13 +32,21 @@ RNG = np.random.default_rng(0)
 BATCH = RNG.integers(0, 11, (2, 1, 3, 8))
 
 
+POLYNOMIALS = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+)
+
+
 def exact_orthogonal(u):
-    """Jordan's, in float64."""
+    """Four steps of Newton and Schulz, in float64."""
     x = u / (np.linalg.norm(u) + 1e-7)
     x = x.T if u.shape[0] > u.shape[1] else x
-    for _ in range(5):
+    for a, b, c in POLYNOMIALS:
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if u.shape[0] > u.shape[1] else x
 
 
@@ -47,10 +55,10 @@ def test_every_singular_value_comes_near_one(shape):
     u = RNG.normal(size=(3, *shape)).astype(np.float32)
     found = plain_orthogonal(Tensor(u)).numpy()
     for one, start in zip(found, u, strict=True):
-        np.testing.assert_allclose(one, exact_orthogonal(start.astype(float)), atol=2e-5)
+        np.testing.assert_allclose(one, exact_orthogonal(start.astype(float)), atol=6e-5)
         values = np.linalg.svd(one, compute_uv=False)
         before = np.linalg.svd(start, compute_uv=False) / np.linalg.norm(start)
-        assert 0.6 < values[before > 3e-3].min() <= values.max() < 1.25
+        assert 0.4 < values[before > 3e-3].min() <= values.max() < 1.6
 
 
 def test_the_names_of_the_blocks_matrices_are_those_of_their_kind():
@@ -161,7 +169,7 @@ def test_the_kernels_are_their_twin_for_any_number_of_threads(monkeypatch):
         ours.append(update(nullcontext))
     for one, other, twin in zip(*ours, plain, strict=True):
         assert (one == other).all()
-        np.testing.assert_allclose(one, twin, atol=1e-4)  # a rate of 0.03 times less than 1e-3
+        np.testing.assert_allclose(one, twin, atol=2e-4)  # two steps at a rate of 0.03
 
 
 def test_a_step_that_is_not_taken_changes_nothing():
