@@ -23,7 +23,7 @@ from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import first_device, operation
 from tinygpt.kernels.loops import fill, own_share, share
@@ -208,6 +208,13 @@ def replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         before.replace(after)
 
 
+def scaling(norm: UOp, clip: float, scale: float) -> UOp:
+    """What a kernel multiplies gradients of this norm by; ``clip_factor`` is its plain twin."""
+    factor = clip / (norm + 1e-6)
+    clipped = (as_uop(1.0, norm.dtype) < factor).where(1.0, factor)
+    return clipped * scale if clip else as_uop(scale, norm.dtype)
+
+
 def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...]) -> None:
     """The sum of the squares of each gradient in one part of it: out (gradients, PARTS)."""
     part = k.units(PARTS)
@@ -266,9 +273,7 @@ def _numbers(
         b1_t[0] = taken.where(b1_t[0] * beta1, b1_t[0])
         b2_t[0] = taken.where(b2_t[0] * beta2, b2_t[0])
     with k.phase(1):
-        factor = clip / (report[1] + 1e-6)
-        clipped = (as_uop(1.0, kind) < factor).where(1.0, factor)
-        numbers[0] = clipped * scale if clip else scale
+        numbers[0] = scaling(report[1], clip, scale)
         numbers[1] = lr[0]
         numbers[2] = 1.0 / (1.0 - b1_t[0])
         numbers[3] = 1.0 / (1.0 - b2_t[0])

@@ -27,11 +27,11 @@ from itertools import groupby
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.adamw import clip_factor, replace
+from tinygpt.kernels.adamw import clip_factor, replace, scaling
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import blocks, own_share
 from tinygpt.kernels.newton_schulz import Sizes, lanes, orthogonal, plain_orthogonal
-from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, minimum, run, wide
+from tinygpt.kernels.phases import Array, Kernel, contiguous, empty, minimum, run, wide
 
 TOGETHER = 16
 """Most matrices that are worked on at once: more would need more memory."""
@@ -179,9 +179,7 @@ def _momentum(
     """Arrays: the momenta and the stack of U; the gradients and the report."""
     n, unit = len(shapes), k.units(k.pieces)
     ms, stack, gs, report = arrays[:n], arrays[n], arrays[n + 1 : -1], arrays[-1]
-    factor = clip / (report[1] + 1e-6)
-    clipped = (as_uop(1.0, factor.dtype) < factor).where(1.0, factor)
-    by = clipped * scale if clip else as_uop(scale, factor.dtype)
+    by = scaling(report[1], clip, scale)
     with k.loop(report[2].cast(dtypes.int32)):  # once, or not at all
         for i, element, place, panel, inside in places(k, unit, shapes):
             g = gs[i][element].cast(stack.dtype) * by * (1 - momentum)
