@@ -227,6 +227,8 @@ class TrainConfig(Config):
     """Largest global norm of the gradient; 0 switches clipping off."""
     grad_accum_steps: int = 1
     """Micro-batches whose gradients are averaged into one step."""
+    recompute: bool = False
+    """Compute each block's activations again for the backward pass: less memory, longer steps."""
     skip_spikes: float | None = None
     """Skip a step whose loss or norm is so many deviations above 128 others; if not set, none."""
     max_skipped: int = 10

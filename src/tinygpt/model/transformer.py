@@ -168,10 +168,16 @@ class Transformer:
 
         With a cache the tokens continue where it stands, and attention is the cache's.
         """
+        return self.ln_f(self.blocks(tokens, cache, drop))
+
+    def blocks(
+        self, tokens: Tensor, cache: Cache | None = None, drop: Dropout = INFERENCE
+    ) -> Tensor:
+        """The residual stream (B, T, C) behind the last block, as it is; see ``hidden``."""
         x = drop(self.embed(tokens, cache))
         for i, block in enumerate(self.h):
             x = block(x, drop, None if cache is None else partial(cache.attend, i))
-        return self.ln_f(x)
+        return x
 
     def embed(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The embeddings (B, T, C) of tokens (B, T) and their positions."""
@@ -209,8 +215,13 @@ class Transformer:
                 f"each position has one target, the next token."
             )
         drop = drop or self._dropout()
-        x = self.hidden(tokens, drop=drop).reshape(-1, self.config.n_embd)  # (B, T, C) -> (N, C)
-        return self.output().loss(x, targets.reshape(-1), gradient=drop is not INFERENCE)
+        x = self.blocks(tokens, drop=drop)
+        return self.loss_behind(x, targets, gradient=drop is not INFERENCE)
+
+    def loss_behind(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """The loss () of targets (B, T), given the residual stream x (B, T, C) of ``blocks``."""
+        x = self.ln_f(x).reshape(-1, self.config.n_embd)  # (B, T, C) -> (N, C)
+        return self.output().loss(x, targets.reshape(-1), gradient=gradient)
 
     def layer(self, name: str) -> Any:
         """The layer of a name of the table of weights, such as ``h.0.attn.c_attn``."""

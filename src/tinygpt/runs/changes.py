@@ -27,6 +27,7 @@ ALWAYS_FREE = {
     "sample_interval",
     "sample_prompt",
     "max_skipped",
+    "recompute",
 }
 """Settings that do not change the course of the weights."""
 ORDER_CHANGED = "batches"

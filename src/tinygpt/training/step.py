@@ -19,6 +19,7 @@ from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
+from tinygpt.training.recompute import recomputed_gradients
 
 Tokens = npt.NDArray[np.integer]
 
@@ -65,7 +66,11 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
 
     def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter."""
-        loss = model.loss(x, y, Dropout(model.config.dropout, key))
+        drop = Dropout(model.config.dropout, key)
+        if config.recompute:
+            loss, found = recomputed_gradients(model, x, y, drop)
+            return loss, [found[names[id(p)]] for p in params]
+        loss = model.loss(x, y, drop)
         return loss, loss.gradient(*params)
 
     def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
