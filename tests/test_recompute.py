@@ -38,6 +38,7 @@ def taught(shape, train, steps=2):
     [
         pytest.param({}, {}, id="dropout"),
         pytest.param({"tie_embeddings": False}, {"grad_accum_steps": 2}, id="accumulation"),
+        pytest.param({}, {"dtype": "bfloat16"}, id="bfloat16"),
         pytest.param({"attention": "plain", "bias": False}, {"optimizer": "muon"}, id="plain"),
         pytest.param({}, {"freeze": 1, "lora_rank": 2}, id="adapters"),
         pytest.param({}, {"freeze": 3}, id="only what follows the blocks"),

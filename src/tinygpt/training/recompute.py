@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 from tinygrad import Tensor
 
+from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.model.transformer import Dropout, Transformer
 
 TABLES = "wte.weight", "wpe.weight"
@@ -26,21 +27,21 @@ TABLES = "wte.weight", "wpe.weight"
 
 
 def recomputed_gradients(
-    model: Transformer, tokens: Tensor, targets: Tensor, drop: Dropout
+    model: Transformer, tokens: Tensor, targets: Tensor, drop: Dropout, half: DType | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss () of tokens and targets (B, T), and by name the gradients of what learns.
 
-    They are those of ``model.loss(tokens, targets, drop)``: the masks of dropout are made again
+    They are those of ``model.loss`` with the same arguments: the masks of dropout are made again
     from the same keys.
     """
-    learns = model.trainable()
+    learns, half = model.trainable(), half or model.half
     embedded = drop(model.embed(tokens))  # (B, T, C), as x is
     x, inputs = embedded.contiguous(), list[tuple[Tensor, Dropout]]()
     for block in model.h:
         inputs.append((x, Dropout(drop.p, drop.key)))
-        x = block(x, drop, None).contiguous()
+        x = block(x, drop, None, half).contiguous()
     x = x.detach().contiguous()
-    loss = model.loss_behind(x, targets, gradient=True)
+    loss = model.loss_of(model.ln_f(x, half), targets, gradient=True)
     behind = [name for name in learns if not name.startswith("h.") and name != "wpe.weight"]
     if not model.config.tie_embeddings:
         behind = [name for name in behind if name not in TABLES]
@@ -49,7 +50,7 @@ def recomputed_gradients(
         before, masks = inputs[i]
         x = restart(before, dx)
         own = {name: p for name, p in learns.items() if name.startswith(f"h.{i}.")}
-        dx, new = gradients_of(model.h[i](x, masks, None), x, own, dx)
+        dx, new = gradients_of(model.h[i](x, masks, None, half), x, own, dx)
         found |= new
     if tables := {name: learns[name] for name in TABLES if name in learns}:
         _, new = gradients_of(embedded, embedded, tables, dx)
