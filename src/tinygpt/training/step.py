@@ -100,7 +100,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
 
     @jit
     def apply(lr: Tensor, limits: Tensor) -> Tensor:
-        return update(loss_sum.clone(), [total.clone() for total in sums], lr, limits)
+        return update(loss_sum, sums, lr, limits)
 
     def step(
         x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
