@@ -144,23 +144,28 @@ def together(shapes: Sequence[Shape]) -> Iterator[list[int]]:
         yield chosen
 
 
-def places(k: Kernel, unit: UOp, shapes: tuple[Shape, ...]) -> Iterator[tuple[int, UOp, UOp, UOp]]:
-    """Phases over the places of a stack of panels, each phase over a row of one panel.
+def places(
+    k: Kernel, unit: UOp, shapes: tuple[Shape, ...]
+) -> Iterator[tuple[int, UOp, UOp, UOp, UOp]]:
+    """Phases over the elements of some weights, and where they are in a stack of panels.
 
     A unit for each piece. Yields the number of the weight, its element, the place in the stack, and
-    whether the place has an element: panels may have columns beyond the last.
+    whether there is such a place, and such an element: panels may have columns beyond the last.
     """
     W, first = k.lanes, 0
     for number, (count, O, I) in enumerate(shapes):  # noqa: E741
-        m, n = max(O, I), min(O, I)
-        panels = blocks(n, W)
-        for at, _ in own_share(k, count * panels * m * W, unit, k.pieces):
-            row, column = at // W % m, at // (W * m) % panels * W + at % W  # of an upright matrix
-            inside, column = column < n, minimum(column, n - 1)
-            y, x = (row, column) if O >= I else (column, row)  # of the weight
-            i = at // (W * m * panels)
-            yield number, i * (O * I) + y * I + x, first + at, inside
-        first += count * panels * m * W
+        upright = O >= I
+        m, n = (O, I) if upright else (I, O)
+        padded = blocks(n, W) * W
+        height, width = (m, padded) if upright else (padded, blocks(m, W) * W)
+        for at, _ in own_share(k, count * height * width, unit, k.pieces):
+            y, x = at // width % height, at % width  # of the weight
+            row, column = (y, x) if upright else (minimum(x, m - 1), y)  # of the panels
+            i = at // (width * height)
+            element = i * (O * I) + minimum(y, O - 1) * I + minimum(x, I - 1)
+            place = (first + i) * (padded * m) + (column // W * m + row) * W + column % W
+            yield number, element, place, row < m if upright else x < m, (y < O) & (x < I)
+        first += count
 
 
 def _momentum(
@@ -176,10 +181,10 @@ def _momentum(
     ms, stack, gs, report = arrays[:n], arrays[n], arrays[n + 1 : -1], arrays[-1]
     by = scaling(report[1], clip, scale)
     with k.loop(report[2].cast(dtypes.int32)):  # once, or not at all
-        for i, element, place, inside in places(k, unit, shapes):
+        for i, element, place, panel, inside in places(k, unit, shapes):
             g = gs[i][element].cast(stack.dtype) * by * (1 - momentum)
             m = ms[i][element].cast(stack.dtype) * momentum + g
-            stack[place] = inside.where(m * momentum + g, 0.0)
+            stack.put(place, inside.where(m * momentum + g, 0.0), where=panel)
             ms[i].put(element, m, where=inside)
 
 
@@ -190,7 +195,7 @@ def _apply(
     *ps, stack, lr, report = arrays
     unit, rate = k.units(k.pieces), lr[0] * ratio
     with k.loop(report[2].cast(dtypes.int32)):
-        for i, element, place, inside in places(k, unit, shapes):
+        for i, element, place, _, inside in places(k, unit, shapes):
             count, O, I = shapes[i]  # noqa: E741
             kept = ps[i][element].cast(stack.dtype)
             kept = kept * (1.0 - rate * decay) if decay else kept
