@@ -18,6 +18,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.errors import TrainingError
 from tinygpt.model.transformer import Transformer
 from tinygpt.text.batches import batch
+from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.diagnose import diagnose
 from tinygpt.training.guard import Guard, why_skipped
 from tinygpt.training.optim import learning_rate
@@ -71,8 +72,8 @@ def train_steps(
     model: Transformer,
     optimizer: Optimizer,
     config: TrainConfig,
-    train_tokens: Tokens,
-    val_tokens: Tokens | None = None,
+    train_tokens: Text,
+    val_tokens: Text | None = None,
     start: int = 0,
     guard: Guard | None = None,
     jitted: Jitted | None = None,

@@ -17,6 +17,7 @@ from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros, zeros_like
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
+from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 
@@ -133,7 +134,7 @@ EVAL_SEED = 0x5EED
 
 def evaluate(
     evaluate_batch: Callable[[Tokens, Tokens], float],
-    tokens: Tokens,
+    tokens: Text,
     iters: int,
     batch_size: int,
     block_size: int,
