@@ -24,6 +24,9 @@ __version__ = "0.1.0"
 
 AttentionMethod = Literal["auto", "flash", "plain"]
 """How attention is computed, see ``GPTConfig.attention``."""
+Precision = Literal["float32", "bfloat16", "float16"]
+"""The types that products and attention can be computed in, see ``TrainConfig.dtype``."""
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 AdaptedLayers = Literal["all", "attn", "mlp"]
 """The linear layers that LoRA adapts, see ``TrainConfig.lora_layers``."""
 ADAPTERS = (".lora_a", ".lora_b")
@@ -228,6 +231,8 @@ class TrainConfig(Config):
     """Largest global norm of the gradient; 0 switches clipping off."""
     grad_accum_steps: int = 1
     """Micro-batches whose gradients are averaged into one step."""
+    dtype: Precision = "float32"
+    """Type of products and attention; weights, moments, norms, softmax and loss stay float32."""
     skip_spikes: float | None = None
     """Skip a step whose loss or norm is so many deviations above 128 others; if not set, none."""
     max_skipped: int = 10
@@ -310,8 +315,8 @@ class TrainConfig(Config):
         count, rows = self.n_devices, self.batch_size
         _require(
             rows % count == 0,
-            f"batch_size={rows} does not divide by the {count} devices that share it. "
-            f"Try batch_size={max(1, rows // count) * count} or {(rows // count + 1) * count}.",
+            f"batch_size={rows} does not divide by the {count} devices that share it. Try "
+            f"batch_size={f'{rows - rows % count} or ' * (rows > count)}{rows - rows % -count}.",
         )
         _require(self.eps > 0, f"eps={self.eps!r} must be above 0; Adam's usual value is 1e-8.")
         _require(

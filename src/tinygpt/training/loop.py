@@ -73,10 +73,11 @@ class Jitted(NamedTuple):
 def make_jitted(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> Jitted:
     """The functions of a run, on its devices. Raises DeviceError where one is not there."""
     if config.n_devices == 1:
-        return Jitted(make_train_step(model, optimizer, config), make_evaluate(model))
+        step = make_train_step(model, optimizer, config)
+        return Jitted(step, make_evaluate(model, config.dtype))
     replicas = replicas_for(model, config)
     step = make_train_step(model, optimizer, config, replicas)
-    return Jitted(step, make_evaluate(model, replicas), replicas.refresh)
+    return Jitted(step, make_evaluate(model, config.dtype, replicas), replicas.refresh)
 
 
 def train_steps(

@@ -14,6 +14,7 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
+from tinygpt.machine.precision import half_of
 from tinygpt.machine.transfer import zeros, zeros_like
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
@@ -68,7 +69,7 @@ def make_train_step(
     """
     model.check_can_learn()
     replicas = replicas or replicas_for(model, config)
-    params, first_device = optimizer.params, replicas.devices[0]
+    half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     ends = [replicas.parameters(i, params) for i in range(len(replicas))]  # of each device
     names = {id(p): name for name, p in model.parameters().items()}
     layers = [layer_of(names[id(p)]) for p in params]
@@ -83,7 +84,7 @@ def make_train_step(
         losses, grads = list[Tensor](), list[Tensor]()
         given = zip(replicas.cut(x), replicas.cut(y), replicas.keys(key), strict=True)
         for replica, own, (x_own, y_own, key_own) in zip(replicas.models, ends, given, strict=True):
-            loss = replica.loss(x_own, y_own, Dropout(model.config.dropout, key_own))
+            loss = replica.loss(x_own, y_own, Dropout(model.config.dropout, key_own), half)
             losses.append(loss)
             grads += loss.gradient(*own)
         return losses, grads
@@ -149,14 +150,15 @@ def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
 
 
 def make_evaluate(
-    model: Transformer, replicas: Replicas | None = None
+    model: Transformer, dtype: str = "float32", replicas: Replicas | None = None
 ) -> Callable[[Tokens, Tokens], float]:
     """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T).
 
     Of several devices each takes a part of the batch, which must divide by their number.
     """
+    half = half_of(dtype)
     if replicas is None or len(replicas) == 1:
-        loss = jit(partial(model.loss, drop=INFERENCE))
+        loss = jit(partial(model.loss, drop=INFERENCE, half=half))
         return lambda x, y: float(loss(x, y))
 
     @jit
@@ -165,7 +167,8 @@ def make_evaluate(
         parts = zip(replicas.models, replicas.cut(x), replicas.cut(y), strict=True)
         for replica, x_own, y_own in parts:
             count = (y_own >= 0).sum().cast(dtypes.float32)
-            sums.append((count > 0).where(replica.loss(x_own, y_own, INFERENCE) * count, 0))
+            loss = replica.loss(x_own, y_own, INFERENCE, half)
+            sums.append((count > 0).where(loss * count, 0))
             counts.append(count)
         first = replicas.devices[0]
         return total(sums, first) / total(counts, first)
