@@ -231,6 +231,8 @@ class TrainConfig(Config):
     """Largest global norm of the gradient; 0 switches clipping off."""
     grad_accum_steps: int = 1
     """Micro-batches whose gradients are averaged into one step."""
+    recompute: bool = False
+    """Compute each block's activations again for the backward pass: less memory, longer steps."""
     dtype: Precision = "float32"
     """Type of products and attention; weights, moments, norms, softmax and loss stay float32."""
     skip_spikes: float | None = None

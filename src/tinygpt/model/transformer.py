@@ -237,8 +237,12 @@ class Transformer:
             )
         drop = drop or self._dropout()
         x = self.hidden(tokens, drop=drop, half=half)
+        return self.loss_of(x, targets, gradient=drop is not INFERENCE)
+
+    def loss_of(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """The loss () of targets (B, T), given the residual stream x (B, T, C), normalised."""
         x = x.reshape(-1, self.config.n_embd)  # (B, T, C) -> (N, C)
-        return self.output().loss(x, targets.reshape(-1), gradient=drop is not INFERENCE)
+        return self.output().loss(x, targets.reshape(-1), gradient=gradient)
 
     def layer(self, name: str) -> Any:
         """The layer of a name of the table of weights, such as ``h.0.attn.c_attn``."""

@@ -29,6 +29,7 @@ ALWAYS_FREE = {
     "max_skipped",
     "devices",
     "shard_optimizer",
+    "recompute",
 }
 """Settings that do not change the course of the weights."""
 ORDER_CHANGED = "batches"

@@ -36,12 +36,6 @@ class Replicas:
     def __len__(self) -> int:
         return len(self.devices)
 
-    def parameters(self, index: int, like: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters ``like`` those of the model, of the copy on device ``index``."""
-        own, there = self.models[0].parameters(), self.models[index].parameters()
-        names = {id(p): name for name, p in own.items()}
-        return [there[names[id(p)]] for p in like]
-
     def cut(self, x: Tensor) -> list[Tensor]:
         """The parts of x (B, ...), equally many rows for each device, where they belong."""
         if len(self) == 1:
@@ -57,12 +51,13 @@ class Replicas:
         """Dropout's key (2,) for the part of each device: no two have the same masks."""
         return [k + i * APART if i else k for i, k in enumerate(self.everywhere(key))]
 
-    def spread(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Give the copies the present values of the model's ``params``; -> what to realize."""
+    def spread(self, names: Sequence[str]) -> list[Tensor]:
+        """Give the copies the present values of the model's parameters; -> what to realize."""
+        own, *others = (replica.parameters() for replica in self.models)
         return [
-            there.assign(own.detach().to(device))
-            for i, device in enumerate(self.devices[1:], 1)
-            for own, there in zip(params, self.parameters(i, params), strict=True)
+            there[name].assign(own[name].detach().to(str(there[name].device)))
+            for there in others
+            for name in names
         ]
 
     def refresh(self) -> None:

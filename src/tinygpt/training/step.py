@@ -20,6 +20,7 @@ from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
+from tinygpt.training.recompute import recomputed_gradients
 from tinygpt.training.replicas import Replicas, replicas_for, total
 
 Tokens = npt.NDArray[np.integer]
@@ -70,11 +71,23 @@ def make_train_step(
     model.check_can_learn()
     replicas = replicas or replicas_for(model, config)
     half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
-    ends = [replicas.parameters(i, params) for i in range(len(replicas))]  # of each device
     names = {id(p): name for name, p in model.parameters().items()}
-    layers = [layer_of(names[id(p)]) for p in params]
+    learned = [names[id(p)] for p in params]
+    layers = [layer_of(name) for name in learned]
     micro_batches = config.grad_accum_steps
     realize_state(optimizer)
+
+    def part(
+        replica: Transformer, x: Tensor, y: Tensor, key: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss () of x and y (B, T) on one device, and the gradient of each parameter."""
+        drop = Dropout(model.config.dropout, key)
+        if config.recompute:
+            loss, found = recomputed_gradients(replica, x, y, drop, half)
+            return loss, [found[name] for name in learned]
+        own = replica.parameters()
+        loss = replica.loss(x, y, drop, half)
+        return loss, loss.gradient(*(own[name] for name in learned))
 
     def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The loss () of each device's part of a micro-batch x and y (B, T), and its gradients.
@@ -82,11 +95,11 @@ def make_train_step(
         The gradients of all parameters on the first device, then those on the second, …
         """
         losses, grads = list[Tensor](), list[Tensor]()
-        given = zip(replicas.cut(x), replicas.cut(y), replicas.keys(key), strict=True)
-        for replica, own, (x_own, y_own, key_own) in zip(replicas.models, ends, given, strict=True):
-            loss = replica.loss(x_own, y_own, Dropout(model.config.dropout, key_own), half)
+        parts = replicas.cut(x), replicas.cut(y), replicas.keys(key)
+        for given in zip(replicas.models, *parts, strict=True):
+            loss, found = part(*given)
             losses.append(loss)
-            grads += loss.gradient(*own)
+            grads += found
         return losses, grads
 
     def update(losses: list[Tensor], grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
@@ -99,14 +112,15 @@ def make_train_step(
             report, changed = optimizer.update(grads, *judged), optimizer.changed()
         else:
             report, changed = stock_update(optimizer, params, grads, *judged)
-        return report.realize(optimizer.lr, *changed, *replicas.spread(params))  # (3 + n,)
+        return report.realize(optimizer.lr, *changed, *replicas.spread(learned))  # (3 + n,)
 
     @jit
     def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
         return update(*gradients(x, y, key), lr, limits)
 
     loss_sums = [zeros((), dtypes.float32, device) for device in replicas.devices]
-    sums = [zeros_like(p) for own in ends for p in own] if micro_batches > 1 else []
+    everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
+    sums = [zeros_like(p) for p in everywhere] if micro_batches > 1 else []
 
     @jit
     def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
