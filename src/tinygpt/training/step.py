@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import zeros, zeros_like
+from tinygpt.machine.transfer import Array
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
+from tinygpt.training.accumulation import PartialSums, add_to
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 
@@ -53,8 +54,8 @@ class TrainStep(Protocol):
 def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
-    With accumulation one jitted function adds the micro-batches' gradients to buffers and another
-    applies their sum, so that memory does not depend on the number of micro-batches.
+    With accumulation one jitted function adds the micro-batches' gradients to buffers, in the order
+    of ``accumulation``, and another applies their sum.
     """
     model.check_can_learn()
     params = optimizer.params
@@ -82,19 +83,18 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
         return update(*gradients(x, y, key), lr, limits)
 
-    loss_sum = zeros((), dtypes.float32)
-    sums = [zeros_like(p) for p in params] if micro_batches > 1 else []
+    sums = PartialSums([(), *(tuple(map(int, p.shape)) for p in params)], optimizer.device)
 
     @jit
     def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
         loss, grads = gradients(x, y, key)
-        for total, new in zip([loss_sum, *sums], [loss, *grads], strict=True):
-            total.assign(first.where(new, total + new))  # not total * 0: a NaN would stay
-        return loss_sum.realize(*sums)
+        return add_to(sums.levels[0].tensors, [loss, *grads], first)
 
-    @jit
-    def apply(lr: Tensor, limits: Tensor) -> Tensor:
-        return update(loss_sum.clone(), [total.clone() for total in sums], lr, limits)
+    @cache
+    def apply_level(level: int) -> Callable[..., Array]:
+        """The update by the sum that a level holds."""
+        loss, *grads = sums.levels[level].tensors
+        return jit(lambda lr, limits: update(loss, grads, lr, limits))
 
     def step(
         x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
@@ -104,9 +104,8 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         if micro_batches == 1:
             report = whole(x[0], y[0], keys[0], lr, limits)
         else:
-            for i in range(micro_batches):
-                accumulate(x[i], y[i], keys[i], i == 0)
-            report = apply(lr, limits)
+            level = sums.sum(micro_batches, lambda i, first: accumulate(x[i], y[i], keys[i], first))
+            report = apply_level(level)(lr, limits)
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(layers, 0.0)
         for layer, other in zip(layers, norms, strict=True):
