@@ -13,7 +13,7 @@ from tinygpt.training.accumulation import PartialSums, most_halves, run_length
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.step import make_train_step
 
-SHAPES = [(), (3, 5), (17,)]
+KINDS = [((), "CPU"), ((3, 5), "CPU"), ((17,), "CPU")]
 
 
 def tree(leaves: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def leaves_of(count: int) -> np.ndarray:
 
 def summed(leaves: np.ndarray) -> np.ndarray:
     """The last tensor of a PartialSums' result."""
-    sums = PartialSums(SHAPES)
+    sums = PartialSums(KINDS)
 
     def add_leaf(i: int, first: bool) -> None:
         place = sums.levels[0].tensors[-1]
@@ -72,7 +72,7 @@ def test_runs_are_odd_or_pairs() -> None:
 
 
 def test_the_tensors_of_a_flat_buffer_are_its_array() -> None:
-    buffer = FlatBuffer(SHAPES)
+    buffer = FlatBuffer(KINDS)
     assert buffer.array.ctypes.data % 64 == 0
     for n, tensor in enumerate(buffer.tensors, 1):
         write(tensor, np.full(tensor.shape, n))

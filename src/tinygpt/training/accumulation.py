@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from tinygrad import Tensor
 
-from tinygpt.machine.flat_buffer import FlatBuffer
+from tinygpt.machine.flat_buffer import FlatBuffer, Kind
 from tinygpt.machine.jit import jit
 
 
@@ -38,10 +38,8 @@ def most_halves(count: int) -> int:
 class PartialSums:
     """Buffers for the partial sums of one tree: ``levels[0]`` for runs, then for larger halves."""
 
-    def __init__(
-        self, shapes: Sequence[tuple[int, ...]], device: str | tuple[str, ...] | None = None
-    ) -> None:
-        self._shapes, self._device = shapes, device
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        self._kinds = kinds
         self.levels: list[FlatBuffer] = []
         """Made when a sum needs them."""
         self._carries: list[Callable[[bool], object]] = []
@@ -63,7 +61,7 @@ class PartialSums:
         return top
 
     def _add_level(self) -> None:
-        self.levels.append(FlatBuffer(self._shapes, self._device))
+        self.levels.append(FlatBuffer(self._kinds))
         if len(self.levels) > 1:
             self._carries.append(_adder(self.levels[-1], self.levels[-2]))
 
@@ -79,8 +77,12 @@ class PartialSums:
 
 def add_to(totals: Sequence[Tensor], values: Sequence[Tensor], first: Tensor) -> Tensor:
     """Add values to totals in place, or replace them if they are the ``first`` (); realized."""
+    there = {str(first.device): first}
     for total, value in zip(totals, values, strict=True):
-        total.assign(first.where(value, total + value))  # not total * 0: a NaN would stay
+        device = str(total.device)
+        if device not in there:
+            there[device] = first.to(device).contiguous()
+        total.assign(there[device].where(value, total + value))  # not total * 0: a NaN would stay
     return totals[0].realize(*totals[1:])
 
 

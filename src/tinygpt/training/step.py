@@ -9,17 +9,21 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
+from tinygpt.machine.precision import half_of
 from tinygpt.machine.transfer import Array
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
+from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.accumulation import PartialSums, add_to
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
+from tinygpt.training.recompute import recomputed_gradients
+from tinygpt.training.replicas import Replicas, replicas_for, total
 
 Tokens = npt.NDArray[np.integer]
 
@@ -51,50 +55,87 @@ class TrainStep(Protocol):
     ) -> Outcome: ...
 
 
-def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
+def make_train_step(
+    model: Transformer,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    replicas: Replicas | None = None,
+) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
     With accumulation one jitted function adds the micro-batches' gradients to buffers, in the order
     of ``accumulation``, and another applies their sum.
+
+    On several devices each takes a part of every micro-batch, and has gradients of its own; the
+    first adds them up, changes the weights, and hands them out. Whoever changes weights between
+    steps calls ``replicas.refresh()``.
     """
     model.check_can_learn()
-    params = optimizer.params
+    replicas = replicas or replicas_for(model, config)
+    half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     names = {id(p): name for name, p in model.parameters().items()}
-    layers = [layer_of(names[id(p)]) for p in params]
+    learned = [names[id(p)] for p in params]
+    layers = [layer_of(name) for name in learned]
     micro_batches = config.grad_accum_steps
     realize_state(optimizer)
 
-    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter."""
-        loss = model.loss(x, y, Dropout(model.config.dropout, key))
-        return loss, loss.gradient(*params)
+    def part(
+        replica: Transformer, x: Tensor, y: Tensor, key: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss () of x and y (B, T) on one device, and the gradient of each parameter."""
+        drop = Dropout(model.config.dropout, key)
+        if config.recompute:
+            loss, found = recomputed_gradients(replica, x, y, drop, half)
+            return loss, [found[name] for name in learned]
+        own = replica.parameters()
+        loss = replica.loss(x, y, drop, half)
+        return loss, loss.gradient(*(own[name] for name in learned))
 
-    def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
+    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss () of each device's part of a micro-batch x and y (B, T), and its gradients.
+
+        The gradients of all parameters on the first device, then those on the second, …
+        """
+        losses, grads = list[Tensor](), list[Tensor]()
+        parts = replicas.cut(x), replicas.cut(y), replicas.keys(key)
+        for given in zip(replicas.models, *parts, strict=True):
+            loss, found = part(*given)
+            losses.append(loss)
+            grads += found
+        return losses, grads
+
+    def update(losses: list[Tensor], grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
         """Change the weights, or not; -> the report of ``AdamW.update``."""
         optimizer.lr.assign(lr.reshape(1))
-        judged = (config.grad_clip, 1 / micro_batches, loss, limits)
+        loss, n = total(losses, first_device), len(params)
+        grads = [total(grads[i::n], first_device) for i in range(n)]
+        judged = (config.grad_clip, 1 / (micro_batches * len(replicas)), loss, limits)
         if isinstance(optimizer, AdamW):
             report, changed = optimizer.update(grads, *judged), optimizer.changed()
         else:
             report, changed = stock_update(optimizer, params, grads, *judged)
-        return report.realize(optimizer.lr, *changed)  # (3 + n,)
+        return report.realize(optimizer.lr, *changed, *replicas.spread(learned))  # (3 + n,)
 
     @jit
     def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
         return update(*gradients(x, y, key), lr, limits)
 
-    sums = PartialSums([(), *(tuple(map(int, p.shape)) for p in params)], optimizer.device)
+    everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
+    sums = PartialSums(
+        [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
+    )
+    split = len(replicas)  # losses come first
 
     @jit
     def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
-        loss, grads = gradients(x, y, key)
-        return add_to(sums.levels[0].tensors, [loss, *grads], first)
+        losses, grads = gradients(x, y, key)
+        return add_to(sums.levels[0].tensors, [*losses, *grads], first)
 
     @cache
     def apply_level(level: int) -> Callable[..., Array]:
         """The update by the sum that a level holds."""
-        loss, *grads = sums.levels[level].tensors
-        return jit(lambda lr, limits: update(loss, grads, lr, limits))
+        tensors = sums.levels[level].tensors
+        return jit(lambda lr, limits: update(tensors[:split], tensors[split:], lr, limits))
 
     def step(
         x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
@@ -104,8 +145,13 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         if micro_batches == 1:
             report = whole(x[0], y[0], keys[0], lr, limits)
         else:
-            level = sums.sum(micro_batches, lambda i, first: accumulate(x[i], y[i], keys[i], first))
-            report = apply_level(level)(lr, limits)
+
+            def add_leaf(i: int, first: bool) -> None:
+                accumulate(x[i], y[i], keys[i], first)
+                replicas.wait()
+
+            report = apply_level(sums.sum(micro_batches, add_leaf))(lr, limits)
+        replicas.wait()
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(layers, 0.0)
         for layer, other in zip(layers, norms, strict=True):
@@ -115,15 +161,45 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     return step
 
 
+def _shape_and_device(p: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(map(int, p.shape)), str(p.device)
+
+
 def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
     """The key (2,) of the random numbers of one micro-batch."""
     return np.array([(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF], np.uint32)
 
 
-def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
-    """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T)."""
-    loss = jit(partial(model.loss, drop=INFERENCE))
-    return lambda x, y: float(loss(x, y))
+def make_evaluate(
+    model: Transformer, dtype: str = "float32", replicas: Replicas | None = None
+) -> Callable[[Tokens, Tokens], float]:
+    """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T).
+
+    Of several devices each takes a part of the batch, which must divide by their number.
+    """
+    half = half_of(dtype)
+    if replicas is None or len(replicas) == 1:
+        loss = jit(partial(model.loss, drop=INFERENCE, half=half))
+        return lambda x, y: float(loss(x, y))
+
+    @jit
+    def spread(x: Tensor, y: Tensor) -> Tensor:
+        sums, counts = list[Tensor](), list[Tensor]()
+        parts = zip(replicas.models, replicas.cut(x), replicas.cut(y), strict=True)
+        for replica, x_own, y_own in parts:
+            count = (y_own >= 0).sum().cast(dtypes.float32)
+            loss = replica.loss(x_own, y_own, INFERENCE, half)
+            sums.append((count > 0).where(loss * count, 0))
+            counts.append(count)
+        first = replicas.devices[0]
+        return total(sums, first) / total(counts, first)
+
+    def evaluate_batch(x: Tokens, y: Tokens) -> float:
+        found = float(spread(x, y))
+        replicas.wait()
+        return found
+
+    return evaluate_batch
 
 
 EVAL_SEED = 0x5EED
@@ -132,7 +208,7 @@ EVAL_SEED = 0x5EED
 
 def evaluate(
     evaluate_batch: Callable[[Tokens, Tokens], float],
-    tokens: Tokens,
+    tokens: Text,
     iters: int,
     batch_size: int,
     block_size: int,
