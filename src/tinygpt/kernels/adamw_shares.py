@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from tinygrad import Tensor
 
-from tinygpt.kernels.adamw import PARTS, change, clip_factor, decide, judged, squares
+from tinygpt.kernels.adamw import PARTS, change, decide, judged, plain_scaling, squares
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.phases import contiguous, empty, wide
 
@@ -49,7 +49,7 @@ def plain_adamw_numbers(
     taken = (loss > -math.inf) & (loss < limits[0]) & (norm < limits[1])
     for power, beta in ((b1_t, beta1), (b2_t, beta2)):
         power.assign(taken.where(power * beta, power.detach()))
-    factor = clip_factor(norm, clip) * scale if clip else norm.full_like(scale)
+    factor = norm.ones_like() * plain_scaling(norm, clip, scale)
     yes = taken.cast(norm.dtype)
     corrections = (1 / (1 - b1_t[0]), 1 / (1 - b2_t[0]))
     numbers = Tensor.stack(factor, lr[0], *corrections, yes)

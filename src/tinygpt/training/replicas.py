@@ -87,7 +87,7 @@ def total(parts: Sequence[Tensor], device: str) -> Tensor:
 
 def copied(model: Transformer, device: str) -> Transformer:
     """A model with the same weights on another device: Tensors of its own, the rest shared."""
-    replica = object.__new__(Transformer)
+    replica = object.__new__(type(model))
     for name, value in vars(model).items():
         setattr(replica, name, _copied(value, device))
     return replica
