@@ -38,7 +38,8 @@ class TrainStep(Protocol):
     """One optimizer step on x and y (A, B, T), A micro-batches, at the learning rate ``lr``.
 
     ``key`` is (seed, number of the step), from which dropout's masks are drawn. Unless the loss and
-    the gradient norm lie below the limits nothing changes; NaN never does.
+    the gradient norm lie below the limits nothing changes; NaN never does. In float16 the backward
+    pass is that of the loss times ``scale``, see ``scaling``; what is reported is not.
     """
 
     def __call__(
@@ -48,6 +49,7 @@ class TrainStep(Protocol):
         lr: float,
         key: tuple[int, int],
         limits: Limits = NO_LIMITS,
+        scale: float = 1.0,
     ) -> Outcome: ...
 
 
@@ -64,10 +66,16 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     micro_batches = config.grad_accum_steps
     realize_state(optimizer)
 
-    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter."""
+    def gradients(x: Tensor, y: Tensor, key: Tensor, *scale: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter.
+
+        Where there is a ``scale`` (), the backward pass is that of the loss times the scale.
+        """
         loss = model.loss(x, y, Dropout(model.config.dropout, key), half)
-        return loss, loss.gradient(*params)
+        if not scale:
+            return loss, loss.gradient(*params)
+        scaled = (loss * scale[0]).gradient(*params)
+        return loss, [gradient * scale[0].reciprocal() for gradient in scaled]
 
     def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
         """Change the weights, or not; -> the report of ``AdamW.update``."""
@@ -80,15 +88,17 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return report.realize(optimizer.lr, *changed)  # (3 + n,)
 
     @jit
-    def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
-        return update(*gradients(x, y, key), lr, limits)
+    def whole(
+        x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor, *scale: Tensor
+    ) -> Tensor:
+        return update(*gradients(x, y, key, *scale), lr, limits)
 
     loss_sum = zeros((), dtypes.float32)
     sums = [zeros_like(p) for p in params] if micro_batches > 1 else []
 
     @jit
-    def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
-        loss, grads = gradients(x, y, key)
+    def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor, *scale: Tensor) -> Tensor:
+        loss, grads = gradients(x, y, key, *scale)
         for total, new in zip([loss_sum, *sums], [loss, *grads], strict=True):
             total.assign(first.where(new, total + new))  # not total * 0: a NaN would stay
         return loss_sum.realize(*sums)
@@ -98,15 +108,21 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         return update(loss_sum.clone(), [total.clone() for total in sums], lr, limits)
 
     def step(
-        x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
+        x: Tokens,
+        y: Tokens,
+        lr: float,
+        key: tuple[int, int],
+        limits: Limits = NO_LIMITS,
+        scale: float = 1.0,
     ) -> Outcome:
+        scales = [scale] if half == dtypes.float16 else []
         seed, number = key
         keys = [key_of(seed, number * micro_batches + i) for i in range(micro_batches)]
         if micro_batches == 1:
-            report = whole(x[0], y[0], keys[0], lr, limits)
+            report = whole(x[0], y[0], keys[0], lr, limits, *scales)
         else:
             for i in range(micro_batches):
-                accumulate(x[i], y[i], keys[i], i == 0)
+                accumulate(x[i], y[i], keys[i], i == 0, *scales)
             report = apply(lr, limits)
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(layers, 0.0)
