@@ -55,14 +55,13 @@ INFERENCE = Dropout(0)
 
 
 class Linear:
-    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,), computed in the type of x."""
+    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.cast(x.dtype)
-        return kernels.linear(x, self.weight.cast(x.dtype), bias)
+        return kernels.linear(x, self.weight, self.bias)
 
     def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Mean cross-entropy in nats of targets (N,), where y (N, V) are the logits.
@@ -70,8 +69,7 @@ class Linear:
         They never exist as a whole. With ``gradient`` the gradients are computed along with them.
         """
         frozen = not self.weight.is_param
-        weight = self.weight.cast(x.dtype)
-        return kernels.loss(x, weight, targets, gradient=gradient, frozen=frozen)
+        return kernels.loss(x, self.weight, targets, gradient=gradient, frozen=frozen)
 
 
 class LayerNorm:
@@ -144,6 +142,10 @@ class Block:
         """The residual stream (B, T, C), to which attention and MLP, computed in ``half``, add."""
         x = x + drop(self.attn(self.ln_1(x, half), drop, attend))
         return x + drop(self.mlp(self.ln_2(x, half)))
+
+
+LAYERS = (Linear, LayerNorm, Embedding, CausalSelfAttention, MLP, Block)
+"""What a Transformer is made of: Tensors, and other layers."""
 
 
 class Transformer:
@@ -233,8 +235,12 @@ class Transformer:
             )
         drop = drop or self._dropout()
         x = self.hidden(tokens, drop=drop, half=half)
+        return self.loss_of(x, targets, gradient=drop is not INFERENCE)
+
+    def loss_of(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """The loss () of targets (B, T), given the residual stream x (B, T, C), normalised."""
         x = x.reshape(-1, self.config.n_embd)  # (B, T, C) -> (N, C)
-        return self.output().loss(x, targets.reshape(-1), gradient=drop is not INFERENCE)
+        return self.output().loss(x, targets.reshape(-1), gradient=gradient)
 
     def layer(self, name: str) -> Any:
         """The layer of a name of the table of weights, such as ``h.0.attn.c_attn``."""
