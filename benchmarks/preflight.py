@@ -52,7 +52,9 @@ CASES = {
     "plain attention": Case(BABY | {"block_size": 256, "attention": "plain"}, {"batch_size": 8}),
     "recompute": Case(WIDE, {"batch_size": 8, "recompute": True}),
     "recompute, dropout": Case(WIDE | {"dropout": 0.1}, {"batch_size": 16, "recompute": True}),
-    "accumulation": Case(WIDE | {"tie_embeddings": False}, {"batch_size": 4, "grad_accum_steps": 3}),
+    "accumulation": Case(
+        WIDE | {"tie_embeddings": False}, {"batch_size": 4, "grad_accum_steps": 3}
+    ),
     "accumulation, recompute": Case(
         WIDE, {"batch_size": 4, "grad_accum_steps": 2, "recompute": True}
     ),
@@ -81,7 +83,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     from tinygpt.machine import resources
     from tinygpt.runs.run import TrainingRun
     from tinygpt.text.tokenizers import ByteTokenizer
-    from tinygpt.training import preflight
+    from tinygpt.training import preflight, probe
 
     model = GPTConfig(**case.model)
     settings = {"max_iters": steps, "eval_interval": steps, "eval_iters": 1, "warmup_steps": 0}
@@ -90,7 +92,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, 20_000).astype(np.uint16)
     estimate = preflight.preflight(model, train)
     tokenizer = ByteTokenizer() if model.vocab_size == 256 else None
-    seconds = preflight.seconds_per_step(estimate, preflight.measured_rate())
+    seconds = probe.seconds_per_step(model, train)
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingRun(
             GPT(model), train, tokens, tokens[-5000:], tokenizer=tokenizer, folder=folder
