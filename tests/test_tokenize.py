@@ -19,8 +19,8 @@ import pytest
 from tests.test_documents import CHINESE, TEXTS, jsonl, parquet
 from tinygpt.cli import main
 from tinygpt.errors import DataError, TokenizerError, UsageError
-from tinygpt.machine import workers
-from tinygpt.machine.workers import work_in_processes
+from tinygpt.machine import subprocesses
+from tinygpt.machine.subprocesses import work_in_processes
 from tinygpt.text import shard_writer
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.shard_writer import write_shards
@@ -189,7 +189,7 @@ def test_an_error_in_a_text_comes_from_any_process(tmp_path: Path, story: Path) 
 def test_a_process_that_dies_is_an_error(
     tmp_path: Path, story: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children, start = [], workers._start
+    children, start = [], subprocesses._start
     monkeypatch.setattr(
         workers, "_start", lambda name: children.append(start(name)) or children[-1]
     )

@@ -49,7 +49,7 @@ def tokenize(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tinygpt.machine import resources
-    from tinygpt.machine.workers import work_in_processes
+    from tinygpt.machine.subprocesses import work_in_processes
     from tinygpt.text import shard_writer
     from tinygpt.text.corpus import open_corpus
     from tinygpt.text.shards import read_index
