@@ -191,7 +191,7 @@ def test_a_process_that_dies_is_an_error(
 ) -> None:
     children, start = [], subprocesses._start
     monkeypatch.setattr(
-        workers, "_start", lambda name: children.append(start(name)) or children[-1]
+        subprocesses, "_start", lambda name: children.append(start(name)) or children[-1]
     )
 
     def work(jobs: Any) -> Any:

@@ -364,7 +364,7 @@ def _gathered(pieces: Iterator[tuple[Array, int]]) -> Iterator[tuple[Array, int]
         yield np.concatenate(held), size
 
 
-# As a process of its own: see ``machine.subprocesses`` -----------------------------------------------
+# As a process of its own: see ``machine.subprocesses`` ------------------------------------------
 
 
 def main() -> None:
