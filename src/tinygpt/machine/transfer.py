@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 
 from tinygpt.machine.tinygrad_internals import Buffer, DType, _to_np_dtype
 
@@ -76,6 +76,11 @@ def read(tensor: Tensor) -> Array:
     buffer = _buffer(tensor)
     copied = np.frombuffer(buffer.as_memoryview(), _to_np_dtype(buffer.dtype))
     return copied.reshape(tuple(map(int, tensor.shape)))
+
+
+def free_unused(device: str = "") -> None:
+    """Give back to the system what tinygrad keeps of freed memory for the next Tensor like it."""
+    getattr(Device[device or Device.DEFAULT].allocator, "free_cache", lambda: None)()
 
 
 def _buffer(tensor: Tensor) -> Buffer:

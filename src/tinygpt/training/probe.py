@@ -22,7 +22,7 @@ from tinygrad import Tensor, dtypes
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.machine.jit import jit
 from tinygpt.machine.precision import half_of
-from tinygpt.machine.transfer import write, zeros
+from tinygpt.machine.transfer import free_unused, write, zeros
 from tinygpt.model import lora
 from tinygpt.model.transformer import Dropout, Transformer
 from tinygpt.training.optim import AdamW
@@ -37,7 +37,17 @@ ADDING = 12 / 32
 
 
 def seconds_per_step(model: GPTConfig, train: TrainConfig) -> float:
-    """Seconds that a training step of this model should take here. Takes memory for one block."""
+    """Seconds that a training step of this model should take here.
+
+    It takes memory for one block and what is outside, and gives it back.
+    """
+    try:
+        return _seconds_per_step(model, train)
+    finally:
+        free_unused()
+
+
+def _seconds_per_step(model: GPTConfig, train: TrainConfig) -> float:
     frozen, parts = train.freeze or 0, Parts(model, train)
     micro_batch = parts.outside() + (model.n_layer - frozen) * parts.block()
     if forward := model.n_layer if train.recompute else frozen:
