@@ -102,7 +102,9 @@ def test_steps_evaluations_and_samples_fill_the_time():
     for seconds in (30, 300, 3000):
         found = fix_steps(MODEL, TRAIN, PACE, seconds, 7.0, 10**9)
         evaluations = math.ceil(found["max_iters"] / found["eval_interval"])
-        spent = 7 + CLOSING + 0.02 * found["max_iters"] + evaluations * (0.006 * TRAIN.eval_iters + 0.2)
+        spent = (
+            7 + CLOSING + 0.02 * found["max_iters"] + evaluations * (0.006 * TRAIN.eval_iters + 0.2)
+        )
         assert spent == pytest.approx(seconds, rel=0.02) and 1 <= evaluations <= 20
         assert 0 < found["warmup_steps"] < found["max_iters"] / 4
         often = fix_steps(MODEL, TRAIN, PACE, seconds, 7.0, 10**9, interval=10)
