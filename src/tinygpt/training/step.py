@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,10 +15,11 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
 from tinygpt.machine.precision import half_of
-from tinygpt.machine.transfer import zeros, zeros_like
+from tinygpt.machine.transfer import Array
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.text.tokens import Tokens as Text
+from tinygpt.training.accumulation import PartialSums, add_to
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 from tinygpt.training.recompute import recomputed_gradients
@@ -62,8 +63,8 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
-    With accumulation one jitted function adds the micro-batches' gradients to buffers and another
-    applies their sum, so that memory does not depend on the number of micro-batches.
+    With accumulation one jitted function adds the micro-batches' gradients to buffers, in the order
+    of ``accumulation``, and another applies their sum.
 
     On several devices each takes a part of every micro-batch, and has gradients of its own; the
     first adds them up, changes the weights, and hands them out. Whoever changes weights between
@@ -119,23 +120,22 @@ def make_train_step(
     def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
         return update(*gradients(x, y, key), lr, limits)
 
-    loss_sums = [zeros((), dtypes.float32, device) for device in replicas.devices]
     everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
-    sums = [zeros_like(p) for p in everywhere] if micro_batches > 1 else []
+    sums = PartialSums(
+        [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
+    )
+    split = len(replicas)  # losses come first
 
     @jit
     def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
         losses, grads = gradients(x, y, key)
-        first_on = dict(zip(replicas.devices, replicas.everywhere(first), strict=True))
-        for before, new in zip([*loss_sums, *sums], [*losses, *grads], strict=True):
-            # not before * 0: a NaN would stay
-            before.assign(first_on[str(before.device)].where(new, before + new))
-        return loss_sums[0].realize(*loss_sums[1:], *sums)
+        return add_to(sums.levels[0].tensors, [*losses, *grads], first)
 
-    @jit
-    def apply(lr: Tensor, limits: Tensor) -> Tensor:
-        losses, grads = ([part.clone() for part in parts] for parts in (loss_sums, sums))
-        return update(losses, grads, lr, limits)
+    @cache
+    def apply_level(level: int) -> Callable[..., Array]:
+        """The update by the sum that a level holds."""
+        tensors = sums.levels[level].tensors
+        return jit(lambda lr, limits: update(tensors[:split], tensors[split:], lr, limits))
 
     def step(
         x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
@@ -145,10 +145,12 @@ def make_train_step(
         if micro_batches == 1:
             report = whole(x[0], y[0], keys[0], lr, limits)
         else:
-            for i in range(micro_batches):
-                accumulate(x[i], y[i], keys[i], i == 0)
+
+            def add_leaf(i: int, first: bool) -> None:
+                accumulate(x[i], y[i], keys[i], first)
                 replicas.wait()
-            report = apply(lr, limits)
+
+            report = apply_level(sums.sum(micro_batches, add_leaf))(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(layers, 0.0)
@@ -157,6 +159,10 @@ def make_train_step(
         return Outcome(loss, norm, taken > 0, by_layer)
 
     return step
+
+
+def _shape_and_device(p: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(map(int, p.shape)), str(p.device)
 
 
 def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
