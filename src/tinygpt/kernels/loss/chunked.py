@@ -290,15 +290,15 @@ def products(k: Kernel, dx: Array, *arrays: Array, cut: Cut) -> None:
         with k.loop(cut.block // cut.numbers) as v:
             with k.loop(rows // L) as j, k.phase() as lane:
                 row = j * L + lane
-                both = [probability(v * cut.numbers + i, row) for i in range(cut.numbers)]
-                for i, value in enumerate(both):
-                    p[v * cut.numbers + i, row] = value
+                values = [probability(v * cut.numbers + x, row) for x in range(cut.numbers)]
+                for x, value in enumerate(values):
+                    p[v * cut.numbers + x, row] = value
                 if cut.pairs:
-                    across[v, row] = pairs.joined(*both)
-            for i in range(cut.numbers):
+                    across[v, row] = pairs.joined(*values)
+            for x in range(cut.numbers):
                 with k.phase(C) as c:
-                    at_row = minimum(first + v * cut.numbers + i, V - 1)
-                    w[c, v * cut.numbers + i] = weight[at_row * C + c]
+                    start = minimum(first + v * cut.numbers + x, V - 1) * C
+                    w[c, v * cut.numbers + x] = weight[start + c]
         with k.loop(rows // L) as j:
 
             def at(c: UOp, lane: UOp) -> UOp:
