@@ -55,7 +55,7 @@ INFERENCE = Dropout(0)
 
 
 class Linear:
-    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,), computed in the type of x."""
+    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias

@@ -254,6 +254,24 @@ def _adamw(*shapes: tuple[int, ...]) -> Case:
     return case(kernels.adamw_update, shape, inputs, formula, compute, results=1 + 3 * n)
 
 
+def _adamw_in_shares(operation: Callable[..., Any], *shapes: tuple[int, ...]) -> Case:
+    """The same, in the three parts that several devices take it in."""
+    whole, n = _adamw(*shapes), len(shapes)
+    rates: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99}
+
+    def compute(*inputs: Tensor) -> list[Tensor]:
+        p, g, m, v = (list(inputs[i : i + n]) for i in range(0, 4 * n, n))
+        p, m, v = ([t.clone() for t in ts] for ts in (p, m, v))
+        lr, *powers = (t.clone() for t in inputs[4 * n :])
+        sums = kernels.squared_sums(g)
+        numbers, report = kernels.adamw_numbers(sums, lr, *powers, clip=1.0, **rates)
+        kernels.adamw_follow(p, g, m, v, numbers, decay=[0.1] * n, eps=1e-8, **rates)
+        return [report[1], *(t for part in zip(p, m, v, strict=True) for t in part)]
+
+    shape = f"{whole.shape}, {operation.__name__}"
+    return case(operation, shape, whole.inputs, whole.exact, compute, results=whole.results)
+
+
 def _muon(*shapes: tuple[int, int, int]) -> Case:
     """Clipped, with weight decay, of weights (rows, columns, matrices one above the other)."""
     n, counts, norm = len(shapes), [count for *_, count in shapes], 4.0
@@ -325,7 +343,12 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
         partial(_loss, 768, 128, 1024),
     ),
     "adamw": (
-        each(_adamw, ((1,),), ((33, 7), (7,)), ((64, 64), (64, 64), (300, 64), (64,))),
+        [
+            *each(_adamw, ((1,),), ((33, 7), (7,)), ((64, 64), (64, 64), (300, 64), (64,))),
+            partial(_adamw_in_shares, kernels.squared_sums, (33, 7), (7,)),
+            partial(_adamw_in_shares, kernels.adamw_numbers, (1,)),
+            partial(_adamw_in_shares, kernels.adamw_follow, (64, 64), (300, 64), (64,)),
+        ],
         partial(_adamw, *LAYERS),
     ),
     "muon": (
