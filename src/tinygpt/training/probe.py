@@ -22,7 +22,7 @@ from tinygrad import Tensor, dtypes
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.machine.jit import jit
 from tinygpt.machine.precision import half_of
-from tinygpt.machine.transfer import free_unused, write, zeros
+from tinygpt.machine.transfer import release_unused, write, zeros
 from tinygpt.model import lora
 from tinygpt.model.transformer import Dropout, Transformer
 from tinygpt.training.optim import AdamW
@@ -44,7 +44,7 @@ def seconds_per_step(model: GPTConfig, train: TrainConfig) -> float:
     try:
         return _seconds_per_step(model, train)
     finally:
-        free_unused()
+        release_unused()
 
 
 def _seconds_per_step(model: GPTConfig, train: TrainConfig) -> float:
