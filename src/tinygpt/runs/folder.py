@@ -168,6 +168,8 @@ def text_of(path: Path) -> str | None:
         return None
     if not isinstance(source, str):
         return None
+    if is_mix(source):
+        return write_mix({Path(name).name: share for name, share in parse_mix(source).items()})
     name = Path(source).name
     return f"./{name}" if name in NAMES and source != name else name or None  # see text/names.py
 
