@@ -174,7 +174,9 @@ def texts(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
 
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for start in range(0, len(tokens), SPAN):
-        yield decoder.decode(tokenizer.decode_bytes(np.asarray(tokens[start : start + SPAN]).tolist()))
+        yield decoder.decode(
+            tokenizer.decode_bytes(np.asarray(tokens[start : start + SPAN]).tolist())
+        )
     yield decoder.decode(b"", final=True)
 
 

@@ -14,7 +14,7 @@ from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.errors import CheckpointError, DataError
-from tinygpt.files.atomic import make_folder, sync_folder, user_path
+from tinygpt.files.atomic import make_folder, sync_folder
 from tinygpt.runs.display.text import duration
 from tinygpt.text.names import lasting
 
@@ -75,25 +75,23 @@ def open_text(data: DataConfig) -> Corpus | None:
 
 
 def gather(
-    settings: Settings, own: Tokenizer | None = None, source: Source | None = None
+    settings: Settings, own: Tokenizer | None = None, given: Corpus | Source | None = None
 ) -> Material:
     """Make tokens of the text, with the tokenizer that the run has already, if any.
 
-    They are those of ``source`` if it was read already.
+    ``given`` is the text if it is open already, or its tokens if they were read.
     """
     from tinygpt.text import batches
 
-    source = source or read_source(settings, own, open_text(settings.data))
+    if not isinstance(given, Source):
+        given = read_source(settings, own, given or open_text(settings.data))
+    source = given
     shape = settings.model_config(source.vocab_size)
-    training, held_out = batches.split(
-        source.tokens, settings.data.val_fraction, shape.block_size
-    )
+    training, held_out = batches.split(source.tokens, settings.data.val_fraction, shape.block_size)
     return Material(source.name, training, held_out, source.tokenizer, shape)
 
 
-def _vocabulary(
-    settings: Settings, name: str, tokens: Tokens, tokenizer: Tokenizer | None
-) -> int:
+def _vocabulary(settings: Settings, name: str, tokens: Tokens, tokenizer: Tokenizer | None) -> int:
     """The size of the vocabulary; DataError if only one strange token makes it large."""
     from tinygpt.text.tokens import largest
 
@@ -203,7 +201,9 @@ def say_mix(material: Material, train: TrainConfig) -> None:
     rows = train.max_iters * train.batch_size * train.grad_accum_steps
     epochs = mix.epochs(rows, material.shape.block_size)
     for name, share in mix.shares.items():
-        again = "; it begins anew, in another order, each time it runs out" if epochs[name] > 1 else ""
+        again = (
+            "; it begins anew, in another order, each time it runs out" if epochs[name] > 1 else ""
+        )
         say(
             f"mix: {float(share):.4g} of {name}, {len(mix.sources[name]):,} tokens, which are read "
             f"{epochs[name]:.3g} times{again}"
@@ -235,7 +235,9 @@ def read_source(
 
     data, tokenizer = settings.data, own
     source, spec = str(data.source), data.tokenizer
-    found = {source: corpus} if corpus else sources.opened(source, data.field, data.glob)
+    found: dict[str, Corpus | None] = {source: corpus}
+    if corpus is None:
+        found = sources.opened(source, data.field, data.glob)
     if tokenizer is None and spec is None:
         tokenizer = sources.tokenizer_in(found)
     if tokenizer is None and not any(found.values()):

@@ -23,7 +23,15 @@ from tinygpt.cli.options import (
     resolve,
     run_tables,
 )
-from tinygpt.cli.running import foresee, gather, introduce, make_run, new_folder, say_material
+from tinygpt.cli.running import (
+    foresee,
+    gather,
+    introduce,
+    make_run,
+    new_folder,
+    say_material,
+    say_mix,
+)
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
@@ -200,6 +208,7 @@ def train(
             say(f"model: {count:,} parameters, learning rate {rate:g}")
         else:
             settings, material, begun = plan(budget, settings, own, tables, allow_memory)
+        say_mix(material, settings.train)
         if print_config:
             print(settings.to_toml(), end="")
             return 0
