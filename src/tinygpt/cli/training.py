@@ -14,6 +14,7 @@ from tinygpt.cli.finetuning import Beginning
 from tinygpt.cli.flags import Flat, Switch
 from tinygpt.cli.newest import RUNS, newest_runs
 from tinygpt.cli.options import (
+    AUTO,
     Settings,
     Tables,
     file_tables,
@@ -24,6 +25,7 @@ from tinygpt.cli.options import (
     run_tables,
 )
 from tinygpt.cli.running import (
+    fit_batch,
     foresee,
     gather,
     introduce,
@@ -51,7 +53,9 @@ if TYPE_CHECKING:
     ModelFlags = dict[str, Any]
     TrainFlags = dict[str, Any]
 else:
-    ModelFlags, TrainFlags = flags(GPTConfig, "Model"), flags(TrainConfig, "Training")
+    automatic = {"batch_size": "auto: the most that fit in memory, with as many a step."}
+    ModelFlags = flags(GPTConfig, "Model")
+    TrainFlags = flags(TrainConfig, "Training", automatic=automatic)
 
 
 def train(
@@ -157,6 +161,13 @@ def train(
         "init": None if init is None else str(init),
     }
     tables = given_tables(model, train, given)
+    fitted = tables["train"].get("batch_size") == AUTO
+    if fitted:
+        del tables["train"]["batch_size"]
+        if resume:
+            raise UsageError(
+                "--batch-size auto is for a run that begins: one that goes on keeps its batches."
+            )
     if init is not None:
         tables["data"]["init_sha256"] = None  # a file's would be of other weights
     if not resume:
@@ -176,7 +187,16 @@ def train(
     settled = {"--preset": preset, "--config": config, "--init": settings.data.init}
     steps = tables["train"].get("max_iters")
     budget = asked(minutes, size, [flag for flag in settled if settled[flag]], steps, resume)
-    if print_config and (budget is None or (minutes is None and settings.data.source is None)):
+    if fitted and budget is not None:
+        raise UsageError(
+            "--batch-size auto cuts a step that is settled, and --minutes chooses one for the time "
+            "there is. Leave auto out, or settle the step with --preset, --config or --max-iters."
+        )
+    if (
+        print_config
+        and not fitted
+        and (budget is None or (minutes is None and settings.data.source is None))
+    ):
         print(settings.to_toml(), end="")
         return 0
     if settings.data.source is None:
@@ -202,6 +222,8 @@ def train(
             own = _saved_tokenizer(out, start) if resume and out and tokenizer is None else None
         if budget is None:
             material, begun = gather(settings, own), None
+            if fitted:
+                settings = fit_batch(material.shape, settings)
             foresee(material.shape, settings, allow_memory)
             say_material(material)
             count, rate = material.shape.num_params(), settings.train.learning_rate
