@@ -27,7 +27,7 @@ from tinygpt.kernels.check import (
     check_case,
     check_kernel,
     exact,
-    half,
+    gains,
     time_case,
 )
 from tinygpt.model.transformer import Transformer
@@ -85,13 +85,13 @@ def test_an_operation_that_no_case_checks_is_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_bfloat16_gains_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half, "LAYER", (24, 32, 32))
-    monkeypatch.setattr(half, "WEIGHTS", (2, 32, 32))
-    found = half.gains()
+    monkeypatch.setattr(gains, "LAYER", (24, 32, 32))
+    monkeypatch.setattr(gains, "WEIGHTS", (2, 32, 32))
+    found = gains.gains()
     assert found is not None and found.training > 0 and found.decoding > 0
     assert ("AVX512_BF16" in found.way or "for" in found.way) or pairs.available("CPU")
-    monkeypatch.setattr(half.precision, "available", lambda: ["float32"])
-    assert half.gains() is None
+    monkeypatch.setattr(gains.precision, "available", lambda: ["float32"])
+    assert gains.gains() is None
 
 
 norm_case = cases.KERNELS["norm"][0][0]  # before a test puts another in its place

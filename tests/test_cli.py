@@ -620,12 +620,12 @@ def test_doctor_fails_only_for_what_is_needed(run_cli, monkeypatch):
     compiler = Check("compiler", False, "none", "python -m pip install clang")
     monkeypatch.setattr("tinygpt.machine.doctor.examine", lambda: [python, plots])
     monkeypatch.setattr("tinygpt.machine.doctor.time_devices", lambda: [])
-    half = import_module("tinygpt.kernels.check.half")
-    monkeypatch.setattr(half, "gains", lambda: half.Gains(1.62, 1.9, "by conversion"))
+    timing = import_module("tinygpt.kernels.check.gains")
+    monkeypatch.setattr(timing, "gains", lambda: timing.Gains(1.62, 1.9, "by conversion"))
     code, out, _ = run_cli("doctor")
     assert code == 0 and "optional" in out and "get it" in out and "MISSING" not in out
     assert "1.6 times the speed of float32" in out and "by conversion" in out
-    monkeypatch.setattr(half, "gains", lambda: 1 / 0)
+    monkeypatch.setattr(timing, "gains", lambda: 1 / 0)
     code, out, _ = run_cli("doctor")
     assert code == 0 and "could not be timed: ZeroDivisionError" in out
     monkeypatch.setattr("tinygpt.machine.doctor.examine", lambda: [python, compiler])

@@ -77,7 +77,7 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
 
 def _time_half() -> Iterator[machine.Check]:
     """What bfloat16 gains or costs here."""
-    from tinygpt.kernels.check.half import gains
+    from tinygpt.kernels.check.gains import gains
 
     found: object
     try:
