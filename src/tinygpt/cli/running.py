@@ -20,7 +20,7 @@ from tinygpt.text.names import lasting
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.config import GPTConfig
+    from tinygpt.config import GPTConfig, TrainConfig
     from tinygpt.runs.run import TrainingRun
     from tinygpt.runs.trial import Trial
     from tinygpt.text.corpus import Corpus
@@ -49,6 +49,14 @@ class Beginning(NamedTuple):
     """Where its weights are from, if they are not random: see ``checkpoint.start_from``."""
     trial: Trial | None = None
     """What it trains with, if its pace was measured."""
+
+
+def check_devices(train: TrainConfig) -> None:
+    """DeviceError if one of the devices of a run is not there."""
+    if train.devices is not None:
+        from tinygpt.machine.several import open_devices
+
+        open_devices(train.devices)
 
 
 def open_text(data: DataConfig) -> Corpus | None:

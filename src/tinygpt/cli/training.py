@@ -23,7 +23,15 @@ from tinygpt.cli.options import (
     resolve,
     run_tables,
 )
-from tinygpt.cli.running import foresee, gather, introduce, make_run, new_folder, say_material
+from tinygpt.cli.running import (
+    check_devices,
+    foresee,
+    gather,
+    introduce,
+    make_run,
+    new_folder,
+    say_material,
+)
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
@@ -180,6 +188,8 @@ def train(
         check_claim(out)
     # Before the text is read, and before there is a folder: it may not be possible.
     with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
+        device.prefer(settings.train.devices)
+        check_devices(settings.train)
         device.require_device()
         _check_dtype(settings.train)
         if beginning is not None:
