@@ -218,3 +218,11 @@ def test_a_device_that_is_not_there_is_an_error_with_those_that_are(
     with pytest.raises(DeviceError, match=r"must be the default device, CPU.*Name CPU first"):
         several.open_devices("CPU:1,CPU")
     assert several.open_devices(2) == ("CPU", "CPU:1")
+
+
+def test_a_device_that_is_not_there_leaves_no_folder(tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat on the mat. " * 50)
+    assert main(["train", str(text), "--devices", "CUDA:0", "--out", str(tmp_path / "run")]) != 0
+    assert "There is no device CUDA" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

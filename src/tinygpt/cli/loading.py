@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, run_tables
+from tinygpt.config import Precision
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError, UsageError
 from tinygpt.machine import device
 from tinygpt.runs.folder import choose_checkpoint, folder_of
@@ -120,18 +121,22 @@ def load_model(
     tokenizer: str | None,
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
+    dtype: Precision = "float32",
 ) -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
 
     With ``quantize`` its weights are rounded as they are read, for generation only, and messages
     say what that has saved and what it costs, on ``quantize_data`` or the run's validation text.
+    A ``dtype`` of 16 bits rounds them to half of the memory.
     """
     from tinygpt.api import load
 
     if quantize_data is not None and quantize is None:
         raise UsageError("--quantize-data goes with --quantize int8.")
+    if quantize is not None and dtype != "float32":
+        raise UsageError(f"Weights are rounded once: give --quantize or --dtype {dtype}, not both.")
     device.require_device()
-    model, own = load(run, quantize)
+    model, own = load(run, quantize, dtype)
     own = own if tokenizer is None else ready_tokenizer(tokenizer)
     if own is None:
         raise UsageError(
@@ -140,16 +145,24 @@ def load_model(
         )
     if quantize is not None:
         _say_quantized(run, model, own, quantize_data)
+    elif dtype != "float32":
+        say(_saved(model, dtype))
     return model, own
 
 
-def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
+def _saved(model: GPT, name: str) -> str:
     from tinygpt.files.disk import size
+    from tinygpt.model import int8
+
+    before, after = int8.sizes(model)
+    return f"{name}: the weights take {size(after)} instead of {size(before)}"
+
+
+def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
     from tinygpt.model import int8
     from tinygpt.runs import checkpoint
 
-    before, after = int8.sizes(model)
-    say(f"int8: the weights take {size(after)} instead of {size(before)}")
+    say(_saved(model, "int8"))
     try:
         name, tokens = (
             own_validation(run, model, tokenizer, "To compare: --quantize-data TEXT.txt")

@@ -191,7 +191,7 @@ def train(
         device.prefer(settings.train.devices)
         check_devices(settings.train)
         device.require_device()
-        _check_dtype(settings.train)
+        _check_machine(settings.train)
         if beginning is not None:
             own = beginning.tokenizer(settings.data)
         else:
@@ -230,11 +230,12 @@ def train(
             return _follow(run, json, stopped)
 
 
-def _check_dtype(config: TrainConfig) -> None:
-    """DeviceError if the device does not have the type that products are to be computed in."""
-    from tinygpt.machine import precision
+def _check_machine(config: TrainConfig) -> None:
+    """DeviceError if there are not the devices, or if they have not the type of the products."""
+    from tinygpt.machine import precision, several
 
-    precision.require(config.dtype)
+    for name in several.open_devices(config.devices):
+        precision.require(config.dtype, name)
 
 
 def _beginning(layers: Sequence[Tables], out: Path | None) -> Beginning | None:

@@ -206,6 +206,18 @@ def _loss(rows: int, C: int, V: int) -> Case:
     return case(kernels.loss, shape, inputs, exact.loss, compute, gradients=2)
 
 
+def _half_loss(rows: int, C: int, V: int) -> Case:
+    """As in training: x is bfloat16, the weight float32. Their products are of the order of 1."""
+    x, weight = map(rounded, several((rows, C), (V, C)))
+    inputs = [x, rounded(weight / np.float32(C) ** 0.5), *_targets(rows, V)]
+
+    def compute(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return kernels.loss(x.cast(dtypes.bfloat16), weight, targets, gradient=True)
+
+    made = case(kernels.loss, f"{rows}x{C} to {V}", inputs, exact.loss, compute, gradients=2)
+    return replace(made, shape=f"loss {made.shape}", tolerance=BFLOAT16)
+
+
 def _cross_entropy(rows: int, V: int) -> Case:
     """Of logits that exist."""
     inputs, shape = [*several((rows, V)), *_targets(rows, V)], f"{rows} logits of {V}"
@@ -309,7 +321,10 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
         partial(_linear, 768, 128, 512),
     ),
     "bfloat16": (
-        each(_half_linear, (1, 64, 192), (24, 96, 160), (65, 34, 17), (40, 33, 50)),
+        [
+            *each(_half_linear, (1, 64, 192), (24, 96, 160), (65, 34, 17), (40, 33, 50)),
+            *each(_half_loss, (7, 33, 300), (300, 64, 1000)),
+        ],
         partial(_half_linear, 768, 128, 512),
     ),
     "gelu": (each(_gelu, *THREE), partial(_gelu, 768, 512)),
