@@ -11,6 +11,7 @@ from tinygpt.config import Precision
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError, UsageError
 from tinygpt.machine import device
 from tinygpt.runs.folder import choose_checkpoint, folder_of
+from tinygpt.text.mix import is_mix
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -33,17 +34,13 @@ def own_source(run: Path) -> DataConfig:
 
 def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[str, Tokens]:
     """-> a name for the text, and its tokens"""
-    from tinygpt.text.corpus import open_corpus
-    from tinygpt.text.shards import check_made_with, is_tokens
-    from tinygpt.text.tokens import load_tokens, tokens_of
+    from tinygpt.text import sources
 
-    name, vocab_size = str(source.source), model.config.vocab_size
-    if is_tokens(name, source.glob):
-        tokens = load_tokens(name, vocab_size, glob=source.glob)
-        check_made_with(tokens, tokenizer, name)
-        return name, tokens
-    corpus = open_corpus(name, field=source.field, glob=source.glob)
-    return corpus.description, tokens_of(corpus, tokenizer, vocab_size)
+    name = str(source.source)
+    found = sources.opened(name, source.field, source.glob)
+    tokens = sources.read_tokens(name, found, tokenizer, model.config.vocab_size, source.glob)
+    corpus = found.get(name)
+    return name if corpus is None else corpus.description, tokens
 
 
 def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
@@ -87,13 +84,14 @@ def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> l
     """
     try:
         source = Path(own_source(run).source or "")
-        if source.exists() and not (source.is_file() and source.stat().st_size <= LARGEST_BEGUN):
+        small = source.is_file() and source.stat().st_size <= LARGEST_BEGUN
+        if is_mix(str(source)) or (source.exists() and not small):
             return []
         _, tokens = own_validation(run, model, tokenizer, "")
         if not _is_unchanged(run, "val", tokens):
             return []
         starts = [len(tokens) * i // count for i in range(count)]
-        passages = [tokenizer.decode(tokens[at : at + 200].tolist()) for at in starts]
+        passages = [tokenizer.decode(map(int, tokens[at : at + 200])) for at in starts]
     except (TinyGPTError, OSError):
         return []
     lines = ["".join(passage.splitlines(keepends=True)[1:3]) for passage in passages]
