@@ -61,6 +61,14 @@ class Beginning(NamedTuple):
     """What it trains with, if its pace was measured."""
 
 
+def check_devices(train: TrainConfig) -> None:
+    """DeviceError if one of the devices of a run is not there."""
+    if train.devices is not None:
+        from tinygpt.machine.several import open_devices
+
+        open_devices(train.devices)
+
+
 def open_text(data: DataConfig) -> Corpus | None:
     """The text that is to be read, and a line on it; None for tokens, and for a mix."""
     from tinygpt.text.corpus import open_corpus
