@@ -181,6 +181,7 @@ def train(
     # Before the text is read, and before there is a folder: it may not be possible.
     with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
         device.require_device()
+        _check_dtype(settings.train)
         if beginning is not None:
             own = beginning.tokenizer(settings.data)
         else:
@@ -217,6 +218,13 @@ def train(
             return _follow(run, json)
         with dashboard_beside(run, listener, dashboard_port, no_token) as stopped:
             return _follow(run, json, stopped)
+
+
+def _check_dtype(config: TrainConfig) -> None:
+    """DeviceError if the device does not have the type that products are to be computed in."""
+    from tinygpt.machine import precision
+
+    precision.require(config.dtype)
 
 
 def _beginning(layers: Sequence[Tables], out: Path | None) -> Beginning | None:

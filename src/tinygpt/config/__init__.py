@@ -23,6 +23,9 @@ __version__ = "0.1.0"
 
 AttentionMethod = Literal["auto", "flash", "plain"]
 """How attention is computed, see ``GPTConfig.attention``."""
+Precision = Literal["float32", "bfloat16", "float16"]
+"""The types that products and attention can be computed in, see ``TrainConfig.dtype``."""
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 AdaptedLayers = Literal["all", "attn", "mlp"]
 """The linear layers that LoRA adapts, see ``TrainConfig.lora_layers``."""
 ADAPTERS = (".lora_a", ".lora_b")
@@ -227,6 +230,10 @@ class TrainConfig(Config):
     """Largest global norm of the gradient; 0 switches clipping off."""
     grad_accum_steps: int = 1
     """Micro-batches whose gradients are averaged into one step."""
+    recompute: bool = False
+    """Compute each block's activations again for the backward pass: less memory, longer steps."""
+    dtype: Precision = "float32"
+    """Type of products and attention; weights, moments, norms, softmax and loss stay float32."""
     skip_spikes: float | None = None
     """Skip a step whose loss or norm is so many deviations above 128 others; if not set, none."""
     max_skipped: int = 10

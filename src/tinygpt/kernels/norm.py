@@ -26,6 +26,7 @@ from tinygrad import Tensor, UOp
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import across, add_up, fill, largest_divisor
 from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
+from tinygpt.machine.tinygrad_internals import DType
 
 LANES = 16
 ROWS = 4  # rows at a time: the additions of one row wait for each other, those of four overlap
@@ -44,19 +45,26 @@ class Shape(NamedTuple):
     group: int
 
 
-def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: DType | None = None
+) -> Tensor:
     """The formula for y in stock operations."""
+    dtype = dtype or x.dtype
+    x, weight = x.cast(wide(x.dtype)), weight.cast(wide(x.dtype))
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     y = centred * (variance + EPS).rsqrt() * weight
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).cast(dtype)
 
 
 @operation("norm", plain_layer_norm)
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: DType | None = None
+) -> Tensor:
     """Normalise the last axis of x (..., C) to mean 0 and variance 1, then scale and shift.
 
-    weight and bias are (C,). Half precision is summed in float32.
+    weight and bias are (C,). Half precision is summed in float32. The result is of the type
+    ``dtype``, that of x if it is not given.
     """
     *outer, width = map(int, x.shape)
     rows = prod(outer)
@@ -73,7 +81,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sums = [empty(t, width) for t in affine]
         return [dx, *run(_add_parts, sums, pieces, lanes=LANES, parts=parts, width=width)]
 
-    outputs = [empty(x, *outer, width), *(empty(x, rows, dtype=wide(x.dtype)) for _ in range(2))]
+    statistics = [empty(x, rows, dtype=wide(x.dtype)) for _ in range(2)]
+    outputs = [empty(x, *outer, width, dtype=dtype), *statistics]
     return launch(_forward, outputs, [x, *affine], name=f"norm_{size}", backward=backward)[0]
 
 

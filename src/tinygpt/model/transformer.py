@@ -18,6 +18,7 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import UsageError
+from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.machine.transfer import write
 from tinygpt.model.cache import Cache
 
@@ -54,13 +55,14 @@ INFERENCE = Dropout(0)
 
 
 class Linear:
-    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,)."""
+    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,), computed in the type of x."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.cast(x.dtype)
+        return kernels.linear(x, self.weight.cast(x.dtype), bias)
 
     def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Mean cross-entropy in nats of targets (N,), where y (N, V) are the logits.
@@ -68,7 +70,8 @@ class Linear:
         They never exist as a whole. With ``gradient`` the gradients are computed along with them.
         """
         frozen = not self.weight.is_param
-        return kernels.loss(x, self.weight, targets, gradient=gradient, frozen=frozen)
+        weight = self.weight.cast(x.dtype)
+        return kernels.loss(x, weight, targets, gradient=gradient, frozen=frozen)
 
 
 class LayerNorm:
@@ -77,8 +80,9 @@ class LayerNorm:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return kernels.layer_norm(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, half: DType | None = None) -> Tensor:
+        """x normalised; what comes out is of the type ``half``, or of that of x."""
+        return kernels.layer_norm(x, self.weight, self.bias, half or x.dtype)
 
 
 class Embedding:
@@ -134,9 +138,12 @@ class Block:
         self.ln_2 = LayerNorm(**tensors["ln_2"])
         self.mlp = MLP(tensors["mlp"])
 
-    def __call__(self, x: Tensor, drop: Dropout, attend: Attend | None) -> Tensor:
-        x = x + drop(self.attn(self.ln_1(x), drop, attend))
-        return x + drop(self.mlp(self.ln_2(x)))
+    def __call__(
+        self, x: Tensor, drop: Dropout, attend: Attend | None, half: DType | None = None
+    ) -> Tensor:
+        """The residual stream (B, T, C), to which attention and MLP, computed in ``half``, add."""
+        x = x + drop(self.attn(self.ln_1(x, half), drop, attend))
+        return x + drop(self.mlp(self.ln_2(x, half)))
 
 
 class Transformer:
@@ -151,6 +158,8 @@ class Transformer:
         self.config = config
         self.training = True
         self.quantized = False
+        self.half: DType | None = None
+        """Type of products and attention, if not that of the residual stream; see ``hidden``."""
         self.read_from: tuple[dict[str, Any], dict[str, str]] | None = None
         """Origin and hashes of the weights that were read last; ask ``checkpoint.origin_of``."""
         tensors = make_tensors(config, seed)
@@ -162,16 +171,23 @@ class Transformer:
             self.lm_head = Linear(**tensors["lm_head"])
 
     def hidden(
-        self, tokens: Tensor, cache: Cache | None = None, drop: Dropout = INFERENCE
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        drop: Dropout = INFERENCE,
+        half: DType | None = None,
     ) -> Tensor:
         """The normalised residual stream (B, T, C) behind the last block, for tokens (B, T).
 
-        With a cache the tokens continue where it stands, and attention is the cache's.
+        With a cache the tokens continue where it stands, and attention is the cache's. ``half`` is
+        bfloat16 or float16, or else the model's own type. The norms cast to it, so that linear
+        layers and attention compute in it; the residual stream stays as wide as it is.
         """
+        half = half or self.half
         x = drop(self.embed(tokens, cache))
         for i, block in enumerate(self.h):
-            x = block(x, drop, None if cache is None else partial(cache.attend, i))
-        return self.ln_f(x)
+            x = block(x, drop, None if cache is None else partial(cache.attend, i), half)
+        return self.ln_f(x, half)
 
     def embed(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The embeddings (B, T, C) of tokens (B, T) and their positions."""
@@ -197,10 +213,17 @@ class Transformer:
         self._check(tokens)
         return self.unembed(self.hidden(tokens, cache, drop or self._dropout()))
 
-    def loss(self, tokens: Tensor, targets: Tensor, drop: Dropout | None = None) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        drop: Dropout | None = None,
+        half: DType | None = None,
+    ) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); < 0 is left out.
 
-        Unless ``drop`` is INFERENCE the gradients are prepared with it, see ``kernels.loss``.
+        Unless ``drop`` is INFERENCE the gradients are prepared with it, see ``kernels.loss``. For
+        ``half`` see ``hidden``; the loss itself is float32.
         """
         self._check(tokens)
         if targets.shape != tokens.shape:
@@ -209,8 +232,13 @@ class Transformer:
                 f"each position has one target, the next token."
             )
         drop = drop or self._dropout()
-        x = self.hidden(tokens, drop=drop).reshape(-1, self.config.n_embd)  # (B, T, C) -> (N, C)
-        return self.output().loss(x, targets.reshape(-1), gradient=drop is not INFERENCE)
+        x = self.hidden(tokens, drop=drop, half=half)
+        return self.loss_of(x, targets, gradient=drop is not INFERENCE)
+
+    def loss_of(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """The loss () of targets (B, T), given the residual stream x (B, T, C), normalised."""
+        x = x.reshape(-1, self.config.n_embd)  # (B, T, C) -> (N, C)
+        return self.output().loss(x, targets.reshape(-1), gradient=gradient)
 
     def layer(self, name: str) -> Any:
         """The layer of a name of the table of weights, such as ``h.0.attn.c_attn``."""

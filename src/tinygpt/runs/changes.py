@@ -27,10 +27,13 @@ ALWAYS_FREE = {
     "sample_interval",
     "sample_prompt",
     "max_skipped",
+    "recompute",
 }
 """Settings that do not change the course of the weights."""
 ORDER_CHANGED = "batches"
-"""The change of a run that was begun when batches were drawn in another way: told, not refused."""
+"""The change of a run that was begun when batches were drawn in another way."""
+TOLD = {ORDER_CHANGED, "dtype"}
+"""Changes that a notice reports, and that need no permission: weights and moments are float32."""
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_embeddings"}
 """What decides which weights there are, and what they mean."""
 LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init", "optimizer"}
@@ -108,7 +111,7 @@ def differences(
 
 def check(path: Path, found: Sequence[Change], allow: frozenset[str], iter_num: int) -> None:
     """Raise ChangedRunError unless everything that differs is allowed, and makes sense."""
-    refused = [change for change in found if change.field not in allow | {ORDER_CHANGED}]
+    refused = [change for change in found if change.field not in allow | TOLD]
     if fixed := [change for change in refused if change.field in FIXED]:
         raise CheckpointError(
             f"{path} cannot be resumed with {', '.join(map(str, fixed))}: {FIXED[fixed[0].field]}"

@@ -44,7 +44,8 @@ class Trial:
         if optimizer is None:
             lora.prepare(model, config)
         self.optimizer = optimizer or make_optimizer(model.trainable(), config)
-        self.jitted = Jitted(make_train_step(model, self.optimizer, config), make_evaluate(model))
+        take_step = make_train_step(model, self.optimizer, config)
+        self.jitted = Jitted(take_step, make_evaluate(model, config.dtype))
         self.decoder = Decoder(model)
 
     def pace(self, tokens: Tokens, seconds: float) -> Pace:

@@ -89,7 +89,7 @@ def train_steps(
     A, B, T = config.grad_accum_steps, config.batch_size, model.config.block_size
     guard = guard or Guard(config)
     take_step, evaluate_batch = jitted or Jitted(
-        make_train_step(model, optimizer, config), make_evaluate(model)
+        make_train_step(model, optimizer, config), make_evaluate(model, config.dtype)
     )
     began = time.perf_counter()
     for i in range(start, config.max_iters):

@@ -14,11 +14,13 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
+from tinygpt.machine.precision import half_of
 from tinygpt.machine.transfer import zeros, zeros_like
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
+from tinygpt.training.recompute import recomputed_gradients
 
 Tokens = npt.NDArray[np.integer]
 
@@ -57,7 +59,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
     applies their sum, so that memory does not depend on the number of micro-batches.
     """
     model.check_can_learn()
-    params = optimizer.params
+    half, params = half_of(config.dtype), optimizer.params
     names = {id(p): name for name, p in model.parameters().items()}
     layers = [layer_of(names[id(p)]) for p in params]
     micro_batches = config.grad_accum_steps
@@ -65,7 +67,11 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
 
     def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter."""
-        loss = model.loss(x, y, Dropout(model.config.dropout, key))
+        drop = Dropout(model.config.dropout, key)
+        if config.recompute:
+            loss, found = recomputed_gradients(model, x, y, drop, half)
+            return loss, [found[names[id(p)]] for p in params]
+        loss = model.loss(x, y, drop, half)
         return loss, loss.gradient(*params)
 
     def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
@@ -121,9 +127,9 @@ def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
     return np.array([(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF], np.uint32)
 
 
-def make_evaluate(model: Transformer) -> Callable[[Tokens, Tokens], float]:
+def make_evaluate(model: Transformer, dtype: str = "float32") -> Callable[[Tokens, Tokens], float]:
     """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T)."""
-    loss = jit(partial(model.loss, drop=INFERENCE))
+    loss = jit(partial(model.loss, drop=INFERENCE, half=half_of(dtype)))
     return lambda x, y: float(loss(x, y))
 
 
