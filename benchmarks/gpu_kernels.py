@@ -16,13 +16,17 @@ import ctypes
 import importlib.util
 import json
 import re
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from common import arguments, machine, write_json
+
+from tinygpt.machine import children
 
 CARDS = ("sm_80", "sm_90", "sm_100")
 """A100, H100 and H200, B200."""
@@ -30,10 +34,16 @@ TABLE = Path(__file__).with_suffix(".tsv")
 SEEN_WITH = "nvrtc 13.5"
 """What the table was made with: another compiler gives other numbers of registers."""
 
-LAYERS = {"n_layer": 1, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
+LAYERS: dict[str, Any] = {
+    "n_layer": 1,
+    "n_head": 12,
+    "n_embd": 768,
+    "block_size": 1024,
+    "vocab_size": 50257,
+}
 """GPT-2 124M with one of its twelve layers, which are alike."""
 BATCH = 4
-PLANS = {
+PLANS: dict[str, dict[str, str]] = {
     "train": {"dtype": "float32"},
     "train-bf16": {"dtype": "bfloat16"},
     "muon": {"optimizer": "muon"},
@@ -109,10 +119,12 @@ def _wheels() -> Path:
     raise OSError("nvidia-cuda-nvrtc, -runtime and -crt are not installed")
 
 
-def compiled(nvrtc: Nvrtc, plan: str, sources: dict[str, str]) -> Iterator[Compiled]:
-    """What every kernel of a plan takes on every card."""
+def compiled(
+    nvrtc: Nvrtc, plan: str, sources: dict[str, str], cards: Sequence[str] = CARDS
+) -> Iterator[Compiled]:
+    """What every kernel of a plan takes on the cards."""
     for name, source in sources.items():
-        for card in CARDS:
+        for card in cards:
             log = nvrtc.compile(source, card)
             yield Compiled(
                 plan, name, card,
@@ -134,7 +146,8 @@ def read_table(path: Path = TABLE) -> dict[tuple[str, str, str], Compiled]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
         texts = ("plan", "kernel", "card")
-        found = [Compiled(**{k: v if k in texts else int(v) for k, v in row.items()}) for row in rows]
+        plain = [{k: v if k in texts else int(v) for k, v in row.items()} for row in rows]
+        found = [Compiled(**values) for values in plain]
     return {row.key: row for row in found}
 
 
@@ -151,18 +164,16 @@ def write_table(rows: Iterable[Compiled], path: Path = TABLE) -> None:
 
 def capture(plan: str) -> dict[str, str]:
     """The sources of a plan's kernels by name, captured in a process of its own."""
-    import subprocess
-
-    from tinygpt.machine import children
-
-    environment = {"DEV": f"NULL:CUDA:{CARDS[0]}", "TINYGPT_THREADS": "0", "CACHEDB": ""}
-    done = subprocess.run(
-        **children.python_code(CHILD, environment=environment),
-        input=json.dumps([str(Path(__file__).parent), plan]).encode(),
-        capture_output=True,
-        timeout=900,
-        check=False,
-    )
+    environment = {"DEV": f"NULL:CUDA:{CARDS[0]}", "TINYGPT_THREADS": "0"}
+    with tempfile.TemporaryDirectory() as folder:  # kernels that are stored are not written again
+        environment["CACHEDB"] = str(Path(folder, "kernels.db"))
+        done = subprocess.run(
+            **children.python_code(CHILD, environment=environment),
+            input=json.dumps([str(Path(__file__).parent), plan]).encode(),
+            capture_output=True,
+            timeout=900,
+            check=False,
+        )
     if done.returncode:
         raise RuntimeError(done.stderr.decode(errors="replace"))
     found: dict[str, str] = json.loads(done.stdout)
@@ -202,7 +213,9 @@ def record() -> dict[str, str]:
         def compile(self, src: str) -> bytes:
             found = re.search(r"__launch_bounds__\(\d+\) (\w+)\(", src)
             assert found, "a kernel"
-            sources[found.group(1)] = src
+            name = found.group(1)
+            alike = sum(known.split("#")[0] == name for known in sources)
+            sources[f"{name}#{alike + 1}" if alike else name] = src
             return b"not compiled"
 
     compiler_cuda.NVRTCCompiler = Recorder  # which the renderer would load the library for
@@ -220,7 +233,7 @@ def train(dtype: str = "float32", optimizer: str = "adam") -> None:
     from tinygpt.training.optim import make_optimizer
     from tinygpt.training.step import make_train_step
 
-    config = TrainConfig(batch_size=BATCH, optimizer=optimizer)
+    config = TrainConfig(batch_size=BATCH, optimizer=optimizer, dtype=dtype)
     model = Transformer(GPTConfig(**LAYERS), seed=None)
     step = make_train_step(model, make_optimizer(model.parameters(), config), config)
     x = np.zeros((1, BATCH, LAYERS["block_size"]), np.int32)
@@ -231,9 +244,12 @@ def decode(dtype: str = "float32") -> None:
     """The first tokens of a sequence, then the next one of several."""
     from tinygpt.config import GPTConfig
     from tinygpt.generation.decoder import _passes
+    from tinygpt.machine.precision import half_of
     from tinygpt.model.transformer import Transformer
 
-    passes = _passes(Transformer(GPTConfig(**LAYERS), seed=None), slots=8)
+    model = Transformer(GPTConfig(**LAYERS), seed=None)
+    model.half = half_of(dtype)
+    passes = _passes(model, slots=8)
     _quietly(lambda: passes.prefill([[0] * 64], [0], [[63]]))
     _quietly(lambda: passes.step([[0] * 8], [0] * 8, [0] * 8))
 
@@ -271,7 +287,8 @@ def main() -> None:
                 f"{row.stack:5} {row.shared:6} {'yes' if row.tensor_cores else ''}"
             )
     if options.write:
-        kept = [row for row in read_table().values() if row.plan not in options.plan]
+        old = read_table().values() if TABLE.exists() else ()
+        kept = [row for row in old if row.plan not in options.plan]
         write_table([*kept, *rows])
     write_json(options.json, {"machine": machine(), "compiler": nvrtc.version, "rows": rows})
 

@@ -27,11 +27,13 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import first_device, operation
 from tinygpt.kernels.loops import fill, own_share, share
-from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
+from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, on_gpu, run, wide
 
 LANES = 32
 PARTS = 16
-GPU_UNITS = 512
+GPU_LANES, GPU_PARTS = 64, 1024
+"""On a GPU so many threads share a gradient: memory is waited for by many, or for long."""
+GPU_UNITS, GPU_UPDATE_LANES = 512, 256
 BUFFERS = {"METAL": 31, "WEBGPU": 8}
 """The most buffers that a kernel may have, where that is less than tinygrad's 62 on the CPU."""
 
@@ -145,10 +147,15 @@ def adamw_update(
     most = BUFFERS.get(first_device(params[0]).split(":")[0], 62)
     grads = [contiguous(g) for g in grads]
     sums: list[Tensor] = []
+    gpu = on_gpu(grads[0])
+    lanes, parts = (GPU_LANES, GPU_PARTS) if gpu else (LANES, PARTS)
     for i, j in split(tuple(g.shape for g in grads), most - 1):
         sizes = tuple(math.prod(map(int, g.shape)) for g in grads[i:j])
-        out = [empty(grads[0], j - i, PARTS, dtype=wide(m[0].dtype))]
-        sums += run(_squares, out, grads[i:j], lanes=LANES, name=f"squares_{j - i}", sizes=sizes)
+        out = [empty(grads[0], j - i, parts, dtype=wide(m[0].dtype))]
+        name, given = f"squares_{j - i}", grads[i:j]
+        sums += run(_squares, out, given, lanes=lanes, name=name, sizes=sizes, parts=parts)
+    if gpu:  # for a kernel of one thread, which adds up the rest
+        parts, sums = 1, [contiguous(part.sum(1, keepdim=True)) for part in sums]
     state = [empty(m[0], 5), empty(m[0], 3 + len(grads)), b1_t, b2_t]
     state = run(
         _numbers,
@@ -161,6 +168,7 @@ def adamw_update(
         clip=clip,
         scale=scale,
         counts=tuple(int(s.shape[0]) for s in sums),
+        parts=parts,
     )
     numbers, report = state[:2]
     replace([b1_t, b2_t], state[2:])
@@ -171,7 +179,7 @@ def adamw_update(
             _update,
             old,
             [*grads[i:j], numbers],
-            lanes=LANES,
+            lanes=GPU_UPDATE_LANES if gpu else LANES,
             name=f"adamw_{j - i}",
             sizes=tuple(math.prod(map(int, p.shape)) for p in params[i:j]),
             decay=tuple(decay[i:j]),
@@ -215,18 +223,18 @@ def scaling(norm: UOp, clip: float, scale: float) -> UOp:
     return clipped * scale if clip else as_uop(scale, norm.dtype)
 
 
-def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...]) -> None:
-    """The sum of the squares of each gradient in one part of it: out (gradients, PARTS)."""
-    part = k.units(PARTS)
+def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...], parts: int) -> None:
+    """The sum of the squares of each gradient in one part of it: out (gradients, parts)."""
+    part = k.units(parts)
     acc, total = k.tile(1, out.dtype, shared=True), k.tile(1, out.dtype)
     for i, (g, n) in enumerate(zip(grads, sizes, strict=True)):
         fill(k, 0.0, 1, acc)
-        for at, lane, inside in share(k, n, part, PARTS):
+        for at, lane, inside in share(k, n, part, parts):
             value = g[at].cast(out.dtype)
             acc[0, lane] = acc[0, lane] + inside.where(value * value, 0.0)
         k.fold(total, acc, 1)
         with k.phase(1):
-            out[i * PARTS + part] = total[0, 0]
+            out[i * parts + part] = total[0, 0]
 
 
 def _numbers(
@@ -244,6 +252,7 @@ def _numbers(
     clip: float,
     scale: float,
     counts: tuple[int, ...],
+    parts: int,
 ) -> None:
     """numbers: what a gradient is multiplied by, lr, 1 / (1 - β₁ᵗ), 1 / (1 - β₂ᵗ), is it taken?"""
     k.units(1)
@@ -258,8 +267,8 @@ def _numbers(
         with k.loop(count) as i:
             with k.phase(1):
                 one[0, 0] = 0.0
-            with k.loop(PARTS) as part, k.phase(1):
-                one[0, 0] = one[0, 0] + squares[i * PARTS + part]
+            with k.loop(parts) as part, k.phase(1):
+                one[0, 0] = one[0, 0] + squares[i * parts + part]
             with k.phase(1):
                 total[0, 0] = total[0, 0] + one[0, 0]
                 report[first + i] = one[0, 0].sqrt() * scale

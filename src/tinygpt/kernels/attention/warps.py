@@ -200,9 +200,7 @@ class Warps:
         """The i-th row, within the unit, of which a thread has scores."""
         return thread // WARP * self.core.m + self.core.c(thread % WARP, 2 * i)[0]
 
-    def element(
-        self, e: int, n: int, row: Index, column: Index, thread: UOp
-    ) -> tuple[UOp, UOp]:
+    def element(self, e: int, n: int, row: Index, column: Index, thread: UOp) -> tuple[UOp, UOp]:
         """The row and the column of element e of a thread's n-th fragment of a result."""
         y, x = self.core.c(thread % WARP, e)
         y = thread // WARP * self.core.m + y
@@ -248,9 +246,7 @@ class Warps:
         def read(step: int, thread: UOp) -> list[UOp]:
             places = (core.a(thread % WARP, e) for e in range(core.sizes[0]))
             return [
-                rows.raw(
-                    minimum(first + thread // WARP * core.m + y, T - 1), step * core.depth + x
-                )
+                rows.raw(minimum(first + thread // WARP * core.m + y, T - 1), step * core.depth + x)
                 for y, x in places
             ]
 

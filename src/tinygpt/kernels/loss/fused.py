@@ -35,14 +35,22 @@ from tinygpt.kernels.loss import chunked
 from tinygpt.kernels.loss.chunked import Cut, cut_of
 from tinygpt.kernels.loss.cross_entropy import cross_entropy
 from tinygpt.kernels.phases import contiguous, empty, run, together, wide
+from tinygpt.kernels.wmma import core_of
 from tinygpt.machine.tinygrad_internals import Ops
+
+WHOLE = 128
+"""Tensor cores need a vocabulary that is a multiple of their tiles; GPT-2's 50257 is none."""
 
 
 def plain_loss(
     x: Tensor, weight: Tensor, targets: Tensor, gradient: bool = False, frozen: bool = False
 ) -> Tensor:
     """All logits, then their cross-entropy; on a GPU by its kernel."""
-    return cross_entropy(linear(x, weight), targets)
+    V = int(weight.shape[0])
+    if core_of(x) and (rest := -V % WHOLE):
+        # copied, and so is its gradient: tinygrad would compute products of 50257 rows otherwise
+        weight = weight.pad(((0, rest), (0, 0))).contiguous().contiguous_backward()
+    return cross_entropy(linear(x, weight), targets, V)
 
 
 @operation("loss", plain_loss, integers=("targets",), cpu=True)
