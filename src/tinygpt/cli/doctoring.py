@@ -83,7 +83,7 @@ def check(*kernels: str, json: Switch = False) -> int:
     Parameters
     ----------
     kernels
-        Any of attention, linear, gelu, int8, norm, dropout, embedding, loss, adamw, muon.
+        Any of attention, linear, bfloat16, gelu, int8, norm, dropout, embedding, loss, adamw, muon.
         [default: all of them]
     json
         Print the reports as JSON.

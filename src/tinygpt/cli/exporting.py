@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
 
@@ -19,6 +19,9 @@ from tinygpt.files.disk import size
 from tinygpt.machine import device
 from tinygpt.runs.folder import choose_checkpoint, text_of
 from tinygpt.text.names import is_name
+
+if TYPE_CHECKING:
+    from tinygpt.model.transformer import Transformer
 
 app = App(name="export", help="Hand a model on: to Hugging Face, llama.cpp, as a web page.")
 
@@ -60,8 +63,7 @@ def export_hf(
     bare = tokenizer is not None and is_name(tokenizer, ("none",))
     model, vocabulary = (load(chosen)[0], None) if bare else load_model(chosen, tokenizer)
     proved = export(model, vocabulary, out, read_meta(chosen), text_of(chosen))
-    if not model.config.bias:
-        say("the model has no biases: they are written as zeros")
+    _say_of_biases(model)
     say(f"{proved} (of {proved.tokens} tokens)")
     say(f"wrote {out}: {model.num_params():,} parameters")
     if json:
@@ -104,8 +106,7 @@ def export_gguf(
     model, own = load_model(run, tokenizer)
     chosen = choose_checkpoint(run)
     done = export(model, own, out, type, name=chosen.absolute().parent.name or "TinyGPT")
-    if not model.config.bias:
-        say("the model has no biases: they are written as zeros")
+    _say_of_biases(model)
     if done.added:
         say("llama.cpp wants a token that ends a text: one was added, which is never the likeliest")
     if done.unrounded:
@@ -186,3 +187,8 @@ def export_web(
         f"wrote {made.path}, {size(made.size)} ({size(made.weights)} of weights, "
         f"{size(made.module)} of code) in {seconds:.0f} s. Open it in a browser."
     )
+
+
+def _say_of_biases(model: Transformer) -> None:
+    if not model.config.bias:
+        say("the model has no biases: they are written as zeros")

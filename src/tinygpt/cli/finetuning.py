@@ -66,13 +66,13 @@ class Beginning:
 
     def tokenizer(self, data: DataConfig) -> Tokenizer | None:
         """The weights' own tokenizer; UsageError if another is asked for, or none is known."""
+        from tinygpt.text.shards import is_tokens
         from tinygpt.text.tokenizers import tokenizer_from_dict
-        from tinygpt.text.tokens import TOKEN_FILES
 
         described, spec = self.meta.tokenizer, data.tokenizer
         named = None if spec is None else ready_tokenizer(spec)
         if described is None:
-            if named is None and Path(str(data.source)).suffix not in TOKEN_FILES:
+            if named is None and not is_tokens(str(data.source), data.glob):
                 raise UsageError(
                     f"{self.path} holds no tokenizer. Name the one that made the tokens it has "
                     f"learned: --tokenizer gpt2, byte, or the path of a saved one."

@@ -33,11 +33,14 @@ def own_source(run: Path) -> DataConfig:
 def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[str, Tokens]:
     """-> a name for the text, and its tokens"""
     from tinygpt.text.corpus import open_corpus
-    from tinygpt.text.tokens import TOKEN_FILES, load_tokens, tokens_of
+    from tinygpt.text.shards import check_made_with, is_tokens
+    from tinygpt.text.tokens import load_tokens, tokens_of
 
     name, vocab_size = str(source.source), model.config.vocab_size
-    if Path(name).suffix in TOKEN_FILES:
-        return name, load_tokens(name, vocab_size)
+    if is_tokens(name, source.glob):
+        tokens = load_tokens(name, vocab_size, glob=source.glob)
+        check_made_with(tokens, tokenizer, name)
+        return name, tokens
     corpus = open_corpus(name, field=source.field, glob=source.glob)
     return corpus.description, tokens_of(corpus, tokenizer, vocab_size)
 

@@ -14,7 +14,7 @@ from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.errors import CheckpointError, DataError
-from tinygpt.files.atomic import make_folder, sync_folder
+from tinygpt.files.atomic import make_folder, sync_folder, user_path
 from tinygpt.runs.display.text import duration
 from tinygpt.text.names import lasting
 
@@ -54,9 +54,9 @@ class Beginning(NamedTuple):
 def open_text(data: DataConfig) -> Corpus | None:
     """The text that is to be read, and a line on it; None for a file of tokens."""
     from tinygpt.text.corpus import open_corpus
-    from tinygpt.text.tokens import TOKEN_FILES
+    from tinygpt.text.shards import is_tokens
 
-    if Path(str(data.source)).suffix in TOKEN_FILES:
+    if is_tokens(str(data.source), data.glob):
         return None
     corpus = open_corpus(str(data.source), field=data.field, glob=data.glob)
     say(f"text: {corpus.description}")
@@ -82,7 +82,9 @@ def vocabulary_of(
     settings: Settings, name: str, tokens: Tokens, tokenizer: Tokenizer | None
 ) -> int:
     """The size of the vocabulary; DataError if only one strange token makes it large."""
-    size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
+    from tinygpt.text.tokens import largest
+
+    size = tokenizer.vocab_size if tokenizer else largest(tokens) + 1
     if tokenizer is None and "vocab_size" not in settings.model and size > LARGEST_VOCAB:
         raise DataError(
             f"{name} has a token of number {size - 1:,}, and the model would need a row for "
@@ -195,15 +197,19 @@ def _read(
     settings: Settings, own: Tokenizer | None, corpus: Corpus | None
 ) -> tuple[str, Tokens, Tokenizer | None]:
     """-> a name for the text, its tokens, and their tokenizer if that is known."""
+    from tinygpt.text.shards import check_made_with, own_tokenizer
     from tinygpt.text.tokenizers import make_tokenizer
     from tinygpt.text.tokens import load_tokens, tokens_of
 
     source, spec, tokenizer = str(settings.data.source), settings.data.tokenizer, own
     if corpus is None:
-        if tokenizer is None and spec is not None:
-            tokenizer = ready_tokenizer(spec)
+        if tokenizer is None:
+            tokenizer = own_tokenizer(source) if spec is None else ready_tokenizer(spec)
         size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
-        return Path(source).stem, load_tokens(source, size), tokenizer
+        tokens = load_tokens(source, size, glob=settings.data.glob)
+        if tokenizer is not None:
+            check_made_with(tokens, tokenizer, source)
+        return user_path(source).resolve().stem, tokens, tokenizer
     if tokenizer is None:
         merges = spec is None or spec.startswith("bpe")  # not of words that are only held out
         share = 1 - settings.data.val_fraction if merges else 1.0

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
+from tinygpt.config.devices import device_names
 from tinygpt.config.weights import weights
 from tinygpt.errors import ConfigError, nearest
 from tinygpt.files.strict_json import to_json
@@ -258,6 +259,15 @@ class TrainConfig(Config):
     """What adapters compute is multiplied by lora_alpha / lora_rank."""
     lora_layers: AdaptedLayers = "all"
     """The linear layers that get adapters: of attention (attn), of the MLP (mlp), or all."""
+    devices: int | str | None = None
+    """Devices that share each micro-batch: a number, or a list like CL:0,CL:1; if not set, one."""
+    shard_optimizer: bool = False
+    """Divide the optimizer's moments among the devices (ZeRO-1), not all on the first."""
+
+    @property
+    def n_devices(self) -> int:
+        """The number of devices that share a micro-batch."""
+        return len(device_names(self.devices))
 
     def check(self) -> None:
         _at_least(
@@ -303,6 +313,12 @@ class TrainConfig(Config):
         _require(
             self.lora_alpha > 0,
             f"lora_alpha={self.lora_alpha!r} must be above 0; 16 is usual, whatever the rank.",
+        )
+        count, rows = self.n_devices, self.batch_size
+        _require(
+            rows % count == 0,
+            f"batch_size={rows} does not divide by the {count} devices that share it. Try "
+            f"batch_size={f'{rows - rows % count} or ' * (rows > count)}{rows - rows % -count}.",
         )
         _require(self.eps > 0, f"eps={self.eps!r} must be above 0; Adam's usual value is 1e-8.")
         _require(

@@ -49,9 +49,9 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     return total.sqrt()
 
 
-def clip_factor(norm: Tensor, limit: float) -> Tensor:
-    """What to multiply gradients of this norm by so that it is at most ``limit``."""
-    return (limit / (norm + 1e-6)).minimum(1.0)
+def plain_scaling(norm: Tensor, clip: float, scale: float) -> Tensor | float:
+    """What to multiply gradients by: ``scale``, and less where ``norm`` is above ``clip``."""
+    return (clip / (norm + 1e-6)).minimum(1.0) * scale if clip else scale
 
 
 def verdict(loss: Tensor, gradients: Sequence[Tensor], scale: float, limits: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def plain_adamw_update(
     loss, limits = _judged(loss, limits, lr)
     report = verdict(loss, grads, scale, limits)
     taken = report[2] > 0
-    factor = clip_factor(report[1], clip) * scale if clip else scale
+    factor = plain_scaling(report[1], clip, scale)
 
     def assign(tensor: Tensor, value: Tensor) -> None:
         tensor.assign(taken.where(value, tensor.detach()))
@@ -217,7 +217,7 @@ def replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
 
 def scaling(norm: UOp, clip: float, scale: float) -> UOp:
-    """What a kernel multiplies gradients of this norm by; ``clip_factor`` is its plain twin."""
+    """What a kernel multiplies gradients of this norm by; see ``plain_scaling``."""
     factor = clip / (norm + 1e-6)
     clipped = (as_uop(1.0, norm.dtype) < factor).where(1.0, factor)
     return clipped * scale if clip else as_uop(scale, norm.dtype)

@@ -32,7 +32,7 @@ from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
 from tinygpt.kernels.phases import Array, Backward, Index, Kernel, contiguous, minimum, run, wide
-from tinygpt.machine.tinygrad_internals import least_upper_dtype
+from tinygpt.machine.tinygrad_internals import DType, least_upper_dtype
 
 FEW = 16
 """Up to so many rows of x, `few_rows` is the faster."""
@@ -40,32 +40,39 @@ INT8_LANES = 8
 """A register of AVX2. With wider lanes 8 sums would not stay in its 16 registers."""
 
 
+def computed_in(x: Tensor, weight: Tensor) -> DType:
+    """The type of y: if x is of 16 bits, that of x, to which the weight is rounded for it."""
+    return x.dtype if x.dtype.itemsize == 2 else least_upper_dtype(x.dtype, weight.dtype)
+
+
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """One operation after the other."""
-    y = x @ weight.transpose(0, 1)
-    return y if bias is None else y + bias
+    kind = computed_in(x, weight)
+    w = weight.cast(kind) if x.dtype == kind else weight
+    y = x.cast(wide(kind)) @ w.cast(wide(kind)).transpose(0, 1)
+    return (y if bias is None else y + bias).cast(kind)
 
 
 @operation("linear", plain_linear, cpu=True)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b for x (..., I), weight (O, I), bias (O,) -> (..., O).
 
-    Sums are float32, or float64 for float64. On GPUs tinygrad's own products are used, which know
-    the tensor cores.
+    Sums are float32, or float64 for float64. If x is bfloat16 or half, y and its gradient are too,
+    whatever the type of the weight: a float32 weight is rounded as it is read, and its gradient is
+    the sums as they are. On GPUs tinygrad's own products are used, which know the tensor cores.
     """
-    given = [t for t in (x, weight, bias) if t is not None]
+    given, kind = [t for t in (x, weight, bias) if t is not None], computed_in(x, weight)
     (n_out, n_in), lead = map(int, weight.shape), x.shape[:-1]
     m = int(math.prod(lead))
     x2, w = contiguous(x.reshape(m, n_in)), contiguous(weight)
 
     def backward(gradient: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
-        dy = contiguous(gradient)
-        dx = matmul(dy, w, (m, n_in, n_out), (n_out, 1), (n_in, 1))[0]
+        dy, sizes = contiguous(gradient.cast(kind)), (m, n_in, n_out)
+        dx = matmul(dy, w, sizes, (n_out, 1), (n_in, 1), dtype=x.dtype)[0]
         dw, *db = matmul(dy, x2, (n_out, n_in, m), (1, n_out), (n_in, 1), sums=bias is not None)
         return [g.cast(t.dtype) for g, t in zip([dx, dw, *db], given, strict=True)]
 
-    y = project(x2, w, None, bias, backward).cast(least_upper_dtype(x.dtype, weight.dtype))
-    return y.reshape(*lead, n_out)
+    return project(x2, w, None, bias, backward, kind).cast(kind).reshape(*lead, n_out)
 
 
 class Few(NamedTuple):
@@ -79,14 +86,22 @@ class Few(NamedTuple):
 
 
 def project(
-    x: Tensor, w: Tensor, scale: Tensor | None, b: Tensor | None, backward: Backward | None = None
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    b: Tensor | None,
+    backward: Backward | None = None,
+    dtype: DType | None = None,
 ) -> Tensor:
-    """y = x Wᵀ scale + b (m, O) for x (m, I), w (O, I), which is int8 if there is a scale (O,)."""
+    """y = x Wᵀ scale + b (m, O) for x (m, I), w (O, I), which is int8 if there is a scale (O,).
+
+    y is of the type that sums have, or at once of ``dtype``.
+    """
     (m, n_in), n_out = map(int, x.shape), int(w.shape[0])
     scale, b = (None if t is None else contiguous(t) for t in (scale, b))
     if m > FEW:
         sizes = (m, n_out, n_in), (n_in, 1), (1, n_in)
-        return matmul(x, w, *sizes, scale=scale, bias=b, backward=backward)[0]
+        return matmul(x, w, *sizes, scale=scale, bias=b, dtype=dtype, backward=backward)[0]
     real = wide(least_upper_dtype(x.dtype, x.dtype if scale is not None else w.dtype))
     return run(
         few_rows,

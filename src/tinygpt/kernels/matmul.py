@@ -31,16 +31,22 @@ import functools
 import itertools
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
 
+from tinygpt.kernels import pairs
+from tinygpt.kernels.dispatch import first_device
 from tinygpt.kernels.loops import divisors
 from tinygpt.kernels.phases import Array, Backward, Kernel, as_uop, minimum, run, wide
+from tinygpt.machine.tinygrad_internals import DType, least_upper_dtype
 
 BLOCK = 512
 """Most steps of depth between two visits to ``out``: a panel of 32 lanes is 64 KB, for level 2."""
+PAIRS_BLOCK = 2048
+"""The same for pairs of numbers: 256 KB, for level 2, which has 1 MB at least beside such units."""
 COPIED_BLOCK = 128
 """The same where ``a`` is copied: a panel and a tile's rows of the copy fit level 1, 32 KB."""
 COPIED_ROWS = 576
@@ -57,6 +63,8 @@ CORES = {1: 25} | dict.fromkeys((2, 3, 4, 6, 8, 12, 16), 1)
 Cut for many cores a product copies more, which every core pays: one core counts so much that it
 loses 2 % or 3 % of the small products of a model like ``baby``, and 1 % of ``gpt2``'s.
 """
+PAIRS_ROWS = 8
+"""Rows of a register tile of pairs."""
 LINE = 16
 """Numbers in a cache line of 64 bytes."""
 
@@ -116,25 +124,38 @@ class Plan:
     scale: bool = False  # (n,), each column of b is multiplied by its number
     bias: bool = False  # (n,), added to every row
     sums: bool = False  # another output: the rows of a, summed over the depth (m,)
+    pairs: bool = False  # in bfloat16, two steps of the depth at a time
 
     @property
     def name(self) -> str:
         kind = "tn" if self.copies_a else "nt" if self.b_strides[0] == 1 else "nn"
-        return f"matmul_{kind}_{self.m}x{self.n}x{self.depth}" + "_scaled" * self.scale
+        sort = "_scaled" * self.scale + "_bfloat16" * self.pairs
+        return f"matmul_{kind}_{self.m}x{self.n}x{self.depth}{sort}"
 
     @property
     def copies_a(self) -> bool:
         return self.sums or self.a_strides[1] != 1
 
+    @property
+    def steps(self) -> int:
+        """Steps along the depth: numbers, or pairs of them."""
+        return -(-self.depth // 2) if self.pairs else self.depth
+
     def blocks(self) -> list[tuple[int, int, int]]:
         """(first step, number of blocks, steps of each): the loops that make up the depth."""
-        most = COPIED_BLOCK if self.copies_a else BLOCK
-        fewest = -(-self.depth // most)
+        most = COPIED_BLOCK if self.copies_a else PAIRS_BLOCK if self.pairs else BLOCK
+        fewest = -(-self.steps // most)
         for count in range(fewest, 2 * fewest):
-            if self.depth % count == 0:
-                return [(0, count, self.depth // count)]
-        whole, rest = divmod(self.depth, most)
+            if self.steps % count == 0:
+                return [(0, count, self.steps // count)]
+        most -= self.pairs and self.steps % most == 1  # pairs.add_products takes no single step
+        whole, rest = divmod(self.steps, most)
         return [(0, whole, most), (whole * most, 1, rest)]
+
+    @property
+    def once(self) -> bool:
+        """Whether every sum is written once, when it is complete."""
+        return [count for _, count, _ in self.blocks()] == [1]
 
     def copied_rows(self, height: int, chunks: int) -> int:
         """Rows of ``a`` that a chunk copies, in whole cache lines, wherever the chunk begins."""
@@ -155,7 +176,7 @@ class Plan:
             height, width = -(-tiles // chunks) * self.rows, panels // groups * lanes
             copied = (COPY_ACROSS if self.b_strides[0] == 1 else COPY) * width
             copied += COPY * self.copied_rows(height, chunks) if self.copies_a else 0
-            unit: float = UNIT + (height * width + copied) * self.depth
+            unit: float = UNIT + (height * width + copied) * self.steps
             unit *= GATED if tiles % chunks else 1
             times = {cores: -(-chunks * groups // cores) * unit for cores in CORES}
             return sum(weight * math.log(times[cores]) for cores, weight in CORES.items())
@@ -180,9 +201,10 @@ class Product:
         self.scale = next(left) if plan.scale else None
         self.bias = next(left) if plan.bias else None
         self.real = wide(self.out.dtype)
+        copy = dtypes.uint32 if plan.pairs else self.real  # of an operand
 
         self.blocks = plan.blocks()
-        self.once = len(self.blocks) == 1 and self.blocks[0][1] == 1
+        self.once = plan.once
         panels = -(-plan.n // k.lanes)
         chunks, groups = plan.split(panels, k.lanes)
         self.tiles = -(-plan.m // (chunks * plan.rows))  # of a chunk
@@ -195,13 +217,13 @@ class Product:
         depth = max(block for _, _, block in self.blocks)
         # acc: (rows, lanes), the register tile; panel: (steps of depth, lanes), a copy of b
         self.acc = k.tile(plan.rows, self.real)
-        self.panel = k.tile(depth, self.real)
+        self.panel = k.tile(depth, copy)
         if plan.copies_a:
             # the copy starts at the start of a cache line and stays inside a
             self.width = min(plan.copied_rows(height, chunks), plan.m)
             self.copied = minimum(self.first_row // LINE * LINE, plan.m - self.width)
             # an odd number of lines from step to step: powers of two would share a few cache sets
-            self.chunk = k.tile(depth, self.real, width=(-(-self.width // LINE) | 1) * LINE)
+            self.chunk = k.tile(depth, copy, width=(-(-self.width // LINE) | 1) * LINE)
             self.total = k.tile(1, self.real, width=self.width)
 
     def write(self) -> None:
@@ -233,11 +255,24 @@ class Product:
 
     def copy_a(self, start: UOp, block: int) -> None:
         """Copy the chunk's rows, which lie across, and add them up."""
+        stride = self.plan.a_strides[1]
         with self.k.loop(block) as d, self.k.phase(self.width) as i:
-            value = self.a[(start + d) * self.plan.a_strides[1] + self.copied + i].cast(self.real)
-            self.chunk[d, i] = value
+            *numbers, copy = self.operand(lambda t: self.a[t * stride + self.copied + i], start + d)
+            self.chunk[d, i] = copy
             if self.sums is not None:
-                self.total[0, i] = self.total[0, i] + value
+                self.total[0, i] = functools.reduce(UOp.add, numbers, self.total[0, i])
+
+    def operand(self, element: Callable[[UOp], UOp], step: UOp) -> list[UOp]:
+        """The numbers that an operand has at a step of the depth, and their copy, which may be a
+        pair of them."""
+        depth = self.plan.depth
+        if not self.plan.pairs:
+            number = element(step).cast(self.real)
+            return [number, number]
+        both = [element(step * 2), element(minimum(step * 2 + 1, depth - 1))]
+        if depth % 2:  # the last pair ends with 0
+            both[1] = (step * 2 + 1 < depth).where(both[1], as_uop(0.0, both[1].dtype))
+        return [*(x.cast(self.real) for x in both), pairs.joined(*both)]
 
     def copy_b(self, column: UOp, start: UOp, block: int) -> None:
         """Copy a panel; where ``b`` lies across, several steps at a time from each cache line."""
@@ -247,10 +282,14 @@ class Product:
             for s in range(steps):
                 step = d * steps + s
                 at = self.inside(column, lane)
-                value = self.b[at * across + (start + step) * along].cast(self.real)
+                *_, value = self.operand(self.b_at(at * across, along), start + step)
                 if self.scale is not None:
                     value = value * self.scale[at].cast(self.real)
                 self.panel[step, lane] = value
+
+    def b_at(self, first: UOp, along: int) -> Callable[[UOp], UOp]:
+        """The elements of a column of ``b``."""
+        return lambda t: self.b[first + t * along]
 
     def write_tile(self, row: UOp, column: UOp, start: UOp, block: int, fresh: UOp | bool) -> None:
         """out[row : row + rows, panel] += a[..., start : start + block] @ panel."""
@@ -262,19 +301,25 @@ class Product:
         with k.phase() as lane:
             for x, i in enumerate(rows):
                 acc[x, lane] = self.begin(i, self.inside(column, lane), fresh)
-        with k.loop(block) as d, k.phase() as lane:
-            vector = self.panel[d, lane]
-            for x, i in enumerate(rows):
-                acc[x, lane] = acc[x, lane] + vector * self.number(i, start, d)
+        if plan.pairs:
+            numbers = lambda d: [self.number(i, start, d) for i in rows]  # noqa: E731
+            pairs.add_products(k, block, acc, lambda d: self.panel[d, 0], numbers)
+        else:
+            with k.loop(block) as d, k.phase() as lane:
+                vector = self.panel[d, lane]
+                for x, i in enumerate(rows):
+                    acc[x, lane] = acc[x, lane] + vector * self.number(i, start, d)
         with k.phase() as lane:
             for x, i in enumerate(rows):
                 gate = self.gate(row + x, column + lane)
                 self.out.put(i * plan.n + column + lane, acc[x, lane], gate)
 
     def number(self, row: UOp, start: UOp, d: UOp) -> UOp:
-        """a[row, start + d]"""
+        """a[row, start + d], or the place of a pair of numbers"""
         if self.plan.copies_a:
             return self.chunk[d, row - self.copied]
+        if self.plan.pairs:
+            return self.a[row * self.plan.a_strides[0] + (start + d) * 2]
         return self.a[row * self.plan.a_strides[0] + start + d].cast(self.real)
 
     def begin(self, row: UOp, column: UOp, fresh: UOp | bool) -> UOp:
@@ -316,22 +361,40 @@ def matmul(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     sums: bool = False,
+    dtype: DType | None = None,
     backward: Backward | None = None,
 ) -> list[Tensor]:
     """out (m, n) = a (m, depth) @ b (depth, n) + bias [, sums].
 
     ``shape`` is (m, n, depth); the strides say where the operands' elements lie in memory, which
     must be contiguous. With ``scale`` (n,) each column of ``b``, which may then be integers, is
-    multiplied by its number. The outputs are float64 if an operand is, and float32 otherwise.
+    multiplied by its number. The sums are float64 if an operand is, and float32 otherwise; ``out``
+    is of that type, or of ``dtype`` (None: the same) if it need not hold sums on the way.
+
+    If ``a`` is bfloat16, ``b`` is rounded to it where the processor multiplies such pairs.
     """
     m, n, depth = shape
+    real = wide(least_upper_dtype(a.dtype, a.dtype if scale is not None else b.dtype))
     lanes, rows = register_tile(n)
+    in_pairs = (
+        scale is None
+        and a.dtype == dtypes.bfloat16
+        and real == dtypes.float32
+        and n >= pairs.VECTOR
+        and depth > 2
+        and (depth % 2 == 0 or sums or a_strides[1] != 1)
+        and pairs.available(first_device(a))
+    )
+    if in_pairs:
+        lanes, rows = lanes // pairs.VECTOR * pairs.VECTOR, PAIRS_ROWS
+    elif a.dtype != real:  # the innermost step would convert its numbers again and again
+        a = a.cast(real).contiguous()
     extra = [t for t in (scale, bias) if t is not None]
     parts = scale is not None, bias is not None, sums
-    plan = Plan(*shape, a_strides, b_strides, min(rows, m), *parts)
-    real = dtypes.float64 if dtypes.float64 in (a.dtype, b.dtype) else dtypes.float32
+    plan = Plan(*shape, a_strides, b_strides, min(rows, m), *parts, pairs=in_pairs)
     new = functools.partial(Tensor.empty, dtype=real, device=a.device)
-    outputs = [new(m, n)] + [new(m) for _ in range(sums)]
+    outputs = [new(m, n, dtype=dtype if dtype and plan.once else real)]
+    outputs += [new(m) for _ in range(sums)]
     return run(
         product,
         outputs,

@@ -27,7 +27,7 @@ from itertools import groupby
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.adamw import clip_factor, replace, scaling
+from tinygpt.kernels.adamw import plain_scaling, replace, scaling
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import blocks, own_share
 from tinygpt.kernels.newton_schulz import Sizes, lanes, orthogonal, plain_orthogonal
@@ -58,7 +58,7 @@ def plain_muon_update(
 ) -> None:
     """The formulas, one weight after another; assignments keep old values in a skipped step."""
     taken, rate = report[2] > 0, lr * ratio
-    factor = clip_factor(report[1], clip) * scale if clip else scale
+    factor = plain_scaling(report[1], clip, scale)
     for p, gradient, m, count in zip(params, grads, momenta, counts, strict=True):
         O, I = map(int, p.shape)  # noqa: E741
         g = (gradient * factor).contiguous()

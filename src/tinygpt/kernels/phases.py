@@ -75,6 +75,8 @@ traps, each with the test or kernel that falls into it without the precaution:
     (test_attention: results are bitwise the same for any number of pieces)
 16. Eight phases in a row inside nested loops of one round each were dropped without a word:
     `loops.product` writes its results in a loop. (test_linear_cross_entropy: one row of width 8)
+17. What is no store and ends no loop is dropped without a word, and a loop of one round is none:
+    `pairs.add_products` takes two steps at least. (test_pairs: any small sizes)
 """
 
 from __future__ import annotations
@@ -287,6 +289,15 @@ class Kernel:
         assert stores, "a phase without an assignment"
         group = UOp.group(*stores)
         self._order = (group if thread else group.end(lane),)
+
+    def statement(self, c: str, *operands: UOp) -> None:
+        """In a phase, a statement of C for an instruction that tinygrad has no operation for.
+
+        ``{0}``, ``{1}``, ... in it become the operands; an element of an array or a tile becomes
+        its address. ``c`` may write to tiles only: tinygrad looks for the stores of an array. It
+        must stand in a loop of two rounds at least (trap 17).
+        """
+        self._add(UOp(Ops.CUSTOM, dtypes.void, operands, c))
 
     def fold(
         self,

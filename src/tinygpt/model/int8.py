@@ -27,6 +27,7 @@ from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import read, write
 from tinygpt.model import lora
 from tinygpt.model.transformer import INFERENCE, Embedding, Linear, Transformer
+from tinygpt.text.tokens import Tokens
 
 Array = npt.NDArray[Any]
 Fetch = Callable[[str], Array]
@@ -172,11 +173,12 @@ class Comparison:
     after: float
 
 
-def compare(model: Transformer, fetch: Fetch, tokens: Array) -> Comparison:
+def compare(model: Transformer, fetch: Fetch, tokens: Tokens) -> Comparison:
     """The loss of a quantised model and of the weights it was made of, on the text's beginning."""
     T = min(model.config.block_size, len(tokens) - 1)
     B = min(max(1, MEASURED // T), (len(tokens) - 1) // T)
-    x, y = np.reshape(tokens[: B * T], (B, T)), np.reshape(tokens[1 : B * T + 1], (B, T))
+    text = np.asarray(tokens[: B * T + 1])
+    x, y = text[:-1].reshape(B, T), text[1:].reshape(B, T)
     after = float(jit(lambda x, y: model.loss(x, y, INFERENCE))(x, y))
     before = streamed_loss(model.config, fetch, x, y)
     _free_unused(model)

@@ -146,6 +146,10 @@ class Block:
         return x + drop(self.mlp(self.ln_2(x, half)))
 
 
+LAYERS = (Linear, LayerNorm, Embedding, CausalSelfAttention, MLP, Block)
+"""What a Transformer is made of: Tensors, and other layers."""
+
+
 class Transformer:
     """A decoder-only transformer.
 

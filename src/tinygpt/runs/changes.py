@@ -27,6 +27,8 @@ ALWAYS_FREE = {
     "sample_interval",
     "sample_prompt",
     "max_skipped",
+    "devices",
+    "shard_optimizer",
     "recompute",
 }
 """Settings that do not change the course of the weights."""

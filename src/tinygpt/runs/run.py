@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import Config, SampleConfig, TrainConfig, check_toml, to_toml
@@ -27,15 +25,13 @@ from tinygpt.runs.output import Output
 from tinygpt.runs.trial import SAMPLE_TOKENS, Trial
 from tinygpt.text import batches
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
-from tinygpt.text.tokens import bytes_per_token, data_fingerprint
+from tinygpt.text.tokens import Tokens, bytes_per_token, data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
 from tinygpt.training.metrics import bits_per_byte, short
 from tinygpt.training.optim import make_optimizer
 from tinygpt.untrusted import clip
-
-Tokens = npt.NDArray[np.integer]
 
 SAMPLE_CHARS = 20_000
 """A longer text, of very long tokens, is cut: rows of more than a megabyte are not read."""

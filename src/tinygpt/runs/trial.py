@@ -20,9 +20,9 @@ from tinygpt.model.transformer import Transformer
 from tinygpt.text import batches
 from tinygpt.text.tokens import Tokens
 from tinygpt.training.budget import Pace
-from tinygpt.training.loop import Jitted
+from tinygpt.training.loop import make_jitted
 from tinygpt.training.optim import learning_rate, make_optimizer, optimizer_state
-from tinygpt.training.step import evaluate, make_evaluate, make_train_step
+from tinygpt.training.step import evaluate
 
 SAMPLE_TOKENS = 120
 """Length of the sample texts."""
@@ -44,8 +44,7 @@ class Trial:
         if optimizer is None:
             lora.prepare(model, config)
         self.optimizer = optimizer or make_optimizer(model.trainable(), config)
-        take_step = make_train_step(model, self.optimizer, config)
-        self.jitted = Jitted(take_step, make_evaluate(model, config.dtype))
+        self.jitted = make_jitted(model, self.optimizer, config)
         self.decoder = Decoder(model)
 
     def pace(self, tokens: Tokens, seconds: float) -> Pace:

@@ -17,7 +17,8 @@ def split(tokens: Tokens, val_fraction: float, block_size: int) -> tuple[Tokens,
     """The beginning for training, the last ``val_fraction`` for validation; None if that is 0.
 
     Both are views. Each must hold a block and the target of its last token, ``block_size + 1``
-    tokens; a DataError says what would fit.
+    tokens; a DataError says what would fit. What a folder of shards holds out in files of its own
+    takes the place of that share, unless the share is 0.
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction!r} is out of range: at least 0, less than 1.")
@@ -25,6 +26,10 @@ def split(tokens: Tokens, val_fraction: float, block_size: int) -> tuple[Tokens,
     if val_fraction == 0:
         check_length(tokens, block_size)
         return tokens, None
+    if (held_out := getattr(tokens, "held_out", None)) is not None:
+        for part in (tokens, held_out):
+            check_length(part, block_size)
+        return tokens, held_out
     if min(cut, len(tokens) - cut) <= block_size:
         raise DataError(_too_short(len(tokens), val_fraction, block_size))
     return tokens[:cut], tokens[cut:]
@@ -100,7 +105,11 @@ def batch(
     keys = _hash(_hash(np.array([int(seed) & MASK], np.uint64)) + epochs)
     starts = keys % np.uint64(targets) + _shuffle(dealt, blocks, keys) * np.uint64(block_size)
     places = (starts.astype(np.int64)[:, None] + np.arange(block_size)) % targets  # (B, T)
-    return tokens[places].astype(np.int32), tokens[places + 1].astype(np.int32)
+    return _read(tokens, places), _read(tokens, places + 1)
+
+
+def _read(tokens: Tokens, places: NDArray[np.int64]) -> NDArray[np.int32]:
+    return np.asarray(tokens[places], np.int32)
 
 
 def _shuffle(x: Hashes, size: int, keys: Hashes) -> Hashes:

@@ -3,52 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
-import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
 from tinygpt.text.corpus import Corpus
-from tinygpt.text.tokenizers import Tokenizer, chunks, fingerprint
-from tinygpt.untrusted import clip, open_regular
+from tinygpt.text.joined import Joined
+from tinygpt.text.shards import Shards, open_shards
+from tinygpt.text.token_files import Array, map_file, sealed, write_header
+from tinygpt.text.tokenizers import Tokenizer, chunks, ends_of, fingerprint
 
 log = logging.getLogger(__name__)
 
-Tokens = NDArray[Any]
-"""A 1-D array of token ids in any integer type; mostly a memory-mapped file."""
-TOKEN_FILES = (".npy", ".bin")
-"""Suffixes of token files: ours, and those that nanoGPT and llm.c write."""
-LLMC_HEADER = 256 * 4
-"""Bytes of the header that llm.c puts before its tokens: 256 int32."""
-LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
-"""Its magic numbers, each with its version and the type of the tokens. As the first two tokens of a
-raw file, which has none, they would be 55448 or 55729, beyond GPT-2's vocabulary, and 308."""
+Tokens = Array | Joined
+"""A 1-D sequence of token ids: an array in any integer type, mostly a memory-mapped file, or files
+that are read as one."""
 SPAN = 1 << 22
 """Tokens looked at in one go, where all have to be looked at."""
-MAX_NPY_HEADER = 4096
-"""Bytes of a .npy file's header that are read at most; numpy writes 128."""
-_NPY_LENGTH_BYTES = {(1, 0): 2, (2, 0): 4, (3, 0): 4}
-_NPY_HEADER = re.compile(
-    r"\{'descr': '([<>|=][biufc]\d{1,2})', 'fortran_order': (?:False|True), "
-    r"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\),? *\} *(?:# [0-9a-f]{32})?\n?"
-)
-"""The one way in which numpy writes a header; no Python expression is ever evaluated."""
-NPY_HEADER = 128
-"""Bytes of the header of a token file that ``tokenize`` has made."""
-_SEAL = re.compile(rb"# ([0-9a-f]{32})\n$")
-"""The hash of its tokens, at the header's end."""
+COUNTED = 1 << 28
+"""Tokens of which the bytes are counted at most, to know how many a token has."""
 
 
 # Token files ------------------------------------------------------------------------------------
@@ -114,18 +97,16 @@ def _cached(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None)
 def _is_complete(path: Path) -> bool:
     """Whether a token file is one of ours, and as it was written."""
     try:
-        tokens = _map_file(path)
-        with path.open("rb") as file:
-            sealed = _SEAL.search(file.read(NPY_HEADER))
-    except (DataError, OSError):
+        tokens = map_file(path)
+    except DataError:
         return False
-    return tokens.ndim == 1 and sealed is not None and sealed[1].decode() == _seal(tokens)
+    return tokens.ndim == 1 and sealed(path) == _seal(tokens)
 
 
 def _seal(tokens: Tokens) -> str:
     digest = hashlib.sha256()
-    for start in range(0, len(tokens), SPAN):
-        digest.update(tokens[start : start + SPAN].tobytes())
+    for span in spans(tokens):
+        digest.update(span.tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -133,7 +114,7 @@ def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Write the .npy and return the fingerprint of the text that went in."""
     dtype = _token_type(tokenizer)
     digest, seal, count = hashlib.sha256(), hashlib.sha256(), 0
-    _write_header(file, dtype, count)
+    write_header(file, dtype, count)
     for chunk in chunks(corpus.pieces()):
         digest.update(chunk.encode())
         ids = _encode(tokenizer, chunk)
@@ -142,7 +123,7 @@ def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
         seal.update(written)
         file.write(written)
     file.seek(0)
-    _write_header(file, dtype, count, seal.hexdigest()[:32])
+    write_header(file, dtype, count, seal.hexdigest()[:32])
     return digest.hexdigest()
 
 
@@ -150,34 +131,27 @@ def _token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int, seal: str = "") -> None:
-    """Write the header of a .npy, which ends in the hash of the tokens: to numpy, a comment.
-
-    It is always as long: the format leaves room for the count.
-    """
-    header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    whole = io.BytesIO()
-    npy.write_array_header_1_0(whole, header)
-    end = f"# {seal}\n".encode()
-    text = whole.getvalue()[: -len(end)] + end if seal else whole.getvalue()
-    assert len(text) == NPY_HEADER
-    file.write(text)
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> Tokens:
+def _encode(tokenizer: Tokenizer, text: str) -> Array:
     """Through ``encode_array`` where the tokenizer has it: no list of a million Python numbers."""
     encode = getattr(tokenizer, "encode_array", tokenizer.encode)
     return np.asarray(encode(text))
 
 
-def load_tokens(source: object, vocab_size: int | None = None) -> Tokens:
-    """Tokens from an integer array, list, Tensor, or the path of a token file (memory-mapped).
+def load_tokens(source: object, vocab_size: int | None = None, *, glob: str = "**/*.txt") -> Tokens:
+    """Tokens from an integer array, list or Tensor, or memory-mapped from the path of a token file
+    or of a folder of them.
 
-    Returns a 1-D integer array (n,). Every id is checked to be from 0 up to, not including,
-    ``vocab_size``, in bounded memory. Raises DataError that names the first wrong id and its place.
+    Returns a 1-D sequence of integers (n,): an array, and of a folder its ``Shards``, in which
+    ``glob`` chooses files if it names token files. Every id is checked to be from 0 up to, not
+    including, ``vocab_size``, in bounded memory; of shards that have an index, by the index. Raises
+    DataError that names the first wrong id and its place.
     """
-    if isinstance(source, str | Path):
-        tokens, name = _map_file(user_path(source)), str(source)
+    tokens: Tokens
+    if isinstance(source, Joined):
+        tokens, name = source, "The data"
+    elif isinstance(source, str | Path):
+        path, name = user_path(source), str(source)
+        tokens = open_shards(path, glob) if path.is_dir() else map_file(path)
     else:
         tokens, name = _as_array(source), "The data"
     if tokens.ndim != 1:
@@ -192,11 +166,13 @@ def load_tokens(source: object, vocab_size: int | None = None) -> Tokens:
             f"{name}: values of type {tokens.dtype} are not token ids; wanted whole numbers, such "
             f"as tokenizer.encode(text) gives."
         )
-    _check_range(tokens, vocab_size, name)
+    for part in (tokens, getattr(tokens, "held_out", None)):
+        if part is not None:
+            _check_range(part, vocab_size, name)
     return tokens
 
 
-def _as_array(source: object) -> Tokens:
+def _as_array(source: object) -> Array:
     convert = getattr(source, "numpy", None)  # a Tensor
     try:
         return np.asarray(convert() if callable(convert) else source)
@@ -204,85 +180,19 @@ def _as_array(source: object) -> Tokens:
         raise DataError(f"The data is no sequence of token ids: {error}.") from error
 
 
-def _map_file(path: Path) -> Tokens:
-    if path.suffix not in TOKEN_FILES:
-        raise DataError(
-            f"{path} is no token file (.npy, or .bin as of nanoGPT or llm.c). Text is tokenized "
-            f"first: tokenize(open_corpus(path), tokenizer)."
-        )
-    try:
-        with open_regular(path) as file:
-            return _map_npy(file) if path.suffix == ".npy" else _map_bin(file)
-    except FileNotFoundError as error:
-        raise DataError(f"There is no token file {str(path)!r}.") from error
-    except DataError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        reason = clip(getattr(error, "strerror", None) or error)
-        raise DataError(f"{path} cannot be read as a token file: {reason}.") from error
-
-
-def _map_bin(file: BinaryIO) -> Tokens:
-    """llm.c's token file if it begins with a magic number of these, else nanoGPT's raw uint16."""
-    size = os.fstat(file.fileno()).st_size
-    header = np.frombuffer(file.read(min(LLMC_HEADER, size) // 4 * 4), "<i4")
-    if len(header) and int(header[0]) in LLMC:
-        return _map_llmc(file, size, header)
-    if size % 2 or not size:
-        raise DataError(f"{file.name} has {size} bytes, wanted a number of uint16 tokens.")
-    return np.memmap(file, "<u2", "r")
-
-
-def _map_llmc(file: BinaryIO, size: int, header: NDArray[np.int32]) -> Tokens:
-    if size < LLMC_HEADER:
-        raise DataError(f"{file.name} ends within the header of llm.c, after {size} bytes.")
-    magic, version, count = map(int, header[:3])
-    wanted, dtype = LLMC[magic]
-    if version != wanted:
-        raise DataError(
-            f"{file.name} is a token file of llm.c in version {version}; of those with its magic "
-            f"number, {magic}, version {wanted} can be read."
-        )
-    length = LLMC_HEADER + count * np.dtype(dtype).itemsize
-    if count < 0 or length != size:
-        raise DataError(
-            f"{file.name} is damaged or incomplete: its header announces {count:,} tokens, which "
-            f"would make {length:,} bytes, and it has {size:,}."
-        )
-    return np.memmap(file, dtype, "r", LLMC_HEADER, (count,)) if count else np.zeros(0, dtype)
-
-
-def _map_npy(file: BinaryIO) -> Tokens:
-    """Map a .npy file after checking that it is as long as its header says.
-
-    numpy's own reader evaluates the header as Python, and takes its length from the file.
-    """
-    version = npy.read_magic(file)
-    if version not in _NPY_LENGTH_BYTES:
-        raise ValueError(f"its format version {version} is unknown")
-    width = _NPY_LENGTH_BYTES[version]
-    length = int.from_bytes(file.read(width), "little")
-    if length > MAX_NPY_HEADER:
-        raise ValueError(f"its header of {length:,} bytes is too long")
-    found = _NPY_HEADER.fullmatch(file.read(length).decode("latin-1"))
-    if found is None:
-        raise ValueError("its header is damaged, or it does not hold plain numbers")
-    dtype = np.dtype(found[1])
-    shape = tuple(int(n) for n in found[2].split(",") if n.strip())  # (n,)
-    start = file.tell()
-    wanted = start + math.prod(shape) * dtype.itemsize
-    size = os.fstat(file.fileno()).st_size
-    if wanted != size:
-        raise ValueError(f"it has {size:,} bytes, but its header announces {wanted:,}")
-    if not math.prod(shape):
-        return np.zeros(shape, dtype)  # nothing can be mapped
-    return np.memmap(file, dtype, "r", start, shape)
+def spans(tokens: Tokens) -> Iterator[Array]:
+    """All tokens in arrays of bounded size."""
+    for start in range(0, len(tokens), SPAN):
+        yield np.asarray(tokens[start : start + SPAN])
 
 
 def _check_range(tokens: Tokens, vocab_size: int | None, name: str) -> None:
     limit = 1 << 31 if vocab_size is None else vocab_size  # batches are int32
-    for start in range(0, len(tokens), SPAN):
-        span = tokens[start : start + SPAN]
+    known = tokens.largest() if isinstance(tokens, Shards) else None
+    if known is not None and known < limit:
+        return
+    start = 0
+    for span in spans(tokens):
         if span.min() < 0 or span.max() >= limit:
             at = int(np.argmax((span < 0) | (span >= limit)))
             raise DataError(
@@ -290,13 +200,26 @@ def _check_range(tokens: Tokens, vocab_size: int | None, name: str) -> None:
                 f"vocab_size={limit} ids run from 0 to {limit - 1}. Give the model the vocab_size "
                 f"of the tokenizer that made these tokens."
             )
+        start += len(span)
+
+
+def largest(tokens: Tokens) -> int:
+    """The largest id, or for shards with an index, that of the whole folder."""
+    known = tokens.largest() if isinstance(tokens, Shards) else None
+    return max(int(span.max()) for span in spans(tokens)) if known is None else known
 
 
 def data_fingerprint(tokens: Tokens) -> str:
-    """SHA-256 of the ids, the same whatever their integer type; read in bounded memory."""
+    """SHA-256 of the ids, the same whatever their integer type; read in bounded memory.
+
+    Of shards that have an index it is one of their hashes, which need not be read.
+    """
+    known = tokens.fingerprint() if isinstance(tokens, Shards) else None
+    if known is not None:
+        return known
     digest = hashlib.sha256()
-    for start in range(0, len(tokens), SPAN):
-        digest.update(tokens[start : start + SPAN].astype("<u4").tobytes())
+    for span in spans(tokens):
+        digest.update(span.astype("<u4").tobytes())
     return digest.hexdigest()
 
 
@@ -304,18 +227,33 @@ def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
     """Bytes of UTF-8 for each token that is predicted, which is all but the first.
 
     A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte. None where the tokens
-    stand for no text, or for none that this tokenizer knows.
+    stand for no text, or for none that this tokenizer knows. Of more than ``COUNTED`` tokens only
+    so many, in spans evenly spread, are looked at.
     """
-    if len(tokens) < 2 or tokens.max() >= tokenizer.vocab_size:
+    counted = _sample(tokens[1:], COUNTED)
+    if len(tokens) < 2 or largest(counted) >= tokenizer.vocab_size:
         return None
-    return byte_count(tokens[1:], tokenizer) / (len(tokens) - 1) or None
+    return byte_count(counted, tokenizer) / len(counted) or None
+
+
+def _sample(tokens: Tokens, most: int) -> Tokens:
+    """All of the tokens, or at most ``most`` of them in spans evenly spread."""
+    if len(tokens) <= most:
+        return tokens
+    count = most // SPAN
+    starts = [(len(tokens) - SPAN) * i // (count - 1) for i in range(count)]
+    return Joined([tokens[start : start + SPAN] for start in starts], tokens.dtype)
 
 
 def byte_count(tokens: Tokens, tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 that the tokens stand for, as bits per byte need it."""
+    """Bytes of UTF-8 that the tokens stand for, as bits per byte need it.
+
+    Tokens that end a text, such as ``<|endoftext|>``, stand for none.
+    """
     counts = np.zeros(tokenizer.vocab_size, np.int64)  # (V,)
-    for start in range(0, len(tokens), SPAN):
-        span = tokens[start : start + SPAN].astype(np.int64)  # of uint64 nothing can be counted
-        counts += np.bincount(span, minlength=len(counts))
+    for span in spans(tokens):
+        # of uint64 nothing can be counted
+        counts += np.bincount(span.astype(np.int64), minlength=len(counts))
+    counts[list(ends_of(tokenizer))] = 0
     used = np.flatnonzero(counts).tolist()
     return sum(int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in used)

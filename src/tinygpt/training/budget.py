@@ -47,7 +47,7 @@ MAX_EPOCHS = 30
 EVALUATING = 0.05
 """Share of the time that evaluations and samples may take."""
 MAX_EVALUATIONS = 20
-CLOSING = 0.5
+CLOSING = 0.9
 """Seconds from the last step to the end of the process."""
 
 

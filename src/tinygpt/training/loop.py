@@ -18,9 +18,11 @@ from tinygpt.config import TrainConfig
 from tinygpt.errors import TrainingError
 from tinygpt.model.transformer import Transformer
 from tinygpt.text.batches import batch
+from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.diagnose import diagnose
 from tinygpt.training.guard import Guard, why_skipped
 from tinygpt.training.optim import learning_rate
+from tinygpt.training.replicas import replicas_for
 from tinygpt.training.step import (
     Tokens,
     TrainStep,
@@ -65,14 +67,26 @@ class Jitted(NamedTuple):
 
     take_step: TrainStep
     evaluate_batch: Callable[[Tokens, Tokens], float]
+    refresh: Callable[[], None] = lambda: None
+    """Gives further devices the present weights: ``replicas.refresh``."""
+
+
+def make_jitted(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> Jitted:
+    """The functions of a run, on its devices. Raises DeviceError where one is not there."""
+    if config.n_devices == 1:
+        step = make_train_step(model, optimizer, config)
+        return Jitted(step, make_evaluate(model, config.dtype))
+    replicas = replicas_for(model, config)
+    step = make_train_step(model, optimizer, config, replicas)
+    return Jitted(step, make_evaluate(model, config.dtype, replicas), replicas.refresh)
 
 
 def train_steps(
     model: Transformer,
     optimizer: Optimizer,
     config: TrainConfig,
-    train_tokens: Tokens,
-    val_tokens: Tokens | None = None,
+    train_tokens: Text,
+    val_tokens: Text | None = None,
     start: int = 0,
     guard: Guard | None = None,
     jitted: Jitted | None = None,
@@ -88,9 +102,8 @@ def train_steps(
     """
     A, B, T = config.grad_accum_steps, config.batch_size, model.config.block_size
     guard = guard or Guard(config)
-    take_step, evaluate_batch = jitted or Jitted(
-        make_train_step(model, optimizer, config), make_evaluate(model, config.dtype)
-    )
+    take_step, evaluate_batch, refresh = jitted or make_jitted(model, optimizer, config)
+    refresh()
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()

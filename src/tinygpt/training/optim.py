@@ -14,7 +14,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
 from tinygpt.config.weights import matrices_in
-from tinygpt.kernels.adamw import clip_factor, verdict
+from tinygpt.kernels.adamw import plain_scaling, verdict
 from tinygpt.machine.transfer import zeros_like
 
 
@@ -179,7 +179,7 @@ def stock_update(
 ) -> tuple[Tensor, list[Tensor]]:
     """What AdamW.update does, for tinygrad's own optimizers; -> its result, and what changes."""
     report = verdict(loss.reshape(()), gradients, scale, limits)
-    factor = clip_factor(report[1], clip) * scale if clip else scale
+    factor = plain_scaling(report[1], clip, scale)
     for p, g in zip(params, gradients, strict=True):
         p.grad = g * factor
     with assigning_only_if(report[2] > 0), Context(TRAINING=1):  # they insist on TRAINING

@@ -18,9 +18,11 @@ from tinygpt.machine.precision import half_of
 from tinygpt.machine.transfer import zeros, zeros_like
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
+from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 from tinygpt.training.recompute import recomputed_gradients
+from tinygpt.training.replicas import Replicas, replicas_for, total
 
 Tokens = npt.NDArray[np.integer]
 
@@ -52,55 +54,88 @@ class TrainStep(Protocol):
     ) -> Outcome: ...
 
 
-def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> TrainStep:
+def make_train_step(
+    model: Transformer,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    replicas: Replicas | None = None,
+) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
     With accumulation one jitted function adds the micro-batches' gradients to buffers and another
     applies their sum, so that memory does not depend on the number of micro-batches.
+
+    On several devices each takes a part of every micro-batch, and has gradients of its own; the
+    first adds them up, changes the weights, and hands them out. Whoever changes weights between
+    steps calls ``replicas.refresh()``.
     """
     model.check_can_learn()
-    half, params = half_of(config.dtype), optimizer.params
+    replicas = replicas or replicas_for(model, config)
+    half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     names = {id(p): name for name, p in model.parameters().items()}
-    layers = [layer_of(names[id(p)]) for p in params]
+    learned = [names[id(p)] for p in params]
+    layers = [layer_of(name) for name in learned]
     micro_batches = config.grad_accum_steps
     realize_state(optimizer)
 
-    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The loss () of a micro-batch x and y (B, T), and the gradient of each parameter."""
+    def part(
+        replica: Transformer, x: Tensor, y: Tensor, key: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss () of x and y (B, T) on one device, and the gradient of each parameter."""
         drop = Dropout(model.config.dropout, key)
         if config.recompute:
-            loss, found = recomputed_gradients(model, x, y, drop, half)
-            return loss, [found[names[id(p)]] for p in params]
-        loss = model.loss(x, y, drop, half)
-        return loss, loss.gradient(*params)
+            loss, found = recomputed_gradients(replica, x, y, drop, half)
+            return loss, [found[name] for name in learned]
+        own = replica.parameters()
+        loss = replica.loss(x, y, drop, half)
+        return loss, loss.gradient(*(own[name] for name in learned))
 
-    def update(loss: Tensor, grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
+    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss () of each device's part of a micro-batch x and y (B, T), and its gradients.
+
+        The gradients of all parameters on the first device, then those on the second, …
+        """
+        losses, grads = list[Tensor](), list[Tensor]()
+        parts = replicas.cut(x), replicas.cut(y), replicas.keys(key)
+        for given in zip(replicas.models, *parts, strict=True):
+            loss, found = part(*given)
+            losses.append(loss)
+            grads += found
+        return losses, grads
+
+    def update(losses: list[Tensor], grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
         """Change the weights, or not; -> the report of ``AdamW.update``."""
         optimizer.lr.assign(lr.reshape(1))
-        judged = (config.grad_clip, 1 / micro_batches, loss, limits)
+        loss, n = total(losses, first_device), len(params)
+        grads = [total(grads[i::n], first_device) for i in range(n)]
+        judged = (config.grad_clip, 1 / (micro_batches * len(replicas)), loss, limits)
         if isinstance(optimizer, AdamW):
             report, changed = optimizer.update(grads, *judged), optimizer.changed()
         else:
             report, changed = stock_update(optimizer, params, grads, *judged)
-        return report.realize(optimizer.lr, *changed)  # (3 + n,)
+        return report.realize(optimizer.lr, *changed, *replicas.spread(learned))  # (3 + n,)
 
     @jit
     def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
         return update(*gradients(x, y, key), lr, limits)
 
-    loss_sum = zeros((), dtypes.float32)
-    sums = [zeros_like(p) for p in params] if micro_batches > 1 else []
+    loss_sums = [zeros((), dtypes.float32, device) for device in replicas.devices]
+    everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
+    sums = [zeros_like(p) for p in everywhere] if micro_batches > 1 else []
 
     @jit
     def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
-        loss, grads = gradients(x, y, key)
-        for total, new in zip([loss_sum, *sums], [loss, *grads], strict=True):
-            total.assign(first.where(new, total + new))  # not total * 0: a NaN would stay
-        return loss_sum.realize(*sums)
+        losses, grads = gradients(x, y, key)
+        first_on = dict(zip(replicas.devices, replicas.everywhere(first), strict=True))
+        for before, new in zip([*loss_sums, *sums], [*losses, *grads], strict=True):
+            # not before * 0: a NaN would stay
+            before.assign(first_on[str(before.device)].where(new, before + new))
+        return loss_sums[0].realize(*loss_sums[1:], *sums)
 
     @jit
     def apply(lr: Tensor, limits: Tensor) -> Tensor:
-        return update(loss_sum.clone(), [total.clone() for total in sums], lr, limits)
+        losses, grads = ([part.clone() for part in parts] for parts in (loss_sums, sums))
+        return update(losses, grads, lr, limits)
 
     def step(
         x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
@@ -112,7 +147,9 @@ def make_train_step(model: Transformer, optimizer: Optimizer, config: TrainConfi
         else:
             for i in range(micro_batches):
                 accumulate(x[i], y[i], keys[i], i == 0)
+                replicas.wait()
             report = apply(lr, limits)
+        replicas.wait()
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(layers, 0.0)
         for layer, other in zip(layers, norms, strict=True):
@@ -127,10 +164,36 @@ def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:
     return np.array([(seed ^ (seed >> 32)) & 0xFFFFFFFF, number & 0xFFFFFFFF], np.uint32)
 
 
-def make_evaluate(model: Transformer, dtype: str = "float32") -> Callable[[Tokens, Tokens], float]:
-    """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T)."""
-    loss = jit(partial(model.loss, drop=INFERENCE, half=half_of(dtype)))
-    return lambda x, y: float(loss(x, y))
+def make_evaluate(
+    model: Transformer, dtype: str = "float32", replicas: Replicas | None = None
+) -> Callable[[Tokens, Tokens], float]:
+    """A jitted loss without dropout: mean cross-entropy in nats of y (B, T) given x (B, T).
+
+    Of several devices each takes a part of the batch, which must divide by their number.
+    """
+    half = half_of(dtype)
+    if replicas is None or len(replicas) == 1:
+        loss = jit(partial(model.loss, drop=INFERENCE, half=half))
+        return lambda x, y: float(loss(x, y))
+
+    @jit
+    def spread(x: Tensor, y: Tensor) -> Tensor:
+        sums, counts = list[Tensor](), list[Tensor]()
+        parts = zip(replicas.models, replicas.cut(x), replicas.cut(y), strict=True)
+        for replica, x_own, y_own in parts:
+            count = (y_own >= 0).sum().cast(dtypes.float32)
+            loss = replica.loss(x_own, y_own, INFERENCE, half)
+            sums.append((count > 0).where(loss * count, 0))
+            counts.append(count)
+        first = replicas.devices[0]
+        return total(sums, first) / total(counts, first)
+
+    def evaluate_batch(x: Tokens, y: Tokens) -> float:
+        found = float(spread(x, y))
+        replicas.wait()
+        return found
+
+    return evaluate_batch
 
 
 EVAL_SEED = 0x5EED
@@ -139,7 +202,7 @@ EVAL_SEED = 0x5EED
 
 def evaluate(
     evaluate_batch: Callable[[Tokens, Tokens], float],
-    tokens: Tokens,
+    tokens: Text,
     iters: int,
     batch_size: int,
     block_size: int,

@@ -7,13 +7,13 @@ and in float64. Every operation of ``dispatch.OPERATIONS`` needs one: see `check
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.kernels.attention import flash_attention
@@ -22,6 +22,11 @@ from tinygpt.kernels.check import exact
 Array = npt.NDArray[Any]
 Results = Callable[..., list[Tensor]]
 Formula = Callable[..., list[exact.Array]]
+
+TOLERANCE = 2e-5
+"""The largest error that passes, as a part of the largest number of a result, or of 1."""
+BFLOAT16 = 2.0**-7
+"""The same for results that are rounded to bfloat16, which has 8 bits: two roundings."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Case:
     """Of the inputs, of which the floating ones are float64."""
     results: int
     """How many of the computed arrays are results; the others are gradients."""
+    tolerance: float = TOLERANCE
 
 
 def case(
@@ -130,6 +136,25 @@ def _keep(n: int, P: int, H: int, T: int, D: int) -> Case:
 def _linear(rows: int, n_in: int, n_out: int) -> Case:
     inputs = several((rows, n_in), (n_out, n_in), (n_out,), (rows, n_out))
     return case(kernels.linear, f"{rows}x{n_in} to {n_out}", inputs, exact.linear, gradients=3)
+
+
+def _half_linear(rows: int, n_in: int, n_out: int) -> Case:
+    """As in training: x and y are bfloat16, the weights float32."""
+    inputs = [rounded(x) for x in several((rows, n_in), (n_out, n_in), (n_out,), (rows, n_out))]
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return kernels.linear(x.cast(dtypes.bfloat16), weight, bias).float()
+
+    made = case(
+        kernels.linear, f"{rows}x{n_in} to {n_out}", inputs, exact.linear, compute, gradients=3
+    )
+    return replace(made, tolerance=BFLOAT16)
+
+
+def rounded(x: Array) -> Array:
+    """float32 numbers rounded to those of bfloat16, which are the upper halves of some."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
 def _gelu(rows: int, width: int) -> Case:
@@ -264,6 +289,10 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
     "linear": (
         each(_linear, (1, 64, 192), (24, 96, 160), (65, 33, 17)),
         partial(_linear, 768, 128, 512),
+    ),
+    "bfloat16": (
+        each(_half_linear, (1, 64, 192), (24, 96, 160), (65, 34, 17), (40, 33, 50)),
+        partial(_half_linear, 768, 128, 512),
     ),
     "gelu": (each(_gelu, *THREE), partial(_gelu, 768, 512)),
     "int8": (each(_int8, (1, 64, 192), (3, 33, 17), (24, 96, 160)), partial(_int8, 1, 768, 3072)),

@@ -77,6 +77,19 @@ def uninstall() -> None:
         _engine().unplug()
 
 
+def extend(name: str) -> None:
+    """Run the kernels of another CPU device, such as CPU:1, on the same threads as CPU's.
+
+    Nothing happens for other devices, and where ``install`` was not called.
+    """
+    from tinygrad import Device
+
+    from tinygpt.machine.tinygrad_internals import CPUDevice
+
+    if _engine.cache_info().currsize and isinstance(device := Device[name], CPUDevice):
+        _engine().extend(device)
+
+
 def threads() -> int:
     """The number of threads that kernels run on now; 1 where ``install`` was not called."""
     return _engine().pool.threads if _engine.cache_info().currsize else 1

@@ -40,7 +40,7 @@ UNSPLIT = 0xFFFF  # the slot of a kernel that takes no number of a piece
 
 
 class Engine:
-    """The pool, and how it plugs into tinygrad's CPU device."""
+    """The pool, and how it plugs into tinygrad's CPU devices."""
 
     def __init__(self) -> None:
         device = Device["CPU"]
@@ -48,22 +48,36 @@ class Engine:
             raise RuntimeError("HCQ2=1 has queues of its own")
         if not isinstance(device, CPUDevice) or device.runtime_t is not CPUProgram or device.graph:
             raise RuntimeError("something else has plugged into tinygrad's CPU device")
-        self.device, self.pool = device, Pool(device)
+        self.devices, self.pool = [device], Pool(device)
         self.stock = device.graph, device.runtime_t, pieces_of_kernels()
+        self.plugged = False
 
     def plug_in(self, threads: int) -> None:
         """Run kernels on ``threads`` threads; those that are made from now on come in PIECES."""
         if threads != self.pool.threads:
             self.pool.start(threads, cores())
-        self.device.graph = partial(PoolGraph, self.pool)
-        self.device.runtime_t = partial(PoolProgram, self.pool)  # type: ignore[assignment]
+        self.plugged = True
+        self._tell_devices()
         pieces_of_kernels(PIECES)
+
+    def extend(self, device: CPUDevice) -> None:
+        """Run the kernels of another CPU device, such as CPU:1, on the same threads."""
+        if device not in self.devices:
+            self.devices.append(device)
+            self._tell_devices()
 
     def unplug(self) -> None:
         """Put everything back as it was."""
         self.pool.stop()
-        self.device.graph, self.device.runtime_t, pieces = self.stock
-        pieces_of_kernels(pieces)
+        self.plugged = False
+        self._tell_devices()
+        pieces_of_kernels(self.stock[2])
+
+    def _tell_devices(self) -> None:
+        """Give each device our way of running kernels, or its own back."""
+        ours = partial(PoolGraph, self.pool), partial(PoolProgram, self.pool)
+        for device in self.devices:
+            device.graph, device.runtime_t = ours if self.plugged else self.stock[:2]  # type: ignore[assignment]
 
 
 class PoolGraph(GraphRunner):
