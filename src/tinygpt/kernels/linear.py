@@ -32,6 +32,7 @@ from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
 from tinygpt.kernels.phases import Array, Backward, Index, Kernel, contiguous, minimum, run, wide
+from tinygpt.kernels.wmma import core_of
 from tinygpt.machine.tinygrad_internals import DType, least_upper_dtype
 
 FEW = 16
@@ -46,10 +47,13 @@ def computed_in(x: Tensor, weight: Tensor) -> DType:
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One operation after the other."""
+    """One operation after the other; tensor cores take half as it is, and add up in float32."""
     kind = computed_in(x, weight)
     w = weight.cast(kind) if x.dtype == kind else weight
-    y = x.cast(wide(kind)) @ w.cast(wide(kind)).transpose(0, 1)
+    if core_of(x):
+        y = x @ w.contiguous().transpose(0, 1)  # rounded once for three products
+    else:
+        y = x.cast(wide(kind)) @ w.cast(wide(kind)).transpose(0, 1)
     return (y if bias is None else y + bias).cast(kind)
 
 
