@@ -55,14 +55,13 @@ INFERENCE = Dropout(0)
 
 
 class Linear:
-    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,), computed in the type of x."""
+    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.cast(x.dtype)
-        return kernels.linear(x, self.weight.cast(x.dtype), bias)
+        return kernels.linear(x, self.weight, self.bias)
 
     def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Mean cross-entropy in nats of targets (N,), where y (N, V) are the logits.
@@ -70,8 +69,7 @@ class Linear:
         They never exist as a whole. With ``gradient`` the gradients are computed along with them.
         """
         frozen = not self.weight.is_param
-        weight = self.weight.cast(x.dtype)
-        return kernels.loss(x, weight, targets, gradient=gradient, frozen=frozen)
+        return kernels.loss(x, self.weight, targets, gradient=gradient, frozen=frozen)
 
 
 class LayerNorm:

@@ -31,6 +31,7 @@ from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
 from tinygpt.training.metrics import bits_per_byte, short
 from tinygpt.training.optim import make_optimizer
+from tinygpt.training.scaling import LossScale
 from tinygpt.untrusted import clip
 
 SAMPLE_CHARS = 20_000
@@ -128,7 +129,7 @@ class TrainingRun:
         self.folder = user_path(folder) if folder is not None else None
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
-        self.guard = Guard(config)
+        self.guard, self.scaling = Guard(config), LossScale(config.dtype)
         self.decoder = Decoder(model) if trial is None else trial.decoder
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
@@ -181,6 +182,7 @@ class TrainingRun:
         self.progress = Progress(**known)
         self.elapsed = float(meta.progress.get("elapsed", 0.0))
         self.guard.load(meta.progress.get("skips"))
+        self.scaling.load(meta.progress.get("loss_scale"))
 
     def _begin(self, anew: bool) -> None:
         """Take the folder, after all that can be refused has been checked.
@@ -260,6 +262,7 @@ class TrainingRun:
             start=self.iter_num,
             guard=self.guard,
             jitted=self._jitted,
+            scaling=self.scaling,
         )
         before = self.elapsed
         try:
@@ -298,6 +301,11 @@ class TrainingRun:
         """Judge, sample, save and write down one step; -> the step, completed."""
         if step.skipped:
             self.notice(f"step {step.iter} skipped: {step.skipped}")
+        elif step.overflows:
+            self.notice(
+                f"step {step.iter}: gradients overflowed float16; the loss scale is "
+                f"{step.loss_scale:g} from here on"
+            )
         step = replace(
             step,
             train_bits_per_byte=self.bits_per_byte(step.train_loss),
@@ -332,6 +340,8 @@ class TrainingRun:
             "elapsed": step.elapsed,
             "memory": resources.memory(),
         }
+        if step.loss_scale is not None:
+            row["loss_scale"] = step.loss_scale
         if step.skipped or step.iter % max(1, self.config.max_iters // LAYER_ROWS) == 0:
             row["grad_norms"] = {name: short(norm) for name, norm in step.grad_norms.items()}
         return row
@@ -365,6 +375,8 @@ class TrainingRun:
         """What a checkpoint of this moment says of itself."""
         progress = {**vars(self.progress), "elapsed": elapsed, "train_loss": train_loss}
         progress["skips"] = self.guard.state()
+        if (scale := self.scaling.state()) is not None:
+            progress["loss_scale"] = scale
         if self.changes:
             progress["changes"] = self.changes
         return checkpoint.Meta(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,13 +15,14 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt.config import TrainConfig
 from tinygpt.machine.jit import jit
 from tinygpt.machine.precision import half_of
-from tinygpt.machine.transfer import zeros, zeros_like
+from tinygpt.machine.transfer import Array
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
 from tinygpt.text.tokens import Tokens as Text
+from tinygpt.training.accumulation import PartialSums, add_to
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
-from tinygpt.training.recompute import recomputed_gradients
+from tinygpt.training.recompute import recomputed_gradients, scaled
 from tinygpt.training.replicas import Replicas, replicas_for, total
 
 Tokens = npt.NDArray[np.integer]
@@ -41,7 +42,8 @@ class TrainStep(Protocol):
     """One optimizer step on x and y (A, B, T), A micro-batches, at the learning rate ``lr``.
 
     ``key`` is (seed, number of the step), from which dropout's masks are drawn. Unless the loss and
-    the gradient norm lie below the limits nothing changes; NaN never does.
+    the gradient norm lie below the limits nothing changes; NaN never does. In float16 the backward
+    pass is that of the loss times ``scale``, see ``scaling``; what is reported is not.
     """
 
     def __call__(
@@ -51,6 +53,7 @@ class TrainStep(Protocol):
         lr: float,
         key: tuple[int, int],
         limits: Limits = NO_LIMITS,
+        scale: float = 1.0,
     ) -> Outcome: ...
 
 
@@ -62,8 +65,8 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
-    With accumulation one jitted function adds the micro-batches' gradients to buffers and another
-    applies their sum, so that memory does not depend on the number of micro-batches.
+    With accumulation one jitted function adds the micro-batches' gradients to buffers, in the order
+    of ``accumulation``, and another applies their sum.
 
     On several devices each takes a part of every micro-batch, and has gradients of its own; the
     first adds them up, changes the weights, and hands them out. Whoever changes weights between
@@ -79,24 +82,30 @@ def make_train_step(
     realize_state(optimizer)
 
     def part(
-        replica: Transformer, x: Tensor, y: Tensor, key: Tensor
+        replica: Transformer, x: Tensor, y: Tensor, key: Tensor, scale: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss () of x and y (B, T) on one device, and the gradient of each parameter."""
         drop = Dropout(model.config.dropout, key)
         if config.recompute:
-            loss, found = recomputed_gradients(replica, x, y, drop, half)
-            return loss, [found[name] for name in learned]
-        own = replica.parameters()
-        loss = replica.loss(x, y, drop, half)
-        return loss, loss.gradient(*(own[name] for name in learned))
+            loss, by_name = recomputed_gradients(replica, x, y, drop, half, scale)
+            found = [by_name[name] for name in learned]
+        else:
+            own = replica.parameters()
+            loss = replica.loss(x, y, drop, half)
+            found = scaled(loss, scale).gradient(*(own[name] for name in learned))
+        return loss, found if scale is None else [g * scale.reciprocal() for g in found]
 
-    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(
+        x: Tensor, y: Tensor, key: Tensor, *scale: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The loss () of each device's part of a micro-batch x and y (B, T), and its gradients.
 
-        The gradients of all parameters on the first device, then those on the second, …
+        The gradients of all parameters on the first device, then those on the second, … Where there
+        is a ``scale`` (), the backward pass is that of the loss times the scale.
         """
         losses, grads = list[Tensor](), list[Tensor]()
-        parts = replicas.cut(x), replicas.cut(y), replicas.keys(key)
+        parts = [replicas.cut(x), replicas.cut(y), replicas.keys(key)]
+        parts += [replicas.everywhere(factor) for factor in scale]
         for given in zip(replicas.models, *parts, strict=True):
             loss, found = part(*given)
             losses.append(loss)
@@ -116,39 +125,48 @@ def make_train_step(
         return report.realize(optimizer.lr, *changed, *replicas.spread(learned))  # (3 + n,)
 
     @jit
-    def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
-        return update(*gradients(x, y, key), lr, limits)
+    def whole(
+        x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor, *scale: Tensor
+    ) -> Tensor:
+        return update(*gradients(x, y, key, *scale), lr, limits)
 
-    loss_sums = [zeros((), dtypes.float32, device) for device in replicas.devices]
     everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
-    sums = [zeros_like(p) for p in everywhere] if micro_batches > 1 else []
+    sums = PartialSums(
+        [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
+    )
+    split = len(replicas)  # losses come first
 
     @jit
-    def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
-        losses, grads = gradients(x, y, key)
-        first_on = dict(zip(replicas.devices, replicas.everywhere(first), strict=True))
-        for before, new in zip([*loss_sums, *sums], [*losses, *grads], strict=True):
-            # not before * 0: a NaN would stay
-            before.assign(first_on[str(before.device)].where(new, before + new))
-        return loss_sums[0].realize(*loss_sums[1:], *sums)
+    def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor, *scale: Tensor) -> Tensor:
+        losses, grads = gradients(x, y, key, *scale)
+        return add_to(sums.levels[0].tensors, [*losses, *grads], first)
 
-    @jit
-    def apply(lr: Tensor, limits: Tensor) -> Tensor:
-        losses, grads = ([part.clone() for part in parts] for parts in (loss_sums, sums))
-        return update(losses, grads, lr, limits)
+    @cache
+    def apply_level(level: int) -> Callable[..., Array]:
+        """The update by the sum that a level holds."""
+        tensors = sums.levels[level].tensors
+        return jit(lambda lr, limits: update(tensors[:split], tensors[split:], lr, limits))
 
     def step(
-        x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
+        x: Tokens,
+        y: Tokens,
+        lr: float,
+        key: tuple[int, int],
+        limits: Limits = NO_LIMITS,
+        scale: float = 1.0,
     ) -> Outcome:
+        scales = [scale] if half == dtypes.float16 else []
         seed, number = key
         keys = [key_of(seed, number * micro_batches + i) for i in range(micro_batches)]
         if micro_batches == 1:
-            report = whole(x[0], y[0], keys[0], lr, limits)
+            report = whole(x[0], y[0], keys[0], lr, limits, *scales)
         else:
-            for i in range(micro_batches):
-                accumulate(x[i], y[i], keys[i], i == 0)
+
+            def add_leaf(i: int, first: bool) -> None:
+                accumulate(x[i], y[i], keys[i], first, *scales)
                 replicas.wait()
-            report = apply(lr, limits)
+
+            report = apply_level(sums.sum(micro_batches, add_leaf))(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(layers, 0.0)
@@ -157,6 +175,10 @@ def make_train_step(
         return Outcome(loss, norm, taken > 0, by_layer)
 
     return step
+
+
+def _shape_and_device(p: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(map(int, p.shape)), str(p.device)
 
 
 def key_of(seed: int, number: int) -> npt.NDArray[np.uint32]:

@@ -20,7 +20,8 @@ to itself; the tokens at the cut may differ from those of the whole."""
 
 _SCRIPTS = "0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 _POINTS = r"!-&(-/:-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
-_LAST_CUT = re.compile(rf"(?s).*(?:[^\W_](?=[ \t\r\n])|[{_SCRIPTS}](?=[{_POINTS}]))")
+_CUT = rf"(?:[^\W_](?=[ \t\r\n])|[{_SCRIPTS}](?=[{_POINTS}]))"
+_FIRST_CUT, _LAST_CUT = re.compile(_CUT), re.compile(rf"(?s).*{_CUT}")
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{50000,}}(?=[{_SPACE}][^{_SPACE}])")
@@ -47,6 +48,12 @@ def chunks(pieces: Iterable[str], size: int = CHUNK, longest: int = LONGEST) -> 
             due = min(length + size, longest)
     if length:
         yield "".join(waiting)
+
+
+def first_cut(text: str) -> int | None:
+    """The first place, in characters, at which a BPE would not notice a cut; None without one."""
+    found = _FIRST_CUT.search(text)
+    return found.end() if found else None
 
 
 def split_space(text: str) -> list[str]:

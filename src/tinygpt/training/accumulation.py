@@ -1,0 +1,90 @@
+"""The sum of a step's gradients over its micro-batches, in an order that ranks can share.
+
+Floats have no associative sum, so the order of the additions is fixed once, for any number of
+processes that share a step: the micro-batches are the leaves of a tree. An even number of them is
+halved, and the sum is that of the first half plus that of the second; an odd number is summed from
+left to right. Process r of W, a power of two that divides the number, sums a whole subtree, and
+pairs of such sums are added until one is left, which is the rest of the tree.
+
+A process needs a buffer for each level of its tree: one for up to two micro-batches or any odd
+number of them, and one more each time that doubles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tinygrad import Tensor
+
+from tinygpt.machine.flat_buffer import FlatBuffer, Kind
+from tinygpt.machine.jit import jit
+
+
+def run_length(count: int) -> int:
+    """How many neighbours are summed from left to right before halves are added.
+
+    >>> [run_length(n) for n in (1, 2, 3, 4, 6, 40)]
+    [1, 2, 3, 2, 3, 5]
+    """
+    odd = count // (count & -count)
+    return odd if odd > 1 else min(2, count)
+
+
+def most_halves(count: int) -> int:
+    """The largest power of two that divides ``count``: as many processes can share the sum."""
+    return count & -count
+
+
+class PartialSums:
+    """Buffers for the partial sums of one tree: ``levels[0]`` for runs, then for larger halves."""
+
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        self._kinds = kinds
+        self.levels: list[FlatBuffer] = []
+        """Made when a sum needs them."""
+        self._carries: list[Callable[[bool], object]] = []
+
+    def sum(self, count: int, add_leaf: Callable[[int, bool], object]) -> int:
+        """Sum ``count`` leaves; -> the level whose buffer holds the sum.
+
+        ``add_leaf(i, first)`` must put leaf i into ``levels[0]`` if it is the first of a run, or
+        else add it to what is there.
+        """
+        run = run_length(count)
+        top = (count // run).bit_length() - 1
+        while len(self.levels) <= top:
+            self._add_level()
+        for i in range(count):
+            add_leaf(i, i % run == 0)
+            if i % run == run - 1:
+                self._carry(i // run, top)
+        return top
+
+    def _add_level(self) -> None:
+        self.levels.append(FlatBuffer(self._kinds))
+        if len(self.levels) > 1:
+            self._carries.append(_adder(self.levels[-1], self.levels[-2]))
+
+    def _carry(self, group: int, top: int) -> None:
+        """Add the finished run number ``group`` to the halves that it completes, as in a binary
+        counter: level l holds a sum of 2^l runs."""
+        for level in range(top):
+            second = group >> level & 1
+            self._carries[level](not second)
+            if not second:
+                return
+
+
+def add_to(totals: Sequence[Tensor], values: Sequence[Tensor], first: Tensor) -> Tensor:
+    """Add values to totals in place, or replace them if they are the ``first`` (); realized."""
+    there = {str(first.device): first}
+    for total, value in zip(totals, values, strict=True):
+        device = str(total.device)
+        if device not in there:
+            there[device] = first.to(device).contiguous()
+        total.assign(there[device].where(value, total + value))  # not total * 0: a NaN would stay
+    return totals[0].realize(*totals[1:])
+
+
+def _adder(upper: FlatBuffer, lower: FlatBuffer) -> Callable[[bool], object]:
+    return jit(lambda first: add_to(upper.tensors, lower.tensors, first))
