@@ -33,7 +33,7 @@ LANES = 32
 PARTS = 16
 GPU_LANES, GPU_PARTS = 64, 1024
 """On a GPU so many threads share a gradient: memory is waited for by many, or for long."""
-GPU_UNITS, GPU_UPDATE_LANES = 512, 256
+GPU_UNITS, GPU_UPDATE_LANES = 1024, 128
 BUFFERS = {"METAL": 31, "WEBGPU": 8}
 """The most buffers that a kernel may have, where that is less than tinygrad's 62 on the CPU."""
 

@@ -361,6 +361,11 @@ class Kernel:
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels on this tensor's device run as workgroups of threads."""
     device = x.device if isinstance(x.device, str) else (x.device or (Device.DEFAULT,))[0]
+    return is_gpu(device)
+
+
+def is_gpu(device: str) -> bool:
+    """The same of a device, of which OpenCL's may be the processor all the same."""
     return bool(Device[device].renderer.has_local)
 
 

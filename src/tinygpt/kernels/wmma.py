@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from tinygrad import Device, Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import first_device
+from tinygpt.machine import precision
 from tinygpt.machine.tinygrad_internals import DType
 
 WARP = 32
@@ -101,3 +102,19 @@ def core_for(device: str, dtype: DType) -> str | None:
     wanted = (core.n, core.m, core.depth), dtype, dtypes.float32
     found = ((t.dims, t.dtype_in, t.dtype_out) for t in renderer.tensor_cores)
     return name if wanted in found else None
+
+
+def plan(device: str) -> str | None:
+    """What kernels will do on a GPU, for a person; None for a device without threads."""
+    renderer = Device[device].renderer
+    if not renderer.has_local:
+        return None
+    kind = renderer.target.arch or renderer.target.device
+    there = precision.available(device)
+    halves = [name for name in there if core_for(device, precision.type_of(name))]
+    if halves:
+        return (
+            f"{kind}: with --dtype {' or '.join(halves)} products and attention run on tensor "
+            f"cores, with sums in float32; attention with dropout, and float32, without them"
+        )
+    return f"{kind}: no tensor cores that the kernels know; --dtype {' or '.join(there)}"
