@@ -181,7 +181,7 @@ def train(
     # Before the text is read, and before there is a folder: it may not be possible.
     with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
         device.require_device()
-        _check_dtype(settings.train)
+        _check_machine(settings.train)
         if beginning is not None:
             own = beginning.tokenizer(settings.data)
         else:
@@ -220,11 +220,12 @@ def train(
             return _follow(run, json, stopped)
 
 
-def _check_dtype(config: TrainConfig) -> None:
-    """DeviceError if the device does not have the type that products are to be computed in."""
-    from tinygpt.machine import precision
+def _check_machine(config: TrainConfig) -> None:
+    """DeviceError if there are not the devices, or if they have not the type of the products."""
+    from tinygpt.machine import precision, several
 
-    precision.require(config.dtype)
+    for name in several.open_devices(config.devices):
+        precision.require(config.dtype, name)
 
 
 def _beginning(layers: Sequence[Tables], out: Path | None) -> Beginning | None:

@@ -62,8 +62,8 @@ def tokens_of(corpus: Corpus, tokenizer: Tokenizer, vocab_size: int | None = Non
         return load_tokens(_cached(corpus, tokenizer), vocab_size)
     except OSError as error:
         log.warning("No token file can be written (%s), so the tokens stay in memory.", error)
-        parts = [_encode(tokenizer, chunk) for chunk in chunks(corpus.pieces())]
-        dtype = _token_type(tokenizer)
+        parts = [encode(tokenizer, chunk) for chunk in chunks(corpus.pieces())]
+        dtype = token_type(tokenizer)
         joined = np.concatenate([part.astype(dtype) for part in parts] or [np.zeros(0, dtype)])
         return load_tokens(joined, vocab_size)
 
@@ -112,12 +112,12 @@ def _seal(tokens: Tokens) -> str:
 
 def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Write the .npy and return the fingerprint of the text that went in."""
-    dtype = _token_type(tokenizer)
+    dtype = token_type(tokenizer)
     digest, seal, count = hashlib.sha256(), hashlib.sha256(), 0
     write_header(file, dtype, count)
     for chunk in chunks(corpus.pieces()):
         digest.update(chunk.encode())
-        ids = _encode(tokenizer, chunk)
+        ids = encode(tokenizer, chunk)
         count += len(ids)
         written = ids.astype(dtype).tobytes()
         seal.update(written)
@@ -127,11 +127,11 @@ def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def _token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
+def token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> Array:
+def encode(tokenizer: Tokenizer, text: str) -> Array:
     """Through ``encode_array`` where the tokenizer has it: no list of a million Python numbers."""
     encode = getattr(tokenizer, "encode_array", tokenizer.encode)
     return np.asarray(encode(text))

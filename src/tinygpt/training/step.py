@@ -24,6 +24,7 @@ from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
 from tinygpt.training.recompute import recomputed_gradients, scaled
 from tinygpt.training.replicas import Replicas, replicas_for, total
+from tinygpt.training.shares import owners_in, place, update_shares
 
 Tokens = npt.NDArray[np.integer]
 
@@ -77,9 +78,12 @@ def make_train_step(
     half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     names = {id(p): name for name, p in model.parameters().items()}
     learned = [names[id(p)] for p in params]
-    layers = [layer_of(name) for name in learned]
     micro_batches = config.grad_accum_steps
+    scale = 1 / (micro_batches * len(replicas))
     realize_state(optimizer)
+    shares = place(optimizer, replicas, config.shard_optimizer)
+    owners = owners_in(shares, len(params))
+    reported = [learned[i] for share in shares for i in share.chosen] or learned
 
     def part(
         replica: Transformer, x: Tensor, y: Tensor, key: Tensor, scale: Tensor | None = None
@@ -115,14 +119,17 @@ def make_train_step(
     def update(losses: list[Tensor], grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
         """Change the weights, or not; -> the report of ``AdamW.update``."""
         optimizer.lr.assign(lr.reshape(1))
-        loss, n = total(losses, first_device), len(params)
-        grads = [total(grads[i::n], first_device) for i in range(n)]
-        judged = (config.grad_clip, 1 / (micro_batches * len(replicas)), loss, limits)
-        if isinstance(optimizer, AdamW):
-            report, changed = optimizer.update(grads, *judged), optimizer.changed()
+        judged = config.grad_clip, scale, total(losses, first_device), limits
+        by_parameter = [grads[i :: len(params)] for i in range(len(params))]
+        if shares and isinstance(optimizer, AdamW):
+            report, changed = update_shares(optimizer, shares, by_parameter, *judged)
         else:
-            report, changed = stock_update(optimizer, params, grads, *judged)
-        return report.realize(optimizer.lr, *changed, *replicas.spread(learned))  # (3 + n,)
+            sums = [total(parts, first_device) for parts in by_parameter]
+            if isinstance(optimizer, AdamW):
+                report, changed = optimizer.update(sums, *judged), optimizer.changed()
+            else:
+                report, changed = stock_update(optimizer, params, sums, *judged)
+        return report.realize(optimizer.lr, *changed, *replicas.spread(learned, owners))  # (3 + n,)
 
     @jit
     def whole(
@@ -169,9 +176,9 @@ def make_train_step(
             report = apply_level(sums.sum(micro_batches, add_leaf))(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
-        by_layer = dict.fromkeys(layers, 0.0)
-        for layer, other in zip(layers, norms, strict=True):
-            by_layer[layer] = math.hypot(by_layer[layer], other)
+        by_layer = dict.fromkeys(map(layer_of, learned), 0.0)
+        for name, other in zip(reported, norms, strict=True):
+            by_layer[layer_of(name)] = math.hypot(by_layer[layer_of(name)], other)
         return Outcome(loss, norm, taken > 0, by_layer)
 
     return step

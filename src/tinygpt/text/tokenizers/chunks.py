@@ -24,7 +24,8 @@ _CUT = rf"(?:[^\W_](?=[ \t\r\n])|[{_SCRIPTS}](?=[{_POINTS}]))"
 _FIRST_CUT, _LAST_CUT = re.compile(_CUT), re.compile(rf"(?s).*{_CUT}")
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{50000,}}(?=[{_SPACE}][^{_SPACE}])")
+_LONG = 50_000
+_LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{{_LONG},}}(?=[{_SPACE}][^{_SPACE}])")
 
 
 def chunks(pieces: Iterable[str], size: int = CHUNK, longest: int = LONGEST) -> Iterator[str]:
@@ -62,5 +63,8 @@ def split_space(text: str) -> list[str]:
     The pattern ``\s+(?!\S)`` takes all of a run but its last character, which may begin the word
     that follows; cut there, the left side's ``\s++$`` takes just the same.
     """
+    block = _LONG // 2  # of so much white space, half of it or more would fill a whole block
+    if not any(text[i : i + block].isspace() for i in range(0, len(text) - block + 1, block)):
+        return [text]
     ends = [found.end() for found in _LONG_SPACE.finditer(text)]
     return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
