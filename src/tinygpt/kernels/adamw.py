@@ -35,7 +35,7 @@ LANES = 32
 PARTS = 16
 GPU_LANES, GPU_PARTS = 64, 1024
 """On a GPU so many threads share a gradient: memory is waited for by many, or for long."""
-GPU_UNITS, GPU_UPDATE_LANES = 1024, 128
+GPU_UNITS = 1024
 BUFFERS = {"METAL": 31, "WEBGPU": 8}
 """The most buffers that a kernel may have, where that is less than tinygrad's 62 on the CPU."""
 
@@ -208,7 +208,7 @@ def change(
             _update,
             old,
             [*grads[i:j], numbers],
-            lanes=GPU_UPDATE_LANES if on_gpu(numbers) else LANES,
+            lanes=GPU_LANES if on_gpu(numbers) else LANES,
             name=f"adamw_{j - i}",
             sizes=tuple(math.prod(map(int, p.shape)) for p in params[i:j]),
             decay=tuple(decay[i:j]),
