@@ -15,12 +15,13 @@ from tinygpt.cli.options import Settings, Tables, Values, preset_tables, resolve
 from tinygpt.cli.running import (
     Beginning,
     Material,
+    Source,
     begin,
     foresee,
     gather,
     open_text,
+    read_source,
     say_material,
-    vocabulary_of,
 )
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
 from tinygpt.errors import UsageError, nearest
@@ -30,7 +31,6 @@ from tinygpt.runs.display.text import duration
 if TYPE_CHECKING:
     from tinygpt.text.corpus import Corpus
     from tinygpt.text.tokenizers import Tokenizer
-    from tinygpt.text.tokens import Tokens
     from tinygpt.training.budget import Pace, Text, Vocabulary
 
 USUAL = "5"
@@ -162,9 +162,9 @@ def _shape(size: str) -> int | dict[str, Any]:
 
 
 def figures(
-    settings: Settings, corpus: Corpus | None, own: Tokenizer | None, seconds: float
+    settings: Settings, corpus: Corpus | Source, own: Tokenizer | None, seconds: float
 ) -> Text:
-    """What the rule must know of a text, or of a file of tokens where there is no ``corpus``.
+    """What the rule must know of a text, or of tokens that were read.
 
     Vocabularies with which making the tokens would take too much of ``seconds`` are left out.
     """
@@ -172,12 +172,9 @@ def figures(
     from tinygpt.training.budget import Text
 
     data = settings.data
-    if corpus is None:
-        from tinygpt.text.tokens import load_tokens
-
-        tokens = load_tokens(str(data.source), settings.model.get("vocab_size"))
-        found = {data.tokenizer: _guessed(settings, tokens, own)}
-        total = int(len(tokens) * found[data.tokenizer].bytes_per_token)
+    if isinstance(corpus, Source):
+        found = {data.tokenizer: _of_tokens(settings, corpus)}
+        total = int(len(corpus.tokens) * found[data.tokenizer].bytes_per_token)
     else:
         sample, total = _beginning_of(corpus)
         share = len(sample.encode()) / total
@@ -190,23 +187,26 @@ def figures(
     return Text(total - held_out, held_out, found)
 
 
-def _guessed(settings: Settings, tokens: Tokens, own: Tokenizer | None) -> Vocabulary:
-    """The vocabulary of a file of tokens: their bytes are not known, but grow with its size."""
+def _of_tokens(settings: Settings, source: Source) -> Vocabulary:
+    """The vocabulary of tokens; where their bytes are not known, they grow with its size."""
+    from tinygpt.text.tokens import bytes_per_token
     from tinygpt.training.budget import Vocabulary
 
-    found = vocabulary_of(settings, str(settings.data.source), tokens, own)
-    size = max(found, settings.model.get("vocab_size", 0))
-    return Vocabulary(size, max(1.0, math.log2(size) / 4))
+    size = max(source.vocab_size, settings.model.get("vocab_size", 0))
+    known = bytes_per_token(source.tokens, source.tokenizer) if source.tokenizer else None
+    return Vocabulary(size, known or max(1.0, math.log2(size) / 4))
 
 
 def _beginning_of(corpus: Corpus) -> tuple[str, int]:
     """The first characters of a text, and how many bytes the whole of it has."""
     parts, length, total = list[str](), 0, 0
     for piece in corpus.pieces():
-        total += len(piece.encode())
         if length < SAMPLE:
             parts.append(piece[: SAMPLE - length])
             length += len(parts[-1])
+        elif corpus.size is not None:  # the files tell: no need to read on
+            return "".join(parts), corpus.size
+        total += len(piece.encode())
     return "".join(parts), total
 
 
@@ -260,7 +260,7 @@ def plan(
     from tinygpt.training.budget import fix_steps
     from tinygpt.training.preflight import measured_rate
 
-    corpus = open_text(settings.data)
+    corpus = open_text(settings.data) or read_source(settings, own)
     if not budget.whole:
         ready = _try(budget, settings, own, corpus, allow_memory)
     else:
@@ -307,7 +307,7 @@ def _try(
     budget: Budget,
     settings: Settings,
     own: Tokenizer | None,
-    corpus: Corpus | None,
+    corpus: Corpus | Source,
     allow_memory: bool,
 ) -> _Ready:
     """Make the tokens and the model that the settings say, and time its steps."""
@@ -325,7 +325,7 @@ def _try(
 def _chosen(
     budget: Budget,
     settings: Settings,
-    corpus: Corpus | None,
+    corpus: Corpus | Source,
     own: Tokenizer | None,
     flags: Values,
     rate: float,

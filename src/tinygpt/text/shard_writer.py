@@ -323,22 +323,22 @@ def encoded(
     ``last``: nothing comes after the last part, so that no blank line is needed behind it.
     """
     end = np.array(ends_of(tokenizer)[:1], np.uint32)  # of several, such as for turns, the first
-    due: Array | None = None  # a blank line, if something follows
+    due = ""  # a blank line, if something follows
     for part in found:
         whole = part.stop is None or part.kind != "text"  # else the document goes on behind it
         for document in part.documents():
             text = ""
             for text in _chunks(document):
-                if due is not None:
-                    yield due, 0
-                    due = None
+                if due:
+                    yield encode(tokenizer, due), 0
+                    due = ""
                 yield encode(tokenizer, text), len(text) if text.isascii() else len(text.encode())
             if text and whole and len(end):
                 yield end, 0
             elif text and whole:
-                due = encode(tokenizer, "\n" if text.endswith("\n") else "\n\n")
-    if due is not None and not last:
-        yield due, 0
+                due = "\n" if text.endswith("\n") else "\n\n"
+    if due and not last:
+        yield encode(tokenizer, due), 0
 
 
 def _chunks(document: Iterator[str]) -> Iterator[str]:

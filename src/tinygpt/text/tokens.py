@@ -19,6 +19,7 @@ from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
 from tinygpt.text.corpus import Corpus
 from tinygpt.text.joined import Joined
+from tinygpt.text.mix import Mix
 from tinygpt.text.shards import Shards, open_shards
 from tinygpt.text.token_files import Array, map_file, sealed, write_header
 from tinygpt.text.tokenizers import Tokenizer, chunks, ends_of, fingerprint
@@ -214,6 +215,8 @@ def data_fingerprint(tokens: Tokens) -> str:
 
     Of shards that have an index it is one of their hashes, which need not be read.
     """
+    if isinstance(tokens, Mix):
+        return tokens.fingerprint_of([data_fingerprint(part) for part in tokens.sources.values()])
     known = tokens.fingerprint() if isinstance(tokens, Shards) else None
     if known is not None:
         return known
@@ -228,8 +231,12 @@ def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
 
     A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte. None where the tokens
     stand for no text, or for none that this tokenizer knows. Of more than ``COUNTED`` tokens only
-    so many, in spans evenly spread, are looked at.
+    so many, in spans evenly spread, are looked at. Of a mix it is the mean, by the shares.
     """
+    if isinstance(tokens, Mix):
+        each = [bytes_per_token(part, tokenizer) for part in tokens.sources.values()]
+        known = [(float(s), b) for s, b in zip(tokens.shares.values(), each, strict=True) if b]
+        return sum(s * b for s, b in known) if len(known) == len(each) else None
     counted = _sample(tokens[1:], COUNTED)
     if len(tokens) < 2 or largest(counted) >= tokenizer.vocab_size:
         return None
