@@ -24,6 +24,7 @@ from tinygpt.cli.options import (
     run_tables,
 )
 from tinygpt.cli.running import (
+    check_devices,
     foresee,
     gather,
     introduce,
@@ -194,6 +195,8 @@ def train(
         check_claim(out)
     # Before the text is read, and before there is a folder: it may not be possible.
     with dashboard_listener(dashboard_port) if dashboard else nullcontext() as listener:
+        device.prefer(settings.train.devices)
+        check_devices(settings.train)
         device.require_device()
         _check_machine(settings.train)
         if beginning is not None:
