@@ -22,6 +22,7 @@ from tinygpt.runs.run import TrainingRun
 from tinygpt.runs.trial import Trial
 from tinygpt.text.tokenizers import ByteTokenizer
 from tinygpt.training.budget import (
+    CLOSING,
     MAX_EPOCHS,
     Pace,
     Text,
@@ -101,7 +102,9 @@ def test_steps_evaluations_and_samples_fill_the_time():
     for seconds in (30, 300, 3000):
         found = fix_steps(MODEL, TRAIN, PACE, seconds, 7.0, 10**9)
         evaluations = math.ceil(found["max_iters"] / found["eval_interval"])
-        spent = 7 + 0.02 * found["max_iters"] + evaluations * (0.006 * TRAIN.eval_iters + 0.2)
+        spent = (
+            7 + CLOSING + 0.02 * found["max_iters"] + evaluations * (0.006 * TRAIN.eval_iters + 0.2)
+        )
         assert spent == pytest.approx(seconds, rel=0.02) and 1 <= evaluations <= 20
         assert 0 < found["warmup_steps"] < found["max_iters"] / 4
         often = fix_steps(MODEL, TRAIN, PACE, seconds, 7.0, 10**9, interval=10)
@@ -243,6 +246,21 @@ def test_a_preset_or_a_file_keeps_all_but_the_steps(here, capsys):
     assert found["model"]["n_embd"] == 128 and found["train"]["learning_rate"] == 1e-3
     assert found["train"]["max_iters"] == 27 and found["train"]["warmup_steps"] == 1
     assert found["data"]["tokenizer"] == "char"
+
+
+def test_a_machine_with_other_work_gets_a_second_plan(here, capsys, monkeypatch):
+    words = np.random.default_rng(0).choice(["cat", "dog", "mat", "log", "and"], 100_000)
+    (here / "long.txt").write_text(" ".join(words))
+    monkeypatch.setattr("tinygpt.training.preflight.measured_rate", lambda *_: 1e11)
+    found = []
+    for step in (1e-3, 10.0):
+        monkeypatch.setattr(Trial, "pace", lambda *_, step=step: Pace(step, 0.01, 0.1))
+        assert main(["train", "long.txt", "--tokenizer", "byte", "--print-config"]) == 0
+        said = capsys.readouterr()
+        found.append((tomllib.loads(said.out)["model"], "planned again" in said.err))
+    (fast, first), (slow, second) = found
+    assert (first, second) == (False, True)
+    assert slow["n_layer"] * slow["n_embd"] ** 2 < fast["n_layer"] * fast["n_embd"] ** 2
 
 
 def test_a_time_that_does_not_suffice_is_wrong_use(here, capsys):

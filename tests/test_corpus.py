@@ -24,8 +24,10 @@ from hypothesis import strategies as st
 
 from tinygpt.errors import DataError
 from tinygpt.files import atomic, download
+from tinygpt.text import compressed
 from tinygpt.text import corpus as corpus_module
-from tinygpt.text.corpus import Corpus, auto, open_corpus, pydocs, read_text, shakespeare
+from tinygpt.text.corpus import Corpus, auto, open_corpus, pydocs, shakespeare
+from tinygpt.text.documents import read_text
 
 
 def text_of(source: str | Path, **options: str) -> str:
@@ -62,7 +64,7 @@ def test_any_size_of_block_gives_the_same_text(
     path.write_bytes(b"x" + text.encode())
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 3, 5):
-            patch.setattr(corpus_module, "BLOCK", size)
+            patch.setattr(compressed, "BLOCK", size)
             assert "".join(read_text(path)) == "x" + text
 
 
@@ -70,7 +72,7 @@ def test_any_size_of_block_gives_the_same_text(
 def test_other_encodings_are_named_with_the_offset_and_a_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(corpus_module, "BLOCK", block)
+    monkeypatch.setattr(compressed, "BLOCK", block)
     path = tmp_path / "latin.txt"
     path.write_bytes("naïve 日本語 caf".encode() + "é au lait".encode("latin-1"))
     offset = len("naïve 日本語 caf".encode())
@@ -214,7 +216,7 @@ def test_jsonl_lines_may_be_cut_anywhere_by_blocks(
     path = jsonl(tmp_path / "d.jsonl", *[{"text": "é" * n} for n in range(1, 20)])
     whole = text_of(path)
     for size in (1, 2, 7):
-        monkeypatch.setattr(corpus_module, "BLOCK", size)
+        monkeypatch.setattr(compressed, "BLOCK", size)
         assert text_of(path) == whole
 
 

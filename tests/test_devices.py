@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tinygpt.api import GPT, train
+from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.config.devices import device_names
-from tinygpt.errors import ConfigError, DeviceError
+from tinygpt.errors import ConfigError, DeviceError, TrainingError
 from tinygpt.kernels import dispatch
 from tinygpt.machine import several
+from tinygpt.runs.run import TrainingRun
+from tinygpt.runs.trial import Trial
+from tinygpt.training.optim import make_optimizer
+from tinygpt.training.shares import owners
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
 CONFIG = TrainConfig(
@@ -44,11 +50,13 @@ def on_one() -> tuple[list[float], np.ndarray]:
     return trained(CONFIG)
 
 
-@pytest.mark.parametrize("devices", [2, "CPU:0,CPU:1,CPU:2,CPU:3"])
+@pytest.mark.parametrize(
+    ("devices", "sharded"), [(2, False), ("CPU:0,CPU:1,CPU:2,CPU:3", False), (2, True)]
+)
 def test_fifty_steps_on_several_devices_are_those_of_one(
-    devices: int | str, on_one: tuple[list[float], np.ndarray]
+    devices: int | str, sharded: bool, on_one: tuple[list[float], np.ndarray]
 ) -> None:
-    numbers, weights = trained(replace(CONFIG, devices=devices))
+    numbers, weights = trained(replace(CONFIG, devices=devices, shard_optimizer=sharded))
     assert len(numbers) == 102
     np.testing.assert_allclose(numbers, on_one[0], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(weights, on_one[1], atol=1e-4)
@@ -58,7 +66,7 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:
     steady = replace(CONFIG, decay="constant", eval_interval=10)
     for steps, devices in ((10, 1), (20, 4), (30, None)):
         numbers, weights = trained(
-            replace(steady, devices=devices, max_iters=steps),
+            replace(steady, devices=devices, shard_optimizer=devices == 4, max_iters=steps),
             out_dir=tmp_path,
             resume=steps > 10,
             allow_change=("max_iters",) * (steps > 10),
@@ -66,6 +74,76 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:
     wanted = trained(replace(steady, max_iters=30))
     np.testing.assert_allclose(numbers[-21:], wanted[0][-21:], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(weights, wanted[1], atol=1e-4)
+
+
+def settings(**given: Any) -> TrainConfig:
+    return replace(CONFIG, **{"max_iters": 3, "eval_interval": 3} | given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"grad_accum_steps": 2, "recompute": True},
+        {"grad_accum_steps": 2, "shard_optimizer": True, "grad_clip": 0.01},
+        {"optimizer": "muon", "shard_optimizer": True},
+        {"optimizer": "muon"},
+    ],
+)
+def test_what_else_a_step_can_do_is_the_same_on_two_devices(given: dict[str, Any]) -> None:
+    numbers, weights = trained(settings(devices=2, **given))
+    given.pop("shard_optimizer", None)
+    wanted = trained(settings(**given))
+    # Muon brings the smallest singular values near 1, and what was rounded in them with them
+    tolerance = 1e-3 if "optimizer" in given else 1e-5
+    np.testing.assert_allclose(numbers, wanted[0], rtol=tolerance / 10, atol=1e-6)
+    np.testing.assert_allclose(weights, wanted[1], atol=tolerance)
+
+
+def test_the_moments_are_divided_and_come_back() -> None:
+    model = GPT(SHAPE)
+    config = settings(devices=2, shard_optimizer=True)
+    optimizer = train(model, config, TOKENS, show=False).optimizer
+    held = dict.fromkeys(("CPU", "CPU:1"), 0)
+    for moment in optimizer.m + optimizer.v:  # type: ignore[attr-defined]
+        held[moment.device] += moment.numel()
+    assert max(held.values()) < 0.6 * sum(held.values())
+    assert all(p.device == "CPU" for p in model.parameters().values())
+    config = replace(config, devices=None, shard_optimizer=False)
+    train(model, config, TOKENS, optimizer=optimizer, show=False)
+    assert {m.device for m in optimizer.m + optimizer.v} == {"CPU"}  # type: ignore[attr-defined]
+
+
+def test_a_step_that_is_skipped_changes_nothing_on_any_device() -> None:
+    model = GPT(SHAPE)
+    config = settings(devices=2, shard_optimizer=True, max_skipped=1)
+    model.h[0].mlp.c_fc.weight.assign(model.h[0].mlp.c_fc.weight * float("nan")).realize()
+    optimizer = make_optimizer(model.parameters(), config)
+    before = [p.numpy() for p in (*model.parameters().values(), *optimizer.m, optimizer.b1_t)]
+    with pytest.raises(TrainingError, match="had to be skipped"):
+        train(model, config, TOKENS, optimizer=optimizer, show=False)
+    after = [p.numpy() for p in (*model.parameters().values(), *optimizer.m, optimizer.b1_t)]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_weights_that_were_put_back_reach_every_device() -> None:
+    """As ``--minutes`` does after its trial."""
+    model = GPT(SHAPE)
+    config = settings(devices=2, max_iters=4)
+    trial = Trial(model, config)
+    trial.pace(TOKENS, 0.0)
+    run = TrainingRun(model, config, TOKENS[:1500], TOKENS[1500:], trial=trial)
+    found = [step.train_loss for step in run]
+    wanted = trained(replace(config, devices=None))[0]
+    np.testing.assert_allclose(found[:3], [wanted[0], wanted[2], wanted[4]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[5, 3, 3, 1], [7], [1] * 9])
+def test_every_parameter_has_an_owner_and_shares_are_as_equal_as_can_be(sizes: list[int]) -> None:
+    found = owners(sizes, 3)
+    loads = [sum(s for s, o in zip(sizes, found, strict=True) if o == d) for d in range(3)]
+    assert len(found) == len(sizes) and sum(loads) == sum(sizes)
+    assert max(loads) - min(loads) <= max(sizes)
 
 
 @pytest.mark.parametrize(
@@ -120,3 +198,11 @@ def test_a_device_that_is_not_there_is_an_error_with_those_that_are(
     with pytest.raises(DeviceError, match=r"must be the default device, CPU.*Name CPU first"):
         several.open_devices("CPU:1,CPU")
     assert several.open_devices(2) == ("CPU", "CPU:1")
+
+
+def test_a_device_that_is_not_there_leaves_no_folder(tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat on the mat. " * 50)
+    assert main(["train", str(text), "--devices", "CUDA:0", "--out", str(tmp_path / "run")]) != 0
+    assert "There is no device CUDA" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

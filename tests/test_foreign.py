@@ -15,7 +15,7 @@ from tinygpt.errors import CheckpointError, DataError, InteropError, TinyGPTErro
 from tinygpt.interop.hf import weight_files
 from tinygpt.runs import checkpoint
 from tinygpt.runs.plots import read_curves
-from tinygpt.text.corpus import read_text
+from tinygpt.text.documents import read_text
 from tinygpt.text.tokenizers import load_tokenizer
 from tinygpt.text.walk import find_texts
 from tinygpt.untrusted.foreign import HEAD, encoding_of, no_model, no_text, recognize

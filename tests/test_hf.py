@@ -682,8 +682,8 @@ def test_a_failed_comparison_leaves_nothing(tmp_path, monkeypatch, distort):
 
 
 def test_what_transformers_cannot_read_is_not_handed_out(tmp_path, transformers, monkeypatch):
-    def misname(model, path):
-        write_weights(model, path)
+    def misname(model, path, dtype):
+        write_weights(model, path, dtype)
         rewrite(path.parent, renamed("transformer.h.0.ln_1.bias", "transformer.h.0.ln_0.bias"))
 
     monkeypatch.setattr(hf_export, "write_weights", misname)

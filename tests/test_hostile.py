@@ -291,7 +291,7 @@ def test_a_link_out_of_a_folder_of_texts_is_left_out(surroundings: Path, target:
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinygpt.text.corpus.MAX_LINE", 1 << 21)
+    monkeypatch.setattr("tinygpt.text.documents.MAX_LINE", 1 << 21)
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "' + "x" * (3 << 20) + '"}')
     with pytest.raises(DataError, match="a line of more than 2,097,152 characters"):
@@ -301,7 +301,7 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
 def test_many_lines_of_half_the_length_are_fine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinygpt.text.corpus.MAX_LINE", 1 << 21)
+    monkeypatch.setattr("tinygpt.text.documents.MAX_LINE", 1 << 21)
     path = tmp_path / "lines.jsonl"
     path.write_text(('{"text": "' + "x" * (1 << 20) + '"}\n') * 4)
     assert sum(map(len, open_corpus(path).pieces())) > 4 << 20

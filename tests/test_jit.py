@@ -85,3 +85,12 @@ def test_memory_out_of_reach_is_copied(monkeypatch):
     assert transfer.read(transfer.write(x, [1, 2, 3])).tolist() == [1, 2, 3]
     double = jit(lambda x: x * 2)
     assert [double([n, 4]).tolist() for n in range(3)] == [[0, 8], [2, 8], [4, 8]]
+
+
+def test_a_capture_is_replayed_by_the_pool_alone():
+    double = jit(lambda x: (x * 2).contiguous() + 1)
+    assert double([1.0, 2.0]).tolist() == [3.0, 5.0]
+    [capture] = double.captures.values()
+    assert capture._graphs
+    capture.kernels = None  # tinygrad's own way, which takes a hundred microseconds
+    assert double([3.0, 4.0]).tolist() == [7.0, 9.0]

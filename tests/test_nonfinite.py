@@ -47,8 +47,8 @@ class Poisoned(GPT):
         super().__init__(CONFIG, seed)
         self.where, self.what = where, what
 
-    def loss(self, tokens, targets, drop=None):
-        loss = super().loss(tokens, targets, drop)
+    def loss(self, tokens, targets, drop=None, half=None):
+        loss = super().loss(tokens, targets, drop, half)
         bad = (tokens == BAD).any()
         if self.where == "loss":
             return loss + bad.where(self.what, 0.0)

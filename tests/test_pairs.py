@@ -132,3 +132,52 @@ def test_what_is_not_finite_stays_so() -> None:
     found = y.numpy()
     assert np.isnan(found[3]).all() and np.isinf(found[5]).all()
     assert np.isfinite(np.delete(found, [3, 5], 0)).all()
+
+
+def loss_and_gradients(C: int = 33, V: int = 300, N: int = 70) -> list[Tensor]:
+    x = Tensor(numbers(N, C, seed=1)).cast(dtypes.bfloat16).realize()
+    weight = Tensor(numbers(V, C, seed=2) / 4).realize()
+    targets = np.random.default_rng(3).integers(0, V, N).astype(np.int32)
+    targets[::7] = -1
+    loss = kernels.loss(x, weight, Tensor(targets), gradient=True)
+    found = [loss, *(loss * N).gradient(x, weight)]
+    Tensor.realize(*found)
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(33, 300, 70), (4, 17, 40), (64, 5000, 600)])
+def test_the_loss_equals_its_twin_and_keeps_the_types(sizes: tuple[int, int, int]) -> None:
+    found = loss_and_gradients(*sizes)
+    with kernels.plain():
+        wanted = loss_and_gradients(*sizes)
+    types = [dtypes.float32, dtypes.bfloat16, dtypes.float32]
+    assert [t.dtype for t in found] == [t.dtype for t in wanted] == types
+    assert abs(found[0].item() - wanted[0].item()) < 1e-5
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        a, b = one.float().numpy(), other.float().numpy()
+        assert np.abs(a - b).max() <= 2**-7 * np.abs(b).max()
+
+
+@here
+def test_the_loss_has_the_same_bits_for_any_number_of_pieces(cut: Callable[[int], None]) -> None:
+    runs = []
+    for pieces in (1, 7):
+        cut(pieces)
+        runs.append([t.float().numpy() for t in loss_and_gradients(32, 4000)])
+    for first, second in zip(*runs, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@here
+def test_the_loss_without_the_instruction_is_as_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = [t.float().numpy() for t in loss_and_gradients()]
+    monkeypatch.setattr(pairs, "available", lambda device: False)
+    for one, other in zip(fast, loss_and_gradients(), strict=True):
+        b = other.float().numpy()
+        assert np.abs(one - b).max() <= 2**-7 * np.abs(b).max()
+
+
+def test_why_a_processor_has_no_pairs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "_flags", lambda: ["avx2"])
+    assert "AVX512_BF16" in (pairs.obstacle("CPU") or "kernels are made for")
+    assert "C compiler" in (pairs.obstacle("PYTHON") or "")

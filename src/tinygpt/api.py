@@ -13,13 +13,15 @@ from tinygrad import Tensor
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt import machine
-from tinygpt.config import ADAPTERS, GPTConfig, SampleConfig, TrainConfig
+from tinygpt.config import ADAPTERS, GPTConfig, Precision, SampleConfig, TrainConfig
 from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.generation import decoder, generate
 from tinygpt.interop.hf import pretrained
+from tinygpt.machine import precision
 from tinygpt.model import int8 as quantization
 from tinygpt.model import lora
+from tinygpt.model.half import halve
 from tinygpt.model.transformer import Transformer
 from tinygpt.runs import checkpoint
 from tinygpt.runs.display import follow
@@ -112,6 +114,11 @@ class GPT(Transformer):
         self.decoder = decoder.Decoder(self)  # the one before holds on to the weights before
         return quantization.quantize(self)
 
+    def cast(self, dtype: Precision) -> Self:
+        """Round the weights to bfloat16 or float16, in place: for generation only, see ``half``."""
+        self.decoder = decoder.Decoder(self)
+        return halve(self, dtype)
+
     def save_checkpoint(
         self,
         iter_num: int,
@@ -198,26 +205,37 @@ def train(
 
 
 def load(
-    path: str | Path, quantize: Literal["int8", False] | None = None
+    path: str | Path,
+    quantize: Literal["int8", False] | None = None,
+    dtype: Precision = "float32",
 ) -> tuple[GPT, Tokenizer | None]:
     """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
 
     Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
     are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
-    None and False leave them as they are; anything but "int8" is a UsageError.
+    None and False leave them as they are; anything but "int8" is a UsageError. The same holds for a
+    ``dtype`` of bfloat16 or float16, which takes half of the memory; only one of the two is taken.
     """
+    precision.type_of(dtype)
     if not (quantize is None or quantize is False or quantize == "int8"):
         raise UsageError(
             f"quantize={quantize!r} is not known. Wanted: 'int8', or None for weights as they are."
         )
+    if quantize == "int8" and dtype != "float32":
+        raise UsageError(
+            f'Weights are rounded once: give quantize="int8" or dtype="{dtype}", not both.'
+        )
     chosen = choose_checkpoint(user_path(path))
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
-    if quantize != "int8":
+    if quantize != "int8" and dtype == "float32":
         checkpoint.load(chosen, model)
     else:
         with checkpoint.weights(chosen, model) as fetch:
-            quantization.quantize(model, fetch)
+            if quantize == "int8":
+                quantization.quantize(model, fetch)
+            else:
+                halve(model, dtype, fetch)
     tokenizer = None if meta.tokenizer is None else tokenizer_from_dict(meta.tokenizer)
     return model.speaks(tokenizer).eval(), tokenizer
 

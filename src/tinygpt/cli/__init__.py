@@ -44,6 +44,7 @@ GROUPS = {
             "exporting:app",
             "Hand a model on: to Hugging Face, llama.cpp, as a web page.",
         ),
+        "tokenize": ("sharding:tokenize", "Make token files of texts of any size, on all cores."),
         "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
     },
     "Proofs": {

@@ -15,12 +15,13 @@ from tinygpt.cli.options import Settings, Tables, Values, preset_tables, resolve
 from tinygpt.cli.running import (
     Beginning,
     Material,
+    Source,
     begin,
     foresee,
     gather,
     open_text,
+    read_source,
     say_material,
-    vocabulary_of,
 )
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
 from tinygpt.errors import UsageError, nearest
@@ -30,7 +31,6 @@ from tinygpt.runs.display.text import duration
 if TYPE_CHECKING:
     from tinygpt.text.corpus import Corpus
     from tinygpt.text.tokenizers import Tokenizer
-    from tinygpt.text.tokens import Tokens
     from tinygpt.training.budget import Pace, Text, Vocabulary
 
 USUAL = "5"
@@ -46,6 +46,8 @@ ENTRY = 300
 """Bytes that a text must have for each byte pair: others mean nothing in texts that are new."""
 TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.75
 """Shares of the time: for making tokens, at most; for timing; for steps at a product's pace."""
+SLOWER = 1.7
+"""A plan whose steps take so many times as long as expected is made again."""
 STARTING = 20.0
 """A process that is so many seconds older has done something else before."""
 WATCHED = 0.5
@@ -160,9 +162,9 @@ def _shape(size: str) -> int | dict[str, Any]:
 
 
 def figures(
-    settings: Settings, corpus: Corpus | None, own: Tokenizer | None, seconds: float
+    settings: Settings, corpus: Corpus | Source, own: Tokenizer | None, seconds: float
 ) -> Text:
-    """What the rule must know of a text, or of a file of tokens where there is no ``corpus``.
+    """What the rule must know of a text, or of tokens that were read.
 
     Vocabularies with which making the tokens would take too much of ``seconds`` are left out.
     """
@@ -170,12 +172,9 @@ def figures(
     from tinygpt.training.budget import Text
 
     data = settings.data
-    if corpus is None:
-        from tinygpt.text.tokens import load_tokens
-
-        tokens = load_tokens(str(data.source), settings.model.get("vocab_size"))
-        found = {data.tokenizer: _guessed(settings, tokens, own)}
-        total = int(len(tokens) * found[data.tokenizer].bytes_per_token)
+    if isinstance(corpus, Source):
+        found = {data.tokenizer: _of_tokens(settings, corpus)}
+        total = int(len(corpus.tokens) * found[data.tokenizer].bytes_per_token)
     else:
         sample, total = _beginning_of(corpus)
         share = len(sample.encode()) / total
@@ -188,23 +187,26 @@ def figures(
     return Text(total - held_out, held_out, found)
 
 
-def _guessed(settings: Settings, tokens: Tokens, own: Tokenizer | None) -> Vocabulary:
-    """The vocabulary of a file of tokens: their bytes are not known, but grow with its size."""
+def _of_tokens(settings: Settings, source: Source) -> Vocabulary:
+    """The vocabulary of tokens; where their bytes are not known, they grow with its size."""
+    from tinygpt.text.tokens import bytes_per_token
     from tinygpt.training.budget import Vocabulary
 
-    found = vocabulary_of(settings, str(settings.data.source), tokens, own)
-    size = max(found, settings.model.get("vocab_size", 0))
-    return Vocabulary(size, max(1.0, math.log2(size) / 4))
+    size = max(source.vocab_size, settings.model.get("vocab_size", 0))
+    known = bytes_per_token(source.tokens, source.tokenizer) if source.tokenizer else None
+    return Vocabulary(size, known or max(1.0, math.log2(size) / 4))
 
 
 def _beginning_of(corpus: Corpus) -> tuple[str, int]:
     """The first characters of a text, and how many bytes the whole of it has."""
     parts, length, total = list[str](), 0, 0
     for piece in corpus.pieces():
-        total += len(piece.encode())
         if length < SAMPLE:
             parts.append(piece[: SAMPLE - length])
             length += len(parts[-1])
+        elif corpus.size is not None:  # the files tell: no need to read on
+            return "".join(parts), corpus.size
+        total += len(piece.encode())
     return "".join(parts), total
 
 
@@ -250,19 +252,28 @@ class Planned(NamedTuple):
 def plan(
     budget: Budget, settings: Settings, own: Tokenizer | None, flags: Tables, allow_memory: bool
 ) -> Planned:
-    """Choose what ``flags`` leave open, measure the pace of that, and fix the steps."""
-    from tinygpt.runs.trial import Trial
-    from tinygpt.training.budget import fix_steps
+    """Choose what ``flags`` leave open, measure the pace of that, and fix the steps.
 
-    corpus = open_text(settings.data)
-    if budget.whole:
-        settings = _chosen(budget, settings, corpus, own, flags["train"])
-    material = gather(settings, own, corpus)
-    foresee(material.shape, settings, allow_memory, timed=False)
-    say_material(material)
-    beginning = begin(settings, material)
-    trial = Trial(beginning.model, settings.train)
-    pace = trial.pace(material.training, TIMING * budget.seconds)
+    A machine on which steps take far longer than expected, since it has other work or is unlike
+    those that the rule was fitted on, gets a second plan, with what was measured.
+    """
+    from tinygpt.training.budget import fix_steps
+    from tinygpt.training.preflight import measured_rate
+
+    corpus = open_text(settings.data) or read_source(settings, own)
+    if not budget.whole:
+        ready = _try(budget, settings, own, corpus, allow_memory)
+    else:
+        rate = measured_rate(WATCHED)
+        chosen, expected = _chosen(budget, settings, corpus, own, flags["train"], rate)
+        ready = _try(budget, chosen, own, corpus, allow_memory)
+        if (slower := ready.pace.step / expected) > SLOWER:
+            known, own = replace(settings, data=chosen.data), ready.material.tokenizer
+            again, _ = _chosen(budget, known, corpus, own, flags["train"], rate / slower)
+            if again != chosen:
+                say(f"steps take {slower:.1f} times as long as expected: planned again")
+                ready = _try(budget, again, own, corpus, allow_memory)
+    settings, material, beginning, pace = ready
     fixed = fix_steps(
         material.shape,
         settings.train,
@@ -280,16 +291,50 @@ def plan(
     for line in lines:
         say(line)
     data = replace(settings.data, plan="; ".join(lines))
-    planned = Settings(settings.model, train, data)
-    return Planned(planned, material, beginning._replace(trial=trial))
+    return Planned(Settings(settings.model, train, data), material, beginning)
+
+
+class _Ready(NamedTuple):
+    """What could run, and its pace."""
+
+    settings: Settings
+    material: Material
+    beginning: Beginning
+    pace: Pace
+
+
+def _try(
+    budget: Budget,
+    settings: Settings,
+    own: Tokenizer | None,
+    corpus: Corpus | Source,
+    allow_memory: bool,
+) -> _Ready:
+    """Make the tokens and the model that the settings say, and time its steps."""
+    from tinygpt.runs.trial import Trial
+
+    material = gather(settings, own, corpus)
+    foresee(material.shape, settings, allow_memory, timed=False)
+    say_material(material)
+    beginning = begin(settings, material)
+    trial = Trial(beginning.model, settings.train)
+    pace = trial.pace(material.training, TIMING * budget.seconds)
+    return _Ready(settings, material, beginning._replace(trial=trial), pace)
 
 
 def _chosen(
-    budget: Budget, settings: Settings, corpus: Corpus | None, own: Tokenizer | None, flags: Values
-) -> Settings:
-    """The settings with the best vocabulary, shape and recipe; what was given is kept."""
+    budget: Budget,
+    settings: Settings,
+    corpus: Corpus | Source,
+    own: Tokenizer | None,
+    flags: Values,
+    rate: float,
+) -> tuple[Settings, float]:
+    """The settings with the best vocabulary, shape and recipe, and the seconds of their steps.
+
+    What was given is kept; ``rate`` is as for `budget.choose`.
+    """
     from tinygpt.training.budget import choose, ladder, sized
-    from tinygpt.training.preflight import measured_rate
 
     text = figures(settings, corpus, own, budget.seconds)
     shapes: list[Values] = list(ladder(settings.model))
@@ -298,14 +343,13 @@ def _chosen(
     elif budget.size is not None:
         shapes = [sized(budget.size, shapes)]
     seconds = max(1.0, STEPPING * budget.left - OPENING)
-    best = choose(text, measured_rate(WATCHED), seconds, settings.model, flags, shapes)
+    best = choose(text, rate, seconds, settings.model, flags, shapes)
     data = settings.data
     if data.tokenizer is None and own is None:
         data = replace(data, tokenizer=best.tokenizer)
-    return resolve(
-        {"model": best.model, "train": {**best.train, "max_iters": 10**9}},
-        {"model": dict(settings.model), "train": dict(flags), "data": data.to_dict()},
-    )
+    tables = {"model": best.model, "train": {**best.train, "max_iters": 10**9}}
+    given = {"model": dict(settings.model), "train": dict(flags), "data": data.to_dict()}
+    return resolve(tables, given), best.step
 
 
 def _reasons(

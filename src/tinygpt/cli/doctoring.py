@@ -9,7 +9,7 @@ from cyclopts import App, Group
 from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.flags import Count, Flat, Switch
 from tinygpt.cli.options import Values, flags
-from tinygpt.config import GPTConfig
+from tinygpt.config import GPTConfig, Precision
 from tinygpt.errors import UsageError, nearest
 from tinygpt.files.disk import size
 from tinygpt.machine import device
@@ -150,6 +150,7 @@ def gradcheck(
     batch_size: Count = 2,
     samples: int = 3,
     seed: int = 1337,
+    dtype: Precision = "float32",
     json: Switch = False,
 ) -> int:
     """Check the model's gradients against numeric ones in float64; exit code 1 if one is wrong.
@@ -164,6 +165,8 @@ def gradcheck(
         Single elements tried per parameter, besides a random direction.
     seed
         Seed of weights, tokens and directions.
+    dtype
+        Type of the gradients' products, as in a step of training; numeric ones stay float64.
     json
         Print the report as JSON.
     """
@@ -178,7 +181,8 @@ def gradcheck(
     shape = (batch_size, config.block_size + 1)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, shape, np.int32)
     idx, targets = Tensor(tokens[:, :-1].copy()), Tensor(tokens[:, 1:].copy())
-    report = check(Transformer(config, seed), idx, targets, samples=samples, seed=seed)
+    model_checked = Transformer(config, seed)
+    report = check(model_checked, idx, targets, samples=samples, seed=seed, dtype=dtype)
     if json:
         show_json(report.to_dict())
     else:

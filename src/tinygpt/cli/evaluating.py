@@ -10,6 +10,7 @@ from tinygpt.cli.flags import Count, Switch
 from tinygpt.cli.loading import load_model, own_validation, read_tokens
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
+from tinygpt.config import Precision
 
 BATCH_SIZE = 16
 """Windows evaluated at a time."""
@@ -25,6 +26,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: Count = BATCH_SIZE,
     tokenizer: str | None = None,
+    dtype: Precision = "float32",
     json: Switch = False,
 ) -> None:
     """Measure a model on a whole text: loss, perplexity and bits per byte.
@@ -49,6 +51,8 @@ def evaluate(
         Windows at a time.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    dtype
+        Type that weights are rounded to, and that products are computed in.
     json
         Print the result as JSON.
     """
@@ -58,7 +62,7 @@ def evaluate(
 
     from tinygpt.training import evaluation
 
-    model, own = load_model(run, tokenizer)
+    model, own = load_model(run, tokenizer, dtype=dtype)
     name, tokens = (
         own_validation(run, model, own, f"Give one: {command('eval', run, '--data', 'TEXT.txt')}")
         if data is None

@@ -14,6 +14,7 @@ from tinygpt.cli.flags import Switch
 from tinygpt.cli.loading import beginnings as first_lines
 from tinygpt.cli.loading import load_model
 from tinygpt.cli.newest import run_or_newest
+from tinygpt.config import Precision
 from tinygpt.files.atomic import check_free
 from tinygpt.files.disk import size
 from tinygpt.machine import device
@@ -32,6 +33,7 @@ def export_hf(
     /,
     *,
     out: Path,
+    dtype: Precision = "float32",
     tokenizer: str | None = None,
     json: Switch = False,
 ) -> None:
@@ -47,6 +49,8 @@ def export_hf(
         run in runs/]
     out
         Folder to write, which must not exist.
+    dtype
+        Type of the weights in the file: float32 exactly, bfloat16 or float16 in half the size.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none; none writes none.
     json
@@ -62,12 +66,14 @@ def export_hf(
     device.require_device()
     bare = tokenizer is not None and is_name(tokenizer, ("none",))
     model, vocabulary = (load(chosen)[0], None) if bare else load_model(chosen, tokenizer)
-    proved = export(model, vocabulary, out, read_meta(chosen), text_of(chosen))
+    proved = export(model, vocabulary, out, read_meta(chosen), text_of(chosen), dtype)
     _say_of_biases(model)
     say(f"{proved} (of {proved.tokens} tokens)")
-    say(f"wrote {out}: {model.num_params():,} parameters")
+    kind = "" if dtype == "float32" else f" as {dtype}"
+    say(f"wrote {out}: {model.num_params():,} parameters{kind}")
     if json:
         found = {"folder": str(out), "checkpoint": str(chosen), "parameters": model.num_params()}
+        found["dtype"] = dtype
         show_json(found | {"parity": asdict(proved)})
 
 
@@ -77,7 +83,7 @@ def export_gguf(
     /,
     *,
     out: Path,
-    type: Literal["f32", "f16", "q8_0"] = "f32",
+    type: Literal["f32", "f16", "bf16", "q8_0"] = "f32",
     tokenizer: str | None = None,
     json: Switch = False,
 ) -> None:
@@ -93,7 +99,8 @@ def export_gguf(
     out
         File to write, such as model.gguf.
     type
-        How the weights are stored: f32 exactly, f16 in half the size, q8_0 in about a quarter.
+        How the weights are stored: f32 exactly, f16 or bf16 in half the size, q8_0 in about a
+        quarter.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
     json

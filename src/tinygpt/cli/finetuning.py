@@ -66,13 +66,12 @@ class Beginning:
 
     def tokenizer(self, data: DataConfig) -> Tokenizer | None:
         """The weights' own tokenizer; UsageError if another is asked for, or none is known."""
-        from tinygpt.text.shards import is_tokens
         from tinygpt.text.tokenizers import tokenizer_from_dict
 
         described, spec = self.meta.tokenizer, data.tokenizer
         named = None if spec is None else ready_tokenizer(spec)
         if described is None:
-            if named is None and not is_tokens(str(data.source), data.glob):
+            if named is None and not _are_tokens(data):
                 raise UsageError(
                     f"{self.path} holds no tokenizer. Name the one that made the tokens it has "
                     f"learned: --tokenizer gpt2, byte, or the path of a saved one."
@@ -85,6 +84,16 @@ class Beginning:
                 f"of {own.vocab_size:,}: its weights mean nothing for other tokens. Leave it out."
             )
         return own
+
+
+def _are_tokens(data: DataConfig) -> bool:
+    """Whether nothing has to be tokenized."""
+    from tinygpt.text.mix import is_mix, parse_mix
+    from tinygpt.text.shards import is_tokens
+
+    source = str(data.source)
+    names = parse_mix(source) if is_mix(source) else [source]
+    return all(is_tokens(name, data.glob) for name in names)
 
 
 def _values(table: str, *layers: Tables) -> dict[str, Any]:

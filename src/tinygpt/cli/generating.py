@@ -15,7 +15,7 @@ from tinygpt.cli.flags import Count, Switch
 from tinygpt.cli.loading import Quantize, load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import flags
-from tinygpt.config import MAX_TOKENS, SampleConfig
+from tinygpt.config import MAX_TOKENS, Precision, SampleConfig
 from tinygpt.errors import StreamError, TinyGPTError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.runs.display.text import printable
@@ -46,6 +46,7 @@ def generate(
     interactive: Annotated[Switch, Parameter(name=["--interactive", "-i"])] = False,
     echo: bool = True,
     tokenizer: str | None = None,
+    dtype: Precision = "float32",
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
     json: Switch = False,
@@ -78,6 +79,8 @@ def generate(
         Print the prompt before its continuation.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    dtype
+        Type of weights, products and cache: bfloat16 and float16 take half of the memory.
     quantize
         int8: round the weights, for a quarter of the memory and faster writing.
     quantize_data
@@ -95,7 +98,7 @@ def generate(
     config = SampleConfig.from_dict(dict(sample or {}))
     text = _prompt_text(text if prompt is None else prompt)
     folder = run_or_newest(None if run is None else user_path(run))
-    model, own = load_model(folder, tokenizer, quantize, quantize_data)
+    model, own = load_model(folder, tokenizer, quantize, quantize_data, dtype)
     from tinygpt.generation.stream import first_prompt, generate_text
 
     def pieces(prompt: str, number: int) -> Iterator[str]:

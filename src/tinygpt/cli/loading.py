@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from tinygpt.cli.console import say
 from tinygpt.cli.options import DataConfig, run_tables
+from tinygpt.config import Precision
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError, UsageError
 from tinygpt.machine import device
 from tinygpt.runs.folder import choose_checkpoint, folder_of
+from tinygpt.text.mix import is_mix
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
@@ -32,17 +34,13 @@ def own_source(run: Path) -> DataConfig:
 
 def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[str, Tokens]:
     """-> a name for the text, and its tokens"""
-    from tinygpt.text.corpus import open_corpus
-    from tinygpt.text.shards import check_made_with, is_tokens
-    from tinygpt.text.tokens import load_tokens, tokens_of
+    from tinygpt.text import sources
 
-    name, vocab_size = str(source.source), model.config.vocab_size
-    if is_tokens(name, source.glob):
-        tokens = load_tokens(name, vocab_size, glob=source.glob)
-        check_made_with(tokens, tokenizer, name)
-        return name, tokens
-    corpus = open_corpus(name, field=source.field, glob=source.glob)
-    return corpus.description, tokens_of(corpus, tokenizer, vocab_size)
+    name = str(source.source)
+    found = sources.opened(name, source.field, source.glob)
+    tokens = sources.read_tokens(name, found, tokenizer, model.config.vocab_size, source.glob)
+    corpus = found.get(name)
+    return name if corpus is None else corpus.description, tokens
 
 
 def unlike_training(run: Path, part: str, tokens: Tokens) -> str:
@@ -86,13 +84,14 @@ def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> l
     """
     try:
         source = Path(own_source(run).source or "")
-        if source.exists() and not (source.is_file() and source.stat().st_size <= LARGEST_BEGUN):
+        small = source.is_file() and source.stat().st_size <= LARGEST_BEGUN
+        if is_mix(str(source)) or (source.exists() and not small):
             return []
         _, tokens = own_validation(run, model, tokenizer, "")
         if not _is_unchanged(run, "val", tokens):
             return []
         starts = [len(tokens) * i // count for i in range(count)]
-        passages = [tokenizer.decode(tokens[at : at + 200].tolist()) for at in starts]
+        passages = [tokenizer.decode(map(int, tokens[at : at + 200])) for at in starts]
     except (TinyGPTError, OSError):
         return []
     lines = ["".join(passage.splitlines(keepends=True)[1:3]) for passage in passages]
@@ -120,18 +119,22 @@ def load_model(
     tokenizer: str | None,
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
+    dtype: Precision = "float32",
 ) -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
 
     With ``quantize`` its weights are rounded as they are read, for generation only, and messages
     say what that has saved and what it costs, on ``quantize_data`` or the run's validation text.
+    A ``dtype`` of 16 bits rounds them to half of the memory.
     """
     from tinygpt.api import load
 
     if quantize_data is not None and quantize is None:
         raise UsageError("--quantize-data goes with --quantize int8.")
+    if quantize is not None and dtype != "float32":
+        raise UsageError(f"Weights are rounded once: give --quantize or --dtype {dtype}, not both.")
     device.require_device()
-    model, own = load(run, quantize)
+    model, own = load(run, quantize, dtype)
     own = own if tokenizer is None else ready_tokenizer(tokenizer)
     if own is None:
         raise UsageError(
@@ -140,16 +143,24 @@ def load_model(
         )
     if quantize is not None:
         _say_quantized(run, model, own, quantize_data)
+    elif dtype != "float32":
+        say(_saved(model, dtype))
     return model, own
 
 
-def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
+def _saved(model: GPT, name: str) -> str:
     from tinygpt.files.disk import size
+    from tinygpt.model import int8
+
+    before, after = int8.sizes(model)
+    return f"{name}: the weights take {size(after)} instead of {size(before)}"
+
+
+def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
     from tinygpt.model import int8
     from tinygpt.runs import checkpoint
 
-    before, after = int8.sizes(model)
-    say(f"int8: the weights take {size(after)} instead of {size(before)}")
+    say(_saved(model, "int8"))
     try:
         name, tokens = (
             own_validation(run, model, tokenizer, "To compare: --quantize-data TEXT.txt")

@@ -170,9 +170,13 @@ def _source(
 
 def texts(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     """The text that tokens spell, in pieces."""
+    import numpy as np
+
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for start in range(0, len(tokens), SPAN):
-        yield decoder.decode(tokenizer.decode_bytes(tokens[start : start + SPAN].tolist()))
+        yield decoder.decode(
+            tokenizer.decode_bytes(np.asarray(tokens[start : start + SPAN]).tolist())
+        )
     yield decoder.decode(b"", final=True)
 
 

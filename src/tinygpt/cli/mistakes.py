@@ -44,6 +44,7 @@ MEANT = {
     "--count": "num-samples num-return-sequences samples",
     "--interactive": "chat",
     "--stop": "stop-string stop-sequence",
+    "--dtype": "precision half fp16 bf16 float16 bfloat16 torch-dtype mixed-precision",
     "--quantize": "int8 quant quantization load-in-8bit",
     "--threads": "cores num-threads cpus jobs j",
 }

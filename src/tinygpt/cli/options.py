@@ -37,13 +37,13 @@ class DataConfig(Config):
     """Where the text comes from and how it becomes tokens, and where the weights come from."""
 
     source: str | None = None
-    """Text file, folder, JSONL file, token file, or shakespeare, pydocs, auto."""
+    """Text, folder, JSONL, Parquet or token file, a mix, or shakespeare, pydocs, auto."""
     tokenizer: str | None = None
     """gpt2, bpe:N, char, byte, or a saved tokenizer; not set means a BPE of 1024 from the text."""
     val_fraction: float = 0.1
     """Share of the text, at its end, that is kept for validation."""
     field: str = "text"
-    """Field of a JSONL file that holds the text."""
+    """Field of a JSONL file, or column of a table, that holds the text."""
     glob: str = "**/*.txt"
     """Files of a folder that are read."""
     init: str | None = None

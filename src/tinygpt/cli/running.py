@@ -14,13 +14,13 @@ from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
 from tinygpt.errors import CheckpointError, DataError
-from tinygpt.files.atomic import make_folder, sync_folder, user_path
+from tinygpt.files.atomic import make_folder, sync_folder
 from tinygpt.runs.display.text import duration
 from tinygpt.text.names import lasting
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
-    from tinygpt.config import GPTConfig
+    from tinygpt.config import GPTConfig, TrainConfig
     from tinygpt.machine.ranks.alone import Alone
     from tinygpt.runs.run import TrainingRun
     from tinygpt.runs.trial import Trial
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 LARGEST_VOCAB = 1 << 20
 """More tokens than any vocabulary has: a file of tokens that needs so many may be made up."""
+
+
+class Source(NamedTuple):
+    """What was read."""
+
+    name: str
+    """Short, for the names of runs."""
+    tokens: Tokens
+    tokenizer: Tokenizer | None
+    vocab_size: int
 
 
 class Material(NamedTuple):
@@ -53,11 +63,12 @@ class Beginning(NamedTuple):
 
 
 def open_text(data: DataConfig) -> Corpus | None:
-    """The text that is to be read, and a line on it; None for a file of tokens."""
+    """The text that is to be read, and a line on it; None for tokens, and for a mix."""
     from tinygpt.text.corpus import open_corpus
+    from tinygpt.text.mix import is_mix
     from tinygpt.text.shards import is_tokens
 
-    if is_tokens(str(data.source), data.glob):
+    if is_mix(str(data.source)) or is_tokens(str(data.source), data.glob):
         return None
     corpus = open_corpus(str(data.source), field=data.field, glob=data.glob)
     say(f"text: {corpus.description}")
@@ -65,23 +76,23 @@ def open_text(data: DataConfig) -> Corpus | None:
 
 
 def gather(
-    settings: Settings, own: Tokenizer | None = None, corpus: Corpus | None = None
+    settings: Settings, own: Tokenizer | None = None, given: Corpus | Source | None = None
 ) -> Material:
     """Make tokens of the text, with the tokenizer that the run has already, if any.
 
-    The text is the ``corpus`` if it is open already.
+    ``given`` is the text if it is open already, or its tokens if they were read.
     """
     from tinygpt.text import batches
 
-    name, tokens, tokenizer = _read(settings, own, corpus or open_text(settings.data))
-    shape = settings.model_config(vocabulary_of(settings, name, tokens, tokenizer))
-    training, held_out = batches.split(tokens, settings.data.val_fraction, shape.block_size)
-    return Material(name, training, held_out, tokenizer, shape)
+    if not isinstance(given, Source):
+        given = read_source(settings, own, given or open_text(settings.data))
+    source = given
+    shape = settings.model_config(source.vocab_size)
+    training, held_out = batches.split(source.tokens, settings.data.val_fraction, shape.block_size)
+    return Material(source.name, training, held_out, source.tokenizer, shape)
 
 
-def vocabulary_of(
-    settings: Settings, name: str, tokens: Tokens, tokenizer: Tokenizer | None
-) -> int:
+def _vocabulary(settings: Settings, name: str, tokens: Tokens, tokenizer: Tokenizer | None) -> int:
     """The size of the vocabulary; DataError if only one strange token makes it large."""
     from tinygpt.text.tokens import largest
 
@@ -183,6 +194,25 @@ def say_material(material: Material) -> None:
     say(f"tokens: {len(material.training):,} for training, {held} ({kind})")
 
 
+def say_mix(material: Material, train: TrainConfig) -> None:
+    """Say how often a run reads each source of a mix."""
+    from tinygpt.text.mix import Mix
+
+    mix = material.training
+    if not isinstance(mix, Mix):
+        return
+    rows = train.max_iters * train.batch_size * train.grad_accum_steps
+    epochs = mix.epochs(rows, material.shape.block_size)
+    for name, share in mix.shares.items():
+        again = (
+            "; it begins anew, in another order, each time it runs out" if epochs[name] > 1 else ""
+        )
+        say(
+            f"mix: {float(share):.4g} of {name}, {len(mix.sources[name]):,} tokens, which are read "
+            f"{epochs[name]:.3g} times{again}"
+        )
+
+
 def introduce(run: TrainingRun) -> None:
     """Say what there is to know of a run before it starts."""
     everything, learning = (
@@ -196,37 +226,46 @@ def introduce(run: TrainingRun) -> None:
         say(message)
 
 
-def _read(
-    settings: Settings, own: Tokenizer | None, corpus: Corpus | None
-) -> tuple[str, Tokens, Tokenizer | None]:
-    """-> a name for the text, its tokens, and their tokenizer if that is known."""
-    from tinygpt.text.shards import check_made_with, own_tokenizer
-    from tinygpt.text.tokenizers import make_tokenizer
-    from tinygpt.text.tokens import load_tokens, tokens_of
+def read_source(
+    settings: Settings, own: Tokenizer | None = None, corpus: Corpus | None = None
+) -> Source:
+    """The tokens of a source, with the tokenizer that the run has already, if any.
 
-    source, spec, tokenizer = str(settings.data.source), settings.data.tokenizer, own
+    The source is the ``corpus`` if it is open already.
+    """
+    from tinygpt.text import sources
+    from tinygpt.text.tokenizers import make_tokenizer
+
+    data, tokenizer = settings.data, own
+    source, spec = str(data.source), data.tokenizer
+    found: dict[str, Corpus | None] = {source: corpus}
     if corpus is None:
-        if tokenizer is None:
-            tokenizer = own_tokenizer(source) if spec is None else ready_tokenizer(spec)
-        size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
-        tokens = load_tokens(source, size, glob=settings.data.glob)
-        if tokenizer is not None:
-            check_made_with(tokens, tokenizer, source)
-        return user_path(source).resolve().stem, tokens, tokenizer
-    if tokenizer is None:
+        found = sources.opened(source, data.field, data.glob)
+    if tokenizer is None and spec is None:
+        tokenizer = sources.tokenizer_in(found)
+    if tokenizer is None and not any(found.values()):
+        tokenizer = None if spec is None else ready_tokenizer(spec)
+    elif tokenizer is None:
         merges = spec is None or spec.startswith("bpe")  # not of words that are only held out
-        share = 1 - settings.data.val_fraction if merges else 1.0
-        tokenizer = make_tokenizer(spec, lambda: corpus.beginning(share))
-    return corpus.name, tokens_of(corpus, tokenizer), tokenizer
+        share = 1 - data.val_fraction if merges else 1.0
+        tokenizer = make_tokenizer(spec, sources.text_to_learn(found, share))
+    size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
+    tokens = sources.read_tokens(source, found, tokenizer, size, data.glob)
+    name = sources.name_of(source, found)
+    return Source(name, tokens, tokenizer, _vocabulary(settings, name, tokens, tokenizer))
 
 
 def _lasting(data: DataConfig, chosen: str) -> DataConfig:
     """What was used, so that it is found again: ``auto`` is what it chose, paths are absolute."""
-    from tinygpt.text import corpus, tokenizers
+    from tinygpt.text import corpus, sources, tokenizers
+    from tinygpt.text.mix import is_mix
 
     values = data.to_dict()
     if values["source"] == "auto":
         values["source"] = chosen
+    if is_mix(str(values["source"])):
+        mix = sources.lasting_mix(values["source"], lambda name: lasting(name, corpus.NAMES))
+        values["source"] = mix
     for name, known in (("source", corpus.NAMES), ("tokenizer", tokenizers.NAMES), ("init", ())):
         if values[name] is not None:
             values[name] = lasting(values[name], known)

@@ -22,6 +22,7 @@ from tinygpt.cli.loading import Quantize, beginnings, load_model
 from tinygpt.cli.newest import RUNS, run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.cli.signals import Words, run_signals
+from tinygpt.config import Precision
 from tinygpt.errors import UsageError, extras
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.display.text import printable
@@ -68,6 +69,7 @@ def serve(
     places: int = 16,
     limits: Annotated[LimitFlags | None, Parameter(name="*")] = None,
     tokenizer: str | None = None,
+    dtype: Precision = "float32",
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
     open: Switch = False,
@@ -103,6 +105,8 @@ def serve(
         Bounds on requests and connections, checked before anything is spent on them.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
+    dtype
+        Type of weights, products and cache: bfloat16 and float16 take half of the memory.
     quantize
         int8: round the weights, for a quarter of the memory and faster writing.
     quantize_data
@@ -122,7 +126,7 @@ def serve(
     if model_name is not None and not (model_name.strip() and printable(model_name) == model_name):
         raise UsageError("--model-name is what clients call the model: give it at least a letter.")
     with listen(host, port) as listener:
-        model, own = load_model(run, tokenizer, quantize, quantize_data)
+        model, own = load_model(run, tokenizer, quantize, quantize_data, dtype)
         service = _service(run, model, own, places, bounds)
         service.name, service.strict = model_name or service.name, strict_api
         from tinygpt.server.app import make_app

@@ -24,7 +24,15 @@ from tinygpt.cli.options import (
     resolve,
     run_tables,
 )
-from tinygpt.cli.running import foresee, gather, introduce, make_run, new_folder, say_material
+from tinygpt.cli.running import (
+    foresee,
+    gather,
+    introduce,
+    make_run,
+    new_folder,
+    say_material,
+    say_mix,
+)
 from tinygpt.cli.serving import Names, dashboard_beside, dashboard_listener
 from tinygpt.cli.signals import run_signals
 from tinygpt.config import GPTConfig, TrainConfig
@@ -52,6 +60,7 @@ def train(
     source: str | None = None,
     /,
     *,
+    mix: str | None = None,
     out: Path | None = None,
     init: Path | None = None,
     resume: Switch = False,
@@ -85,8 +94,11 @@ def train(
     Parameters
     ----------
     source
-        Text file, folder, JSONL file or token file; or shakespeare, pydocs, auto. With --resume,
-        the run or the checkpoint to go on from, such as runs/mine/ckpt_100.
+        Text file, folder, JSONL or Parquet file, each perhaps .gz or .zst; token file, or folder of
+        token files, such as tokenize writes; or shakespeare, pydocs, auto. With --resume, the run
+        or the checkpoint to go on from, such as runs/mine/ckpt_100.
+    mix
+        Several sources in place of one, with their shares of the batches: wiki=0.7,code=0.3.
     out
         Folder of the run, which must be missing or empty. [default: runs/ and a name made from the
         text and the time]
@@ -113,7 +125,7 @@ def train(
     val_fraction
         Share of the text, at its end, that is kept for validation. [default: 0.1]
     field
-        Field of a JSONL file that holds the text. [default: text]
+        Field of a JSONL file, or column of a table, that holds the text. [default: text]
     glob
         Files of a folder that are read. [default: **/*.txt]
     dry_run
@@ -132,6 +144,8 @@ def train(
     """
     if no_token and not dashboard:
         raise UsageError("--no-token is about the dashboard: give --dashboard too.")
+    if mix is not None:
+        source = _mixed(source, mix)
     start: Path | None = None
     if resume:
         start, out, source = _where_to_go_on(source, out)
@@ -191,7 +205,7 @@ def train(
     page = dashboard and ranks.first
     with dashboard_listener(dashboard_port) if page else nullcontext() as listener:
         device.require_device()
-        _check_dtype(settings.train)
+        _check_machine(settings.train)
         if beginning is not None:
             own = beginning.tokenizer(settings.data)
         else:
@@ -204,6 +218,7 @@ def train(
             say(f"model: {count:,} parameters, learning rate {rate:g}")
         else:
             settings, material, begun = plan(budget, settings, own, tables, allow_memory)
+        say_mix(material, settings.train)
         if print_config:
             print(settings.to_toml(), end="")
             return 0
@@ -230,11 +245,22 @@ def train(
             return _follow(run, json, stopped)
 
 
-def _check_dtype(config: TrainConfig) -> None:
-    """DeviceError if the device does not have the type that products are to be computed in."""
-    from tinygpt.machine import precision
+def _check_machine(config: TrainConfig) -> None:
+    """DeviceError if there are not the devices, or if they have not the type of the products."""
+    from tinygpt.machine import precision, several
 
-    precision.require(config.dtype)
+    for name in several.open_devices(config.devices):
+        precision.require(config.dtype, name)
+
+
+def _mixed(source: str | None, mix: str) -> str:
+    """The source that --mix stands for; UsageError if it is wrong, or there is another."""
+    from tinygpt.text.mix import parse_mix
+
+    if source is not None:
+        raise UsageError(f"{source} and --mix both say what to read. Give one.")
+    parse_mix(mix)
+    return mix
 
 
 def _beginning(layers: Sequence[Tables], out: Path | None) -> Beginning | None:

@@ -29,6 +29,12 @@ CODES = NUMPY | {"BF16": "u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 """The same with types that numpy lacks: their bits as whole numbers."""
 
 
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""What the format calls the types of ``config.PRECISIONS``."""
+PIECE = 1 << 20
+"""Numbers that are rounded at a time."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Type, shape and place of a tensor; the place counts from the beginning of the data."""
@@ -41,6 +47,41 @@ class Place:
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         return np.dtype("<" + CODES[self.dtype])
+
+
+def to_bfloat16(values: Any) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """The bits of the bfloat16 nearest to each value, in its shape; of two, the even one.
+
+    >>> to_bfloat16([1.0, -2.0]).tolist() == [0x3F80, 0xC000]
+    True
+    """
+    floats = np.ascontiguousarray(values, np.float32)
+    flat, found = floats.reshape(-1), np.empty(floats.size, np.uint16)
+    for at in range(0, flat.size, PIECE):
+        bits = flat[at : at + PIECE].view(np.uint32)
+        last = (bits >> 16) & 1  # of what is kept: half a step rounds up where it is 1
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000  # which would round to infinity
+        rounded = np.where(is_nan, bits | 0x400000, bits + (0x7FFF + last))
+        found[at : at + PIECE] = rounded >> 16
+    return found.reshape(floats.shape)
+
+
+def from_bfloat16(bits: np.ndarray[Any, np.dtype[np.uint16]]) -> np.ndarray[Any, Any]:
+    """The float32 values of the bits of bfloat16, which are its upper half."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def stored(values: Any, kind: str) -> np.ndarray[Any, Any]:
+    """Values in the type that the format calls ``kind``, rounded to the nearest number it has."""
+    if kind == "BF16":
+        return to_bfloat16(values)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        return np.ascontiguousarray(values, "<" + NUMPY[kind])
+
+
+def as_floats(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """The float32 values of what is ``stored``; float32 itself as it is."""
+    return from_bfloat16(values) if kind == "BF16" else values.astype(np.float32, copy=False)
 
 
 Layout = dict[str, Place]

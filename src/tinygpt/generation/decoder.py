@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt import kernels
 from tinygpt.machine.jit import jit
@@ -228,7 +228,7 @@ class Decoder:
 
 def _passes(model: Transformer, slots: int) -> Passes:
     """The forward passes of a model, with a new cache, jitted."""
-    cache = KVCache(model.config, slots)
+    cache = KVCache(model.config, slots, model.half or dtypes.float32)
 
     def prefill(tokens: Tensor, slot: Tensor, last: Tensor) -> Tensor:
         """Cache tokens (1, T) in slot (1,); -> logits (1, V) behind the position last (1, 1)."""

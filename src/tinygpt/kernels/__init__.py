@@ -9,6 +9,9 @@ Shapes use the field's letters: B batch, T positions, C width, H heads, D head s
 """
 
 from tinygpt.kernels.adamw import adamw_update as adamw_update
+from tinygpt.kernels.adamw_shares import adamw_follow as adamw_follow
+from tinygpt.kernels.adamw_shares import adamw_numbers as adamw_numbers
+from tinygpt.kernels.adamw_shares import squared_sums as squared_sums
 from tinygpt.kernels.attention import self_attention as self_attention
 from tinygpt.kernels.attention.rows import keep as keep
 from tinygpt.kernels.attention.rows import rows_attention as rows_attention

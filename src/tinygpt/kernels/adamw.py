@@ -22,12 +22,14 @@ import math
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import first_device, operation
 from tinygpt.kernels.loops import fill, own_share, share
 from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
+from tinygpt.machine.tinygrad_internals import DType
 
 LANES = 32
 PARTS = 16
@@ -60,7 +62,7 @@ def verdict(loss: Tensor, gradients: Sequence[Tensor], scale: float, limits: Ten
     return Tensor.stack(loss.cast(norm.dtype), norm, taken.cast(norm.dtype), *norms)
 
 
-def _judged(loss: Tensor | None, limits: Tensor | None, lr: Tensor) -> tuple[Tensor, Tensor]:
+def judged(loss: Tensor | None, limits: Tensor | None, lr: Tensor) -> tuple[Tensor, Tensor]:
     """The loss () and the limits (2,) that decide on a step: 0 and infinities where not given."""
     loss = lr.zeros_like().contiguous() if loss is None else loss
     limits = lr.full_like(math.inf).expand(2).contiguous() if limits is None else limits
@@ -86,7 +88,7 @@ def plain_adamw_update(
     limits: Tensor | None = None,
 ) -> Tensor:
     """The formulas, one parameter after another; assignments keep old values in a skipped step."""
-    loss, limits = _judged(loss, limits, lr)
+    loss, limits = judged(loss, limits, lr)
     report = verdict(loss, grads, scale, limits)
     taken = report[2] > 0
     factor = plain_scaling(report[1], clip, scale)
@@ -141,31 +143,61 @@ def adamw_update(
     1 / the number of micro-batches they were summed over, and the gradients then clipped to the
     norm ``clip``, if it is not 0.
     """
-    loss, limits = _judged(loss, limits, lr)
-    most = BUFFERS.get(first_device(params[0]).split(":")[0], 62)
     grads = [contiguous(g) for g in grads]
-    sums: list[Tensor] = []
-    for i, j in split(tuple(g.shape for g in grads), most - 1):
+    state = empty(m[0], 5), empty(m[0], 3 + len(grads)), b1_t, b2_t
+    sums = squares(grads, wide(m[0].dtype))
+    loss, limits = judged(loss, limits, lr)
+    numbers, report = decide(
+        state, [lr, loss, limits, *sums], beta1=beta1, beta2=beta2, clip=clip, scale=scale
+    )
+    change(params, grads[: len(params)], m, v, numbers, decay, beta1=beta1, beta2=beta2, eps=eps)
+    return report
+
+
+def squares(grads: Sequence[Tensor], dtype: DType) -> list[Tensor]:
+    """The sums of the squares of each gradient in PARTS parts: (some gradients, PARTS) each."""
+    sums = list[Tensor]()
+    for i, j in split(tuple(g.shape for g in grads), _most_buffers(grads[0]) - 1):
         sizes = tuple(math.prod(map(int, g.shape)) for g in grads[i:j])
-        out = [empty(grads[0], j - i, PARTS, dtype=wide(m[0].dtype))]
+        out = [empty(grads[0], j - i, PARTS, dtype=dtype)]
         sums += run(_squares, out, grads[i:j], lanes=LANES, name=f"squares_{j - i}", sizes=sizes)
-    state = [empty(m[0], 5), empty(m[0], 3 + len(grads)), b1_t, b2_t]
-    state = run(
+    return sums
+
+
+def decide(
+    state: Sequence[Tensor], given: Sequence[Tensor], **constants: Any
+) -> tuple[Tensor, Tensor]:
+    """Fill numbers and report, and update b1_t and b2_t in place: the ``state``.
+
+    ``given`` are lr, loss, limits and what `squares` found.
+    """
+    lr, loss, limits, *sums = given
+    state = list(state)
+    filled = run(
         _numbers,
         state,
         [lr, contiguous(loss.reshape(1)), limits, *sums],
         lanes=LANES,
         name="adamw_numbers",
-        beta1=beta1,
-        beta2=beta2,
-        clip=clip,
-        scale=scale,
         counts=tuple(int(s.shape[0]) for s in sums),
+        **constants,
     )
-    numbers, report = state[:2]
-    replace([b1_t, b2_t], state[2:])
+    replace(state[2:], filled[2:])
+    return filled[0], filled[1]
+
+
+def change(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    numbers: Tensor,
+    decay: Sequence[float],
+    **constants: Any,
+) -> None:
+    """Update params, m and v in place, as the numbers of a step say."""
     keys = tuple((p.shape, d) for p, d in zip(params, decay, strict=True))
-    for i, j in split(keys, (most - 1) // 4):
+    for i, j in split(keys, (_most_buffers(numbers) - 1) // 4):
         old = [*params[i:j], *m[i:j], *v[i:j]]
         new = run(
             _update,
@@ -175,12 +207,13 @@ def adamw_update(
             name=f"adamw_{j - i}",
             sizes=tuple(math.prod(map(int, p.shape)) for p in params[i:j]),
             decay=tuple(decay[i:j]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
+            **constants,
         )
         replace(old, new)
-    return report
+
+
+def _most_buffers(like: Tensor) -> int:
+    return BUFFERS.get(first_device(like).split(":")[0], 62)
 
 
 @lru_cache

@@ -21,6 +21,7 @@ from tinygrad import Tensor, dtypes
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import largest_divisor, row_of
 from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
+from tinygpt.machine.tinygrad_internals import DType
 
 LANES = 16
 UNITS = 16
@@ -36,12 +37,17 @@ def plain_embedding(
     """Rows by indexing; NaN where there is no such row."""
     known = (tokens >= 0) & (tokens < int(weight.shape[0]))
     row = known.where(tokens, 0)
-    rows = weight[row]
+    rows = weight[row].cast(out_type(weight, scale))
     if scale is not None:
-        rows = rows.cast(scale.dtype) * scale[row].unsqueeze(-1)
+        rows = rows * scale[row].unsqueeze(-1)
     if positions is not None:
         rows = rows + positions[: tokens.shape[1]]
     return known.unsqueeze(-1).where(rows, math.nan)
+
+
+def out_type(weight: Tensor, scale: Tensor | None) -> DType:
+    """The type of the rows: that of float weights, but float32 for those of 16 bits."""
+    return wide(weight.dtype) if scale is None else scale.dtype
 
 
 @operation("embedding", plain_embedding, integers=("tokens", "weight"))
@@ -52,7 +58,8 @@ def embedding(
 
     With ``positions``, of at least T rows (..., C), row t is added to position t. An id outside of
     0..V-1 gives a row of NaN, so that the loss shows it, and no gradient. With ``scale`` (V,) each
-    row of the weight, which may be int8, is multiplied by its number.
+    row of the weight, which may be int8, is multiplied by its number. Rows of 16-bit weights are
+    float32.
     """
     (B, T), (V, C) = map(int, tokens.shape), map(int, weight.shape)
     tables = [contiguous(t) for t in (weight, positions) if t is not None]
@@ -69,7 +76,7 @@ def embedding(
 
     return launch(
         _forward,
-        [empty(tokens, B, T, C, dtype=(weight if scale is None else scale).dtype)],
+        [empty(tokens, B, T, C, dtype=out_type(weight, scale))],
         [tokens, *scales, *tables],
         name=f"embedding_{B}x{T}x{C}" + "_scaled" * len(scales),
         backward=None if scales else backward,
@@ -91,7 +98,7 @@ def _forward(
         for factor in scale:
             value = value * factor[row]
         for table in positions:
-            value = value + table[i % T * C + at]
+            value = value + table[i % T * C + at].cast(out.dtype)
         out[i * C + at] = known.where(value, as_uop(math.nan, out.dtype))
 
 

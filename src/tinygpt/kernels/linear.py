@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tinygrad import Tensor, UOp
 
-from tinygpt.kernels.dispatch import operation
+from tinygpt.kernels.dispatch import on_cpu, operation
 from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
 from tinygpt.kernels.phases import Array, Backward, Index, Kernel, contiguous, minimum, run, wide
@@ -48,8 +48,9 @@ def computed_in(x: Tensor, weight: Tensor) -> DType:
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """One operation after the other."""
     kind = computed_in(x, weight)
-    w = weight.cast(kind) if x.dtype == kind else weight
-    y = x.cast(wide(kind)) @ w.cast(wide(kind)).transpose(0, 1)
+    real = wide(kind) if on_cpu(x) else kind  # a CPU would round each product to 16 bits
+    x, w = x.cast(kind).cast(real), weight.cast(kind).cast(real)
+    y = x.matmul(w.transpose(0, 1), dtype=wide(kind))
     return (y if bias is None else y + bias).cast(kind)
 
 
@@ -95,7 +96,7 @@ def project(
 ) -> Tensor:
     """y = x Wᵀ scale + b (m, O) for x (m, I), w (O, I), which is int8 if there is a scale (O,).
 
-    y is of the type that sums have, or at once of ``dtype``.
+    y is of the type that sums have, or where possible of ``dtype``.
     """
     (m, n_in), n_out = map(int, x.shape), int(w.shape[0])
     scale, b = (None if t is None else contiguous(t) for t in (scale, b))
@@ -105,7 +106,7 @@ def project(
     real = wide(least_upper_dtype(x.dtype, x.dtype if scale is not None else w.dtype))
     return run(
         few_rows,
-        [Tensor.empty(m, n_out, dtype=real, device=x.device)],
+        [Tensor.empty(m, n_out, dtype=dtype or real, device=x.device)],
         [t for t in (x, w, scale, b) if t is not None],
         lanes=16 if scale is None else min(INT8_LANES, n_in),
         name=f"matvec_{'int8_' * (scale is not None)}{m}x{n_out}x{n_in}",

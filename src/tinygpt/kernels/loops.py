@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from tinygrad import UOp, dtypes
 
+from tinygpt.kernels.pairs import add_products
 from tinygpt.kernels.phases import Index, Kernel, Tile, as_index, as_uop, minimum
 
 
@@ -195,24 +196,31 @@ def product(
     start: Callable[[UOp, UOp], UOp] | None = None,
     *,
     tile: int,
+    in_pairs: bool = False,
 ) -> None:
     """The sums over y of a(x, y) b(y, lane), for every x below ``rows`` and every lane.
 
     ``tile`` rows are summed at a time, in registers: numbers of ``a`` times a vector of ``b``. A
     sum begins at ``start(x, lane)``, or 0, and is given to ``then(x, sum, lane)``, in a phase.
+    ``in_pairs``: both are elements of memory that begin pairs of bfloat16 numbers, see `pairs`.
     """
     tile = min(tile, rows)
-    sums = k.tile(tile, a(0, 0).dtype)
+    sums = k.tile(tile, dtypes.float32 if in_pairs else a(0, 0).dtype)
 
     def some(first: Index, count: int) -> None:
         rows_of_tile = [(row, as_index(first) + row) for row in range(count)]
         with k.phase() as lane:
             for row, x in rows_of_tile:
                 sums[row, lane] = 0.0 if start is None else start(x, lane)
-        with k.loop(depth) as y, k.phase() as lane:
-            vector = b(y, lane)
-            for row, x in rows_of_tile:
-                sums[row, lane] = sums[row, lane] + a(x, y) * vector
+        if in_pairs:
+            add_products(
+                k, depth, sums, lambda y: b(y, 0), lambda y: [a(x, y) for _, x in rows_of_tile]
+            )
+        else:
+            with k.loop(depth) as y, k.phase() as lane:
+                vector = b(y, lane)
+                for row, x in rows_of_tile:
+                    sums[row, lane] = sums[row, lane] + a(x, y) * vector
         with k.loop(count) as u, k.phase() as lane:
             then(as_index(first) + u, sums[u, lane], lane)
 

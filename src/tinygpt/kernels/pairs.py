@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,16 +23,30 @@ from tinygrad import Device, UOp, dtypes
 from tinygpt.kernels.phases import Kernel, Tile
 from tinygpt.machine.tinygrad_internals import ClangRenderer
 
+log = logging.getLogger(__name__)
+
 VECTOR = 16
 """Sums, or pairs, of a register of 512 bits."""
 
 
 @functools.cache
 def available(device: str) -> bool:
-    """Whether the kernels of a device may use the instruction."""
-    if device.split(":")[0] != "CPU" or not isinstance(Device[device].renderer, ClangRenderer):
-        return False
-    return Device[device].renderer.target.arch == "x86_64,native" and "avx512_bf16" in _flags()
+    """Whether the kernels of a device may use the instruction; why not is logged once."""
+    if why := obstacle(device):
+        log.info("bfloat16 is computed by way of float32 on %s: %s.", device, why)
+    return why is None
+
+
+def obstacle(device: str) -> str | None:
+    """Why the kernels of a device cannot use the instruction; None if they can."""
+    renderer = Device[device].renderer
+    if not isinstance(renderer, ClangRenderer):
+        return "it is no device of the C compiler"
+    if renderer.target.arch != "x86_64,native":
+        return f"kernels are made for {renderer.target.arch}"
+    if "avx512_bf16" not in _flags():
+        return "the processor has no AVX512_BF16"
+    return None
 
 
 def _flags() -> list[str]:
@@ -40,6 +55,12 @@ def _flags() -> list[str]:
         return Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return []
+
+
+def halves(pair: UOp) -> list[UOp]:
+    """The two numbers of a pair, as float32."""
+    both = pair << 16, pair & 0xFFFF0000
+    return [bits.bitcast(dtypes.float32) for bits in both]
 
 
 def joined(first: UOp, second: UOp) -> UOp:

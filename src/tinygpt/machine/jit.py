@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Context, Device, Tensor, TinyJit
 
+from tinygpt.machine import pool
 from tinygpt.machine.gradients import all_gradients_taken
+from tinygpt.machine.tinygrad_internals import DEBUG, PROFILE
 from tinygpt.machine.transfer import Array, memory, read, write
+
+if TYPE_CHECKING:
+    from tinygpt.machine.pool.runner import PoolGraph
 
 Kind = tuple[tuple[int, ...], np.dtype[Any]]
 """Shape and type of an argument."""
@@ -86,6 +91,7 @@ class Capture:
         # call. That run would compile everything twice, and keep 3 GB more for a step of GPT-2.
         self.kernels.cnt = 1
         self._made: Any = None
+        self._graphs: Sequence[PoolGraph] = []
 
     def __call__(self, values: Sequence[npt.ArrayLike]) -> Any:
         """The results, numpy arrays, for values of the shapes and types of this capture."""
@@ -98,15 +104,23 @@ class Capture:
         return self._read(self._replay())
 
     def _replay(self) -> Any:
+        if self._graphs and not (DEBUG >= 2 or PROFILE):  # the call of TinyJit shows each kernel
+            for graph in self._graphs:
+                graph.replay()
+            return self._made
         one_piece = self._short and self.kernels.captured is None
         with Context(JIT_BATCH_SIZE=0) if one_piece else nullcontext():
-            return self.kernels()
+            made = self.kernels()
+        if captured := self.kernels.captured:  # none with JIT=0
+            self._graphs = pool.fixed_graphs(captured.linear)
+        return made
 
     def _read(self, made: Any) -> Any:
         if made is not self._made:  # a replay returns the Tensors of the capture again
             self._made = made
             self._outputs = [(x, memory(x)) for x in (made if isinstance(made, tuple) else [made])]
             self._device = Device[self._outputs[0][0].device]
-        self._device.synchronize()
+        if not self._graphs:
+            self._device.synchronize()
         results = [read(x) if numbers is None else numbers.copy() for x, numbers in self._outputs]
         return tuple(results) if isinstance(made, tuple) else results[0]

@@ -30,6 +30,11 @@ def half_of(name: str) -> DType | None:
     return None if (found := type_of(name)) == dtypes.float32 else found
 
 
+def name_of(dtype: DType) -> str:
+    """The name in ``PRECISIONS`` of a type of tinygrad's, which has names of its own."""
+    return next(name for name in PRECISIONS if type_of(name) == dtype)
+
+
 def available(device: str | None = None) -> list[str]:
     """The types that a device has, the default one if none is named."""
     supported = Device[device or Device.DEFAULT].renderer.supported_dtypes()

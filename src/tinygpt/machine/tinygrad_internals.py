@@ -48,12 +48,14 @@ try:
     from tinygrad.engine.jit import GraphRunner as GraphRunner
     from tinygrad.engine.realize import get_call_arg_uops as get_call_arg_uops
     from tinygrad.engine.realize import get_call_var_uops as get_call_var_uops
+    from tinygrad.engine.realize import get_graph_runtime as get_graph_runtime
     from tinygrad.engine.realize import resolve_params as resolve_params
 
     # Settings, each with ``value``.
     from tinygrad.helpers import DEBUG as DEBUG
     from tinygrad.helpers import NUM_CPU_THREADS as _NUM_CPU_THREADS
     from tinygrad.helpers import PARALLEL as PARALLEL
+    from tinygrad.helpers import PROFILE as PROFILE
     from tinygrad.helpers import TRACEMETA as TRACEMETA
     from tinygrad.helpers import VIZ as VIZ
     from tinygrad.helpers import ContextVar as ContextVar

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
+from tinygpt.files.tensor_file import from_bfloat16, to_bfloat16
 from tinygpt.machine.tinygrad_internals import Buffer, DType, _to_np_dtype
 
 Array = npt.NDArray[Any]
@@ -35,21 +36,37 @@ def zeros_like(tensor: Tensor, dtype: DType | None = None) -> Tensor:
 def memory(tensor: Tensor) -> Array | None:
     """The values of a Tensor on one device where they lie, to be read and written.
 
-    Everything before has been computed then. None where the processor cannot reach them (a GPU).
+    Everything before has been computed then. None where the processor cannot reach them (a GPU),
+    and for bfloat16, which numpy does not have.
     """
+    return None if tensor.dtype == dtypes.bfloat16 else _stored(tensor)
+
+
+def _stored(tensor: Tensor) -> Array | None:
+    """The same, with the bits of bfloat16 as uint16."""
     buffer = _buffer(tensor).ensure_allocated()
     if not hasattr(buffer.allocator, "_as_buffer"):
         return None
-    values = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), _to_np_dtype(buffer.dtype))
+    values = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), _numpy_type(buffer.dtype))
     return values.reshape(tuple(map(int, tensor.shape)))
 
 
+def _numpy_type(dtype: DType) -> Any:
+    return np.uint16 if dtype == dtypes.bfloat16 else _to_np_dtype(dtype)
+
+
 def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
-    """Copy values, as many as it has, into a Tensor with a buffer on one device, in place."""
+    """Copy values, as many as it has, into a Tensor with a buffer on one device, in place.
+
+    They are rounded to the nearest number of its type.
+    """
     buffer = _buffer(tensor).ensure_allocated()
-    source: Array = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
+    if buffer.dtype == dtypes.bfloat16:
+        source: Array = to_bfloat16(values)
+    else:
+        source = np.ascontiguousarray(values, _to_np_dtype(buffer.dtype))
     assert source.size == buffer.size, "of the same shape"
-    if (target := memory(tensor)) is None:
+    if (target := _stored(tensor)) is None:
         buffer.copy_from(Buffer("NPY", buffer.size, buffer.dtype, opaque=source))
     else:
         target[...] = source.reshape(target.shape)
@@ -69,13 +86,15 @@ def fill(tensor: Tensor, pieces: Iterable[Array]) -> Tensor:
 
 
 def read(tensor: Tensor) -> Array:
-    """A copy of the values of a realized, contiguous Tensor on one device."""
+    """A copy of the values of a realized, contiguous Tensor on one device; bfloat16 as float32."""
     assert _buffer(tensor).is_allocated(), "realized"
-    if (values := memory(tensor)) is not None:
-        return values.copy()
-    buffer = _buffer(tensor)
-    copied = np.frombuffer(buffer.as_memoryview(), _to_np_dtype(buffer.dtype))
-    return copied.reshape(tuple(map(int, tensor.shape)))
+    buffer, values = _buffer(tensor), _stored(tensor)
+    if values is None:
+        copied = np.frombuffer(buffer.as_memoryview(), _numpy_type(buffer.dtype))
+        values = copied.reshape(tuple(map(int, tensor.shape)))
+    elif buffer.dtype != dtypes.bfloat16:
+        values = values.copy()
+    return from_bfloat16(values) if buffer.dtype == dtypes.bfloat16 else values
 
 
 def _buffer(tensor: Tensor) -> Buffer:

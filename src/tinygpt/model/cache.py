@@ -13,6 +13,7 @@ from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
+from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.machine.transfer import zeros
 
 
@@ -29,13 +30,11 @@ class Cache(Protocol):
 class KVCache:
     """Keys and values of ``slots`` sequences, (slots, H, block_size, D) each, for every layer."""
 
-    def __init__(self, config: GPTConfig, slots: int) -> None:
+    def __init__(self, config: GPTConfig, slots: int, dtype: DType = dtypes.float32) -> None:
+        """``dtype`` is the type of the keys and values: that of the model's activations."""
         self.config = config
         shape = (slots, config.n_head, config.block_size, config.head_size)
-        self.layers = [
-            (zeros(shape, dtypes.float32), zeros(shape, dtypes.float32))
-            for _ in range(config.n_layer)
-        ]
+        self.layers = [(zeros(shape, dtype), zeros(shape, dtype)) for _ in range(config.n_layer)]
 
 
 class Prefill:

@@ -58,6 +58,7 @@ def quantize(model: Model, fetch: Fetch | None = None) -> Model:
     """
     if model.quantized:
         return model
+    model.check_exact()
     if fetch is None:
         Tensor.realize(*model.parameters().values())
         for name, parameter in model.parameters().items():
@@ -77,7 +78,7 @@ def quantize(model: Model, fetch: Fetch | None = None) -> Model:
         elif fetch is not None:
             write(parameter, fetch(weight.name))
     model.quantized = True
-    _free_unused(model)
+    free_unused(model)
     return model.eval()
 
 
@@ -154,7 +155,7 @@ def sizes(model: Transformer) -> tuple[int, int]:
     return 4 * model.num_params(), int(found)
 
 
-def _free_unused(model: Transformer) -> None:
+def free_unused(model: Transformer) -> None:
     """Give back to the system what tinygrad keeps of freed memory for the next Tensor like it."""
     for device in {p.device for p in model.parameters().values()}:
         if isinstance(device, str):
@@ -181,7 +182,7 @@ def compare(model: Transformer, fetch: Fetch, tokens: Tokens) -> Comparison:
     x, y = text[:-1].reshape(B, T), text[1:].reshape(B, T)
     after = float(jit(lambda x, y: model.loss(x, y, INFERENCE))(x, y))
     before = streamed_loss(model.config, fetch, x, y)
-    _free_unused(model)
+    free_unused(model)
     return Comparison(B * T, before, after)
 
 

@@ -18,6 +18,8 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.config.weights import Weight, weights
 from tinygpt.errors import UsageError
+from tinygpt.kernels.phases import wide
+from tinygpt.machine.precision import name_of
 from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.machine.transfer import write
 from tinygpt.model.cache import Cache
@@ -55,14 +57,13 @@ INFERENCE = Dropout(0)
 
 
 class Linear:
-    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,), computed in the type of x."""
+    """y = x Wᵀ + b for x (..., I), weight (O, I) and bias (O,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.cast(x.dtype)
-        return kernels.linear(x, self.weight.cast(x.dtype), bias)
+        return kernels.linear(x, self.weight, self.bias)
 
     def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Mean cross-entropy in nats of targets (N,), where y (N, V) are the logits.
@@ -70,8 +71,7 @@ class Linear:
         They never exist as a whole. With ``gradient`` the gradients are computed along with them.
         """
         frozen = not self.weight.is_param
-        weight = self.weight.cast(x.dtype)
-        return kernels.loss(x, weight, targets, gradient=gradient, frozen=frozen)
+        return kernels.loss(x, self.weight, targets, gradient=gradient, frozen=frozen)
 
 
 class LayerNorm:
@@ -163,7 +163,7 @@ class Transformer:
         self.training = True
         self.quantized = False
         self.half: DType | None = None
-        """Type of products and attention, if not that of the residual stream; see ``hidden``."""
+        """Of weights that were rounded to 16 bits, their type, see ``half``; else None."""
         self.read_from: tuple[dict[str, Any], dict[str, str]] | None = None
         """Origin and hashes of the weights that were read last; ask ``checkpoint.origin_of``."""
         tensors = make_tensors(config, seed)
@@ -199,8 +199,8 @@ class Transformer:
         return self.wte(tokens, table[:T] if cache is None else cache.positions(table, T))
 
     def unembed(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of the residual stream x (..., C)."""
-        return self.output()(x)
+        """Logits (..., V) of the residual stream x (..., C): float32, of whatever type x is."""
+        return self.output()(x.cast(wide(x.dtype)))
 
     def output(self) -> Linear:
         """The layer that makes logits of the residual stream."""
@@ -273,7 +273,7 @@ class Transformer:
         return sum(int(p.numel()) for name, p in named if not name.endswith(".scale"))
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode: dropout is on. Raises UsageError for a model of int8 weights."""
+        """Training mode: dropout is on. Raises UsageError for a model of rounded weights."""
         if mode:
             self.check_can_learn()
         self.training = mode
@@ -283,12 +283,31 @@ class Transformer:
         """Inference mode: dropout is off."""
         return self.train(False)
 
+    @property
+    def rounded_to(self) -> str | None:
+        """The type that the weights were rounded to, for generation only; None if to none."""
+        return "int8" if self.quantized else None if self.half is None else name_of(self.half)
+
     def check_can_learn(self) -> None:
-        """Raise UsageError for a model of int8 weights."""
+        """Raise UsageError for a model of int8 weights, or of weights of 16 bits."""
         if self.quantized:
             raise UsageError(
                 "This model was quantised: its weights are int8, for generation only, and cannot "
                 "learn. Train the model it was made of, and quantise that one afterwards."
+            )
+        if self.half is not None:
+            raise UsageError(
+                f"The weights of this model were rounded to {self.rounded_to}, for generation "
+                f"only, and cannot learn. Train the model it was made of: "
+                f'TrainConfig(dtype="{self.rounded_to}") computes in that type with exact weights.'
+            )
+
+    def check_exact(self) -> None:
+        """Raise UsageError if the weights were rounded, and are wanted as they were."""
+        if self.rounded_to is not None:
+            raise UsageError(
+                f"The weights of this model were rounded to {self.rounded_to}. Take the model, or "
+                f"the checkpoint, that it was made of."
             )
 
     def _dropout(self) -> Dropout:

@@ -29,6 +29,7 @@ from tinygpt.files.disk import writing
 from tinygpt.files.strict_json import write_json
 from tinygpt.runs.history import Row
 from tinygpt.text.corpus import NAMES
+from tinygpt.text.mix import is_mix, parse_mix, write_mix
 from tinygpt.text.names import exists
 from tinygpt.untrusted import is_number, parse_json, read_bounded
 
@@ -168,6 +169,8 @@ def text_of(path: Path) -> str | None:
         return None
     if not isinstance(source, str):
         return None
+    if is_mix(source):
+        return write_mix({Path(name).name: share for name, share in parse_mix(source).items()})
     name = Path(source).name
     return f"./{name}" if name in NAMES and source != name else name or None  # see text/names.py
 

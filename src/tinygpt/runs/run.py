@@ -32,6 +32,7 @@ from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
 from tinygpt.training.metrics import bits_per_byte, short
 from tinygpt.training.optim import make_optimizer, optimizer_state
+from tinygpt.training.scaling import LossScale
 from tinygpt.untrusted import clip
 
 SAMPLE_CHARS = 20_000
@@ -132,7 +133,7 @@ class TrainingRun:
         self.folder = user_path(folder) if folder is not None and self.ranks.first else None
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
-        self.guard = Guard(config)
+        self.guard, self.scaling = Guard(config), LossScale(config.dtype)
         self.decoder = Decoder(model) if trial is None else trial.decoder
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
@@ -188,6 +189,7 @@ class TrainingRun:
         self.progress = Progress(**known)
         self.elapsed = float(meta.progress.get("elapsed", 0.0))
         self.guard.load(meta.progress.get("skips"))
+        self.scaling.load(meta.progress.get("loss_scale"))
 
     def _facts(self) -> dict[str, str]:
         """What ranks that train together must have in common, by name."""
@@ -205,12 +207,14 @@ class TrainingRun:
                 "iter_num": self.iter_num,
                 "progress": vars(self.progress),
                 "skips": self.guard.state(),
+                "loss_scale": self.scaling.state(),
             },
             [*self.model.parameters().values(), *state.values()],
         )
         if found is not None:
             self.iter_num, self.progress = found["iter_num"], Progress(**found["progress"])
             self.guard.load(found["skips"])
+            self.scaling.load(found["loss_scale"])
 
     def _begin(self, anew: bool) -> None:
         """Take the folder, after all that can be refused has been checked.
@@ -294,6 +298,7 @@ class TrainingRun:
             guard=self.guard,
             jitted=self._jitted,
             ranks=self.ranks,
+            scaling=self.scaling,
         )
         before = self.elapsed
         try:
@@ -335,6 +340,11 @@ class TrainingRun:
         """
         if step.skipped:
             self.notice(f"step {step.iter} skipped: {step.skipped}")
+        elif step.overflows:
+            self.notice(
+                f"step {step.iter}: gradients overflowed float16; the loss scale is "
+                f"{step.loss_scale:g} from here on"
+            )
         step = replace(
             step,
             train_bits_per_byte=self.bits_per_byte(step.train_loss),
@@ -376,6 +386,8 @@ class TrainingRun:
             "elapsed": step.elapsed,
             "memory": resources.memory(),
         }
+        if step.loss_scale is not None:
+            row["loss_scale"] = step.loss_scale
         if step.skipped or step.iter % max(1, self.config.max_iters // LAYER_ROWS) == 0:
             row["grad_norms"] = {name: short(norm) for name, norm in step.grad_norms.items()}
         return row
@@ -409,6 +421,8 @@ class TrainingRun:
         """What a checkpoint of this moment says of itself."""
         progress = {**vars(self.progress), "elapsed": elapsed, "train_loss": train_loss}
         progress["skips"] = self.guard.state()
+        if (scale := self.scaling.state()) is not None:
+            progress["loss_scale"] = scale
         if self.changes:
             progress["changes"] = self.changes
         return checkpoint.Meta(

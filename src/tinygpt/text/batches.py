@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import DataError
+from tinygpt.text.joined import Part
+from tinygpt.text.mix import Mix
 from tinygpt.text.tokens import Tokens
 
 # Training and validation ------------------------------------------------------------------------
@@ -20,6 +22,8 @@ def split(tokens: Tokens, val_fraction: float, block_size: int) -> tuple[Tokens,
     tokens; a DataError says what would fit. What a folder of shards holds out in files of its own
     takes the place of that share, unless the share is 0.
     """
+    if isinstance(tokens, Mix):
+        return _split_mix(tokens, val_fraction, block_size)
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction!r} is out of range: at least 0, less than 1.")
     cut = _cut(len(tokens), val_fraction)
@@ -33,6 +37,18 @@ def split(tokens: Tokens, val_fraction: float, block_size: int) -> tuple[Tokens,
     if min(cut, len(tokens) - cut) <= block_size:
         raise DataError(_too_short(len(tokens), val_fraction, block_size))
     return tokens[:cut], tokens[cut:]
+
+
+def _split_mix(mix: Mix, val_fraction: float, block_size: int) -> tuple[Mix, Mix | None]:
+    """Each source is split, and both mixes have the same shares."""
+    training, held_out = {}, {}
+    for name, tokens in mix.sources.items():
+        try:
+            training[name], held_out[name] = split(tokens, val_fraction, block_size)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+    kept = None if val_fraction == 0 else Mix(held_out, mix.shares)
+    return Mix(training, mix.shares), kept
 
 
 def _cut(count: int, val_fraction: float) -> int:
@@ -57,8 +73,12 @@ def _too_short(count: int, val_fraction: float, block_size: int) -> str:
     )
 
 
-def check_length(tokens: Tokens, block_size: int) -> None:
-    """DataError unless the tokens hold one block and the target of its last token."""
+def check_length(tokens: Part, block_size: int) -> None:
+    """DataError unless the tokens, or each source of a mix, hold a block and its last target."""
+    if isinstance(tokens, Mix):
+        for part in tokens.parts:
+            check_length(part, block_size)
+        return
     if len(tokens) <= block_size:
         way = f"block_size={len(tokens) - 1} or less, or " if len(tokens) > 1 else ""
         raise DataError(
@@ -90,25 +110,42 @@ def batch(
     runs over its end goes on at its beginning, and what is left out of an epoch are the fewer than
     T tokens before the place where it began. The first token of the text is never a target.
 
+    Of a ``Mix`` each row is from one of its sources, in their shares: see there; the epochs are
+    those of each source.
+
     A pure function: nothing is remembered from step to step, so a resumed run needs only the number
     of the step. Place and order are hashes of (seed, epoch), in whole numbers, and thus the same on
     every machine. Time and memory do not depend on the length of the text.
     """
+    first = int(step) * batch_size
+    if not isinstance(tokens, Mix):
+        return _rows(tokens, first, batch_size, int(seed), block_size)
+    x, y = np.empty((2, batch_size, block_size), np.int32)
+    for source, (part, (own, before)) in enumerate(
+        zip(tokens.parts, tokens.rows(first, batch_size), strict=True)
+    ):
+        if len(own):
+            x[own], y[own] = _rows(part, before, len(own), int(seed) ^ source << 40, block_size)
+    return x, y
+
+
+def _rows(
+    tokens: Part, first: int, count: int, seed: int, block_size: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Inputs and targets (count, T) of the rows from number ``first`` on of one text."""
     check_length(tokens, block_size)
     targets = len(tokens) - 1
     blocks = targets // block_size
-    epoch, first = divmod(int(step) * batch_size, blocks)
-    later, dealt = np.divmod(
-        np.arange(first, first + batch_size, dtype=np.uint64), np.uint64(blocks)
-    )
+    epoch, first = divmod(first, blocks)
+    later, dealt = np.divmod(np.arange(first, first + count, dtype=np.uint64), np.uint64(blocks))
     epochs = later + np.uint64(epoch & MASK)  # (B,) a batch may reach into the next epochs
-    keys = _hash(_hash(np.array([int(seed) & MASK], np.uint64)) + epochs)
+    keys = _hash(_hash(np.array([seed & MASK], np.uint64)) + epochs)
     starts = keys % np.uint64(targets) + _shuffle(dealt, blocks, keys) * np.uint64(block_size)
     places = (starts.astype(np.int64)[:, None] + np.arange(block_size)) % targets  # (B, T)
     return _read(tokens, places), _read(tokens, places + 1)
 
 
-def _read(tokens: Tokens, places: NDArray[np.int64]) -> NDArray[np.int32]:
+def _read(tokens: Part, places: NDArray[np.int64]) -> NDArray[np.int32]:
     return np.asarray(tokens[places], np.int32)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,7 @@ class Joined:
             if a < b:
                 yield part, a - begin, b - begin
 
-    def _view(self, first: int, last: int) -> Self:
+    def _view(self, first: int, last: int) -> Joined:
         view = type(self).__new__(type(self))
         view.__dict__ |= self.__dict__ | {"first": first, "last": last}
         return view

@@ -19,6 +19,7 @@ from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
 from tinygpt.text.corpus import Corpus
 from tinygpt.text.joined import Joined
+from tinygpt.text.mix import Mix
 from tinygpt.text.shards import Shards, open_shards
 from tinygpt.text.token_files import Array, map_file, sealed, write_header
 from tinygpt.text.tokenizers import Tokenizer, chunks, ends_of, fingerprint
@@ -62,8 +63,8 @@ def tokens_of(corpus: Corpus, tokenizer: Tokenizer, vocab_size: int | None = Non
         return load_tokens(_cached(corpus, tokenizer), vocab_size)
     except OSError as error:
         log.warning("No token file can be written (%s), so the tokens stay in memory.", error)
-        parts = [_encode(tokenizer, chunk) for chunk in chunks(corpus.pieces())]
-        dtype = _token_type(tokenizer)
+        parts = [encode(tokenizer, chunk) for chunk in chunks(corpus.pieces())]
+        dtype = token_type(tokenizer)
         joined = np.concatenate([part.astype(dtype) for part in parts] or [np.zeros(0, dtype)])
         return load_tokens(joined, vocab_size)
 
@@ -112,12 +113,12 @@ def _seal(tokens: Tokens) -> str:
 
 def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Write the .npy and return the fingerprint of the text that went in."""
-    dtype = _token_type(tokenizer)
+    dtype = token_type(tokenizer)
     digest, seal, count = hashlib.sha256(), hashlib.sha256(), 0
     write_header(file, dtype, count)
     for chunk in chunks(corpus.pieces()):
         digest.update(chunk.encode())
-        ids = _encode(tokenizer, chunk)
+        ids = encode(tokenizer, chunk)
         count += len(ids)
         written = ids.astype(dtype).tobytes()
         seal.update(written)
@@ -127,11 +128,11 @@ def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def _token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
+def token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> Array:
+def encode(tokenizer: Tokenizer, text: str) -> Array:
     """Through ``encode_array`` where the tokenizer has it: no list of a million Python numbers."""
     encode = getattr(tokenizer, "encode_array", tokenizer.encode)
     return np.asarray(encode(text))
@@ -214,6 +215,8 @@ def data_fingerprint(tokens: Tokens) -> str:
 
     Of shards that have an index it is one of their hashes, which need not be read.
     """
+    if isinstance(tokens, Mix):
+        return tokens.fingerprint_of([data_fingerprint(part) for part in tokens.sources.values()])
     known = tokens.fingerprint() if isinstance(tokens, Shards) else None
     if known is not None:
         return known
@@ -228,8 +231,12 @@ def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
 
     A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte. None where the tokens
     stand for no text, or for none that this tokenizer knows. Of more than ``COUNTED`` tokens only
-    so many, in spans evenly spread, are looked at.
+    so many, in spans evenly spread, are looked at. Of a mix it is the mean, by the shares.
     """
+    if isinstance(tokens, Mix):
+        each = [bytes_per_token(part, tokenizer) for part in tokens.sources.values()]
+        known = [(float(s), b) for s, b in zip(tokens.shares.values(), each, strict=True) if b]
+        return sum(s * b for s, b in known) if len(known) == len(each) else None
     counted = _sample(tokens[1:], COUNTED)
     if len(tokens) < 2 or largest(counted) >= tokenizer.vocab_size:
         return None

@@ -26,6 +26,8 @@ HIDDEN = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume
 SNIFFED = 1 << 13
 """Bytes of a file in which a zero says that it is no text."""
 UTF16_OR_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UNPACKED = (".parquet", ".gz", ".zst")
+"""Endings of files that are no text themselves, and are read as texts."""
 SHOWN = 60
 """Characters of an example's path."""
 
@@ -198,7 +200,8 @@ def _sort_out(found: Found, folder: Path) -> None:
     sizes = {path: _readable_size(path) for path in found.files}
     counts = Counter(sizes.values())
     for path, size in sizes.items():
-        reason = "unreadable" if size is None else "binary" if _is_binary(path) else None
+        binary = path.suffix.lower() not in UNPACKED and size is not None and _is_binary(path)
+        reason = "unreadable" if size is None else "binary" if binary else None
         if reason is None and size and counts[size] > 1:
             digest = sha256_of(path)
             reason = "copy" if digest in seen else None
@@ -245,7 +248,8 @@ def _no_match(folder: Path, glob: str, found: Found) -> str:
     if there:
         listed = ", ".join(f"{n} {suffix}" for suffix, n in there.most_common(5))
         message = f"{message} It has {listed}."
-    readable = [suffix for suffix, _ in there.most_common() if suffix.lower() not in NO_TEXT]
+    no_text = NO_TEXT - set(UNPACKED)
+    readable = [suffix for suffix, _ in there.most_common() if suffix.lower() not in no_text]
     if readable:
         return f"{message} To read {readable[0]} files, give the pattern '**/*{readable[0]}'."
     binary = {path.suffix for path in found.left_out.get("binary", [])}

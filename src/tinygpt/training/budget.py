@@ -88,6 +88,8 @@ class Plan:
     vocabulary: Vocabulary
     model: dict[str, Any]
     train: dict[str, Any]
+    step: float
+    """Seconds that a step should take."""
     tokens: int
     """Tokens that the run sees."""
     epochs: float
@@ -185,13 +187,14 @@ def _plan(
         recipe = {**recipe, "batch_size": batch, **train}
         config = GPTConfig(**{"vocab_size": vocabulary.size, **model})
         estimate = preflight(config, TrainConfig(**{**recipe, "max_iters": 1}))
-        tokens = estimate.tokens * seconds / seconds_per_step(estimate, rate)
+        step = seconds_per_step(estimate, rate)
+        tokens = estimate.tokens * seconds / step
         tokens = min(tokens, MAX_EPOCHS * known)
     epochs = tokens / known
     bits = expected_bits(_blocks(shape), vocabulary, tokens, epochs)
     chance = epochs * _blocks(shape) / max(1, text.training)
     model = {**model, "dropout": dropout(chance), **shape}
-    return Plan(seconds, name, vocabulary, model, recipe, int(tokens), epochs, bits)
+    return Plan(seconds, name, vocabulary, model, recipe, step, int(tokens), epochs, bits)
 
 
 def _block(text: Text, vocabulary: Vocabulary, tokens: float) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tinygrad import Tensor
 
 from tinygpt.config import TrainConfig
 from tinygpt.config.weights import weights
+from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.model.transformer import Dropout, Transformer
 
 Array = npt.NDArray[Any]
@@ -47,14 +49,20 @@ class Finding:
         )
 
 
-def diagnose(model: Transformer, x: Array, y: Array, keys: Sequence[Tensor]) -> Finding:
-    """What went wrong first in a step on micro-batches x and y (A, B, T), with dropout's keys."""
+def diagnose(
+    model: Transformer, x: Array, y: Array, keys: Sequence[Tensor], half: DType | None = None
+) -> Finding:
+    """What went wrong first in a step on micro-batches x and y (A, B, T), with dropout's keys.
+
+    ``half`` is the type of its products, if it was half precision.
+    """
     if bad := bad_parameter(model):
         return bad
     largest: dict[str, float] = {}
     for i, (inputs, targets, key) in enumerate(zip(x, y, keys, strict=True)):
         batch = Tensor(inputs.astype(np.int32)), Tensor(targets.astype(np.int32))
-        found = _in_forward(model, *batch, key) or _in_backward(model, *batch, key, largest)
+        loss = partial(model.loss, *batch, Dropout(model.config.dropout, key), half)
+        found = _in_forward(model, loss) or _in_backward(model, loss, largest)
         if found and len(x) > 1:
             found = replace(found, name=f"{found.name} in micro-batch {i + 1} of {len(x)}")
         if found:
@@ -82,7 +90,7 @@ def _look(name: str, tensor: Tensor, before: str = "") -> Finding | None:
     return Finding(f"The first tensor that is not finite: {{name}} ({counts}).{before}", name)
 
 
-def _in_forward(model: Transformer, x: Tensor, y: Tensor, key: Tensor) -> Finding | None:
+def _in_forward(model: Transformer, loss: Callable[[], Tensor]) -> Finding | None:
     found: list[Finding] = []
     before = ""
 
@@ -96,16 +104,16 @@ def _in_forward(model: Transformer, x: Tensor, y: Tensor, key: Tensor) -> Findin
             before = f" The one before, {name}, reaches {_largest(tensor):.2g}."
 
     with watched(model, see):
-        see("loss", model.loss(x, y, Dropout(model.config.dropout, key)).realize())
+        see("loss", loss().realize())
     return found[0] if found else None
 
 
 def _in_backward(
-    model: Transformer, x: Tensor, y: Tensor, key: Tensor, largest: dict[str, float]
+    model: Transformer, loss: Callable[[], Tensor], largest: dict[str, float]
 ) -> Finding | None:
     """The gradient that is not finite, the last parameter's first; collects the ``largest``."""
     named = model.trainable()
-    gradients = model.loss(x, y, Dropout(model.config.dropout, key)).gradient(*named.values())
+    gradients = loss().gradient(*named.values())
     Tensor.realize(*gradients)  # together: what they share is computed once
     for name, gradient in reversed(list(zip(named, gradients, strict=True))):
         if found := _look(f"gradient of {name}", gradient):

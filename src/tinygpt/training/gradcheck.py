@@ -17,13 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad import Context, Tensor, dtypes
 
+from tinygpt.config import Precision
 from tinygpt.errors import UsageError
+from tinygpt.machine import precision
 from tinygpt.machine.jit import jit
+from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.machine.transfer import write
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
+from tinygpt.training.scaling import FIRST
 
 Array = npt.NDArray[np.float64]
 TOLERANCE = 1e-5
+HALF_TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
+"""Of gradients that were computed in half precision: some hundred of its roundings."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +96,30 @@ def gradcheck(
     epsilon: float = 3e-4,
     samples: int = 2,
     seed: int = 0,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     dropout_key: tuple[int, int] | None = None,
+    dtype: Precision = "float32",
 ) -> GradcheckReport:
     """Check the gradient of ``model.loss(idx, targets)`` of every parameter that learns.
 
     ``epsilon`` is the length of the step in weight space, ``samples`` the number of single elements
     tried per parameter. With ``dropout_key``, two numbers below 2³², the model is checked as it is
     trained, by the dropout masks of that key; without it there is no dropout. Everything is done in
-    float64, with the model's weights, and the model is left as it was found. It costs
-    4 · (samples + 1) forward passes per parameter: take a small model. Raises UsageError for
-    settings that cannot work.
+    float64, with the model's weights, and the model is left as it was found; but with a ``dtype``
+    of bfloat16 or float16 the gradients are those of a training step in that type. It costs
+    4 · (samples + 1) forward passes per parameter: take a small model. ``tolerance`` is 1e-5 if it
+    is not given, in bfloat16 0.1 and in float16 0.02. Raises UsageError for settings that cannot
+    work.
 
     >>> report = gradcheck(model, idx, targets)
     >>> print(report.table())
     >>> assert report.ok
     """
+    tolerance = HALF_TOLERANCES.get(dtype, TOLERANCE) if tolerance is None else tolerance
     _check_settings(epsilon, samples, tolerance)
+    precision.require(dtype)
+    half = precision.half_of(dtype)
+    trained = None if half is None else _half_gradients(model, idx, targets, half, dropout_key)
     idx, targets = _realized(idx), _realized(targets)
     rng, rows = np.random.default_rng(seed), list[GradcheckRow]()
     # A small model spends its time on making kernels, which is three times quicker unoptimised.
@@ -118,7 +131,7 @@ def gradcheck(
             return model.loss(idx, targets, drop)
 
         loss = jit(mean_loss)
-        value, gradients = float(loss()), _gradients(model, mean_loss())
+        value, gradients = float(loss()), trained or _gradients(model, mean_loss())
         # Slopes below this cannot be compared: of the loss no more than 16 digits are known.
         floor = 8 * float(np.finfo(np.float64).eps) * abs(value) / epsilon / tolerance
         for name, parameter in model.trainable().items():
@@ -162,6 +175,16 @@ def _gradients(model: Transformer, loss: Tensor) -> dict[str, Array]:
     gradients = loss.gradient(*parameters.values())
     Tensor.realize(*gradients)  # together: what they share is computed once
     return {name: g.numpy() for name, g in zip(parameters, gradients, strict=True)}
+
+
+def _half_gradients(
+    model: Transformer, idx: Tensor, targets: Tensor, half: DType, key: tuple[int, int] | None
+) -> dict[str, Array]:
+    """What a step of training in half precision takes for the gradients, by parameter."""
+    drop = Dropout(model.config.dropout, Tensor(key, dtype=dtypes.uint32)) if key else Dropout(0)
+    scale = FIRST if half == dtypes.float16 else 1.0
+    found = _gradients(model, model.loss(idx, targets, drop, half) * scale)
+    return {name: gradient.astype(np.float64) / scale for name, gradient in found.items()}
 
 
 def _slope(

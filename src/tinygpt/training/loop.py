@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
 from tinygpt.errors import TrainingError
+from tinygpt.machine.precision import half_of
 from tinygpt.machine.ranks.alone import Alone
 from tinygpt.model.transformer import Transformer
 from tinygpt.text.batches import batch
@@ -24,6 +26,7 @@ from tinygpt.training.diagnose import diagnose
 from tinygpt.training.guard import Guard, why_skipped
 from tinygpt.training.optim import learning_rate
 from tinygpt.training.replicas import replicas_for
+from tinygpt.training.scaling import LossScale
 from tinygpt.training.step import (
     Tokens,
     TrainStep,
@@ -59,6 +62,10 @@ class Step:
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
     """Messages for the user, such as of a checkpoint that could not be written."""
+    loss_scale: float | None = None
+    """What the loss of the next step is multiplied by in the backward pass, in float16."""
+    overflows: int = 0
+    """How often this step was taken again, at half the scale: gradients overflowed float16."""
     grad_norms: Mapping[str, float] = field(default_factory=dict)
     """The gradient's norm layer by layer, before clipping: ``wte``, ``h.0``, …"""
 
@@ -94,19 +101,21 @@ def train_steps(
     guard: Guard | None = None,
     jitted: Jitted | None = None,
     ranks: Alone | None = None,
+    scaling: LossScale | None = None,
 ) -> Iterator[Step]:
     """Train from step ``start`` to ``config.max_iters``, yielding after every step.
 
     A batch depends on nothing but the tokens, the step and the seed, so a run that is resumed at a
     step goes on exactly as the one that was never interrupted; ``guard`` then holds the losses of
-    the steps before. Raises TrainingError if too many steps in a row had to be skipped. With
-    ``ranks``, processes that all iterate share every step, and all get the same.
+    the steps before, and ``scaling`` the loss scale. Raises TrainingError if too many steps in a
+    row had to be skipped. With ``ranks``, processes that all iterate share every step, and all get
+    the same.
 
     >>> for step in train_steps(model, optimizer, config, tokens):
     ...     print(step.iter, step.train_loss)
     """
     A, B, T = config.grad_accum_steps, config.batch_size, model.config.block_size
-    guard = guard or Guard(config)
+    guard, scaling = guard or Guard(config), scaling or LossScale(config.dtype)
     take_step, evaluate_batch, refresh = jitted or make_jitted(model, optimizer, config, ranks)
     refresh()
     began = time.perf_counter()
@@ -114,7 +123,8 @@ def train_steps(
         before = time.perf_counter()
         x, y = (a.reshape(A, B, T) for a in batch(train_tokens, i, config.seed, A * B, T))
         lr, limits = learning_rate(config, i), guard.limits()
-        loss, norm, taken, norms = take_step(x, y, lr, (config.seed, i), limits)
+        taking = partial(take_step, x, y, lr, (config.seed, i), limits)
+        (loss, norm, taken, norms), overflows = scaling.take(taking)
         guard.see(loss, norm, taken)
         rate = A * B * T / (time.perf_counter() - before)
         done, val_loss = i + 1, None
@@ -123,7 +133,11 @@ def train_steps(
             val_loss = evaluate(evaluate_batch, val_tokens, config.eval_iters, B, T, ranks)
         elapsed = time.perf_counter() - began
         skipped = None if taken else why_skipped(loss, norm, limits)
-        yield Step(done, loss, lr, norm, rate, elapsed, val_loss, skipped, grad_norms=norms)
+        yield Step(
+            done, loss, lr, norm, rate, elapsed, val_loss, skipped,
+            loss_scale=scaling.value if scaling.dynamic else None,
+            overflows=overflows, grad_norms=norms,
+        )  # fmt: skip
         if skipped and guard.exhausted:
             raise _given_up(model, config, x, y, done, skipped)
 
@@ -133,7 +147,7 @@ def _given_up(
 ) -> TrainingError:
     """The error after too many skipped steps; ``x``, ``y`` (A, B, T) are those of step ``done``."""
     keys = (key_of(config.seed, (done - 1) * len(x) + i) for i in range(len(x)))
-    finding = diagnose(model, x, y, [Tensor(key) for key in keys])
+    finding = diagnose(model, x, y, [Tensor(key) for key in keys], half_of(config.dtype))
     steps = f"{config.max_skipped} steps in a row" if config.max_skipped > 1 else "A step"
     return TrainingError(
         f"{steps} had to be skipped, the last at step {done}: {skipped}. {finding} "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from tinygrad import Context, Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
@@ -76,7 +77,7 @@ class AdamW(Optimizer):
         given, nothing changes. Realize ``changed()`` together with the result.
         """
         own = self.params[: len(self.m)]
-        decay = [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in own]
+        decay = self._decay(own)
         return kernels.adamw_update(
             own, gradients, self.m, self.v, self.lr, self.b1_t, self.b2_t,
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=decay, clip=clip, scale=scale,
@@ -86,6 +87,37 @@ class AdamW(Optimizer):
     def changed(self) -> list[Tensor]:
         """The Tensors that a step changes."""
         return [self.b1_t, self.b2_t, *self.m, *self.v, *self.params]
+
+    def moments(self, index: int) -> list[Tensor]:
+        """What is remembered of one of ``params``."""
+        return [self.m[index], self.v[index]] if index < len(self.m) else []
+
+    def share(self, chosen: Sequence[int], params: Sequence[Tensor]) -> Self:
+        """This optimizer for some of its ``params``, in order, of which ``params`` are copies."""
+        part, own = copy.copy(self), [i for i in chosen if i < len(self.m)]
+        part.params = list(params)
+        part.m, part.v = [self.m[i] for i in own], [self.v[i] for i in own]
+        return part
+
+    def follow(
+        self,
+        gradients: Sequence[Tensor],
+        numbers: Tensor,
+        report: Tensor,
+        clip: float,
+        scale: float,
+    ) -> list[Tensor]:
+        """Take the step that ``kernels.adamw_numbers`` decided on; -> the Tensors to realize."""
+        own = self.params[: len(self.m)]
+        if own:
+            kernels.adamw_follow(
+                own, gradients[: len(own)], self.m, self.v, numbers,
+                beta1=self.beta1, beta2=self.beta2, eps=self.eps, decay=self._decay(own),
+            )  # fmt: skip
+        return [*self.m, *self.v, *self.params]
+
+    def _decay(self, params: Sequence[Tensor]) -> list[float]:
+        return [self.weight_decay if len(p.shape) >= 2 else 0.0 for p in params]
 
     def schedule_step(self) -> list[Tensor]:
         """One update from the ``.grad`` of each parameter; returns the Tensors to realize."""
@@ -135,17 +167,48 @@ class Muon(AdamW):
     ) -> Tensor:
         """As ``AdamW.update``. The norm is that of all gradients, before Muon takes its own."""
         report = super().update(gradients, clip, scale, loss, limits)
-        rest = len(self.m)
-        kernels.muon_update(
-            self.params[rest:], gradients[rest:], self.b, self.counts, self.lr, report,
-            ratio=self.ratio, momentum=self.momentum, decay=self.matrix_decay,
-            clip=clip, scale=scale,
-        )  # fmt: skip
+        self._change_matrices(gradients, self.lr, report, clip, scale)
         return report
 
     def changed(self) -> list[Tensor]:
         """The Tensors that a step changes."""
         return [*super().changed(), *self.b]
+
+    def moments(self, index: int) -> list[Tensor]:
+        """What is remembered of one of ``params``."""
+        rest = len(self.m)
+        return super().moments(index) if index < rest else [self.b[index - rest]]
+
+    def share(self, chosen: Sequence[int], params: Sequence[Tensor]) -> Self:
+        """This optimizer for some of its ``params``, in order, of which ``params`` are copies."""
+        part, rest = super().share(chosen, params), len(self.m)
+        part.b = [self.b[i - rest] for i in chosen if i >= rest]
+        part.counts = [self.counts[i - rest] for i in chosen if i >= rest]
+        return part
+
+    def follow(
+        self,
+        gradients: Sequence[Tensor],
+        numbers: Tensor,
+        report: Tensor,
+        clip: float,
+        scale: float,
+    ) -> list[Tensor]:
+        """Take the step that ``kernels.adamw_numbers`` decided on; -> the Tensors to realize."""
+        changed = super().follow(gradients, numbers, report, clip, scale)
+        if self.b:
+            self._change_matrices(gradients, numbers[1:2].contiguous(), report, clip, scale)
+        return [*changed, *self.b]
+
+    def _change_matrices(
+        self, gradients: Sequence[Tensor], lr: Tensor, report: Tensor, clip: float, scale: float
+    ) -> None:
+        rest = len(self.m)
+        kernels.muon_update(
+            self.params[rest:], gradients[rest:], self.b, self.counts, lr, report,
+            ratio=self.ratio, momentum=self.momentum, decay=self.matrix_decay,
+            clip=clip, scale=scale,
+        )  # fmt: skip
 
 
 def layer_of(name: str) -> str:

@@ -27,12 +27,17 @@ TABLES = "wte.weight", "wpe.weight"
 
 
 def recomputed_gradients(
-    model: Transformer, tokens: Tensor, targets: Tensor, drop: Dropout, half: DType | None = None
+    model: Transformer,
+    tokens: Tensor,
+    targets: Tensor,
+    drop: Dropout,
+    half: DType | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss () of tokens and targets (B, T), and by name the gradients of what learns.
 
-    They are those of ``model.loss`` with the same arguments: the masks of dropout are made again
-    from the same keys.
+    They are those of ``model.loss`` with the same arguments, times ``scale`` () if that is given:
+    the masks of dropout are made again from the same keys.
     """
     learns, half = model.trainable(), half or model.half
     embedded = drop(model.embed(tokens))  # (B, T, C), as x is
@@ -45,7 +50,7 @@ def recomputed_gradients(
     behind = [name for name in learns if not name.startswith("h.") and name != "wpe.weight"]
     if not model.config.tie_embeddings:
         behind = [name for name in behind if name not in TABLES]
-    dx, found = gradients_of(loss, x, {name: learns[name] for name in behind})
+    dx, found = gradients_of(scaled(loss, scale), x, {name: learns[name] for name in behind})
     for i in reversed(range(first_that_learns(learns), len(inputs))):
         before, masks = inputs[i]
         x = restart(before, dx)
@@ -64,6 +69,11 @@ def gradients_of(
     """The gradients of x and, by name, of parameters, given that of y, which is 1 if not given."""
     dx, *found = y.gradient(x, *parameters.values(), gradient=dy)
     return dx, dict(zip(parameters, found, strict=True))
+
+
+def scaled(loss: Tensor, scale: Tensor | None) -> Tensor:
+    """The loss () that the backward pass begins with."""
+    return loss if scale is None else loss * scale
 
 
 def first_that_learns(learns: Mapping[str, Tensor]) -> int:

@@ -51,13 +51,14 @@ class Replicas:
         """Dropout's key (2,) for the part of each device: no two have the same masks."""
         return [k + i * APART if i else k for i, k in enumerate(self.everywhere(key))]
 
-    def spread(self, names: Sequence[str]) -> list[Tensor]:
-        """Give the copies the present values of the model's parameters; -> what to realize."""
-        own, *others = (replica.parameters() for replica in self.models)
+    def spread(self, names: Sequence[str], owners: Sequence[int]) -> list[Tensor]:
+        """Give each parameter's new values to all devices but its owner; -> what to realize."""
+        models = [replica.parameters() for replica in self.models]
         return [
-            there[name].assign(own[name].detach().to(str(there[name].device)))
-            for there in others
-            for name in names
+            there[name].assign(models[owner][name].detach().to(device))
+            for i, (there, device) in enumerate(zip(models, self.devices, strict=True))
+            for name, owner in zip(names, owners, strict=True)
+            if i != owner
         ]
 
     def refresh(self) -> None:
@@ -86,7 +87,7 @@ def total(parts: Sequence[Tensor], device: str) -> Tensor:
 
 def copied(model: Transformer, device: str) -> Transformer:
     """A model with the same weights on another device: Tensors of its own, the rest shared."""
-    replica = object.__new__(Transformer)
+    replica = object.__new__(type(model))
     for name, value in vars(model).items():
         setattr(replica, name, _copied(value, device))
     return replica

@@ -23,8 +23,9 @@ from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.accumulation import PartialSums, add_to
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
-from tinygpt.training.recompute import recomputed_gradients
+from tinygpt.training.recompute import recomputed_gradients, scaled
 from tinygpt.training.replicas import Replicas, replicas_for, total
+from tinygpt.training.shares import owners_in, place, update_shares
 
 Tokens = npt.NDArray[np.integer]
 
@@ -43,7 +44,8 @@ class TrainStep(Protocol):
     """One optimizer step on x and y (A, B, T), A micro-batches, at the learning rate ``lr``.
 
     ``key`` is (seed, number of the step), from which dropout's masks are drawn. Unless the loss and
-    the gradient norm lie below the limits nothing changes; NaN never does.
+    the gradient norm lie below the limits nothing changes; NaN never does. In float16 the backward
+    pass is that of the loss times ``scale``, see ``scaling``; what is reported is not.
     """
 
     def __call__(
@@ -53,6 +55,7 @@ class TrainStep(Protocol):
         lr: float,
         key: tuple[int, int],
         limits: Limits = NO_LIMITS,
+        scale: float = 1.0,
     ) -> Outcome: ...
 
 
@@ -81,29 +84,38 @@ def make_train_step(
     half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     names = {id(p): name for name, p in model.parameters().items()}
     learned = [names[id(p)] for p in params]
-    layers = [layer_of(name) for name in learned]
     micro_batches = config.grad_accum_steps
+    scale = 1 / (micro_batches * len(replicas))
     realize_state(optimizer)
+    shares = place(optimizer, replicas, config.shard_optimizer)
+    owners = owners_in(shares, len(params))
+    reported = [learned[i] for share in shares for i in share.chosen] or learned
 
     def part(
-        replica: Transformer, x: Tensor, y: Tensor, key: Tensor
+        replica: Transformer, x: Tensor, y: Tensor, key: Tensor, scale: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss () of x and y (B, T) on one device, and the gradient of each parameter."""
         drop = Dropout(model.config.dropout, key)
         if config.recompute:
-            loss, found = recomputed_gradients(replica, x, y, drop, half)
-            return loss, [found[name] for name in learned]
-        own = replica.parameters()
-        loss = replica.loss(x, y, drop, half)
-        return loss, loss.gradient(*(own[name] for name in learned))
+            loss, by_name = recomputed_gradients(replica, x, y, drop, half, scale)
+            found = [by_name[name] for name in learned]
+        else:
+            own = replica.parameters()
+            loss = replica.loss(x, y, drop, half)
+            found = scaled(loss, scale).gradient(*(own[name] for name in learned))
+        return loss, found if scale is None else [g * scale.reciprocal() for g in found]
 
-    def gradients(x: Tensor, y: Tensor, key: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(
+        x: Tensor, y: Tensor, key: Tensor, *scale: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The loss () of each device's part of a micro-batch x and y (B, T), and its gradients.
 
-        The gradients of all parameters on the first device, then those on the second, …
+        The gradients of all parameters on the first device, then those on the second, … Where there
+        is a ``scale`` (), the backward pass is that of the loss times the scale.
         """
         losses, grads = list[Tensor](), list[Tensor]()
-        parts = replicas.cut(x), replicas.cut(y), replicas.keys(key)
+        parts = [replicas.cut(x), replicas.cut(y), replicas.keys(key)]
+        parts += [replicas.everywhere(factor) for factor in scale]
         for given in zip(replicas.models, *parts, strict=True):
             loss, found = part(*given)
             losses.append(loss)
@@ -113,18 +125,23 @@ def make_train_step(
     def update(losses: list[Tensor], grads: list[Tensor], lr: Tensor, limits: Tensor) -> Tensor:
         """Change the weights, or not; -> the report of ``AdamW.update``."""
         optimizer.lr.assign(lr.reshape(1))
-        loss, n = total(losses, first_device), len(params)
-        grads = [total(grads[i::n], first_device) for i in range(n)]
-        judged = (config.grad_clip, 1 / (micro_batches * len(replicas)), loss, limits)
-        if isinstance(optimizer, AdamW):
-            report, changed = optimizer.update(grads, *judged), optimizer.changed()
+        judged = config.grad_clip, scale, total(losses, first_device), limits
+        by_parameter = [grads[i :: len(params)] for i in range(len(params))]
+        if shares and isinstance(optimizer, AdamW):
+            report, changed = update_shares(optimizer, shares, by_parameter, *judged)
         else:
-            report, changed = stock_update(optimizer, params, grads, *judged)
-        return report.realize(optimizer.lr, *changed, *replicas.spread(learned))  # (3 + n,)
+            sums = [total(parts, first_device) for parts in by_parameter]
+            if isinstance(optimizer, AdamW):
+                report, changed = optimizer.update(sums, *judged), optimizer.changed()
+            else:
+                report, changed = stock_update(optimizer, params, sums, *judged)
+        return report.realize(optimizer.lr, *changed, *replicas.spread(learned, owners))  # (3 + n,)
 
     @jit
-    def whole(x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor) -> Tensor:
-        return update(*gradients(x, y, key), lr, limits)
+    def whole(
+        x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor, *scale: Tensor
+    ) -> Tensor:
+        return update(*gradients(x, y, key, *scale), lr, limits)
 
     everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
     sums = PartialSums(
@@ -133,8 +150,8 @@ def make_train_step(
     split = len(replicas)  # losses come first
 
     @jit
-    def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor) -> Tensor:
-        losses, grads = gradients(x, y, key)
+    def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor, *scale: Tensor) -> Tensor:
+        losses, grads = gradients(x, y, key, *scale)
         return add_to(sums.levels[0].tensors, [*losses, *grads], first)
 
     @cache
@@ -144,24 +161,30 @@ def make_train_step(
         return jit(lambda lr, limits: update(tensors[:split], tensors[split:], lr, limits))
 
     def step(
-        x: Tokens, y: Tokens, lr: float, key: tuple[int, int], limits: Limits = NO_LIMITS
+        x: Tokens,
+        y: Tokens,
+        lr: float,
+        key: tuple[int, int],
+        limits: Limits = NO_LIMITS,
+        scale: float = 1.0,
     ) -> Outcome:
+        scales = [scale] if half == dtypes.float16 else []
         seed, number = key
         keys = [key_of(seed, number * micro_batches + i) for i in range(micro_batches)]
 
         def add_leaf(i: int, first: bool) -> None:
-            accumulate(x[i], y[i], keys[i], first)
+            accumulate(x[i], y[i], keys[i], first, *scales)
             replicas.wait()
 
         if micro_batches == 1:
-            report = whole(x[0], y[0], keys[0], lr, limits)
+            report = whole(x[0], y[0], keys[0], lr, limits, *scales)
         else:
             report = apply_level(sums.over(ranks, micro_batches, add_leaf))(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
-        by_layer = dict.fromkeys(layers, 0.0)
-        for layer, other in zip(layers, norms, strict=True):
-            by_layer[layer] = math.hypot(by_layer[layer], other)
+        by_layer = dict.fromkeys(map(layer_of, learned), 0.0)
+        for name, other in zip(reported, norms, strict=True):
+            by_layer[layer_of(name)] = math.hypot(by_layer[layer_of(name)], other)
         return Outcome(loss, norm, taken > 0, by_layer)
 
     return step

@@ -32,7 +32,7 @@ from tinygpt.model.transformer import Transformer
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.untrusted import utf8_name
 
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """What most weights are stored as, as llama.cpp counts it."""
 PARITY, VERSION_KEY = "tinygpt.parity", "tinygpt.version"
 """How the keys begin under which a file says how it was proved."""
@@ -71,7 +71,8 @@ class Stored:
     def size(self) -> int:
         """Bytes in the file."""
         count = math.prod(self.shape)
-        return {"f32": 4 * count, "f16": 2 * count, "q8_0": count // BLOCK * (BLOCK + 2)}[self.kind]
+        quantized = count // BLOCK * (BLOCK + 2)
+        return {"f32": 4 * count, "f16": 2 * count, "bf16": 2 * count, "q8_0": quantized}[self.kind]
 
 
 def export(

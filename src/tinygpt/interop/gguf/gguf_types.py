@@ -7,7 +7,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["f32", "f16", "q8_0"]
+from tinygpt.files.tensor_file import as_floats, stored
+
+Kind = Literal["f32", "f16", "bf16", "q8_0"]
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
@@ -24,12 +26,12 @@ def store(values: Floats, kind: Kind) -> tuple[Array, Floats]:
     if kind == "f32":
         return values, values
     with np.errstate(all="ignore"):  # what is too large is found when the logits are compared
-        return _half(values) if kind == "f16" else _bytes(values)
+        return _bytes(values) if kind == "q8_0" else _half(values, kind.upper())
 
 
-def _half(values: Floats) -> tuple[Array, Floats]:
-    half = values.astype(np.float16)
-    return half, half.astype(np.float32)
+def _half(values: Floats, kind: str) -> tuple[Array, Floats]:
+    half = stored(values, kind)
+    return half, as_floats(half, kind)
 
 
 def _bytes(values: Floats) -> tuple[Array, Floats]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinygpt.config import GPTConfig
+from tinygpt.config import GPTConfig, Precision
 from tinygpt.errors import ConfigError, InteropError
 from tinygpt.text.tokenizers import END, BPETokenizer, Tokenizer, ends_of
 from tinygpt.untrusted import brief, is_number, parse_json, read_bounded
@@ -91,8 +91,10 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What config.json says of a model of ours."""
+def config_to_hf(
+    config: GPTConfig, tokenizer: Tokenizer | None, dtype: Precision = "float32"
+) -> dict[str, Any]:
+    """What config.json says of a model of ours, whose weights are stored as ``dtype``."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -104,7 +106,7 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
         "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         **end_of_text(tokenizer),
     }
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.config import GPTConfig, __version__
+from tinygpt.config import GPTConfig, Precision, __version__
 from tinygpt.errors import InteropError
 from tinygpt.files.atomic import building, replacing, user_path
 from tinygpt.files.disk import writing
 from tinygpt.files.strict_json import write_json
+from tinygpt.files.tensor_file import STORED, as_floats, stored
 from tinygpt.interop import parity
 from tinygpt.interop.card import Parity, model_card
 from tinygpt.interop.hf.hf_config import config_to_hf, end_of_text
@@ -39,19 +40,22 @@ def export(
     folder: Path,
     meta: checkpoint.Meta,
     source: str | None = None,
+    dtype: Precision = "float32",
 ) -> Parity:
     """Write ``folder`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``; -> how it was proved.
 
-    ``meta`` and ``source``, the name of the text, are what the model card says of the run. What
-    was written is read back by another program, and its logits are compared; InteropError, and no
-    folder, if they differ.
+    ``meta`` and ``source``, the name of the text, are what the model card says of the run; the
+    weights are rounded to ``dtype``. What was written is read back by another program, and its
+    logits are compared with those of a model of the same weights; InteropError, and no folder, if
+    they differ.
     """
     config = model.config
+    model = rounded_copy(model, dtype)
     with writing(folder := user_path(folder)), building(folder) as staging:
-        write_json(staging / "config.json", config_to_hf(config, tokenizer), indent=2)
+        write_json(staging / "config.json", config_to_hf(config, tokenizer, dtype), indent=2)
         generation = {k: v for k, v in end_of_text(tokenizer).items() if v is not None}
         write_json(staging / "generation_config.json", generation, indent=2)
-        write_weights(model, staging / WEIGHTS_FILE)
+        write_weights(model, staging / WEIGHTS_FILE, dtype)
         if tokenizer is not None:
             write_tokenizer(tokenizer, staging, config.block_size)
         proved = prove(model, staging)
@@ -69,10 +73,25 @@ def _described(meta: checkpoint.Meta) -> dict[str, Any]:
     return {name: values[name] for name in ("iter_num", "model", "train", "data", "progress")}
 
 
-def write_weights(model: Transformer, path: Path) -> None:
+def write_weights(model: Transformer, path: Path, dtype: Precision = "float32") -> None:
     """model.safetensors, a tensor at a time. Raises OSError."""
     shapes = {name: stored_shape(weight) for name, weight in all_weights(model.config).items()}
-    write_file(path, shapes, fetch_from(model))
+    write_file(path, shapes, fetch_from(model), STORED[dtype])
+
+
+def rounded_copy(model: Transformer, dtype: Precision) -> Transformer:
+    """A float32 model of the weights that a reader of a file of this type gets; or the same one."""
+    from tinygpt.machine.transfer import read, write
+    from tinygpt.model.transformer import Transformer
+
+    kind = STORED[dtype]
+    if kind == "F32":
+        return model
+    copy = Transformer(model.config, seed=None).eval()
+    given = model.parameters()
+    for name, parameter in copy.parameters().items():
+        write(parameter, as_floats(stored(read(given[name]), kind), kind))
+    return copy
 
 
 # Reading back -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,16 @@ import numpy.typing as npt
 
 from tinygpt.errors import InteropError, nearest
 from tinygpt.files.atomic import replacing, write_all
-from tinygpt.files.tensor_file import Place, arrange, opening, parse, read_opening
+from tinygpt.files.tensor_file import (
+    CODES,
+    Place,
+    arrange,
+    as_floats,
+    opening,
+    parse,
+    read_opening,
+    stored,
+)
 from tinygpt.interop.hf.hf_config import read_object
 from tinygpt.untrusted import brief, clip, open_regular
 from tinygpt.untrusted.foreign import HEAD, PICKLE, ZIP, no_model, recognize
@@ -74,9 +83,7 @@ class Entry:
         stored = self.place.numpy_dtype
         start = self.data + self.place.start + at * stored.itemsize
         raw = np.frombuffer(self.memory, stored, count, start)
-        if self.place.dtype == "BF16":  # the upper half of a float32
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32, copy=False)
+        return as_floats(raw, self.place.dtype)
 
 
 def read_file(path: Path) -> dict[str, Entry]:
@@ -175,16 +182,21 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def write_file(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], fetch: Callable[[str], Floats]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    fetch: Callable[[str], Floats],
+    kind: str = "F32",
 ) -> None:
-    """Write float32 tensors, fetched one at a time, in the order of their names.
+    """Write tensors of the type ``kind``, fetched one at a time, in the order of their names.
 
     The file is the one that transformers writes of the same tensors. Raises OSError.
     """
-    layout = arrange((name, np.dtype("f4"), shapes[name]) for name in sorted(shapes))
+    bits = np.dtype(CODES[kind])
+    places = arrange((name, bits, shapes[name]) for name in sorted(shapes))
+    layout = {name: replace(place, dtype=kind) for name, place in places.items()}
     with replacing(path) as file:
         write_all(file.fileno(), opening({"format": "pt"}, layout))
         for name, place in layout.items():
-            values = np.ascontiguousarray(fetch(name), "<f4")
+            values = stored(fetch(name), kind)
             assert values.shape == place.shape, name
             write_all(file.fileno(), values.reshape(-1).view(np.uint8).data)

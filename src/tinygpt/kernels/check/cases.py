@@ -206,6 +206,18 @@ def _loss(rows: int, C: int, V: int) -> Case:
     return case(kernels.loss, shape, inputs, exact.loss, compute, gradients=2)
 
 
+def _half_loss(rows: int, C: int, V: int) -> Case:
+    """As in training: x is bfloat16, the weight float32. Their products are of the order of 1."""
+    x, weight = map(rounded, several((rows, C), (V, C)))
+    inputs = [x, rounded(weight / np.float32(C) ** 0.5), *_targets(rows, V)]
+
+    def compute(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return kernels.loss(x.cast(dtypes.bfloat16), weight, targets, gradient=True)
+
+    made = case(kernels.loss, f"{rows}x{C} to {V}", inputs, exact.loss, compute, gradients=2)
+    return replace(made, shape=f"loss {made.shape}", tolerance=BFLOAT16)
+
+
 def _cross_entropy(rows: int, V: int) -> Case:
     """Of logits that exist."""
     inputs, shape = [*several((rows, V)), *_targets(rows, V)], f"{rows} logits of {V}"
@@ -240,6 +252,24 @@ def _adamw(*shapes: tuple[int, ...]) -> Case:
 
     inputs, shape = numbers + scalars, f"{n} tensors from {shapes[0]}"
     return case(kernels.adamw_update, shape, inputs, formula, compute, results=1 + 3 * n)
+
+
+def _adamw_in_shares(operation: Callable[..., Any], *shapes: tuple[int, ...]) -> Case:
+    """The same, in the three parts that several devices take it in."""
+    whole, n = _adamw(*shapes), len(shapes)
+    rates: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99}
+
+    def compute(*inputs: Tensor) -> list[Tensor]:
+        p, g, m, v = (list(inputs[i : i + n]) for i in range(0, 4 * n, n))
+        p, m, v = ([t.clone() for t in ts] for ts in (p, m, v))
+        lr, *powers = (t.clone() for t in inputs[4 * n :])
+        sums = kernels.squared_sums(g)
+        numbers, report = kernels.adamw_numbers(sums, lr, *powers, clip=1.0, **rates)
+        kernels.adamw_follow(p, g, m, v, numbers, decay=[0.1] * n, eps=1e-8, **rates)
+        return [report[1], *(t for part in zip(p, m, v, strict=True) for t in part)]
+
+    shape = f"{whole.shape}, {operation.__name__}"
+    return case(operation, shape, whole.inputs, whole.exact, compute, results=whole.results)
 
 
 def _muon(*shapes: tuple[int, int, int]) -> Case:
@@ -291,7 +321,10 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
         partial(_linear, 768, 128, 512),
     ),
     "bfloat16": (
-        each(_half_linear, (1, 64, 192), (24, 96, 160), (65, 34, 17), (40, 33, 50)),
+        [
+            *each(_half_linear, (1, 64, 192), (24, 96, 160), (65, 34, 17), (40, 33, 50)),
+            *each(_half_loss, (7, 33, 300), (300, 64, 1000)),
+        ],
         partial(_half_linear, 768, 128, 512),
     ),
     "gelu": (each(_gelu, *THREE), partial(_gelu, 768, 512)),
@@ -310,7 +343,12 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
         partial(_loss, 768, 128, 1024),
     ),
     "adamw": (
-        each(_adamw, ((1,),), ((33, 7), (7,)), ((64, 64), (64, 64), (300, 64), (64,))),
+        [
+            *each(_adamw, ((1,),), ((33, 7), (7,)), ((64, 64), (64, 64), (300, 64), (64,))),
+            partial(_adamw_in_shares, kernels.squared_sums, (33, 7), (7,)),
+            partial(_adamw_in_shares, kernels.adamw_numbers, (1,)),
+            partial(_adamw_in_shares, kernels.adamw_follow, (64, 64), (300, 64), (64,)),
+        ],
         partial(_adamw, *LAYERS),
     ),
     "muon": (

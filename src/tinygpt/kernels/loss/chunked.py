@@ -6,11 +6,13 @@ lanes, laid so that a vector of them is contiguous.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
 
+from tinygpt.kernels import pairs
 from tinygpt.kernels.loops import blocks, fill, largest_divisor, product, row_of
 from tinygpt.kernels.loss.cross_entropy import row_loss
 from tinygpt.kernels.matmul import register_tile
@@ -27,7 +29,8 @@ from tinygpt.kernels.phases import (
 )
 
 BLOCK = 48
-"""Rows of the weight that are worked off at a time, or half so many; a multiple of a tile's."""
+"""Rows of the weight that are worked off at a time, or half so many; a multiple of a tile's. As
+pairs of bfloat16 numbers twice as many, which take as much of the cache."""
 PARTS = 32
 LOWEST = -3e38
 """Below every score but those beyond V, which are -inf: a block of these has exp(S - m) = 0."""
@@ -56,6 +59,7 @@ class Cut(NamedTuple):
     blocks: int  # of the vocabulary, the same number for each part; the last may lie beyond V
     depth: int  # steps of the sum over C between two visits to memory
     frozen: bool  # the gradient of the weight is not wanted
+    pairs: bool  # products of bfloat16 numbers, two at a time
 
     @property
     def powers(self) -> tuple[int, int]:
@@ -67,15 +71,29 @@ class Cut(NamedTuple):
         """The shape of what the parts add to a chunk's dx, in numbers."""
         return self.parts, self.rows, self.C
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers a step of a sum takes at a time."""
+        return 2 if self.pairs else 1
 
-def cut_of(N: int, C: int, V: int, frozen: bool = False) -> Cut:
+    @property
+    def steps(self) -> int:
+        """Steps of a sum over C."""
+        return blocks(self.C, self.numbers)
+
+
+def cut_of(N: int, C: int, V: int, frozen: bool = False, in_pairs: bool = False) -> Cut:
     """How N rows of width C and V rows of weight are cut up on this machine."""
     most = max(CHUNK, blocks(N, MOST_CHUNKS))
     lanes, tile = register_tile(most)
+    if in_pairs:
+        lanes, tile = 2 * pairs.VECTOR, 8
     chunks = blocks(N, most)
     rows = blocks(N, chunks * lanes) * lanes
     # smaller blocks where large ones would not make one for each part
-    block = BLOCK if V > BLOCK * PARTS else BLOCK // 2
+    sizes = [BLOCK * 2] * in_pairs + [BLOCK]
+    block = next((size for size in sizes if size * PARTS < V), BLOCK // 2)
+    steps = blocks(C, 2) if in_pairs else C
     parts = min(PARTS, blocks(V, block))
     return Cut(
         *(N, C, V, lanes),
@@ -87,8 +105,9 @@ def cut_of(N: int, C: int, V: int, frozen: bool = False) -> Cut:
         block=block,
         parts=parts,
         blocks=blocks(V, block * parts) * parts,
-        depth=next((d for d in range(DEPTH, DEPTH // 4, -1) if C % d == 0), C),
+        depth=next((d for d in range(DEPTH, DEPTH // 4, -1) if steps % d == 0), steps),
         frozen=frozen,
+        pairs=in_pairs,
     )
 
 
@@ -114,19 +133,33 @@ def prepare(k: Kernel, inverse: Array, padded: Array, *arrays: Array, cut: Cut) 
 
 
 def pack(k: Kernel, by_row: Array, by_column: Array, x: Array, *, cut: Cut) -> None:
-    """x in panels of so many rows, and in panels of so many columns, zero beyond N and C."""
+    """x in panels of so many rows, and in panels of so many columns, zero beyond N and C.
+
+    With ``cut.pairs`` a number of the panels is a pair of them: of two columns, or of two rows.
+    """
     N, C, L = cut.N, cut.C, k.lanes
-    panel = k.units(cut.padded // L)
+    panel, kind = k.units(cut.padded // L), x.dtype if cut.pairs else by_row.dtype
 
     def element(row: UOp, column: UOp) -> UOp:
         value = x[minimum(row, N - 1) * C + minimum(column, C - 1)]
-        return ((row < N) & (column < C)).where(value.cast(by_row.dtype), 0.0)
+        return ((row < N) & (column < C)).where(value.cast(kind), as_uop(0.0, kind))
 
-    with k.loop(C) as c, k.phase() as lane:
-        by_row[(panel * C + c) * L + lane] = element(panel * L + lane, c)
-    with k.loop(cut.columns // L) as j, k.loop(L) as r, k.phase() as lane:
-        row = panel * L + r
-        by_column[(j * cut.padded + row) * L + lane] = element(row, j * L + lane)
+    def of_columns(row: UOp, c: UOp) -> UOp:
+        if not cut.pairs:
+            return element(row, c)
+        return pairs.joined(element(row, c * 2), element(row, c * 2 + 1))
+
+    def of_rows(r: UOp, column: UOp) -> UOp:
+        if not cut.pairs:
+            return element(r, column)
+        return pairs.joined(element(r * 2, column), element(r * 2 + 1, column))
+
+    with k.loop(cut.steps) as c, k.phase() as lane:
+        by_row[(panel * cut.steps + c) * L + lane] = of_columns(panel * L + lane, c)
+    rows, size = cut.padded // cut.numbers, L // cut.numbers
+    with k.loop(cut.columns // L) as j, k.loop(size) as r, k.phase() as lane:
+        row = panel * size + r
+        by_column[(j * rows + row) * L + lane] = of_rows(row, j * L + lane)
 
 
 def scores(k: Kernel, scores: Array, largest: Array, sums: Array, *given: Array, cut: Cut) -> None:
@@ -138,13 +171,24 @@ def scores(k: Kernel, scores: Array, largest: Array, sums: Array, *given: Array,
     block, C, V, L, rows, kind = k.units(cut.blocks), cut.C, cut.V, k.lanes, cut.rows, scores.dtype
     first = block * cut.block
     m, z = k.tile(1, kind), k.tile(1, kind)
+    if cut.pairs:
+        narrow = k.tile(cut.block, dtypes.bfloat16, width=2 * cut.steps)
+        with k.loop(cut.block) as v, k.phase(2 * cut.steps) as c:
+            value = weight[minimum(first + v, V - 1) * C + minimum(c, C - 1)]
+            narrow[v, c] = value if C % 2 == 0 else (c < C).where(value, as_uop(0.0, weight.dtype))
+
+    def number_at(v: Index, d: Index) -> UOp:
+        if cut.pairs:
+            return narrow[v, as_index(d) * 2]
+        return weight[minimum(first + v, V - 1) * C + d].cast(kind)
+
     with k.loop(rows // L) as j:
-        panel = (as_index(number[0]) * (rows // L) + j) * C * L
+        panel = (as_index(number[0]) * (rows // L) + j) * cut.steps * L
 
         def at(v: Index, lane: UOp) -> UOp:
             return (first + v) * rows + j * L + lane
 
-        with k.loop(C // cut.depth) as part:
+        with k.loop(cut.steps // cut.depth) as part:
             step = part * cut.depth
 
             def put(v: UOp, score: UOp, lane: UOp) -> None:
@@ -154,11 +198,12 @@ def scores(k: Kernel, scores: Array, largest: Array, sums: Array, *given: Array,
                 k,
                 cut.block,
                 cut.depth,
-                lambda v, d: weight[minimum(first + v, V - 1) * C + step + d].cast(kind),
+                lambda v, d: number_at(v, step + d),
                 lambda d, lane: by_row[panel + (step + d) * L + lane],
                 put,
                 lambda v, lane: part.eq(0).where(0.0, scores[at(v, lane)]),
                 tile=cut.tile,
+                in_pairs=cut.pairs,
             )
         fill(k, LOWEST, 1, m)
         with k.loop(cut.block) as v, k.phase() as lane:
@@ -191,10 +236,16 @@ def statistics(k: Kernel, out: Array, *given: Array, cut: Cut) -> None:
         at = b * rows + first + lane
         z[0, lane] = z[0, lane] + sums[at] * exp2((largest[at] - m[0, lane]) * LOG2E)
     chunk = as_index(number[0])
-    with k.loop(C) as c, k.phase() as lane:  # the target's score again: exp has overwritten it
+    with k.loop(cut.steps) as c, k.phase() as lane:  # the target's score: exp has overwritten it
         row, _ = row_of(targets[chunk * rows + first + lane], cut.V)
-        x = by_row[((chunk * (rows // k.lanes) + panel) * C + c) * k.lanes + lane]
-        logit[0, lane] = logit[0, lane] + x * weight[row * C + c].cast(kind)
+        x = by_row[((chunk * (rows // k.lanes) + panel) * cut.steps + c) * k.lanes + lane]
+        columns = [minimum(c * cut.numbers + i, C - 1) for i in range(cut.numbers)]
+        numbers = [weight[row * C + column] for column in columns]
+        if cut.pairs:  # rounded as in the other scores
+            numbers = [number.cast(dtypes.bfloat16) for number in numbers]
+        terms = zip(pairs.halves(x) if cut.pairs else [x], numbers, strict=True)
+        products = [a * number.cast(kind) for a, number in terms]
+        logit[0, lane] = functools.reduce(UOp.add, products, logit[0, lane])
     with k.phase() as lane:
         at = first + lane
         target = targets[chunk * rows + at]
@@ -216,7 +267,9 @@ def products(k: Kernel, dx: Array, *arrays: Array, cut: Cut) -> None:
     part, chunk, per_part = k.units(cut.parts), as_index(number[0]), cut.blocks // cut.parts
     # columns of these tiles are read one behind the other: a width that is no power of two
     # keeps them from falling on the same few lines of the cache
-    p, w = k.tile(cut.block, kind, width=rows + L), k.tile(C, kind, width=cut.block)
+    narrow = dtypes.bfloat16 if cut.pairs else kind
+    p, w = k.tile(cut.block, narrow, width=rows + L), k.tile(C, narrow, width=cut.block)
+    across = k.tile(cut.block // 2, dtypes.uint32, width=rows) if cut.pairs else p
     factor = k.tile(1, kind, width=rows)
 
     with k.loop(rows * C // L) as j, k.phase() as lane:
@@ -228,14 +281,24 @@ def products(k: Kernel, dx: Array, *arrays: Array, cut: Cut) -> None:
             row = j * L + lane
             shrink = exp2((largest[block * rows + row] - statistics[rows + row]) * LOG2E)
             factor[0, row] = shrink * statistics[2 * rows + row]
-        with k.loop(cut.block) as v:
+
+        def probability(v: UOp, row: UOp, first: UOp = first) -> UOp:
+            hit = as_index(targets[chunk * rows + row]).eq(first + v)
+            power = powers[(first + v) * rows + row]
+            return power * factor[0, row] - hit.where(inverse[0], 0.0)
+
+        with k.loop(cut.block // cut.numbers) as v:
             with k.loop(rows // L) as j, k.phase() as lane:
                 row = j * L + lane
-                hit = as_index(targets[chunk * rows + row]).eq(first + v)
-                power = powers[(first + v) * rows + row]
-                p[v, row] = power * factor[0, row] - hit.where(inverse[0], 0.0)
-            with k.phase(C) as c:
-                w[c, v] = weight[minimum(first + v, V - 1) * C + c].cast(kind)
+                values = [probability(v * cut.numbers + x, row) for x in range(cut.numbers)]
+                for x, value in enumerate(values):
+                    p[v * cut.numbers + x, row] = value
+                if cut.pairs:
+                    across[v, row] = pairs.joined(*values)
+            for x in range(cut.numbers):
+                with k.phase(C) as c:
+                    start = minimum(first + v * cut.numbers + x, V - 1) * C
+                    w[c, v * cut.numbers + x] = weight[start + c]
         with k.loop(rows // L) as j:
 
             def at(c: UOp, lane: UOp) -> UOp:
@@ -247,12 +310,13 @@ def products(k: Kernel, dx: Array, *arrays: Array, cut: Cut) -> None:
             product(
                 k,
                 C,
-                cut.block,
-                lambda c, v: w[c, v],
-                lambda v, lane: p[v, j * L + lane],
+                cut.block // cut.numbers,
+                lambda c, v: w[c, as_index(v) * cut.numbers],
+                lambda v, lane: across[v, j * L + lane],
                 put,
                 lambda c, lane: dx[at(c, lane)],
                 tile=cut.tile,
+                in_pairs=cut.pairs,
             )
         for total in dweight:
             with k.loop(cut.columns // L) as j:
@@ -264,7 +328,8 @@ def _add_dweight(
 ) -> None:
     """A block of rows of dweight, in one panel of columns, += Pᵀ X over the rows of the chunk."""
     C, V, L = cut.C, cut.V, k.lanes
-    panel = (j * cut.chunks + chunk) * cut.rows
+    steps = cut.rows // cut.numbers
+    panel = (j * cut.chunks + chunk) * steps
     ragged = cut.columns != C or cut.blocks * cut.block != V
 
     def put(v: UOp, value: UOp, lane: UOp) -> None:
@@ -278,12 +343,13 @@ def _add_dweight(
     product(
         k,
         cut.block,
-        cut.rows,
-        lambda v, r: p[v, r],
+        steps,
+        lambda v, r: p[v, as_index(r) * cut.numbers],
         lambda r, lane: by_column[(panel + r) * L + lane],
         put,
         start,
         tile=cut.tile,
+        in_pairs=cut.pairs,
     )
 
 

@@ -29,8 +29,9 @@ from functools import partial
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.dispatch import operation
-from tinygpt.kernels.linear import linear
+from tinygpt.kernels import pairs
+from tinygpt.kernels.dispatch import first_device, operation
+from tinygpt.kernels.linear import computed_in, linear
 from tinygpt.kernels.loss import chunked
 from tinygpt.kernels.loss.chunked import Cut, cut_of
 from tinygpt.kernels.loss.cross_entropy import cross_entropy
@@ -41,8 +42,13 @@ from tinygpt.machine.tinygrad_internals import Ops
 def plain_loss(
     x: Tensor, weight: Tensor, targets: Tensor, gradient: bool = False, frozen: bool = False
 ) -> Tensor:
-    """All logits, then their cross-entropy; on a GPU by its kernel."""
-    return cross_entropy(linear(x, weight), targets)
+    """All logits, then their cross-entropy; on a GPU by its kernel.
+
+    The logits of numbers of 16 bits are float32.
+    """
+    kind = computed_in(x, weight)
+    logits = linear(x.cast(wide(kind)), (weight.cast(kind) if x.dtype == kind else weight))
+    return cross_entropy(logits, targets)
 
 
 @operation("loss", plain_loss, integers=("targets",), cpu=True)
@@ -53,11 +59,14 @@ def loss(
 
     Targets below 0 are left out. With ``gradient`` the gradients are computed along with the loss,
     which takes three matrix products; without, it takes one, and three more when gradients are
-    asked for. That of a ``frozen`` weight is not computed.
+    asked for. That of a ``frozen`` weight is not computed. If x is bfloat16, so are the operands of
+    the products: the weight is rounded as it is read, and P, where `pairs` can multiply them.
     """
     (N, C), V = map(int, x.shape), int(weight.shape[0])
     x, weight = contiguous(x), contiguous(weight)
-    cut = cut_of(N, C, V, frozen)
+    in_pairs = x.dtype == dtypes.bfloat16 and weight.dtype != dtypes.float64 and C > 2
+    in_pairs = in_pairs and pairs.available(first_device(x))
+    cut = cut_of(N, C, V, frozen, in_pairs)
     inverse, statistics, ready = work_off(x, weight, targets, cut, gradient)
 
     def backward(g: Tensor, _: Sequence[Tensor]) -> list[Tensor | None]:
@@ -96,7 +105,9 @@ def work_off(
     outputs = [new(1), ids(cut.padded), *(ids(1) for _ in range(cut.chunks))]
     given = [contiguous(targets.cast(dtypes.int32))]
     inverse, padded, *numbers = launch(chunked.prepare, outputs, given)
-    panels = [new(cut.padded * cut.C), new(cut.padded * cut.columns)]
+    packed = partial(new, dtype=dtypes.uint32) if cut.pairs else new
+    rows = cut.padded // cut.numbers
+    panels = [packed(cut.padded * cut.steps), packed(rows * cut.columns)]
     by_row, by_column = launch(chunked.pack, panels, [x])
     powers, parts, dx = new(*cut.powers), new(*cut.dx_parts), new(cut.N, cut.C)
     dweight = [] if cut.frozen else [new(cut.V, cut.C)]

@@ -19,7 +19,9 @@ from tinygpt.machine.ranks import launcher
 from tinygpt.machine.resources import cores
 
 if TYPE_CHECKING:
-    from tinygpt.machine.pool.runner import Engine
+    from tinygrad import UOp
+
+    from tinygpt.machine.pool.runner import Engine, PoolGraph
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,19 @@ def extend(name: str) -> None:
 
     if _engine.cache_info().currsize and isinstance(device := Device[name], CPUDevice):
         _engine().extend(device)
+
+
+def fixed_graphs(linear: UOp) -> list[PoolGraph]:
+    """The batches of a captured ``TinyJit``, if the pool runs all of them and none ever changes.
+
+    To ``replay`` them takes a few microseconds, and ``TinyJit``'s own call a hundred. Otherwise the
+    list is empty.
+    """
+    if not _engine.cache_info().currsize:
+        return []
+    from tinygpt.machine.pool import runner
+
+    return runner.fixed_graphs(linear)
 
 
 def threads() -> int:

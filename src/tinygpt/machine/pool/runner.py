@@ -27,6 +27,7 @@ from tinygpt.machine.tinygrad_internals import (
     Ops,
     TinyELF,
     get_call_arg_uops,
+    get_graph_runtime,
     pieces_of_kernels,
     resolve_params,
 )
@@ -126,6 +127,15 @@ class PoolGraph(GraphRunner):
         self.pool.run(self.commands, len(self.calls))
         return time.perf_counter() - start if wait else None
 
+    def replay(self) -> None:
+        """Run the list as it is, where it is ``fixed``."""
+        self.pool.run(self.commands, len(self.calls))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the list is the same at every call."""
+        return not (self.inputs or self.vars)
+
     @staticmethod
     def supports_uop(batch_devs: list[Compiled], new_call: UOp) -> bool:
         """A compiled kernel that works on one CPU device and follows C's calling convention."""
@@ -163,6 +173,18 @@ class PoolProgram(CPUProgram):
         words = command(self.addr, global_size[0], self.core, arguments)
         self.pool.run(command_list(words), 1)
         return time.perf_counter() - start if rest.get("wait") else None
+
+
+def fixed_graphs(linear: UOp) -> list[PoolGraph]:
+    """The graphs that are all of a captured ``TinyJit``, if each is `fixed`; otherwise none."""
+    graphs = list[PoolGraph]()
+    for call in linear.src:
+        is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION and call.src[0].arg == "graph"
+        graph = get_graph_runtime(call.src[0]) if is_graph else None
+        if not isinstance(graph, PoolGraph) or not graph.fixed:
+            return []
+        graphs.append(graph)
+    return graphs
 
 
 def _is_input(argument: UOp) -> bool:

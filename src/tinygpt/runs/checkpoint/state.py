@@ -44,12 +44,11 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
     """Write a checkpoint atomically and return its path.
 
     Raises CheckpointError if the folder cannot be written; what stood at ``path`` stays. Raises
-    UsageError for a quantised model.
+    UsageError for a model of rounded weights.
     """
-    if model.quantized:
-        raise UsageError(
-            "This model was quantised: a checkpoint of its weights is the one it was loaded from."
-        )
+    if model.rounded_to is not None:
+        what = "This model was quantised" if model.quantized else "The weights were rounded"
+        raise UsageError(f"{what}: a checkpoint of its weights is the one it was loaded from.")
     check_overwritable(path, b"tinygpt", "a checkpoint")
     rehearse(meta, layout_of(named_tensors(model, optimizer)))
     remove_stale(path.parent)

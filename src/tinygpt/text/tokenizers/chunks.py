@@ -20,10 +20,12 @@ to itself; the tokens at the cut may differ from those of the whole."""
 
 _SCRIPTS = "0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 _POINTS = r"!-&(-/:-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
-_LAST_CUT = re.compile(rf"(?s).*(?:[^\W_](?=[ \t\r\n])|[{_SCRIPTS}](?=[{_POINTS}]))")
+_CUT = rf"(?:[^\W_](?=[ \t\r\n])|[{_SCRIPTS}](?=[{_POINTS}]))"
+_FIRST_CUT, _LAST_CUT = re.compile(_CUT), re.compile(rf"(?s).*{_CUT}")
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{50000,}}(?=[{_SPACE}][^{_SPACE}])")
+_LONG = 50_000
+_LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{{_LONG},}}(?=[{_SPACE}][^{_SPACE}])")
 
 
 def chunks(pieces: Iterable[str], size: int = CHUNK, longest: int = LONGEST) -> Iterator[str]:
@@ -49,11 +51,20 @@ def chunks(pieces: Iterable[str], size: int = CHUNK, longest: int = LONGEST) -> 
         yield "".join(waiting)
 
 
+def first_cut(text: str) -> int | None:
+    """The first place, in characters, at which a BPE would not notice a cut; None without one."""
+    found = _FIRST_CUT.search(text)
+    return found.end() if found else None
+
+
 def split_space(text: str) -> list[str]:
     r"""Cut behind very long white space, on which the regular expressions of a BPE give up.
 
     The pattern ``\s+(?!\S)`` takes all of a run but its last character, which may begin the word
     that follows; cut there, the left side's ``\s++$`` takes just the same.
     """
+    block = _LONG // 2  # of so much white space, half of it or more would fill a whole block
+    if not any(text[i : i + block].isspace() for i in range(0, len(text) - block + 1, block)):
+        return [text]
     ends = [found.end() for found in _LONG_SPACE.finditer(text)]
     return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]

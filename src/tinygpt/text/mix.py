@@ -1,0 +1,175 @@
+"""Several sources mixed by weight: which source each row of a batch is from, and which of its rows.
+
+A row is a block of tokens with its targets. The shares are fractions with a common denominator P,
+and of every P rows each source has exactly its share, evenly spread, so that of any number of rows
+it has its share to within a row or two. The order is the same for all seeds and all steps: row g of
+a run belongs to the source that stands at g mod P, and its number there follows from g alone. So a
+batch stays a pure function of the tokens, the step and the seed.
+
+A source that is smaller than its share of the run begins anew, in another order, each time all of
+its rows have been dealt out; the others are not affected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygpt.errors import UsageError
+from tinygpt.text.joined import Joined
+from tinygpt.text.names import exists
+from tinygpt.untrusted import brief
+
+LONGEST = 100_000
+"""Largest common denominator of the shares: five decimals."""
+WANTED = "Wanted: sources and their shares, such as wiki=0.7,code=0.3"
+
+
+def is_mix(source: str | Path) -> bool:
+    """Whether a source is meant as a mix: ``a=0.7,b=0.3``, and no file of that name."""
+    if not isinstance(source, str) or "=" not in source or exists(Path(source)):
+        return False
+    return all(_number(part.rpartition("=")[2]) is not None for part in source.split(","))
+
+
+def parse_mix(text: str) -> dict[str, Fraction]:
+    """The sources in ``a=0.7,b=0.3`` and their shares, exactly. Raises UsageError.
+
+    >>> parse_mix("wiki=0.7,code=0.3")
+    {'wiki': Fraction(7, 10), 'code': Fraction(3, 10)}
+    """
+    shares: dict[str, Fraction] = {}
+    for part in text.split(","):
+        source, equals, number = part.strip().rpartition("=")
+        share = _number(number)
+        if not (source and equals) or share is None:
+            raise UsageError(f"--mix: {brief(part)} is no source with its share. {WANTED}.")
+        if source in shares:
+            raise UsageError(f"--mix names {brief(source)} twice. Give each source once.")
+        shares[source] = share
+    check_shares(shares)
+    return shares
+
+
+def write_mix(shares: Mapping[str, Fraction]) -> str:
+    """What ``parse_mix`` reads: decimals, and fractions where there is no such decimal."""
+    short = {share: f"{float(share):g}" for share in shares.values()}
+    return ",".join(
+        f"{source}={short[share] if Fraction(short[share]) == share else share}"
+        for source, share in shares.items()
+    )
+
+
+def check_shares(shares: Mapping[str, Fraction]) -> None:
+    """UsageError unless all are above 0 and they sum to 1."""
+    for source, share in shares.items():
+        if share <= 0:
+            raise UsageError(
+                f"--mix gives {source} the share {float(share):g}. Shares are above 0: leave the "
+                f"source out, or give it more."
+            )
+    total = sum(shares.values())
+    if total != 1:
+        right = [round(float(share / total), 4) for share in shares.values()]
+        right[0] = round(1 - sum(right[1:]), 4)
+        listed = ",".join(f"{s}={r:g}" for s, r in zip(shares, right, strict=True))
+        raise UsageError(
+            f"--mix: the shares sum to {float(total):g}, and not to 1. In the same proportions: "
+            f"--mix {listed}"
+        )
+    if _period(shares.values()) > LONGEST:
+        raise UsageError("--mix: the shares have too many decimals; five are enough.")
+
+
+def _number(text: str) -> Fraction | None:
+    """A decimal or a fraction such as 1/3, exactly."""
+    if not 0 < len(text.strip()) < 20 or "e" in text.lower():
+        return None
+    try:
+        return Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _period(shares: Any) -> int:
+    return math.lcm(*(share.denominator for share in shares))
+
+
+class Mix(Joined):
+    """Sources of tokens with their shares. As a sequence it is all of them, one behind another.
+
+    ``shares`` are numbers above 0 that sum to 1, and are taken as the decimals they are written as.
+    Raises UsageError.
+
+    >>> mix = Mix({"wiki": wiki_tokens, "code": code_tokens}, {"wiki": 0.7, "code": 0.3})
+    """
+
+    def __init__(
+        self, sources: Mapping[str, Any], shares: Mapping[str, float | str | Fraction]
+    ) -> None:
+        if sources.keys() != shares.keys() or not sources:
+            raise UsageError(
+                f"A mix needs a share for each source. It has the sources {', '.join(sources)} and "
+                f"shares of {', '.join(shares)}."
+            )
+        self.sources = dict(sources)
+        self.shares = {name: Fraction(str(shares[name])) for name in sources}
+        check_shares(self.shares)
+        parts = list(self.sources.values())
+        super().__init__(parts, np.result_type(*(part.dtype for part in parts)))
+        self.period = _period(self.shares.values())
+        self._order, self._number = _spread(
+            [int(share * self.period) for share in self.shares.values()]
+        )
+
+    def _view(self, first: int, last: int) -> Joined:
+        """A part of a mix is no mix, but a part of the sequence."""
+        return Joined(self.parts, self.dtype, bounds=(first, last))
+
+    def rows(self, first: int, count: int) -> list[tuple[NDArray[np.int64], int]]:
+        """For each source: which of ``count`` rows from row ``first`` on are its own, and the
+        number, among its own, of the first of them. The others follow it."""
+        places = np.array([(first + i) % self.period for i in range(count)])
+        found = []
+        for source, share in enumerate(self.shares.values()):
+            own = np.flatnonzero(self._order[places] == source)
+            before = 0
+            if len(own):
+                period = (first + int(own[0])) // self.period
+                before = period * int(share * self.period) + int(self._number[places[own[0]]])
+            found.append((own, before))
+        return found
+
+    def fingerprint_of(self, fingerprints: Sequence[str]) -> str:
+        """SHA-256 of the sources, by their fingerprints, and of their shares."""
+        told = [
+            f"{share}:{print_}"
+            for share, print_ in zip(self.shares.values(), fingerprints, strict=True)
+        ]
+        return hashlib.sha256(" ".join(told).encode()).hexdigest()
+
+    def epochs(self, rows: int, block_size: int) -> dict[str, float]:
+        """How often ``rows`` rows of a run read each source."""
+        return {
+            name: float(self.shares[name]) * rows / max(1, (len(tokens) - 1) // block_size)
+            for name, tokens in self.sources.items()
+        }
+
+
+def _spread(counts: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The source at each place of a period, and its how many-th it is there.
+
+    The i-th of n rows of a source stands at (i + 1/2) / n of the period; ties go by the sources.
+    """
+    source = np.repeat(np.arange(len(counts)), counts)
+    number = np.concatenate([np.arange(count) for count in counts])
+    place = (number + 0.5) / np.repeat(counts, counts)
+    order = np.lexsort((source, place))
+    return source[order], number[order]
