@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tinygpt.machine import choice, doctor, pace
@@ -70,6 +72,46 @@ def test_it_is_not_the_default_in_whatever_order_things_are_imported(
 def test_a_short_training_runs_on_opencl() -> None:
     seconds = pace.seconds_per_step("CL")
     assert seconds is not None and seconds > 0
+
+
+TWO = """
+from tinygpt.machine import device
+device.prefer("CL:0,CL:1")
+from tests.test_opencl import losses
+print(*losses(devices="CL:0,CL:1", shard_optimizer=True))
+"""
+
+
+def losses(**settings: Any) -> list[float]:
+    """Those of three steps of a small model."""
+    from tinygpt import GPT, GPTConfig, TrainConfig
+    from tinygpt.training.loop import train_steps
+    from tinygpt.training.optim import make_optimizer
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=16))
+    config = TrainConfig(batch_size=4, max_iters=3, warmup_steps=0, **settings)
+    optimizer = make_optimizer(model.parameters(), config)
+    tokens = (np.arange(600) % 13).astype(np.uint16)
+    return [step.train_loss for step in train_steps(model, optimizer, config, tokens)]
+
+
+@needs_opencl
+@pytest.mark.timeout(400)
+def test_two_opencl_devices_train_as_one_processor_does() -> None:
+    """pocl makes a device of each word; what the word is depends on its version."""
+    for word in ("cpu", "pthread"):
+        given = os.environ | {"POCL_DEVICES": f"{word} {word}", "TINYGPT_STRICT": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", TWO], env=given, capture_output=True, text=True, timeout=380
+        )
+        if done.returncode == 0:
+            break
+    else:
+        if "no device CL" in done.stderr:
+            pytest.skip("this OpenCL driver cannot be made to have two devices")
+        pytest.fail(done.stderr)
+    found = [float(word) for word in done.stdout.split()]
+    np.testing.assert_allclose(found, losses(), rtol=1e-6)
 
 
 def test_doctor_times_a_step_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:

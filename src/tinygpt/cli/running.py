@@ -62,6 +62,14 @@ class Beginning(NamedTuple):
     """What it trains with, if its pace was measured."""
 
 
+def check_devices(train: TrainConfig) -> None:
+    """DeviceError if one of the devices of a run is not there."""
+    if train.devices is not None:
+        from tinygpt.machine.several import open_devices
+
+        open_devices(train.devices)
+
+
 def open_text(data: DataConfig) -> Corpus | None:
     """The text that is to be read, and a line on it; None for tokens, and for a mix."""
     from tinygpt.text.corpus import open_corpus
@@ -108,9 +116,9 @@ def _vocabulary(settings: Settings, name: str, tokens: Tokens, tokenizer: Tokeni
 def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: bool = True) -> None:
     """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed.
 
-    The time is guessed from the pace of a product, if ``timed``.
+    The time follows from that of the step's parts, if ``timed``.
     """
-    from tinygpt.training import preflight
+    from tinygpt.training import preflight, probe
 
     train, given = settings.train, settings.data.init is not None
     estimate = preflight.check(shape, train, allow=allow_memory, given=given)
@@ -120,7 +128,7 @@ def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: boo
     if not preflight.on_cpu():
         say("time: known when the first steps are done")
         return
-    seconds = preflight.seconds_per_step(estimate, preflight.measured_rate())
+    seconds = probe.seconds_per_step(shape, train)
     say(
         f"time: about {1000 * seconds:,.0f} ms a step, {estimate.tokens / seconds:,.0f} tokens/s, "
         f"{duration(seconds * train.max_iters)} for {train.max_iters:,} steps"

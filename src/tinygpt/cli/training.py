@@ -25,6 +25,7 @@ from tinygpt.cli.options import (
     run_tables,
 )
 from tinygpt.cli.running import (
+    check_devices,
     foresee,
     gather,
     introduce,
@@ -204,6 +205,8 @@ def train(
     # Before the text is read, and before there is a folder: it may not be possible.
     page = dashboard and ranks.first
     with dashboard_listener(dashboard_port) if page else nullcontext() as listener:
+        device.prefer(settings.train.devices)
+        check_devices(settings.train)
         device.require_device()
         _check_machine(settings.train)
         if beginning is not None:

@@ -18,6 +18,7 @@ from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
 from tinygpt.machine import resources
 from tinygpt.machine.ranks.alone import Alone
+from tinygpt.machine.several import open_devices
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
 from tinygpt.runs import changes, checkpoint
@@ -58,6 +59,15 @@ class Progress:
             return True
         self.evaluations_since_best += 1
         return False
+
+
+def shared(config: TrainConfig, devices: Sequence[str]) -> str:
+    """How several devices share a run, in a line."""
+    moments = "divided among them" if config.shard_optimizer else f"on {devices[0]}"
+    return (
+        f"devices: {', '.join(devices)}, each with {config.batch_size // len(devices)} of the "
+        f"{config.batch_size} sequences of a micro-batch; the optimizer's moments {moments}"
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ class TrainingRun:
         parts = {"train": train_tokens} | ({} if val_tokens is None else {"val": val_tokens})
         for tokens in parts.values():
             batches.check_length(tokens, model.config.block_size)
+        devices = open_devices(config.devices)
         if trial is not None:
             optimizer = trial.optimizer
         elif optimizer is None:
@@ -139,6 +150,8 @@ class TrainingRun:
         """What was allowed to change when the run was resumed, and at which step."""
         self._save_soon = False
         self.output = Output(self.folder, config)
+        if len(devices) > 1:
+            self.notice(shared(config, devices))
         self.fingerprints = {part: data_fingerprint(tokens) for part, tokens in parts.items()}
         try:
             self.ranks.same(self._facts())
@@ -388,6 +401,8 @@ class TrainingRun:
         }
         if step.loss_scale is not None:
             row["loss_scale"] = step.loss_scale
+        if (devices := self.config.n_devices) > 1:
+            row["devices"] = devices
         if step.skipped or step.iter % max(1, self.config.max_iters // LAYER_ROWS) == 0:
             row["grad_norms"] = {name: short(norm) for name, norm in step.grad_norms.items()}
         return row

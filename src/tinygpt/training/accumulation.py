@@ -38,6 +38,15 @@ def most_halves(count: int) -> int:
     return count & -count
 
 
+def levels(count: int) -> int:
+    """How many buffers, each as large as all gradients, the sum of ``count`` leaves needs.
+
+    >>> [levels(n) for n in (1, 2, 3, 4, 6, 8, 40)]
+    [1, 1, 1, 2, 2, 3, 4]
+    """
+    return (count // run_length(count)).bit_length()
+
+
 class PartialSums:
     """Buffers for the partial sums of one tree: ``levels[0]`` for runs, then for larger halves."""
 
@@ -53,8 +62,7 @@ class PartialSums:
         ``add_leaf(i, first)`` must put leaf i into ``levels[0]`` if it is the first of a run, or
         else add it to what is there.
         """
-        run = run_length(max(1, count))
-        top = max(0, (count // run).bit_length() - 1)
+        run, top = run_length(max(1, count)), levels(max(1, count)) - 1
         while len(self.levels) <= top:
             self._add_level()
         for i in range(count):

@@ -63,6 +63,8 @@ def plain_attention(
     key: Tensor | None = None,
 ) -> Tensor:
     """The weights as a matrix. A mask of dropout has a row for each sequence, head and key."""
+    given = q.dtype
+    q, k, v = (x.cast(wide(x.dtype)) for x in (q, k, v))
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))  # (B, H, Tq, Tk)
     if is_causal and q.shape[-2] != 1:  # a single query is the last position: it sees every key
         mask = causal_mask(int(q.shape[-2]), int(k.shape[-2]))
@@ -74,7 +76,7 @@ def plain_attention(
         mask = plain_mask(B * H * Tk, Tq, dropout, key.to(q.device))
         mask = mask.reshape(B, H, Tk, Tq).transpose(2, 3)
         weights = mask.where(weights / (1 - dropout), 0)
-    return weights @ v
+    return (weights @ v).cast(given)
 
 
 def plain_self_attention(

@@ -32,6 +32,7 @@ Size = tuple[int, int, int]
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """log z + m - s[t], row by row."""
+    logits = logits.cast(wide(logits.dtype))
     counted, exists = targets >= 0, targets < int(logits.shape[-1])
     picked = (Tensor.arange(logits.shape[-1]) == targets.unsqueeze(-1)).where(logits, 0).sum(-1)
     losses = counted.where(exists.where(logits.logsumexp(-1) - picked, math.nan), 0)
