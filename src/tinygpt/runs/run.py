@@ -16,7 +16,7 @@ from tinygpt.errors import TokenizerError, TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
-from tinygpt.machine import resources
+from tinygpt.machine import precision, resources
 from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.several import open_devices
 from tinygpt.model import lora
@@ -127,6 +127,7 @@ class TrainingRun:
     ) -> None:
         self.ranks = ranks or Alone()
         self.ranks.check(config.grad_accum_steps, config.batch_size)
+        precision.require(config.dtype)
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
         parts = {"train": train_tokens} | ({} if val_tokens is None else {"val": val_tokens})

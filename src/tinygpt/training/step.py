@@ -13,6 +13,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
+from tinygpt.machine import precision
 from tinygpt.machine.jit import jit
 from tinygpt.machine.precision import half_of
 from tinygpt.machine.ranks.alone import Alone
@@ -68,6 +69,8 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
+    Raises DeviceError for a type that a device does not have.
+
     With accumulation one jitted function adds the micro-batches' gradients to buffers, in the order
     of ``accumulation``, and another applies their sum.
 
@@ -81,6 +84,8 @@ def make_train_step(
     model.check_can_learn()
     ranks = ranks or Alone()
     replicas = replicas or replicas_for(model, config)
+    for device in replicas.devices:
+        precision.require(config.dtype, device)
     half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     names = {id(p): name for name, p in model.parameters().items()}
     learned = [names[id(p)] for p in params]
