@@ -21,6 +21,7 @@ from tinygpt.text.names import lasting
 if TYPE_CHECKING:
     from tinygpt.api import GPT
     from tinygpt.config import GPTConfig, TrainConfig
+    from tinygpt.machine.ranks.alone import Alone
     from tinygpt.runs.run import TrainingRun
     from tinygpt.runs.trial import Trial
     from tinygpt.text.corpus import Corpus
@@ -154,6 +155,7 @@ def make_run(
     resume: bool | Path = False,
     allow_change: Sequence[str] = (),
     beginning: Beginning | None = None,
+    ranks: Alone | None = None,
 ) -> TrainingRun:
     """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
     from tinygpt.runs.folder import list_checkpoints
@@ -176,6 +178,7 @@ def make_run(
         allow_change=allow_change,
         init=origin,
         trial=trial,
+        ranks=ranks,
     )
 
 
