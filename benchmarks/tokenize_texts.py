@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -74,6 +73,19 @@ def ours(text: Path, out: Path, processes: int) -> tuple[float, float]:
     )
 
 
+def peak(text: Path, out: Path) -> int:
+    """Bytes of memory that a process takes at most to make the shards of a text."""
+    code = (
+        "import sys; from tinygpt.cli import main; from tinygpt.machine import resources; "
+        "main(sys.argv[1:]); print(resources.peak_memory())"
+    )
+    words = ["tokenize", str(text), "--out", str(out), "--tokenizer", "gpt2", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout)
+
+
 def check(text: Path, folder: Path, processes: int) -> None:
     """The ids are those of the text, whatever the number of processes."""
     found = []
@@ -94,10 +106,9 @@ def main(options: argparse.Namespace) -> None:
         text, longer = folder / "text.txt", folder / "longer.txt"
         make_text(text, options.megabytes * 1_000_000)
         check(text, folder, options.processes)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        before = peak(text, folder / "peak")
         make_text(longer, 4 * options.megabytes * 1_000_000)
-        ours(longer, folder / "longer", 1)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        after = peak(longer, folder / "longer")
         used: dict[str, list[float]] = {}
 
         def turn(way: str, run: Callable[[], tuple[float, float]]) -> float:
@@ -120,7 +131,7 @@ def main(options: argparse.Namespace) -> None:
     scaling = ratio(seconds["ours"], seconds[many])
     print(f"ours, of tiktoken's speed on a core: {of_core.show()}")
     print(f"{many} against one: {scaling.show()} times as fast")
-    print(f"memory: {before // 1024} MB, and {after // 1024} MB for a text four times as long")
+    print(f"memory: {before / 1e6:.0f} MB, and {after / 1e6:.0f} MB for a text four times as long")
     write_json(
         options.json,
         {
@@ -130,7 +141,7 @@ def main(options: argparse.Namespace) -> None:
             "processor_seconds": used,
             "of_tiktoken": of_core,
             "scaling": scaling,
-            "peak_kilobytes": [before, after],
+            "peak_bytes": [before, after],
         },
     )
 
