@@ -19,9 +19,17 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygpt import cli, kernels
 from tinygpt.config import GPTConfig
 from tinygpt.errors import KernelError
-from tinygpt.kernels import check, dispatch
+from tinygpt.kernels import check, dispatch, pairs
 from tinygpt.kernels.attention import flash_attention, plain_attention
-from tinygpt.kernels.check import TOLERANCE, cases, check_case, check_kernel, exact, time_case
+from tinygpt.kernels.check import (
+    TOLERANCE,
+    cases,
+    check_case,
+    check_kernel,
+    exact,
+    gains,
+    time_case,
+)
 from tinygpt.model.transformer import Transformer
 from tinygpt.training.gradcheck import gradcheck
 
@@ -74,6 +82,16 @@ def test_an_operation_that_no_case_checks_is_named(monkeypatch: pytest.MonkeyPat
         return x
 
     assert check.unchecked() == ["root_mean_square"]
+
+
+def test_what_bfloat16_gains_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gains, "LAYER", (24, 32, 32))
+    monkeypatch.setattr(gains, "WEIGHTS", (2, 32, 32))
+    found = gains.gains()
+    assert found is not None and found.training > 0 and found.decoding > 0
+    assert ("AVX512_BF16" in found.way or "for" in found.way) or pairs.available("CPU")
+    monkeypatch.setattr(gains.precision, "available", lambda: ["float32"])
+    assert gains.gains() is None
 
 
 norm_case = cases.KERNELS["norm"][0][0]  # before a test puts another in its place

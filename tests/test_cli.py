@@ -619,8 +619,15 @@ def test_doctor_fails_only_for_what_is_needed(run_cli, monkeypatch):
     )
     compiler = Check("compiler", False, "none", "python -m pip install clang")
     monkeypatch.setattr("tinygpt.machine.doctor.examine", lambda: [python, plots])
+    monkeypatch.setattr("tinygpt.machine.doctor.time_devices", lambda: [])
+    timing = import_module("tinygpt.kernels.check.gains")
+    monkeypatch.setattr(timing, "gains", lambda: timing.Gains(1.62, 1.9, "by conversion"))
     code, out, _ = run_cli("doctor")
     assert code == 0 and "optional" in out and "get it" in out and "MISSING" not in out
+    assert "1.6 times the speed of float32" in out and "by conversion" in out
+    monkeypatch.setattr(timing, "gains", lambda: 1 / 0)
+    code, out, _ = run_cli("doctor")
+    assert code == 0 and "could not be timed: ZeroDivisionError" in out
     monkeypatch.setattr("tinygpt.machine.doctor.examine", lambda: [python, compiler])
     code, out, _ = run_cli("doctor")
     assert code == 1 and "MISSING" in out and "python -m pip install clang" in out

@@ -76,6 +76,26 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:
     np.testing.assert_allclose(weights, wanted[1], atol=1e-4)
 
 
+def test_the_command_says_what_it_trains_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    small = "--n-layer 1 --n-head 1 --n-embd 16 --block-size 8 --tokenizer char --batch-size 4"
+    words = ["train", str(text), *small.split(), "--max-iters", "2", "--out"]
+    assert main([*words, str(tmp_path / "run"), "--devices", "2", "--shard-optimizer"]) == 0
+    said = capsys.readouterr().err
+    assert "devices: CPU, CPU:1, each with 2 of the 4 sequences of a micro-batch; the " in said
+    assert "moments divided among them" in said
+    assert "devices = 2\n" in (tmp_path / "run" / "config.toml").read_text()
+    assert '"devices": 2' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert main([*words, str(tmp_path / "no"), "--devices", "3"]) == 2
+    assert "batch_size=4 does not divide by the 3 devices" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "no"), "--devices", "CPU:1,CPU:0"]) == 1
+    assert "Name CPU first" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def settings(**given: Any) -> TrainConfig:
     return replace(CONFIG, **{"max_iters": 3, "eval_interval": 3} | given)
 
@@ -193,7 +213,7 @@ def test_a_device_that_is_not_there_is_an_error_with_those_that_are(
     monkeypatch.setattr(several, "_opens", lambda name: name in ("CPU", "CPU:0", "CPU:1"))
     with pytest.raises(DeviceError, match=r"no device CPU:2.*there are CPU:0, CPU:1"):
         several.open_devices(3)
-    with pytest.raises(DeviceError, match=r"no device CL, CL:1.*No device of the kind CL"):
+    with pytest.raises(DeviceError, match=r"no device CL, CL:1.*kind CL .*those that can are CPU"):
         several.open_devices("CL:0,CL:1")
     with pytest.raises(DeviceError, match=r"must be the default device, CPU.*Name CPU first"):
         several.open_devices("CPU:1,CPU")

@@ -19,7 +19,7 @@ from tinygpt.config import PRESETS, GPTConfig, TrainConfig
 from tinygpt.errors import UsageError
 from tinygpt.machine import resources
 from tinygpt.model.transformer import Transformer
-from tinygpt.training import preflight
+from tinygpt.training import preflight, probe
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.step import make_evaluate, make_train_step
 
@@ -185,6 +185,35 @@ def test_the_pace_is_that_of_a_product():
     estimate = preflight.preflight(GPTConfig(), TrainConfig())
     seconds = preflight.seconds_per_step(estimate, 1e11)
     assert seconds == pytest.approx(estimate.flops / 0.9e11 + 5 * preflight.LAUNCHING)
+
+
+@pytest.mark.parametrize(
+    ("train", "seconds"),
+    [
+        ({}, 5 + 4 * 3 + 0.5),
+        ({"grad_accum_steps": 10}, 10 * (5 + 4 * 3 + 0.5 * probe.ADDING) + 0.5),
+        ({"freeze": 1}, 5 + 3 * 3 + 1 + 0.5),
+        ({"recompute": True}, 5 + 4 * (3 + 1) + 0.5),
+        ({"freeze": 4}, 5 + 4 * 1 + 0.5),
+    ],
+)
+def test_the_pace_adds_up_from_its_parts(monkeypatch, train, seconds):
+    parts = {"block": 3.0, "forward": 1.0, "outside": 5.0}
+    for name, each in parts.items():
+        monkeypatch.setattr(probe.Parts, name, lambda _, each=each: each)
+    monkeypatch.setattr(probe, "update_seconds", lambda learning: 0.5 / learning)
+    shape, config = GPTConfig(**SMALL, vocab_size=65), TrainConfig(**train)
+    assert probe.seconds_per_step(shape, config) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "train", [{"dtype": "bfloat16", "freeze": 0}, {"lora_rank": 2, "optimizer": "muon"}]
+)
+def test_every_part_can_be_timed(train):
+    shape = GPTConfig(**TINY | {"dropout": 0.1, "vocab_size": 13})
+    parts = probe.Parts(shape, TrainConfig(batch_size=2, **train))
+    assert 0 < parts.forward() < 10 and 0 < parts.outside() < 10
+    assert 0 < parts.block() < 10 and 0 < probe.update_seconds(100) < 10
 
 
 def test_free_memory_is_the_systems_within_the_containers_limit(monkeypatch):

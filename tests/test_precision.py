@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tinygrad import Device, dtypes
+from tinygrad import Device, Tensor, dtypes
 
-from tinygpt import GPT, GPTConfig, TrainConfig
-from tinygpt.config import PRECISIONS
+from tinygpt import GPT, GPTConfig, TrainConfig, kernels, train
+from tinygpt.config import PRECISIONS, PRESETS
 from tinygpt.errors import CheckpointError, ConfigError, DeviceError, UsageError
 from tinygpt.machine import precision
 from tinygpt.model import lora
 from tinygpt.runs.checkpoint import read_meta
 from tinygpt.runs.run import TrainingRun
 from tinygpt.text.batches import batch
+from tinygpt.text.corpus import pydocs
 from tinygpt.training import scaling
 from tinygpt.training.loop import train_steps
 from tinygpt.training.optim import make_optimizer
@@ -56,12 +57,19 @@ def test_an_unknown_type_is_refused_with_those_there_are() -> None:
         precision.type_of("bfloat")
 
 
-def test_a_type_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_that_the_device_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     renderer = type(Device[Device.DEFAULT].renderer)
     there = {precision.type_of("float32"), precision.type_of("float16")}
     monkeypatch.setattr(renderer, "supported_dtypes", lambda self: there)
     with pytest.raises(DeviceError, match=r"in bfloat16\. It has: float32, float16\.$"):
         precision.require("bfloat16")
+    with pytest.raises(DeviceError, match="It has: float32, float16"):
+        train(GPT(SHAPE), TrainConfig(dtype="bfloat16"), TOKENS, out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DeviceError, match="It has: float32, float16"):
+        GPT(SHAPE).cast("bfloat16")
     precision.require("float16")
 
 
@@ -184,11 +192,51 @@ def test_a_run_goes_on_in_another_type_and_says_so(tmp_path: Path) -> None:
     [
         {"grad_accum_steps": 2, "optimizer": "muon", "batch_size": 2},
         {"lora_rank": 2},
-        {"freeze": 1},
+        {"freeze": 1, "recompute": True},
+        {"devices": "2"},
     ],
-    ids=["accumulated muon", "lora", "freeze"],
+    ids=["accumulated muon", "lora", "freeze and recompute", "two devices"],
 )
 def test_half_precision_goes_with_other_ways_to_train(settings: dict[str, Any]) -> None:
     wanted, found = (losses(dtype, **settings) for dtype in ("float32", HALVES[-1]))
     np.testing.assert_allclose(found, wanted, rtol=2e-3)
     assert found != wanted
+
+
+# ---- what stays float32 ----
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_twins_and_kernels_compute_half_precision_in_float32(dtype: str) -> None:
+    kind, rng = precision.type_of(dtype), np.random.default_rng(0)
+    x = Tensor(rng.standard_normal((2, 16, 24)).astype(np.float32) * 8).cast(kind).realize()
+    wide, error = x.float().realize(), 2.0 ** (-7 if dtype == "bfloat16" else -10)
+    targets = Tensor(rng.integers(0, 24, 32).astype(np.int32))
+    for compute in (
+        kernels.gelu,
+        lambda x: kernels.layer_norm(x, Tensor.ones(24), None),
+        lambda x: kernels.self_attention(x, 2),
+        lambda x: kernels.cross_entropy(x.reshape(32, 24), targets),
+    ):
+        exact = compute(wide).numpy()
+        with kernels.plain():
+            plain = compute(x).float().numpy()
+        for found in (compute(x).float().numpy(), plain):
+            np.testing.assert_allclose(found, exact, rtol=error, atol=1e-6)  # rounded once
+
+
+@pytest.mark.slow
+def test_curves_are_within_one_percent_over_500_steps_of_baby() -> None:
+    text = "".join(pydocs().pieces())[:400_000]
+    chars = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = np.array([chars[c] for c in text], np.int32)
+    preset, curves = PRESETS["baby"], {}
+    for dtype in ("float32", *HALVES):
+        settings = {"max_iters": 500, "eval_interval": 50, "dtype": dtype}
+        config = TrainConfig(**{**preset.train, **settings})
+        model = GPT(GPTConfig(vocab_size=len(chars), **preset.model))
+        optimizer = make_optimizer(model.parameters(), config)
+        steps = train_steps(model, optimizer, config, ids[:-40_000], ids[-40_000:])
+        curves[dtype] = [(s.train_loss, s.val_loss) for s in steps if s.val_loss is not None]
+    for dtype in HALVES:
+        np.testing.assert_allclose(curves[dtype], curves["float32"], rtol=0.01)

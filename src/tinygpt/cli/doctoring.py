@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group
@@ -10,7 +11,7 @@ from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.flags import Count, Flat, Switch
 from tinygpt.cli.options import Values, flags
 from tinygpt.config import GPTConfig, Precision
-from tinygpt.errors import UsageError, nearest
+from tinygpt.errors import DeviceError, UsageError, nearest
 from tinygpt.files.disk import size
 from tinygpt.machine import device
 from tinygpt.machine import doctor as machine
@@ -40,8 +41,9 @@ heading = Group("Proofs, each with options of its own")
 def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
     """Look at device, compiler, caches, versions and vocabulary, and say how to mend them.
 
-    Where there are several devices, a small step is timed on each of them. The exit code is 1 if
-    something is missing that tinygpt cannot do without.
+    Where there are several devices, a small step is timed on each of them; and on the one that is
+    used, how much faster or slower bfloat16 is than float32. The exit code is 1 if something is
+    missing that tinygpt cannot do without.
 
     Parameters
     ----------
@@ -55,8 +57,10 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
         say(f"cleared {size(freed)} of kernels and token files")
         for path in failed:
             say(f"could not delete {path}")
-    checks = [*machine.examine(), *machine.time_devices()]
+    checks = [*machine.examine(), *_gpu(), *machine.time_devices()]
     healthy = all(check.ok or check.optional for check in checks)
+    if healthy:
+        checks += _time_half()
     if json:
         show_json({"ok": healthy, "checks": [vars(check) for check in checks]})
         return 0 if healthy else 1
@@ -69,6 +73,30 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
         print(aligned([(f"  {name}", cure) for name, cure in cures]))
     print("\nEverything needed is there." if healthy else "\nSomething needed is missing.")
     return 0 if healthy else 1
+
+
+def _gpu() -> Iterator[machine.Check]:
+    """What a GPU will be used for; nothing where kernels run on the processor."""
+    try:
+        name = device.require_device()
+    except DeviceError:
+        return
+    from tinygpt.kernels.wmma import plan
+
+    if what := plan(name):
+        yield machine.Check("GPU", True, what, optional=True)
+
+
+def _time_half() -> Iterator[machine.Check]:
+    """What bfloat16 gains or costs here."""
+    from tinygpt.kernels.check.gains import gains
+
+    found: object
+    try:
+        found = gains() or "this device has none"
+    except Exception as error:  # whatever a device's compiler or driver raises
+        found = f"could not be timed: {type(error).__name__}: {error}"
+    yield machine.Check("bfloat16", True, str(found), optional=True)
 
 
 # --kernels ---------------------------------------------------------------------------------------

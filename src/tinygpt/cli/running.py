@@ -21,6 +21,7 @@ from tinygpt.text.names import lasting
 if TYPE_CHECKING:
     from tinygpt.api import GPT
     from tinygpt.config import GPTConfig, TrainConfig
+    from tinygpt.machine.ranks.alone import Alone
     from tinygpt.runs.run import TrainingRun
     from tinygpt.runs.trial import Trial
     from tinygpt.text.corpus import Corpus
@@ -59,6 +60,14 @@ class Beginning(NamedTuple):
     """Where its weights are from, if they are not random: see ``checkpoint.start_from``."""
     trial: Trial | None = None
     """What it trains with, if its pace was measured."""
+
+
+def check_devices(train: TrainConfig) -> None:
+    """DeviceError if one of the devices of a run is not there."""
+    if train.devices is not None:
+        from tinygpt.machine.several import open_devices
+
+        open_devices(train.devices)
 
 
 def open_text(data: DataConfig) -> Corpus | None:
@@ -107,9 +116,9 @@ def _vocabulary(settings: Settings, name: str, tokens: Tokens, tokenizer: Tokeni
 def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: bool = True) -> None:
     """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed.
 
-    The time is guessed from the pace of a product, if ``timed``.
+    The time follows from that of the step's parts, if ``timed``.
     """
-    from tinygpt.training import preflight
+    from tinygpt.training import preflight, probe
 
     train, given = settings.train, settings.data.init is not None
     estimate = preflight.check(shape, train, allow=allow_memory, given=given)
@@ -119,11 +128,24 @@ def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: boo
     if not preflight.on_cpu():
         say("time: known when the first steps are done")
         return
-    seconds = preflight.seconds_per_step(estimate, preflight.measured_rate())
+    seconds = probe.seconds_per_step(shape, train)
     say(
         f"time: about {1000 * seconds:,.0f} ms a step, {estimate.tokens / seconds:,.0f} tokens/s, "
         f"{duration(seconds * train.max_iters)} for {train.max_iters:,} steps"
     )
+
+
+def fit_batch(shape: GPTConfig, settings: Settings) -> Settings:
+    """The settings with the largest micro-batch that fits in memory; UsageError if none does."""
+    from tinygpt.files.disk import size
+    from tinygpt.training.fitting import fit
+
+    found = fit(shape, settings.train, given=settings.data.init is not None)
+    say(
+        f"batch: {found.train.batch_size:,} sequences at a time, {found.train.grad_accum_steps:,} "
+        f"times a step: {size(found.taken)} at the peak when it was tried, {size(found.free)} free"
+    )
+    return replace(settings, train=found.train)
 
 
 def make_run(
@@ -133,6 +155,7 @@ def make_run(
     resume: bool | Path = False,
     allow_change: Sequence[str] = (),
     beginning: Beginning | None = None,
+    ranks: Alone | None = None,
 ) -> TrainingRun:
     """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
     from tinygpt.runs.folder import list_checkpoints
@@ -155,6 +178,7 @@ def make_run(
         allow_change=allow_change,
         init=origin,
         trial=trial,
+        ranks=ranks,
     )
 
 

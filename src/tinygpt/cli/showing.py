@@ -59,6 +59,12 @@ def _shown(value: object) -> object:
     return repr(value) if isinstance(value, str) and not value.isprintable() else value
 
 
+def _in_memory(count: int) -> str:
+    """What so many weights take to write with: as they are, with --dtype, and with --quantize."""
+    named = {"float32": 4, "bfloat16 or float16": 2, "int8": 1}
+    return ", ".join(f"{size(count * bytes_each)} in {name}" for name, bytes_each in named.items())
+
+
 def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object]]:
     tensors, progress = found["tensors"], found["progress"] or {}
     tokenizer = found["tokenizer"] or {}
@@ -68,6 +74,7 @@ def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object
         ("size", f"{size(found['bytes'])} in {len(tensors)} tensors"),
         ("step", f"{found['iter_num']:,}"),
         ("parameters", f"{config.num_params():,}"),
+        ("in memory", _in_memory(config.num_params())),
         ("optimizer", "yes" if any(n.startswith("optimizer.") for n in tensors) else "no"),
         ("tokenizer", tokenizer.get("kind", "none")),
     ]

@@ -18,7 +18,7 @@ from tinygrad import Tensor
 
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import blocks
-from tinygpt.kernels.phases import LOG2E, Array, Kernel, contiguous, empty, exp2, minimum, run
+from tinygpt.kernels.phases import LOG2E, Array, Kernel, contiguous, empty, exp2, minimum, run, wide
 
 LANES = 32
 UNITS = 64
@@ -28,12 +28,13 @@ SLOPE = math.sqrt(2 / math.pi)
 
 def plain_gelu(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh u), as GPT-2 has it."""
-    return 0.5 * x * (1 + (SLOPE * (x + CUBE * x * x * x)).tanh())
+    given, x = x.dtype, x.cast(wide(x.dtype))
+    return (0.5 * x * (1 + (SLOPE * (x + CUBE * x * x * x)).tanh())).cast(given)
 
 
 @operation("gelu", plain_gelu, cpu=True)
 def gelu(x: Tensor) -> Tensor:
-    """GELU of every element of x; on GPUs a part of tinygrad's products."""
+    """GELU of every element of x, half precision in float32; on GPUs a part of the products."""
     x, n = contiguous(x), int(x.numel())
     launch = partial(run, _gelu, lanes=min(n, LANES), n=n, units=min(UNITS, blocks(n, LANES)))
 
@@ -50,7 +51,8 @@ def _gelu(k: Kernel, out: Array, *inputs: Array, n: int, units: int) -> None:
     first = k.units(units) * (steps * k.lanes)
     with k.loop(steps) as i, k.phase() as lane:
         at = minimum(first + i * k.lanes, n - k.lanes) + lane  # the last ones may be done twice
-        u = x[at] * (x[at] * x[at] * CUBE + 1.0) * SLOPE
+        value = x[at].cast(wide(x.dtype))
+        u = value * (value * value * CUBE + 1.0) * SLOPE
         s = (exp2(u * (-2 * LOG2E)) + 1.0).reciprocal()
-        slope = s + x[at] * s * (1.0 - s) * (x[at] * x[at] * (3 * CUBE) + 1.0) * (2 * SLOPE)
-        out[at] = dy[0][at] * slope if dy else x[at] * s
+        slope = s + value * s * (1.0 - s) * (value * value * (3 * CUBE) + 1.0) * (2 * SLOPE)
+        out[at] = dy[0][at].cast(value.dtype) * slope if dy else value * s

@@ -7,6 +7,7 @@ times slower than those kernels, so it is never the default; ``DEV=CL`` still se
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
@@ -72,3 +73,28 @@ def opencl_accelerators() -> int | None:
     except Exception:  # no library, or no driver
         return None
     return 0 if failed else int(count.value)
+
+
+def add_opencl_devices() -> None:
+    """Let CL:1, CL:2, … be the further devices of OpenCL's first platform.
+
+    tinygrad asks for graphics cards or else for the default device alone, and then knows one where
+    a driver for processors (pocl) has several.
+    """
+    from tinygrad import Device
+    from tinygrad.runtime.autogen import opencl as cl
+
+    known = Device.get_class("CL")  # a class that keeps the list
+    if known.device_ids is None or opencl_accelerators():
+        return
+    platforms, count = (cl.cl_platform_id * 1)(), cl.cl_uint(0)
+    cl.clGetPlatformIDs(1, platforms, None)
+    cl.clGetDeviceIDs(platforms[0], cl.CL_DEVICE_TYPE_ALL, 0, None, count)
+    everything = (cl.cl_device_id * count.value)()
+    cl.clGetDeviceIDs(platforms[0], cl.CL_DEVICE_TYPE_ALL, count.value, everything, None)
+    first = _address(known.device_ids[0])
+    known.device_ids = [known.device_ids[0], *(d for d in everything if _address(d) != first)]
+
+
+def _address(handle: Any) -> int | None:
+    return ctypes.cast(handle, ctypes.c_void_p).value

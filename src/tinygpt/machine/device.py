@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
+from tinygpt.config.devices import device_names
 from tinygpt.errors import DeviceError, extras
 from tinygpt.files.folders import cache_dir, private_temp, put, wanted_cache_dir
 from tinygpt.machine import choice, disk_cache, environment, hook
@@ -57,6 +58,16 @@ def prepare() -> None:
         pass
     hook.after_import("tinygrad.helpers", environment.change_helpers)
     hook.after_import("tinygrad.helpers", _keep_kernels)
+
+
+def prefer(devices: int | str | None) -> None:
+    """Let a list of devices, such as CL:0,CL:1, choose the default device: its kind.
+
+    This must come before tinygrad is imported; later, ``several.open_devices`` says what to do.
+    """
+    kind = device_names(devices)[0].split(":")[0]
+    if kind and not os.environ.get("DEV", "").upper().startswith(kind):
+        os.environ["DEV"] = kind
 
 
 def require_device() -> str:

@@ -8,7 +8,9 @@ from tinygrad import Device
 
 from tinygpt.config.devices import MOST_DEVICES, device_names
 from tinygpt.errors import DeviceError
-from tinygpt.machine import pool
+from tinygpt.machine import choice, pool
+from tinygpt.machine.device import require_device
+from tinygpt.machine.tinygrad_internals import ALL_DEVICES
 
 
 def open_devices(devices: int | str | None) -> tuple[str, ...]:
@@ -20,14 +22,15 @@ def open_devices(devices: int | str | None) -> tuple[str, ...]:
     >>> open_devices("CPU:0,CPU:1")
     ('CPU', 'CPU:1')
     """
+    if device_names(devices)[0].split(":")[0] in ("", "CPU"):
+        require_device()  # which knows what is wrong with a compiler
     default = Device.canonicalize(Device.DEFAULT)
     names = device_names(devices, default.split(":")[0])
     missing = [name for name in names if not _opens(name)]
     if missing:
-        kind = names[0].split(":")[0]
         raise DeviceError(
-            f"There is no device {', '.join(missing)}. {_there(kind)} Name some of these with "
-            f"--devices, or leave it out for one."
+            f"There is no device {', '.join(missing)}. {_there(names[0].split(':')[0])} Name some "
+            f"of these with --devices, or leave it out for one."
         )
     if names[0] != default:
         advice = (
@@ -46,6 +49,8 @@ def open_devices(devices: int | str | None) -> tuple[str, ...]:
 
 def _opens(name: str) -> bool:
     with suppress(Exception):  # backends raise whatever they like where there is no device
+        if name.startswith("CL:") and Device["CL"] is not None:
+            choice.add_opencl_devices()
         return Device[name] is not None
     return False
 
@@ -58,5 +63,6 @@ def _there(kind: str) -> str:
             break
         found.append(f"{kind}:{i}")
     if not found:
-        return f"No device of the kind {kind} can be opened; the default is {Device.DEFAULT}."
+        others = ", ".join(name for name in ALL_DEVICES if _opens(name))
+        return f"No device of the kind {kind} can be opened here; those that can are {others}."
     return f"Of the kind {kind} there are {', '.join(found)}."

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, dtypes
+from tinygrad import Device, Tensor, dtypes
 
 from tinygpt.files.tensor_file import from_bfloat16, to_bfloat16
 from tinygpt.machine.tinygrad_internals import Buffer, DType, _to_np_dtype
@@ -95,6 +95,11 @@ def read(tensor: Tensor) -> Array:
     elif buffer.dtype != dtypes.bfloat16:
         values = values.copy()
     return from_bfloat16(values) if buffer.dtype == dtypes.bfloat16 else values
+
+
+def release_unused(device: str = "") -> None:
+    """Give back to the system what tinygrad keeps of freed memory for the next Tensor like it."""
+    getattr(Device[device or Device.DEFAULT].allocator, "free_cache", lambda: None)()
 
 
 def _buffer(tensor: Tensor) -> Buffer:

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Device, Tensor, dtypes
+from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.config.weights import weights
 from tinygpt.errors import DataError
 from tinygpt.machine.jit import jit
-from tinygpt.machine.transfer import read, write
+from tinygpt.machine.transfer import read, release_unused, write
 from tinygpt.model import lora
 from tinygpt.model.transformer import INFERENCE, Embedding, Linear, Transformer
 from tinygpt.text.tokens import Tokens
@@ -159,7 +159,7 @@ def free_unused(model: Transformer) -> None:
     """Give back to the system what tinygrad keeps of freed memory for the next Tensor like it."""
     for device in {p.device for p in model.parameters().values()}:
         if isinstance(device, str):
-            getattr(Device[device].allocator, "free_cache", lambda: None)()
+            release_unused(device)
 
 
 # What rounding costs ----------------------------------------------------------------------------

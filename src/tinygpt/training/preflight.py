@@ -3,7 +3,8 @@
 Everything is computed from the settings; nothing is allocated. What a step keeps in memory was
 measured for many shapes, and follows from the model: in each block 16 numbers per position and
 channel wait for the backward pass (the block's input, the normalised, three for q, k and v, the
-attention's result, eight in the MLP, and their gradients while they are used), and 8 outside.
+attention's result, eight in the MLP, and their gradients while they are used), and 8 outside. Of
+these two and four are float32 in half precision too. ``benchmarks/preflight.py`` compares.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
 from tinygpt.model.lora import count_trainable, learning
+from tinygpt.training.accumulation import levels
 
 FLOAT = 4
 """Bytes of a number."""
-PER_BLOCK, OUTSIDE, EVALUATING = 16, 8, 12
-"""Numbers that are kept for every position and channel: see above."""
+PER_BLOCK, OUTSIDE, EVALUATING = (16, 9), (8, 6), (9, 5)
+"""Floats that are kept for every position and channel, and in half precision: see above."""
 COMPILING = 40_000_000
 """Bytes that tinygrad takes to compile, and keeps for what it has compiled."""
 ROOM = 0.9
@@ -57,9 +59,13 @@ class Estimate:
     optimizer: int
     """Adam's two moments; Muon has one of the matrices."""
     gradients: int
-    """Of all parameters, where they are accumulated, and what Muon makes of them."""
+    """Of all parameters, or of a block where they are accumulated; and what Muon makes of them."""
+    sums: int
+    """Where gradients are accumulated, see ``accumulation``."""
+    kept: int
+    """What is kept when the forward pass is done; with recomputation the blocks' inputs."""
     activations: int
-    """What the backward pass needs of the forward pass."""
+    """The same when the backward pass is in a block; with recomputation those of one block."""
     loss: int
     """The largest part of the logits that is in memory at once, and the gradients it makes."""
     evaluation: int
@@ -74,9 +80,12 @@ class Estimate:
     def needed(self) -> int:
         """Bytes at the peak that the process does not have yet."""
         state = self.weights + self.optimizer + self.saving
-        # when the other gradients come, the logits have gone
-        step = self.activations + max(self.loss, self.gradients)
-        return state + step + self.evaluation + COMPILING
+        return state + self.step + self.sums + self.evaluation + COMPILING
+
+    @property
+    def step(self) -> int:
+        """Bytes that a micro-batch takes: when the other gradients come, the logits have gone."""
+        return max(self.kept + self.loss, self.activations + self.gradients)
 
     @property
     def peak(self) -> int:
@@ -91,8 +100,8 @@ class Estimate:
         parts = {
             "weights": self.weights,
             "optimizer": self.optimizer,
-            "gradients": self.gradients,
-            "activations": self.activations + self.loss,
+            "gradients": self.gradients + self.sums,
+            "activations": self.step - min(self.step, self.gradients),
             "evaluation and saving": self.evaluation + self.saving,
             "process": self.process + COMPILING,
         }
@@ -109,30 +118,40 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     """
     C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
     N = train.batch_size * T  # positions of a micro-batch
-    learning, adapters = count_trainable(model, train)
+    learned, (trained, adapters) = learning(model, train), count_trainable(model, train)
     matrices = muon_matrices(model, train)
-    moments = 2 * learning - sum(weight.size for weight in matrices)
+    moments = 2 * trained - sum(weight.size for weight in matrices)
     stacks = muon_stacks(matrices)
     at_once = max((2 * s.numbers + SLOTS * s.matrices * s.n**2 for s in stacks), default=0)
     count = model.num_params() + adapters
     L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
-    activations = N * C * (PER_BLOCK * L_back + OUTSIDE)
+    half = train.dtype != "float32"
+    per_block, outside, evaluating = (n[half] for n in (PER_BLOCK, OUTSIDE, EVALUATING))
+    per_block = N * C * per_block
     if model.attention == "plain":
-        activations += L_back * train.batch_size * model.n_head * T * T
+        per_block += train.batch_size * model.n_head * T * T // (1 + half)
+    kept = activations = per_block * L_back + N * C * outside
+    if train.recompute:
+        kept, activations = N * C * (L_back + outside), per_block + N * C * (1 + outside)
     chunk = cut_of(N, C, V)
     powers, dx_parts = prod(chunk.powers), prod(chunk.dx_parts)
-    accumulated = 3 * learning if train.grad_accum_steps > 1 else 0
-    tied = V * C if model.tie_embeddings and learning == count else 0  # a gradient from either end
+    tied = V * C if model.tie_embeddings and trained == count else 0  # a gradient from either end
     projection = 0 if _output_frozen(model, train) else V * C
+    gradients, sums = trained + tied, 0
+    if train.grad_accum_steps > 1:  # each is added to a sum as soon as it is there
+        last = sum(size for name, size in learned.items() if name.startswith(f"h.{L - 1}."))
+        gradients, sums = tied + max(last, tied), trained * levels(train.grad_accum_steps)
     return Estimate(
         parameters=count,
         process=resources.memory(),
         weights=FLOAT * count,
         optimizer=FLOAT * moments,
-        gradients=FLOAT * (learning + accumulated + tied + at_once),
+        gradients=FLOAT * (gradients + at_once),
+        sums=FLOAT * sums,
+        kept=FLOAT * kept,
         activations=FLOAT * activations,
         loss=FLOAT * (powers + dx_parts + projection),
-        evaluation=FLOAT * (N * C * EVALUATING + powers),
+        evaluation=FLOAT * (N * C * evaluating + powers),
         saving=FLOAT * (count + moments) if saves else 0,
         layers=L,
         tokens=N * train.grad_accum_steps,

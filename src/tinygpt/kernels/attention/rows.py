@@ -54,12 +54,14 @@ def plain_rows_attention(
     def own_slot(cache: Tensor, new: Tensor) -> Tensor:
         """The slots (n, H, T, D) of the rows, after these wrote what is new."""
         put = here.where(new.reshape(n, 1, H, 1, D), 0).sum(0)
-        return _in_place(cache, here.any(0).where(put, cache))[slots]
+        return _in_place(cache, here.any(0).where(put, cache))[slots].cast(wide(cache.dtype))
 
+    q = q.cast(wide(q.dtype))
     scores = q @ own_slot(keys, k).transpose(-2, -1) * (1 / math.sqrt(D))  # (n, H, 1, T)
     seen = (times <= positions).reshape(n, 1, 1, T)
     weights = seen.where(scores, -math.inf).softmax(-1)
-    return (weights @ seen.reshape(n, 1, T, 1).where(own_slot(values, v), 0)).reshape(n, H * D)
+    y = weights @ seen.reshape(n, 1, T, 1).where(own_slot(values, v), 0)  # (n, H, 1, D)
+    return y.cast(qkv.dtype).reshape(n, H * D)
 
 
 def plain_keep(qkv: Tensor, keys: Tensor, values: Tensor, slot: Tensor) -> list[Tensor]:

@@ -177,10 +177,10 @@ def scores(k: Kernel, scores: Array, largest: Array, sums: Array, *given: Array,
             value = weight[minimum(first + v, V - 1) * C + minimum(c, C - 1)]
             narrow[v, c] = value if C % 2 == 0 else (c < C).where(value, as_uop(0.0, weight.dtype))
 
-    def number_at(v: Index, d: Index) -> UOp:
+    def element(v: Index, step: UOp, d: Index) -> UOp:
         if cut.pairs:
-            return narrow[v, as_index(d) * 2]
-        return weight[minimum(first + v, V - 1) * C + d].cast(kind)
+            return narrow[v, (step + d) * 2]
+        return weight[minimum(first + v, V - 1) * C + step + d].cast(kind)
 
     with k.loop(rows // L) as j:
         panel = (as_index(number[0]) * (rows // L) + j) * cut.steps * L
@@ -198,7 +198,7 @@ def scores(k: Kernel, scores: Array, largest: Array, sums: Array, *given: Array,
                 k,
                 cut.block,
                 cut.depth,
-                lambda v, d: number_at(v, step + d),
+                lambda v, d: element(v, step, d),
                 lambda d, lane: by_row[panel + (step + d) * L + lane],
                 put,
                 lambda v, lane: part.eq(0).where(0.0, scores[at(v, lane)]),

@@ -127,8 +127,11 @@ class LiveDisplay:
             _pair("tokens/s", f"{step.tokens_per_second:,.0f}"),
             _pair("memory", f"{resources.memory() / 2**20:,.0f} MB"),
         )
-        if self._skipped:
-            table.add_row(_pair("skipped", f"{self._skipped:,}"))
+        more = [_pair("skipped", f"{self._skipped:,}")] if self._skipped else []
+        if (devices := self.config.n_devices) > 1:
+            more.append(_pair("devices", str(devices)))
+        if more:
+            table.add_row(*more)
         return table
 
     def _losses(self) -> RenderableType:
