@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tinygrad import Device, Tensor, dtypes
 
-from tinygpt import GPT, GPTConfig, TrainConfig, kernels
+from tinygpt import GPT, GPTConfig, TrainConfig, kernels, train
 from tinygpt.config import PRECISIONS, PRESETS
 from tinygpt.errors import CheckpointError, ConfigError, DeviceError, UsageError
 from tinygpt.machine import precision
@@ -57,12 +57,19 @@ def test_an_unknown_type_is_refused_with_those_there_are() -> None:
         precision.type_of("bfloat")
 
 
-def test_a_type_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_that_the_device_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     renderer = type(Device[Device.DEFAULT].renderer)
     there = {precision.type_of("float32"), precision.type_of("float16")}
     monkeypatch.setattr(renderer, "supported_dtypes", lambda self: there)
     with pytest.raises(DeviceError, match=r"in bfloat16\. It has: float32, float16\.$"):
         precision.require("bfloat16")
+    with pytest.raises(DeviceError, match="It has: float32, float16"):
+        train(GPT(SHAPE), TrainConfig(dtype="bfloat16"), TOKENS, out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DeviceError, match="It has: float32, float16"):
+        GPT(SHAPE).cast("bfloat16")
     precision.require("float16")
 
 

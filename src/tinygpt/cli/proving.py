@@ -37,8 +37,8 @@ from tinygpt.runs.history import read
 from tinygpt.text.corpus import NAMES
 from tinygpt.text.names import is_name
 
-VARYING = {"elapsed", "tokens_per_second", "memory", "run"}
-"""What two equal runs need not have in common: times, and the number of the run."""
+VARYING = {"elapsed", "tokens_per_second", "memory", "run", "lost_ranks"}
+"""What two equal runs need not have in common: times, lost ranks, and the number of the run."""
 MOST_ACCUMULATION = 2
 """Micro-batches of a step in the proof: more would only take longer."""
 

@@ -21,6 +21,7 @@ from tinygpt.text.names import lasting
 if TYPE_CHECKING:
     from tinygpt.api import GPT
     from tinygpt.config import GPTConfig, TrainConfig
+    from tinygpt.machine.ranks.alone import Alone
     from tinygpt.runs.run import TrainingRun
     from tinygpt.runs.trial import Trial
     from tinygpt.text.corpus import Corpus
@@ -134,6 +135,19 @@ def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: boo
     )
 
 
+def fit_batch(shape: GPTConfig, settings: Settings) -> Settings:
+    """The settings with the largest micro-batch that fits in memory; UsageError if none does."""
+    from tinygpt.files.disk import size
+    from tinygpt.training.fitting import fit
+
+    found = fit(shape, settings.train, given=settings.data.init is not None)
+    say(
+        f"batch: {found.train.batch_size:,} sequences at a time, {found.train.grad_accum_steps:,} "
+        f"times a step: {size(found.taken)} at the peak when it was tried, {size(found.free)} free"
+    )
+    return replace(settings, train=found.train)
+
+
 def make_run(
     settings: Settings,
     material: Material,
@@ -141,6 +155,7 @@ def make_run(
     resume: bool | Path = False,
     allow_change: Sequence[str] = (),
     beginning: Beginning | None = None,
+    ranks: Alone | None = None,
 ) -> TrainingRun:
     """A run, ready to be iterated over; ``resume`` may be the checkpoint that it goes on from."""
     from tinygpt.runs.folder import list_checkpoints
@@ -163,6 +178,7 @@ def make_run(
         allow_change=allow_change,
         init=origin,
         trial=trial,
+        ranks=ranks,
     )
 
 

@@ -105,7 +105,7 @@ def differences(
     if meta.data is not None and dict(meta.data) != dict(data):
         found.append(Change("data", _texts(meta.data), _texts(data)))
     if meta.tokenizer != tokenizer:
-        found.append(Change("tokenizer", _vocabulary(meta.tokenizer), _vocabulary(tokenizer)))
+        found.append(Change("tokenizer", vocabulary(meta.tokenizer), vocabulary(tokenizer)))
     if meta.train is not None and (meta.random_state or {}).get("order", 0) != ORDER:
         found.append(Change(ORDER_CHANGED, "from random places", "each token once an epoch"))
     return [change for change in found if change.field not in ALWAYS_FREE]
@@ -163,7 +163,7 @@ def _texts(data: Mapping[str, Any]) -> str:
     return ", ".join(f"{part} {str(value)[:12]}…" for part, value in data.items())
 
 
-def _vocabulary(tokenizer: Mapping[str, Any] | None) -> str:
+def vocabulary(tokenizer: Mapping[str, Any] | None) -> str:
     if tokenizer is None:
         return "none"
     text = to_json(tokenizer, sort=True, other=str)

@@ -16,7 +16,8 @@ from tinygpt.errors import TokenizerError, TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
-from tinygpt.machine import resources
+from tinygpt.machine import precision, resources
+from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.several import open_devices
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
@@ -31,7 +32,7 @@ from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
 from tinygpt.training.metrics import bits_per_byte, short
-from tinygpt.training.optim import make_optimizer
+from tinygpt.training.optim import make_optimizer, optimizer_state
 from tinygpt.training.scaling import LossScale
 from tinygpt.untrusted import clip
 
@@ -122,7 +123,11 @@ class TrainingRun:
         allow_change: Sequence[str] = (),
         init: Mapping[str, Any] | None = None,
         trial: Trial | None = None,
+        ranks: Alone | None = None,
     ) -> None:
+        self.ranks = ranks or Alone()
+        self.ranks.check(config.grad_accum_steps, config.batch_size)
+        precision.require(config.dtype)
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens
         parts = {"train": train_tokens} | ({} if val_tokens is None else {"val": val_tokens})
@@ -137,23 +142,26 @@ class TrainingRun:
         self._jitted = None if trial is None else trial.jitted
         self._check_optimizer()
         self.init = None if init is None else dict(init)
-        self.folder = user_path(folder) if folder is not None else None
+        self.folder = user_path(folder) if folder is not None and self.ranks.first else None
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
         self.guard, self.scaling = Guard(config), LossScale(config.dtype)
         self.decoder = Decoder(model) if trial is None else trial.decoder
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
-        self._stop = self._save_soon = False
+        self._save_soon = False
         self.output = Output(self.folder, config)
         if len(devices) > 1:
             self.notice(shared(config, devices))
         self.fingerprints = {part: data_fingerprint(tokens) for part, tokens in parts.items()}
         try:
-            self.output.check(bool(resume))
-            self._resume(resume, changes.parse(allow_change))
+            self.ranks.same(self._facts())
+            if self.ranks.first:
+                self.output.check(bool(resume))
+                self._resume(resume, changes.parse(allow_change))
             if self.folder is not None:
                 self._begin(anew=resume is not True)
+            self._go_on_as_first()
         except BaseException:
             self.output.release()
             raise
@@ -197,6 +205,31 @@ class TrainingRun:
         self.guard.load(meta.progress.get("skips"))
         self.scaling.load(meta.progress.get("loss_scale"))
 
+    def _facts(self) -> dict[str, str]:
+        """What ranks that train together must have in common, by name."""
+        tables = {"model": self.model.config.to_dict(), "train": self.config.to_dict()}
+        settings = {f"{t}.{k}": repr(v) for t, values in tables.items() for k, v in values.items()}
+        described = None if self.tokenizer is None else self.tokenizer.to_dict()
+        data = {f"data ({part})": mark for part, mark in self.fingerprints.items()}
+        return {"vocabulary": changes.vocabulary(described), **settings, **data}
+
+    def _go_on_as_first(self) -> None:
+        """Take over the weights, the moments and the progress of the first rank."""
+        state = optimizer_state(self.optimizer, self.model.parameters())
+        found = self.ranks.copy_first(
+            lambda: {
+                "iter_num": self.iter_num,
+                "progress": vars(self.progress),
+                "skips": self.guard.state(),
+                "loss_scale": self.scaling.state(),
+            },
+            [*self.model.parameters().values(), *state.values()],
+        )
+        if found is not None:
+            self.iter_num, self.progress = found["iter_num"], Progress(**found["progress"])
+            self.guard.load(found["skips"])
+            self.scaling.load(found["loss_scale"])
+
     def _begin(self, anew: bool) -> None:
         """Take the folder, after all that can be refused has been checked.
 
@@ -233,8 +266,11 @@ class TrainingRun:
         return self.output.history
 
     def stop(self) -> None:
-        """End the run after the step in progress, with a checkpoint. Safe in a signal handler."""
-        self._stop = True
+        """End the run after the step in progress, with a checkpoint. Safe in a signal handler.
+
+        Several ranks end after the next step that all of them take.
+        """
+        self.ranks.stop_asked = True
 
     def save_soon(self) -> None:
         """Write a checkpoint after the step in progress and go on. Safe in a signal handler."""
@@ -275,6 +311,7 @@ class TrainingRun:
             start=self.iter_num,
             guard=self.guard,
             jitted=self._jitted,
+            ranks=self.ranks,
             scaling=self.scaling,
         )
         before = self.elapsed
@@ -311,7 +348,10 @@ class TrainingRun:
         return bits_per_byte(loss, self.bytes_per_token)
 
     def _record(self, step: Step) -> Step:
-        """Judge, sample, save and write down one step; -> the step, completed."""
+        """Judge, sample, save and write down one step; -> the step, completed.
+
+        Ranks other than the first judge it only.
+        """
         if step.skipped:
             self.notice(f"step {step.iter} skipped: {step.skipped}")
         elif step.overflows:
@@ -326,6 +366,11 @@ class TrainingRun:
         )
         if step.val_loss is not None:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))
+        if not self.ranks.first:
+            return step
+        for message in self.ranks.news:
+            self.notice(f"step {step.iter}: {message}")
+        self.ranks.news.clear()
         if self._due(step, self.config.sample_interval):
             step = replace(step, sample=self._sample(step.iter))
         self.output.append(self.history, self._row(step))
@@ -346,6 +391,8 @@ class TrainingRun:
             row["val_bits_per_byte"] = step.val_bits_per_byte
         if step.skipped:
             row["skipped"] = step.skipped
+        if self.ranks.lost:
+            row["lost_ranks"], self.ranks.lost = self.ranks.lost, []
         row |= {
             "lr": step.lr,
             "grad_norm": step.grad_norm,
@@ -380,7 +427,7 @@ class TrainingRun:
         return step.iter % interval == 0 or step.iter == self.config.max_iters
 
     def _stopping(self) -> bool:
-        return self._stop or self._out_of_patience()
+        return self.ranks.stopping or self._out_of_patience()
 
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stop_patience

@@ -13,11 +13,14 @@ number of them, and one more each time that doubles.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
 from tinygrad import Tensor
 
 from tinygpt.machine.flat_buffer import FlatBuffer, Kind
 from tinygpt.machine.jit import jit
+from tinygpt.machine.ranks.alone import Alone, LostRankError
 
 
 def run_length(count: int) -> int:
@@ -59,7 +62,7 @@ class PartialSums:
         ``add_leaf(i, first)`` must put leaf i into ``levels[0]`` if it is the first of a run, or
         else add it to what is there.
         """
-        run, top = run_length(count), levels(count) - 1
+        run, top = run_length(max(1, count)), levels(max(1, count)) - 1
         while len(self.levels) <= top:
             self._add_level()
         for i in range(count):
@@ -67,6 +70,17 @@ class PartialSums:
             if i % run == run - 1:
                 self._carry(i // run, top)
         return top
+
+    def over(self, ranks: Alone, count: int, add_leaf: Callable[[int, bool], object]) -> int:
+        """``sum``, of leaves that ranks share; on every rank the same bits."""
+        while True:
+            own = ranks.share(count)
+            level = self.sum(len(own), partial(_leaf_of, add_leaf, own.start))
+            if ranks.size == 1:
+                return level
+            with suppress(LostRankError):  # then those left take all of it again
+                ranks.sum(self.levels[level], self.levels[0])
+                return 0
 
     def _add_level(self) -> None:
         self.levels.append(FlatBuffer(self._kinds))
@@ -92,6 +106,11 @@ def add_to(totals: Sequence[Tensor], values: Sequence[Tensor], first: Tensor) ->
             there[device] = first.to(device).contiguous()
         total.assign(there[device].where(value, total + value))  # not total * 0: a NaN would stay
     return totals[0].realize(*totals[1:])
+
+
+def _leaf_of(add_leaf: Callable[[int, bool], object], start: int, i: int, first: bool) -> None:
+    """Leaf i of those from ``start`` on."""
+    add_leaf(start + i, first)
 
 
 def _adder(upper: FlatBuffer, lower: FlatBuffer) -> Callable[[bool], object]:

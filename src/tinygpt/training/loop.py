@@ -18,6 +18,7 @@ from tinygrad.nn.optim import Optimizer
 from tinygpt.config import TrainConfig
 from tinygpt.errors import TrainingError
 from tinygpt.machine.precision import half_of
+from tinygpt.machine.ranks.alone import Alone
 from tinygpt.model.transformer import Transformer
 from tinygpt.text.batches import batch
 from tinygpt.text.tokens import Tokens as Text
@@ -78,13 +79,15 @@ class Jitted(NamedTuple):
     """Gives further devices the present weights: ``replicas.refresh``."""
 
 
-def make_jitted(model: Transformer, optimizer: Optimizer, config: TrainConfig) -> Jitted:
+def make_jitted(
+    model: Transformer, optimizer: Optimizer, config: TrainConfig, ranks: Alone | None = None
+) -> Jitted:
     """The functions of a run, on its devices. Raises DeviceError where one is not there."""
     if config.n_devices == 1:
-        step = make_train_step(model, optimizer, config)
+        step = make_train_step(model, optimizer, config, ranks=ranks)
         return Jitted(step, make_evaluate(model, config.dtype))
     replicas = replicas_for(model, config)
-    step = make_train_step(model, optimizer, config, replicas)
+    step = make_train_step(model, optimizer, config, replicas, ranks)
     return Jitted(step, make_evaluate(model, config.dtype, replicas), replicas.refresh)
 
 
@@ -97,6 +100,7 @@ def train_steps(
     start: int = 0,
     guard: Guard | None = None,
     jitted: Jitted | None = None,
+    ranks: Alone | None = None,
     scaling: LossScale | None = None,
 ) -> Iterator[Step]:
     """Train from step ``start`` to ``config.max_iters``, yielding after every step.
@@ -104,14 +108,15 @@ def train_steps(
     A batch depends on nothing but the tokens, the step and the seed, so a run that is resumed at a
     step goes on exactly as the one that was never interrupted; ``guard`` then holds the losses of
     the steps before, and ``scaling`` the loss scale. Raises TrainingError if too many steps in a
-    row had to be skipped.
+    row had to be skipped. With ``ranks``, processes that all iterate share every step, and all get
+    the same.
 
     >>> for step in train_steps(model, optimizer, config, tokens):
     ...     print(step.iter, step.train_loss)
     """
     A, B, T = config.grad_accum_steps, config.batch_size, model.config.block_size
     guard, scaling = guard or Guard(config), scaling or LossScale(config.dtype)
-    take_step, evaluate_batch, refresh = jitted or make_jitted(model, optimizer, config)
+    take_step, evaluate_batch, refresh = jitted or make_jitted(model, optimizer, config, ranks)
     refresh()
     began = time.perf_counter()
     for i in range(start, config.max_iters):
@@ -125,7 +130,7 @@ def train_steps(
         done, val_loss = i + 1, None
         due = done % config.eval_interval == 0 or done == config.max_iters
         if val_tokens is not None and due:
-            val_loss = evaluate(evaluate_batch, val_tokens, config.eval_iters, B, T)
+            val_loss = evaluate(evaluate_batch, val_tokens, config.eval_iters, B, T, ranks)
         elapsed = time.perf_counter() - began
         skipped = None if taken else why_skipped(loss, norm, limits)
         yield Step(

@@ -13,8 +13,10 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt.config import TrainConfig
+from tinygpt.machine import precision
 from tinygpt.machine.jit import jit
 from tinygpt.machine.precision import half_of
+from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.transfer import Array
 from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
 from tinygpt.text.batches import batch
@@ -63,8 +65,11 @@ def make_train_step(
     optimizer: Optimizer,
     config: TrainConfig,
     replicas: Replicas | None = None,
+    ranks: Alone | None = None,
 ) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
+
+    Raises DeviceError for a type that a device does not have.
 
     With accumulation one jitted function adds the micro-batches' gradients to buffers, in the order
     of ``accumulation``, and another applies their sum.
@@ -72,9 +77,15 @@ def make_train_step(
     On several devices each takes a part of every micro-batch, and has gradients of its own; the
     first adds them up, changes the weights, and hands them out. Whoever changes weights between
     steps calls ``replicas.refresh()``.
+
+    Of several ranks each takes some of the micro-batches; their gradients are added up, and every
+    rank changes its weights in the same way.
     """
     model.check_can_learn()
+    ranks = ranks or Alone()
     replicas = replicas or replicas_for(model, config)
+    for device in replicas.devices:
+        precision.require(config.dtype, device)
     half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     names = {id(p): name for name, p in model.parameters().items()}
     learned = [names[id(p)] for p in params]
@@ -165,15 +176,15 @@ def make_train_step(
         scales = [scale] if half == dtypes.float16 else []
         seed, number = key
         keys = [key_of(seed, number * micro_batches + i) for i in range(micro_batches)]
+
+        def add_leaf(i: int, first: bool) -> None:
+            accumulate(x[i], y[i], keys[i], first, *scales)
+            replicas.wait()
+
         if micro_batches == 1:
             report = whole(x[0], y[0], keys[0], lr, limits, *scales)
         else:
-
-            def add_leaf(i: int, first: bool) -> None:
-                accumulate(x[i], y[i], keys[i], first, *scales)
-                replicas.wait()
-
-            report = apply_level(sums.sum(micro_batches, add_leaf))(lr, limits)
+            report = apply_level(sums.over(ranks, micro_batches, add_leaf))(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(map(layer_of, learned), 0.0)
@@ -235,7 +246,14 @@ def evaluate(
     iters: int,
     batch_size: int,
     block_size: int,
+    ranks: Alone | None = None,
 ) -> float:
-    """Mean loss over the same ``iters`` batches every time, drawn evenly from the whole text."""
-    batches = (batch(tokens, i, EVAL_SEED, batch_size, block_size) for i in range(iters))
-    return math.fsum(evaluate_batch(x, y) for x, y in batches) / iters
+    """Mean loss over the same ``iters`` batches every time, drawn evenly from the whole text.
+
+    Ranks share the batches. The sum is exact before it is rounded, and thus the same in any order.
+    """
+
+    def loss(i: int) -> float:
+        return evaluate_batch(*batch(tokens, i, EVAL_SEED, batch_size, block_size))
+
+    return math.fsum((ranks or Alone()).each(loss, iters)) / iters

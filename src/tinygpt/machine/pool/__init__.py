@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from tinygpt.errors import UsageError
+from tinygpt.machine.ranks import launcher
 from tinygpt.machine.resources import cores
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def install(threads: int | None = None) -> int:
     """Run tinygrad's CPU kernels on ``threads`` threads from now on; return their number.
 
     Without ``threads`` the environment variable TINYGPT_THREADS counts, and without that one every
-    core that the process may use: its affinity (``taskset``) and its container's quota. With 1
+    core that the process may use: its affinity (``taskset``) and its container's quota, or its part
+    of them where mpiexec started several processes on this host. With 1
     there are no workers, but a captured ``TinyJit`` still runs as one call instead of one for each
     kernel. 0 leaves everything to tinygrad, as ``uninstall`` does.
 
@@ -128,7 +130,8 @@ def _checked(threads: int | None) -> int:
     if threads is None:
         source, value = "TINYGPT_THREADS", os.environ.get("TINYGPT_THREADS", "").strip()
         if not value:
-            return min(cores(), MAX_THREADS)
+            shared = launcher.own_cores(cores(), os.cpu_count() or 1)  # with other ranks
+            return min(shared, MAX_THREADS)
     try:
         number = int(str(value))
     except ValueError:

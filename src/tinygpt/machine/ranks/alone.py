@@ -1,0 +1,70 @@
+"""A process that trains by itself: the simplest case of `world.Ranks`, with the same methods."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from tinygrad import Tensor
+
+    from tinygpt.machine.flat_buffer import FlatBuffer
+
+
+class LostRankError(Exception):
+    """Ranks were lost, those left have closed ranks, and the exchange has to be made again."""
+
+
+class Alone:
+    """A process that trains by itself: the methods are described for several."""
+
+    rank, size, first = 0, 1, True
+    """Number of this process, how many there are, and whether it is the one that writes."""
+
+    def __init__(self) -> None:
+        self.stop_asked = False
+        """Set, by a signal for example, where this rank wants to stop."""
+        self.news: list[str] = []
+        """What has become of the ranks, for the user."""
+        self.lost: list[int] = []
+        """Ranks that were lost since that was last written down."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all ranks stop after this step."""
+        return self.stop_asked
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[Self]:
+        """A block in which an error of one rank ends all of them."""
+        yield self
+
+    def check(self, micro_batches: int, batch_size: int) -> None:
+        """UsageError unless the ranks can share a step of so many micro-batches."""
+
+    def same(self, facts: Mapping[str, str]) -> None:
+        """UsageError, on every rank, unless these facts are the same on all of them."""
+
+    def copy_first(
+        self, state: Callable[[], Mapping[str, Any]], tensors: Sequence[Tensor]
+    ) -> Mapping[str, Any] | None:
+        """Give all ranks the values that ``tensors`` have on the first; -> its ``state``.
+
+        None on the first rank. Where the first has failed instead, the others end here.
+        """
+        return None
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` micro-batches this rank computes."""
+        return range(count)
+
+    def sum(self, part: FlatBuffer, out: FlatBuffer) -> None:
+        """Put the sum of all ranks' ``part`` into ``out``; ranks without a share give none.
+
+        The last number of each array is used. Raises LostRankError.
+        """
+
+    def each(self, compute: Callable[[int], float], count: int) -> list[float]:
+        """``[compute(0), compute(1), …]``, each number computed by one of the ranks."""
+        return [compute(i) for i in range(count)]

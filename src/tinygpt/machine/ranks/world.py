@@ -1,0 +1,295 @@
+"""The ranks of a run, as it sees them: who sums what, what all of them agree on, who was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+
+from tinygpt.errors import TinyGPTError, TrainingError, UsageError
+from tinygpt.machine.ranks.alone import Alone, LostRankError
+from tinygpt.machine.ranks.tree import TreeSum
+
+if TYPE_CHECKING:
+    from tinygrad import Tensor
+
+    from tinygpt.machine.flat_buffer import FlatBuffer
+
+TOLERANT = "OMPI_MCA_mpi_ft_enable"
+"""Set by ``mpiexec --with-ft ulfm``."""
+
+
+class Heart:
+    """A thread that keeps MPI sending signs of life while this process computes for minutes.
+
+    Open MPI sends them in any call, but not in each: at least in one of eight (5.0.11).
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._comm, self._stop = comm, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="tinygpt-heart")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()  # MPI must not end in the middle of a call
+
+    def _beat(self) -> None:
+        while not self._stop.wait(1.0):
+            for _ in range(16):
+                self._comm.Iprobe()
+
+
+class Ranks(Alone):
+    """The processes of an MPI job. ``first`` is true on rank 0, which writes and shows.
+
+    Under ``mpiexec --with-ft ulfm`` of Open MPI the loss of other ranks is survived: those left
+    agree on which exchanges count, and as many as the tree allows go on. The rest then receive
+    results only, so that they can step in.
+    """
+
+    def __init__(self, mpi: ModuleType, half: bool = False) -> None:
+        super().__init__()
+        self.mpi, self.half = mpi, half
+        self.world = self.comm = mpi.COMM_WORLD
+        self.comm.Set_errhandler(mpi.ERRORS_RETURN)
+        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        self.first = self.rank == 0
+        self.tolerant = os.environ.get(TOLERANT, "0") not in ("", "0", "false")
+        self.members = list(range(self.size))
+        """The ranks that are left, by their numbers at the start."""
+        self._ended = self._started = self._stop_agreed = False
+        self._sum = TreeSum(self.comm, self.size, half)
+        self._micro_batches = self.size
+        self.hosts: list[Process] = self.comm.allgather(Process.this())
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop_agreed
+
+    # ---- before the first step ----
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[Self]:
+        try:
+            with Heart(self.mpi.COMM_SELF) if self.tolerant else contextlib.nullcontext():
+                yield self
+        except BaseException as error:
+            if not self._started:
+                self._tell(error)
+            elif not isinstance(error, TinyGPTError | SystemExit):
+                self._abort(error)  # of this rank alone: the others would wait for it
+            if self.first or isinstance(error, SystemExit):
+                raise
+            raise SystemExit(getattr(error, "exit_code", 1)) from error
+
+    def _tell(self, error: BaseException) -> None:
+        """Tell the other ranks, which wait in `_meet` or will come there, that this one ends."""
+        if not self._ended:
+            self._ended = True
+            code = getattr(error, "exit_code", 1)
+            self.comm.allgather({"error": str(error) or type(error).__name__, "code": code})
+
+    def _meet(self, message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Wait for all ranks; -> their messages. Ends this rank if another one has failed."""
+        try:
+            messages: list[Mapping[str, Any]] = self.comm.allgather(dict(message))
+        except self.mpi.Exception as error:
+            self._ended = True
+            raise TrainingError(f"A rank was lost before the first step: {error}.") from error
+        failed = [rank for rank, other in enumerate(messages) if "error" in other]
+        if not failed:
+            return messages
+        self._ended = True
+        other = messages[failed[0]]
+        if not self.first:
+            raise SystemExit(other["code"])
+        raise TrainingError(f"{self._name(failed[0])}: {other['error']}")
+
+    def _abort(self, error: BaseException) -> NoReturn:
+        os.write(2, f"rank {self.rank}: {type(error).__name__}: {error}\n".encode())
+        if self.first or not self.tolerant:
+            self.world.Abort(1)
+        os._exit(1)
+
+    def check(self, micro_batches: int, batch_size: int) -> None:
+        self._micro_batches, ranks = micro_batches, self.size
+        if ranks & (ranks - 1):
+            less = 1 << ranks.bit_length() - 1
+            raise UsageError(
+                f"{ranks} ranks cannot share a step: their number must be a power of two, so that "
+                f"they sum it in the same order as one would. Start {less} or {2 * less}."
+            )
+        if micro_batches % ranks:
+            more = -(-micro_batches // ranks) * ranks
+            smaller = batch_size * micro_batches // more
+            same = (
+                f" For as many sequences a step: --grad-accum-steps {more} --batch-size {smaller}."
+                if smaller * more == batch_size * micro_batches
+                else ""
+            )
+            fewer = micro_batches & -micro_batches
+            start = f", or start {fewer} rank{'s' * (fewer > 1)}" if fewer < ranks else ""
+            raise UsageError(
+                f"grad_accum_steps={micro_batches} cannot be shared by {ranks} ranks: it must be a "
+                f"multiple of {ranks}. Try --grad-accum-steps {more}{start}.{same}"
+            )
+
+    def same(self, facts: Mapping[str, str]) -> None:
+        messages = self._meet({"facts": {"code": code(), **facts}})
+        wanted = messages[0]["facts"]
+        for rank, message in enumerate(messages):
+            found = message["facts"]
+            differing = [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
+            if differing:
+                self._ended = True  # on all ranks at once
+                listed = ", ".join(f"{k}: {found.get(k)}, not {wanted.get(k)}" for k in differing)
+                raise UsageError(
+                    f"{self._name(rank)} differs from rank 0 in {listed}. All ranks must be "
+                    f"started with the same code, settings, data and vocabulary."
+                )
+
+    def copy_first(
+        self, state: Callable[[], Mapping[str, Any]], tensors: Sequence[Tensor]
+    ) -> Mapping[str, Any] | None:
+        from tinygpt.machine.transfer import read, write
+
+        found = self._meet({"state": state()} if self.first else {})[0]
+        for tensor in tensors:
+            values = read(tensor)
+            self.comm.Bcast(values.reshape(-1).view(np.uint8), root=0)
+            if not self.first:
+                write(tensor, values)
+        self._started = True
+        return None if self.first else found["state"]
+
+    # ---- while it trains ----
+
+    def share(self, count: int) -> range:
+        own, place = count // self._sum.active, self.comm.Get_rank()
+        return range(place * own, (place + 1) * own) if place < self._sum.active else range(0)
+
+    def sum(self, part: FlatBuffer, out: FlatBuffer) -> None:
+        part.fetch()
+        part.array[-1] = self.stop_asked
+        self._surely(lambda: self._sum(part.array, out.array))
+        self._stop_agreed = bool(out.array[-1] > 0)
+        out.put()
+
+    def each(self, compute: Callable[[int], float], count: int) -> list[float]:
+        while True:
+            place, size = self.comm.Get_rank(), self.comm.Get_size()
+            own = np.array([compute(i) for i in range(place, count, size)] or [0.0])
+            rows = np.zeros((size, -(-count // size)))
+            own.resize(rows.shape[1], refcheck=False)
+            with contextlib.suppress(LostRankError):
+                self._surely(partial(self.comm.Allgather, own, rows))
+                return [float(rows[i % size, i // size]) for i in range(count)]
+
+    def _surely(self, exchange: Callable[[], object]) -> None:
+        """Make an exchange, and raise LostRankError on every rank unless all of them have it."""
+        done = True
+        try:
+            exchange()
+        except self.mpi.Exception as error:
+            if not self.tolerant:
+                raise TrainingError(f"An exchange between the ranks failed: {error}.") from error
+            done = False
+            self.comm.Revoke()  # wakes those that still wait for this exchange
+        if self.tolerant:
+            with contextlib.suppress(self.mpi.Exception):  # raised on all or none
+                if self.comm.Agree(int(done)):
+                    return
+            self._close_ranks()
+            raise LostRankError
+
+    def _close_ranks(self) -> None:
+        """Go on with the ranks that are left; TrainingError without the first."""
+        self.comm = self.comm.Shrink()
+        self.comm.Set_errhandler(self.mpi.ERRORS_RETURN)
+        group, everyone = self.comm.Get_group(), self.world.Get_group()
+        left = self.mpi.Group.Translate_ranks(group, range(group.Get_size()), everyone)
+        gone = sorted(set(self.members) - set(left))
+        self.members = list(left)
+        for rank in gone:
+            self._end(rank)
+        if 0 not in self.members:
+            if self.rank == self.members[0]:
+                os.write(2, b"rank 0, which writes the run, was lost: the others end. Resume it.\n")
+            os._exit(1)  # its launcher has ended or will end the job
+        most = self._micro_batches & -self._micro_batches
+        active = min(most, 1 << len(left).bit_length() - 1)
+        self._sum = TreeSum(self.comm, active, self.half)
+        self.lost += gone
+        names = " and ".join(map(self._name, gone)) or "no rank"
+        self.news.append(
+            f"{names} was lost: {active} of the {len(left)} left share a step, and take it again"
+        )
+
+    def _end(self, rank: int) -> None:
+        """End a rank that was declared lost but hangs, if this is the rank on its host to do so."""
+        lost = self.hosts[rank]
+        there = [r for r in self.members if self.hosts[r].place == lost.place]
+        if there and there[0] == self.rank:
+            lost.kill()
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on {self.hosts[rank].host}"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, so described that no other one is taken for it."""
+
+    host: str
+    namespace: str
+    number: int
+    began: str
+    """When it began, in the units of the system."""
+
+    @classmethod
+    def this(cls) -> Self:
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, number: int) -> Self:
+        namespace = began = ""
+        with contextlib.suppress(OSError, IndexError):
+            namespace = str(Path(f"/proc/{number}/ns/pid").readlink())
+            began = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+        return cls(platform.node(), namespace, number, began)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where its number means it."""
+        return self.host, self.namespace
+
+    def kill(self) -> None:
+        """End it, if it is still the one that was described."""
+        if self.began and asdict(self) == asdict(Process.of(self.number)):
+            with contextlib.suppress(OSError):
+                os.kill(self.number, signal.SIGKILL)
+
+
+def code() -> str:
+    """A hash of this package, and the versions of what it computes with."""
+    root, found = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".c")):
+        found.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+        found.update(path.read_bytes())
+    versions = f"tinygrad {version('tinygrad')}, numpy {np.__version__}"
+    return f"tinygpt {found.hexdigest()[:12]}, {versions}, Python {platform.python_version()}"
