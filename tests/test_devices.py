@@ -19,6 +19,7 @@ from tinygpt.machine import several
 from tinygpt.runs.run import TrainingRun
 from tinygpt.runs.trial import Trial
 from tinygpt.training.optim import make_optimizer
+from tinygpt.training.preflight import preflight
 from tinygpt.training.shares import owners
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
@@ -94,6 +95,18 @@ def test_the_command_says_what_it_trains_on(
     assert main([*words, str(tmp_path / "no"), "--devices", "CPU:1,CPU:0"]) == 1
     assert "Name CPU first" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_the_estimate_is_of_all_devices_and_of_the_first() -> None:
+    one = preflight(SHAPE, replace(CONFIG, batch_size=2))
+    four = preflight(SHAPE, replace(CONFIG, devices=4))
+    shares = preflight(SHAPE, replace(CONFIG, devices=4, shard_optimizer=True))
+    assert (four.weights, four.optimizer) == (4 * one.weights, one.optimizer)
+    assert (four.kept, four.tokens, four.flops) == (4 * one.kept, 4 * one.tokens, 4 * one.flops)
+    assert four.needed == shares.needed < 4 * one.needed
+    moments = one.optimizer + 3 * one.gradients  # the first adds up those of the other three
+    assert four.on_first - shares.on_first == moments - moments // 4
+    assert "on the first of 4 devices" in str(four) and "devices" not in str(one)
 
 
 def settings(**given: Any) -> TrainConfig:
