@@ -16,31 +16,52 @@ needs_opencl = pytest.mark.skipif(
     not choice.has_opencl(), reason="no OpenCL driver is installed (pocl-opencl-icd)"
 )
 
-KERNELS = """
-import numpy as np
-from tinygrad import Tensor, Device
-from tinygpt import kernels
-rng = np.random.default_rng(1)
-x, w, b = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((5, 12), (7, 12), (12,)))
-def both(f):
-    with kernels.plain():
-        expected = f().numpy()
-    np.testing.assert_allclose(f().numpy(), expected, rtol=1e-4, atol=1e-4)
-both(lambda: kernels.linear(x, w))
-both(lambda: kernels.layer_norm(x, b, b))
-print(Device.DEFAULT)
+CHECK = """
+import sys
+from tinygpt.machine import precision, start
+start()
+from tinygrad import Device
+from tinygpt.kernels.check import KERNELS, check_case
+smallest = sys.argv[1:] == ["smallest"]
+for name, (cases, _) in KERNELS.items():
+    made = [make() for make in cases]
+    if smallest:
+        by_size = sorted(made, key=lambda case: -sum(x.size for x in case.inputs))
+        made = list({case.operation: case for case in by_size}.values())
+    if name == "bfloat16" and name not in precision.available():
+        made = []
+    for case in made:
+        row = check_case(case)
+        print(Device.DEFAULT, name, case.operation, row.passed, row.failure, sep=";", flush=True)
 """
+"""Every kernel, or the smallest shape of every operation, against its twin and float64."""
+
+
+def checked(*arguments: str, seconds: int) -> list[list[str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, *arguments],
+        env=os.environ | {"DEV": "CL"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split(";") for line in done.stdout.splitlines()]
 
 
 @needs_opencl
 @pytest.mark.timeout(300)
-def test_kernels_are_right_on_opencl() -> None:
-    given = os.environ | {"DEV": "CL"}
-    done = subprocess.run(
-        [sys.executable, "-c", KERNELS], env=given, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["CL"]
+def test_every_operation_is_right_on_opencl() -> None:
+    rows = checked("smallest", seconds=280)
+    assert {row[2] for row in rows} >= {"flash_attention", "self_attention", "linear", "loss"}
+    assert not [row for row in rows if row[0] != "CL" or row[3] != "True"]
+
+
+@needs_opencl
+@pytest.mark.slow
+def test_every_shape_of_every_kernel_is_right_on_opencl() -> None:
+    rows = checked(seconds=3000)
+    assert len(rows) > 40 and not [row for row in rows if row[3] != "True"]
 
 
 @needs_opencl

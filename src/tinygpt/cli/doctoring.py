@@ -11,7 +11,7 @@ from tinygpt.cli.console import aligned, say, show_json
 from tinygpt.cli.flags import Count, Flat, Switch
 from tinygpt.cli.options import Values, flags
 from tinygpt.config import GPTConfig, Precision
-from tinygpt.errors import UsageError, nearest
+from tinygpt.errors import DeviceError, UsageError, nearest
 from tinygpt.files.disk import size
 from tinygpt.machine import device
 from tinygpt.machine import doctor as machine
@@ -57,7 +57,7 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
         say(f"cleared {size(freed)} of kernels and token files")
         for path in failed:
             say(f"could not delete {path}")
-    checks = [*machine.examine(), *machine.time_devices()]
+    checks = [*machine.examine(), *_gpu(), *machine.time_devices()]
     healthy = all(check.ok or check.optional for check in checks)
     if healthy:
         checks += _time_half()
@@ -73,6 +73,18 @@ def doctor(*, json: Switch = False, clear_cache: Switch = False) -> int:
         print(aligned([(f"  {name}", cure) for name, cure in cures]))
     print("\nEverything needed is there." if healthy else "\nSomething needed is missing.")
     return 0 if healthy else 1
+
+
+def _gpu() -> Iterator[machine.Check]:
+    """What a GPU will be used for; nothing where kernels run on the processor."""
+    try:
+        name = device.require_device()
+    except DeviceError:
+        return
+    from tinygpt.kernels.wmma import plan
+
+    if what := plan(name):
+        yield machine.Check("GPU", True, what, optional=True)
 
 
 def _time_half() -> Iterator[machine.Check]:

@@ -28,12 +28,14 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels.dispatch import first_device, operation
 from tinygpt.kernels.loops import fill, own_share, share
-from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, run, wide
+from tinygpt.kernels.phases import Array, Kernel, as_uop, contiguous, empty, on_gpu, run, wide
 from tinygpt.machine.tinygrad_internals import DType
 
 LANES = 32
 PARTS = 16
-GPU_UNITS = 512
+GPU_LANES, GPU_PARTS = 64, 1024
+"""On a GPU so many threads share a gradient: memory is waited for by many, or for long."""
+GPU_UNITS = 1024
 BUFFERS = {"METAL": 31, "WEBGPU": 8}
 """The most buffers that a kernel may have, where that is less than tinygrad's 62 on the CPU."""
 
@@ -156,11 +158,14 @@ def adamw_update(
 
 def squares(grads: Sequence[Tensor], dtype: DType) -> list[Tensor]:
     """The sums of the squares of each gradient in PARTS parts: (some gradients, PARTS) each."""
-    sums = list[Tensor]()
+    sums, gpu = list[Tensor](), on_gpu(grads[0])
+    lanes, parts = (GPU_LANES, GPU_PARTS) if gpu else (LANES, PARTS)
     for i, j in split(tuple(g.shape for g in grads), _most_buffers(grads[0]) - 1):
         sizes = tuple(math.prod(map(int, g.shape)) for g in grads[i:j])
-        out = [empty(grads[0], j - i, PARTS, dtype=dtype)]
-        sums += run(_squares, out, grads[i:j], lanes=LANES, name=f"squares_{j - i}", sizes=sizes)
+        out, name = [empty(grads[0], j - i, parts, dtype=dtype)], f"squares_{j - i}"
+        sums += run(_squares, out, grads[i:j], lanes=lanes, name=name, sizes=sizes, parts=parts)
+    if gpu:  # what is left is for a kernel of one thread
+        sums = [contiguous(s.reshape(-1, PARTS, parts // PARTS).sum(2)) for s in sums]
     return sums
 
 
@@ -203,7 +208,7 @@ def change(
             _update,
             old,
             [*grads[i:j], numbers],
-            lanes=LANES,
+            lanes=GPU_LANES if on_gpu(numbers) else LANES,
             name=f"adamw_{j - i}",
             sizes=tuple(math.prod(map(int, p.shape)) for p in params[i:j]),
             decay=tuple(decay[i:j]),
@@ -248,18 +253,18 @@ def scaling(norm: UOp, clip: float, scale: float) -> UOp:
     return clipped * scale if clip else as_uop(scale, norm.dtype)
 
 
-def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...]) -> None:
-    """The sum of the squares of each gradient in one part of it: out (gradients, PARTS)."""
-    part = k.units(PARTS)
+def _squares(k: Kernel, out: Array, *grads: Array, sizes: tuple[int, ...], parts: int) -> None:
+    """The sum of the squares of each gradient in one part of it: out (gradients, parts)."""
+    part = k.units(parts)
     acc, total = k.tile(1, out.dtype, shared=True), k.tile(1, out.dtype)
     for i, (g, n) in enumerate(zip(grads, sizes, strict=True)):
         fill(k, 0.0, 1, acc)
-        for at, lane, inside in share(k, n, part, PARTS):
+        for at, lane, inside in share(k, n, part, parts):
             value = g[at].cast(out.dtype)
             acc[0, lane] = acc[0, lane] + inside.where(value * value, 0.0)
         k.fold(total, acc, 1)
         with k.phase(1):
-            out[i * PARTS + part] = total[0, 0]
+            out[i * parts + part] = total[0, 0]
 
 
 def _numbers(

@@ -32,6 +32,7 @@ from tinygpt.kernels.dispatch import on_cpu, operation
 from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
 from tinygpt.kernels.phases import Array, Backward, Index, Kernel, contiguous, minimum, run, wide
+from tinygpt.kernels.wmma import core_of
 from tinygpt.machine.tinygrad_internals import DType, least_upper_dtype
 
 FEW = 16
@@ -47,11 +48,18 @@ def computed_in(x: Tensor, weight: Tensor) -> DType:
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """One operation after the other."""
+    y = wide_product(x, weight)
+    return (y if bias is None else y + bias).cast(computed_in(x, weight))
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ as it is summed, both of the type that `computed_in` says."""
     kind = computed_in(x, weight)
     real = wide(kind) if on_cpu(x) else kind  # a CPU would round each product to 16 bits
     x, w = x.cast(kind).cast(real), weight.cast(kind).cast(real)
-    y = x.matmul(w.transpose(0, 1), dtype=wide(kind))
-    return (y if bias is None else y + bias).cast(kind)
+    if core_of(x):
+        w = w.contiguous()  # rounded once for three products
+    return x.matmul(w.transpose(0, 1), dtype=wide(kind))
 
 
 @operation("linear", plain_linear, cpu=True)

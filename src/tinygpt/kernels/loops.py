@@ -55,7 +55,7 @@ def at_most(x: UOp, most: int) -> UOp:
 def row_of(token: UOp, V: int) -> tuple[UOp, UOp]:
     """-> (the row of an id, whether it is one of V rows); an id without a row gets the first."""
     known = (token >= 0) & (token < V)
-    return as_index(known.where(token, 0)), known
+    return at_most(known.where(token, 0), V - 1), known
 
 
 # Loops -----------------------------------------------------------------------------------------

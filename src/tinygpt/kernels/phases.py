@@ -188,7 +188,7 @@ class Tile:
     """Rows x lanes of one unit: ``t[row, lane]`` reads, ``t[row, lane] = v`` writes."""
 
     def __init__(self, kernel: Kernel, rows: int, lanes: int, dtype: DType, shared: bool) -> None:
-        self._kernel, self.dtype = kernel, dtype
+        self._kernel, self.dtype, self.rows = kernel, dtype, rows
         # a GPU thread keeps only its own lane's column in its registers
         self._stride = 1 if kernel.gpu and not shared else lanes
         space = AddrSpace.LOCAL if kernel.gpu and shared else AddrSpace.REG
@@ -361,6 +361,11 @@ class Kernel:
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels on this tensor's device run as workgroups of threads."""
     device = x.device if isinstance(x.device, str) else (x.device or (Device.DEFAULT,))[0]
+    return is_gpu(device)
+
+
+def is_gpu(device: str) -> bool:
+    """The same of a device, of which OpenCL's may be the processor all the same."""
     return bool(Device[device].renderer.has_local)
 
 

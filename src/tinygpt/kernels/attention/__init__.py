@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from tinygrad import Tensor, dtypes
 
 from tinygpt.errors import UsageError
-from tinygpt.kernels.attention import backward
+from tinygpt.kernels.attention import backward, warps
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, tile_shape
 from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.dropout import plain_mask
 from tinygpt.kernels.phases import Backward, contiguous, empty, on_gpu, run, wide
+from tinygpt.kernels.wmma import CORES, WARP, core_of
 
 HEADS = 12
 """From so many on, of all sequences, a head is a unit of the backward pass."""
@@ -152,6 +153,8 @@ def _attention(
         return [*_gradients(p, grad, saved, inputs, keys), *(None for _ in keys)]
 
     outputs = [empty(x, *shape), empty(x, *rows, dtype=wide(x.dtype))]
+    if core := _core(p, x):
+        return _warps(warps.forward, p, core, p.Tq, 2, outputs, inputs, gradients)[0]
     return _run(forward, p, 2, outputs, [*inputs, *keys], gradients)[0]
 
 
@@ -159,6 +162,8 @@ def _gradients(
     p: Problem, grad: Tensor, saved: list[Tensor], inputs: list[Tensor], keys: list[Tensor]
 ) -> list[Tensor]:
     """The gradients of the inputs, given that of the result; ``keys`` is dropout's, if any."""
+    if core := _core(p, grad):
+        return _gradients_on_tensor_cores(p, core, grad, saved, inputs)
     out, lse = saved
     sums = [empty(x, *map(int, x.shape), dtype=lse.dtype) for x in inputs]
     delta = empty(lse, *map(int, lse.shape))
@@ -173,6 +178,49 @@ def _gradients(
         found = _run(backward.keys, p, 4, rest, given)
         found = found if p.packed else first + found
     return [x.cast(like.dtype) for x, like in zip(found, inputs, strict=True)]
+
+
+def _core(p: Problem, x: Tensor) -> str | None:
+    """The tensor cores that a problem with numbers such as x can be computed on, or None."""
+    core = core_of(x)
+    return core if core and warps.fits(p, CORES[core]) else None
+
+
+def _gradients_on_tensor_cores(
+    p: Problem, core: str, grad: Tensor, saved: list[Tensor], inputs: list[Tensor]
+) -> list[Tensor]:
+    out, lse = saved
+    product = grad.cast(lse.dtype) * out.cast(lse.dtype)  # (B, T, C) if packed, (B, H, T, D)
+    delta = (split_heads(product, p.H) if p.packed else product).sum(-1)  # (B, H, T)
+    given = [grad, lse, contiguous(delta), *inputs]
+    sums = [empty(x, *map(int, x.shape)) for x in inputs]
+    first = _warps(warps.queries, p, core, p.Tq, 3, sums[:1], given)
+    rest = _warps(warps.keys, p, core, p.Tk, 4, first if p.packed else sums[1:], given)
+    return rest if p.packed else first + rest
+
+
+def _warps(
+    kernel: Callable[..., None],
+    p: Problem,
+    core: str,
+    T: int,
+    products: int,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    gradients: Backward | None = None,
+) -> list[Tensor]:
+    """A kernel for tensor cores, whose units are tiles of T rows."""
+    return run(
+        kernel,
+        outputs,
+        inputs,
+        lanes=WARP * warps.warps(T, CORES[core]),
+        name=p.name(f"{kernel.__name__}_warps"),
+        ops=p.ops(products),
+        backward=gradients,
+        p=p,
+        core=core,
+    )
 
 
 def _run(

@@ -93,14 +93,18 @@ class Head:
     """One head of an array, a (T, D) matrix: ``x[t, d]`` reads, in the type that sums have."""
 
     def __init__(self, array: Array, start: Index, stride: int) -> None:
-        self._array, self._start, self._stride = array, start, stride
+        self.array, self._start, self._stride = array, start, stride
         self.dtype = wide(array.dtype)
 
     def at(self, t: Index, d: Index) -> Index:
         return as_index(self._start) + as_index(t) * self._stride + d
 
     def __getitem__(self, at: tuple[Index, Index]) -> UOp:
-        return self._array[self.at(*at)].cast(self.dtype)
+        return self.array[self.at(*at)].cast(self.dtype)
+
+    def raw(self, t: Index, d: Index) -> UOp:
+        """The same in the array's own type."""
+        return self.array[self.at(t, d)]
 
     def rows(self, k: Kernel, row: Callable[[Index], UOp], n: int, D: int) -> Matrix:
         """The n rows row(0), row(1), ... for a kernel that reads them again and again.
@@ -109,7 +113,7 @@ class Head:
         cache, and rows of another type would be converted at each use: both are copied into a tile
         first. On a GPU they are read where they lie, since the tile would not fit its registers.
         """
-        if k.gpu or (self._stride == D and self._array.dtype == self.dtype):
+        if k.gpu or (self._stride == D and self.array.dtype == self.dtype):
             return lambda x, d: self[row(x), d]
         copy = k.tile(n, self.dtype, width=D)
         with k.loop(n) as x, k.phase(D) as d:
@@ -117,7 +121,7 @@ class Head:
         return lambda x, d: copy[x, d]
 
     def put(self, t: Index, d: Index, value: Value, where: UOp | None = None) -> None:
-        self._array.put(self.at(t, d), value, where)
+        self.array.put(self.at(t, d), value, where)
 
 
 class Dropout:

@@ -181,6 +181,24 @@ def _half_linear(rows: int, n_in: int, n_out: int) -> Case:
     return replace(made, tolerance=BFLOAT16)
 
 
+def _half_attention(B: int, H: int, T: int, D: int) -> Case:
+    """As in training: queries, keys and values are bfloat16; on GPUs by tensor cores."""
+    inputs = [rounded(x) for x in several((B, T, 3 * H * D), (B, T, H * D))]
+
+    def compute(qkv: Tensor) -> Tensor:
+        return kernels.self_attention(qkv.cast(dtypes.bfloat16), H).float()
+
+    made = case(
+        kernels.self_attention,
+        f"attention B{B} H{H} T{T} D{D}",
+        inputs,
+        lambda qkv, grad: exact.packed_attention(qkv, H, grad),
+        compute,
+        gradients=1,
+    )
+    return replace(made, tolerance=BFLOAT16)
+
+
 def rounded(x: Array) -> Array:
     """float32 numbers rounded to those of bfloat16, which are the upper halves of some."""
     bits = x.view(np.uint32)
@@ -354,6 +372,7 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
     "bfloat16": (
         [
             *each(_half_linear, (1, 64, 192), (24, 96, 160), (65, 34, 17), (40, 33, 50)),
+            *each(_half_attention, (1, 2, 40, 32), (2, 1, 70, 64)),
             *each(_half_loss, (7, 33, 300), (300, 64, 1000)),
         ],
         partial(_half_linear, 768, 128, 512),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from tinygrad import Tensor, UOp, dtypes
 
@@ -19,20 +20,29 @@ from tinygpt.kernels.phases import (
     contiguous,
     empty,
     exp2,
+    on_gpu,
     run,
     wide,
 )
 
 LANES = 16
 ROWS = 4  # rows at a time: the additions of one row wait for each other, those of four overlap
+GPU_LANES = 128
+"""A row per unit on a GPU, read by so many threads."""
 
-Size = tuple[int, int, int]
-"""N rows of V logits; a unit takes a group of so many rows."""
+
+class Size(NamedTuple):
+    """N rows of V logits, ``width`` apart; a unit takes a group of so many rows."""
+
+    N: int
+    V: int
+    width: int
+    group: int
 
 
-def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def plain_cross_entropy(logits: Tensor, targets: Tensor, classes: int | None = None) -> Tensor:
     """log z + m - s[t], row by row."""
-    logits = logits.cast(wide(logits.dtype))
+    logits = logits[:, :classes].cast(wide(logits.dtype))
     counted, exists = targets >= 0, targets < int(logits.shape[-1])
     picked = (Tensor.arange(logits.shape[-1]) == targets.unsqueeze(-1)).where(logits, 0).sum(-1)
     losses = counted.where(exists.where(logits.logsumexp(-1) - picked, math.nan), 0)
@@ -40,19 +50,22 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @operation("loss", plain_cross_entropy, integers=("targets",))
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, classes: int | None = None) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats, a float32 or float64 ().
 
     logits (N, V), integer targets (N,). Targets < 0 are left out; a target beyond V makes it NaN.
+    Only the first ``classes`` logits of a row count (None: all); the others have the gradient 0.
     """
-    N, V = map(int, logits.shape)
+    N, width = map(int, logits.shape)
+    V, gpu = classes or width, on_gpu(logits)
     logits, targets = contiguous(logits), contiguous(targets.cast(dtypes.int32))
-    launch = partial(run, lanes=LANES, size=(N, V, largest_divisor(N, ROWS)))
+    size = Size(N, V, width, 1 if gpu else largest_divisor(N, ROWS))
+    launch = partial(run, lanes=GPU_LANES if gpu else LANES, size=size)
 
     def backward(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         _, *statistics = outputs
         inputs = [contiguous(gradient), *statistics, logits, targets]
-        out, name = [empty(logits, N, V)], f"cross_entropy_grad_{N}x{V}"
+        out, name = [empty(logits, N, width)], f"cross_entropy_grad_{N}x{V}"
         return [launch(_row_gradients, out, inputs, name=name)[0], None]
 
     rows = [empty(logits, N, dtype=wide(logits.dtype)) for _ in range(3)]
@@ -63,13 +76,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _row_losses(k: Kernel, *arrays: Array, size: Size) -> None:
     """For each row its loss, m and 1 / z, from the logits and the targets."""
-    (losses, largest, scale, logits, targets), (N, V, group) = arrays, size
+    (losses, largest, scale, logits, targets), (N, V, width, group) = arrays, size
     first, kind = k.units(N // group) * group, losses.dtype
     acc = k.tile(group, kind, shared=True)
     m, z = k.tile(group, kind), k.tile(group, kind)
 
     def logit(u: int, at: UOp) -> UOp:
-        return logits[(first + u) * V + at].cast(kind)
+        return logits[(first + u) * width + at].cast(kind)
 
     fill(k, -math.inf, group, acc)
     for at, lane, _ in across(k, V):
@@ -93,12 +106,15 @@ def row_loss(target: UOp, V: int, logit: UOp, m: UOp, z: UOp) -> UOp:
 
 def _row_gradients(k: Kernel, *arrays: Array, size: Size) -> None:
     """(softmax - onehot) times the gradient of each row's loss; 0 for rows that do not count."""
-    (out, gradient, largest, scale, logits, targets), (N, V, group) = arrays, size
+    (out, gradient, largest, scale, logits, targets), (N, V, width, group) = arrays, size
     first, kind = k.units(N // group) * group, scale.dtype
-    for at, _, inside in across(k, V):
+    for at, _, inside in across(k, width):
         for u in range(group):
             row = first + u
             weight = (targets[row] < 0).where(as_uop(0.0, kind), gradient[row].cast(kind))
-            power = exp2((logits[row * V + at].cast(kind) - largest[row]) * LOG2E) * scale[row]
+            power = exp2((logits[row * width + at].cast(kind) - largest[row]) * LOG2E) * scale[row]
             hit = as_index(targets[row]).eq(at).where(as_uop(1.0, kind), 0.0)
-            out.put(row * V + at, (power - hit) * weight, where=inside)
+            found = (power - hit) * weight
+            if width > V:
+                found = (at < V).where(found, 0.0)
+            out.put(row * width + at, found, where=inside)

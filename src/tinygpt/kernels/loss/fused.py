@@ -31,12 +31,16 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import pairs
 from tinygpt.kernels.dispatch import first_device, operation
-from tinygpt.kernels.linear import computed_in, linear
+from tinygpt.kernels.linear import computed_in, linear, wide_product
 from tinygpt.kernels.loss import chunked
 from tinygpt.kernels.loss.chunked import Cut, cut_of
 from tinygpt.kernels.loss.cross_entropy import cross_entropy
 from tinygpt.kernels.phases import contiguous, empty, run, together, wide
+from tinygpt.kernels.wmma import core_of
 from tinygpt.machine.tinygrad_internals import Ops
+
+WHOLE = 128
+"""Tensor cores need a vocabulary that is a multiple of their tiles; GPT-2's 50257 is none."""
 
 
 def plain_loss(
@@ -46,7 +50,11 @@ def plain_loss(
 
     The logits of numbers of 16 bits are float32.
     """
-    kind = computed_in(x, weight)
+    kind, V = computed_in(x, weight), int(weight.shape[0])
+    if core_of(x):
+        # copied, and so is its gradient: tinygrad would compute products of 50257 rows otherwise
+        whole = weight.cast(kind).pad(((0, -V % WHOLE), (0, 0))).contiguous().contiguous_backward()
+        return cross_entropy(wide_product(x, whole), targets, V)
     logits = linear(x.cast(wide(kind)), (weight.cast(kind) if x.dtype == kind else weight))
     return cross_entropy(logits, targets)
 
