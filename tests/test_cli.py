@@ -636,7 +636,8 @@ def test_doctor_fails_only_for_what_is_needed(run_cli, monkeypatch):
 
 
 def test_the_cache_can_be_int8(run_cli, trained):
-    from tinygpt import UsageError, load
+    from tinygpt import load
+    from tinygpt.errors import UsageError
 
     code, out, err = run_cli("generate", trained, "the", "--max-tokens", "5", "--kv", "int8")
     assert code == 0 and out.startswith("the") and "the keys and values of a text take" in err
