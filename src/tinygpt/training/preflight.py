@@ -154,16 +154,15 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     evaluating = max(N * C * (IN_BLOCK[half] + adapting), N * C * AT_LOSS[half] + powers)
     tied = V * C if model.tie_embeddings and trained == count else 0  # a gradient from either end
     projection = 0 if _output_frozen(model, train) else V * C
-    copies = train.n_devices  # each has the weights, and gradients of its own
-    gradients, sums = (trained + tied) * copies + at_once, 0
+    gradients, sums = trained + tied + at_once, 0
     if train.grad_accum_steps > 1:  # each is added to a sum as soon as it is there
         last = sum(size for name, size in learned.items() if name.startswith(f"h.{L - 1}."))
-        gradients = (tied + max(last, tied)) * copies
-        sums = trained * levels(train.grad_accum_steps) * copies + at_once
+        gradients = tied + max(last, tied)
+        sums = trained * levels(train.grad_accum_steps) + at_once
     return Estimate(
         parameters=count,
         process=resources.memory(),
-        weights=FLOAT * count * copies,
+        weights=FLOAT * count,
         optimizer=FLOAT * moments,
         gradients=FLOAT * gradients,
         sums=FLOAT * sums,
