@@ -103,7 +103,8 @@ def check_command(line: str) -> None:
     given = bound.arguments
     if verb == "train":
         GPTConfig.from_dict(given.get("model") or {})
-        TrainConfig.from_dict(given.get("train") or {})
+        train = given.get("train") or {}
+        TrainConfig.from_dict({name: value for name, value in train.items() if value != "auto"})
         assert given.get("preset") in {None, *PRESETS}
 
 

@@ -88,6 +88,27 @@ def test_a_model_of_rounded_weights_computes_what_numpy_does(
     assert cached == {precision.type_of(dtype)}
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_way_of_decoding_gives_the_same_logits(dtype: Precision) -> None:
+    model = halve(GPT(SHAPE, seed=3), dtype)
+    texts = [[1, 2, 3, 4], [9, 8, 7], [5] * 20, list(range(40))]  # the last slides over its window
+    alone = [Decoder(model).next_logits([Sequence(text)])[0] for text in texts]
+    decoder, sequences = Decoder(model, slots=4), [Sequence(text) for text in texts]
+    together = decoder.next_logits(sequences)
+    states = [decoder.states([text[-SHAPE.block_size :]])[1][0] for text in texts]
+    largest, error = np.abs(alone).max(), 6e-3 if dtype == "bfloat16" else 8e-4
+    for found in (together, states):
+        np.testing.assert_allclose(found, alone, atol=error * largest)
+    for sequence in sequences[:3]:
+        sequence.ids.append(6)
+    stepped = decoder.next_logits(sequences[:3])
+    for logits, text in zip(stepped, texts[:3], strict=True):
+        again, sequence = Decoder(model), Sequence(text)
+        again.next_logits([sequence])
+        sequence.ids.append(6)
+        np.testing.assert_array_equal(logits, again.next_logits([sequence])[0])
+
+
 def model_cache(model: GPT) -> list[tuple[Tensor, Tensor]]:
     from tinygpt.model.cache import KVCache
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -28,6 +28,8 @@ Tables = dict[str, dict[str, Any]]
 """Values that were given, by table and field: ``{"model": {"n_layer": 6}}``."""
 
 
+AUTO = "auto"
+"""The value of a flag that is to be found out."""
 FOUND_LATER = {"vocab_size": "from the tokenizer"}
 """Defaults that the data decides, in words."""
 
@@ -93,20 +95,29 @@ class Settings:
         return text.replace(line, f"# vocab_size = {FOUND_LATER['vocab_size']}", 1)
 
 
-def flags(config: type[Config], title: str, defaults: Values = FOUND_LATER) -> Any:
+def flags(
+    config: type[Config],
+    title: str,
+    defaults: Values = FOUND_LATER,
+    automatic: Mapping[str, str] | None = None,
+) -> Any:
     """A type for cyclopts: a flag per config field, with its documentation as help.
 
     What arrives in the command is a dictionary of only those that were given. ``defaults`` are
-    shown in place of the config's own.
+    shown in place of the config's own. The fields of ``automatic`` may also be ``auto``, which
+    means what is said there.
     """
     group = Group(title)
     docs, hints = field_docs(config), get_type_hints(config)
     types = {}
     for field in fields(config):  # type: ignore[arg-type]
         default = defaults.get(field.name, None if field.default is None else repr(field.default))
-        text = docs[field.name] + (f" [default: {default}]" if default is not None else "")
+        text, hint = docs[field.name], hints[field.name]
+        if automatic and field.name in automatic:
+            text, hint = f"{text} {automatic[field.name]}", hint | Literal["auto"]
+        text += f" [default: {default}]" if default is not None else ""
         parameter = Parameter(name=field.name.replace("_", "-"), help=text, group=group)
-        types[field.name] = Annotated[hints[field.name], parameter]
+        types[field.name] = Annotated[hint, parameter]
     return TypedDict(f"{config.__name__}Flags", types, total=False)  # type: ignore[operator]
 
 

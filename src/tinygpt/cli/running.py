@@ -135,6 +135,19 @@ def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: boo
     )
 
 
+def fit_batch(shape: GPTConfig, settings: Settings) -> Settings:
+    """The settings with the largest micro-batch that fits in memory; UsageError if none does."""
+    from tinygpt.files.disk import size
+    from tinygpt.training.fitting import fit
+
+    found = fit(shape, settings.train, given=settings.data.init is not None)
+    say(
+        f"batch: {found.train.batch_size:,} sequences at a time, {found.train.grad_accum_steps:,} "
+        f"times a step: {size(found.taken)} at the peak when it was tried, {size(found.free)} free"
+    )
+    return replace(settings, train=found.train)
+
+
 def make_run(
     settings: Settings,
     material: Material,

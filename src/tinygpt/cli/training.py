@@ -15,6 +15,7 @@ from tinygpt.cli.flags import Flat, Switch
 from tinygpt.cli.joining import in_ranks, present
 from tinygpt.cli.newest import RUNS, newest_runs
 from tinygpt.cli.options import (
+    AUTO,
     Settings,
     Tables,
     file_tables,
@@ -26,6 +27,7 @@ from tinygpt.cli.options import (
 )
 from tinygpt.cli.running import (
     check_devices,
+    fit_batch,
     foresee,
     gather,
     introduce,
@@ -53,7 +55,9 @@ if TYPE_CHECKING:
     ModelFlags = dict[str, Any]
     TrainFlags = dict[str, Any]
 else:
-    ModelFlags, TrainFlags = flags(GPTConfig, "Model"), flags(TrainConfig, "Training")
+    automatic = {"batch_size": "auto: the most that fit in memory, with as many a step."}
+    ModelFlags = flags(GPTConfig, "Model")
+    TrainFlags = flags(TrainConfig, "Training", automatic=automatic)
 
 
 @in_ranks
@@ -160,6 +164,13 @@ def train(
         "init": None if init is None else str(init),
     }
     tables = given_tables(model, train, given)
+    fitted = tables["train"].get("batch_size") == AUTO
+    if fitted:
+        del tables["train"]["batch_size"]
+        if resume:
+            raise UsageError(
+                "--batch-size auto is for a run that begins: one that goes on keeps its batches."
+            )
     if init is not None:
         tables["data"]["init_sha256"] = None  # a file's would be of other weights
     if not resume:
@@ -185,8 +196,11 @@ def train(
             "Settings are chosen by the pace of one process, and mpiexec started several. Say what "
             "to train: give --preset, --config or --max-iters, and no --minutes."
         )
+    if fitted:
+        _check_fitting(budget is not None, ranks.size)
     ranks.check(settings.train.grad_accum_steps, settings.train.batch_size)
-    if print_config and (budget is None or (minutes is None and settings.data.source is None)):
+    known = budget is None or (minutes is None and settings.data.source is None)
+    if print_config and known and not fitted:
         print(settings.to_toml(), end="")
         return 0
     if settings.data.source is None:
@@ -215,6 +229,8 @@ def train(
             own = _saved_tokenizer(out, start) if resume and out and tokenizer is None else None
         if budget is None:
             material, begun = gather(settings, own), None
+            if fitted:
+                settings = fit_batch(material.shape, settings)
             foresee(material.shape, settings, allow_memory)
             say_material(material)
             count, rate = material.shape.num_params(), settings.train.learning_rate
@@ -270,6 +286,20 @@ def _beginning(layers: Sequence[Tables], out: Path | None) -> Beginning | None:
     """What --init or a file asks to begin with."""
     given = [t["data"]["init"] for t in layers if "init" in t.get("data", {})]
     return Beginning(given[-1], out) if given and isinstance(given[-1], str) else None
+
+
+def _check_fitting(planned: bool, processes: int) -> None:
+    """UsageError where --batch-size auto has no step to cut, or would differ between processes."""
+    if planned:
+        raise UsageError(
+            "--batch-size auto cuts a step that is settled, and --minutes chooses one for the time "
+            "there is. Leave auto out, or settle the step with --preset, --config or --max-iters."
+        )
+    if processes > 1:
+        raise UsageError(
+            "--batch-size auto looks at the memory of one machine, and mpiexec started several "
+            "processes. Give a number, such as what auto finds on the smallest machine."
+        )
 
 
 def _check_init(settings: Settings, kept: Tables, resume: bool) -> None:

@@ -15,6 +15,7 @@ from tinygpt.files.atomic import sha256_of, user_path
 from tinygpt.files.download import download
 from tinygpt.text.compressed import is_compressed
 from tinygpt.text.documents import PYDOCS, Part, kind_of, python_topics, whole
+from tinygpt.text.hub_texts import SCHEME, fetch, is_on_hub
 from tinygpt.text.names import is_name
 from tinygpt.text.walk import find_texts
 
@@ -69,11 +70,14 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
     ``.jsonl`` file compressed as ``.gz`` or ``.zst``, or of a folder (every file below it that
     matches ``glob``, in the order of their paths; ``walk`` says what is left out); or
     ``shakespeare``, ``pydocs``, or ``auto``, which is the first of these two that can be had within
-    seconds. Those are always meant by name, see ``names``; a folder called ``pydocs`` is
-    ``./pydocs``. Several documents are separated by a blank line.
+    seconds; or ``hf://datasets/OWNER/NAME/PATH``, see ``hub_texts``. Names are always meant as
+    such, see ``names``; a folder called ``pydocs`` is ``./pydocs``. Several documents are separated
+    by a blank line.
     """
     if not str(source):
         raise DataError("The source of the text is an empty name; give a file or 'auto'.")
+    if is_on_hub(source):
+        return _on_hub(str(source), field)
     path = user_path(source)
     try:
         if is_name(source, NAMES):
@@ -127,6 +131,18 @@ def _folder(path: Path, glob: str, field: str) -> Corpus:
     description = f"{path} ({count}{empty}, {_size(sum(sizes))}{found.left_out_text})"
     name = path.resolve().name or "folder"
     return _of_files(name, description, [whole(file, field) for file in found.files])
+
+
+def _on_hub(source: str, field: str) -> Corpus:
+    found = fetch(source)
+    total = _size(sum(file.stat().st_size for file in found.files))
+    count = f"{len(found.files)} file{'s' * (len(found.files) > 1)}"
+    description = f"{source} ({count}, {total}, commit {found.commit[:12]})"
+    name = source.removeprefix(f"{SCHEME}datasets/").split("/")[1].partition("@")[0]
+    corpus = _of_files(name, description, [whole(file, field) for file in found.files])
+    if not any(corpus.pieces()):
+        raise DataError(f"{source} holds no text: its files are empty.")
+    return corpus
 
 
 def _of_files(name: str, description: str, parts: list[Part]) -> Corpus:

@@ -47,6 +47,8 @@ from tinygpt.untrusted import parse_json, read_bounded
 
 SHARD = 32 << 20
 """Bytes of text in a shard, about: seconds of work, and little that a kill can lose."""
+SHARDS, SMALLEST = 64, 4 << 20
+"""Shards that a smaller text is cut into, so that processes have work, and their least bytes."""
 SAMPLE = 1 << 28
 """Bytes of text, in shards evenly spread, that a vocabulary is learned from at most."""
 HELD = 1 << 20
@@ -77,8 +79,10 @@ class Progress(NamedTuple):
 # The plan ---------------------------------------------------------------------------------------
 
 
-def plan_shards(corpora: Sequence[Corpus], size: int = SHARD) -> list[list[Part]]:
+def plan_shards(corpora: Sequence[Corpus], size: int | None = None) -> list[list[Part]]:
     """What each shard is made of: parts of files, about ``size`` bytes of text in all."""
+    total = sum(part.weight for corpus in corpora for part in corpus.parts)
+    size = size or min(SHARD, max(SMALLEST, total // SHARDS))
     found: list[list[Part]] = []
     room = 0
     for corpus in corpora:
@@ -123,7 +127,7 @@ def write_shards(
     folder = user_path(folder)
     if folder.exists() and not (folder / PLAN).is_file():
         atomic.check_free(folder)
-    plan = plan_shards(corpora, size or SHARD)
+    plan = plan_shards(corpora, size)
     if isinstance(tokenizer, str | Path | None):
         tokenizer = _kept(folder, tokenizer) or make_tokenizer(tokenizer, lambda: sample_of(plan))
     check_readable(tokenizer)

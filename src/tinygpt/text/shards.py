@@ -26,6 +26,7 @@ import numpy as np
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
+from tinygpt.text.hub_texts import is_on_hub
 from tinygpt.text.joined import Joined
 from tinygpt.text.token_files import TOKEN_FILES, Array, ds_metadata, map_file, sealed
 from tinygpt.text.tokenizers import Tokenizer, fingerprint, load_tokenizer
@@ -58,6 +59,8 @@ def is_tokens(source: str | Path, glob: str = "**/*.txt") -> bool:
     """
     path = user_path(source)
     try:
+        if is_on_hub(source):
+            return False
         if not path.is_dir():
             return path.suffix in TOKEN_FILES
         if (path / INDEX).is_file() or (path / PLAN).is_file() or _is_token_glob(glob):

@@ -20,6 +20,7 @@ def model_card(service: Service) -> dict[str, Any]:
         "name": service.name,
         **_history(service.folder),
         "parameters": service.model.num_params(),
+        "dtype": service.model.rounded_to or "float32",
         "config": config.to_dict(),
         "tokenizer": {
             "kind": tokenizer.kind,
