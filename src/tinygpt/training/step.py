@@ -92,7 +92,7 @@ def make_train_step(
     micro_batches = config.grad_accum_steps
     scale = 1 / (micro_batches * len(replicas))
     realize_state(optimizer)
-    shares = place(optimizer, replicas, config.shard_optimizer)
+    shares = place(optimizer, replicas, config.shard_optimizer and len(replicas) > 1)
     owners = owners_in(shares, len(params))
     reported = [learned[i] for share in shares for i in share.chosen] or learned
 
