@@ -110,7 +110,8 @@ def test_ranks_of_one_host_share_its_cores_unless_they_were_bound() -> None:
 def test_other_processes_than_mpi_sees_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     world = SimpleNamespace(Get_size=lambda: 1)
     mpi = SimpleNamespace(COMM_WORLD=world, Get_library_version=lambda: "Other MPI 3, of today")
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+    package = SimpleNamespace(MPI=mpi, rc=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mpi4py", package)
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(UsageError, match=r"2 processes, but mpi4py's Other MPI 3 sees 1"):
         join.join()

@@ -437,7 +437,7 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
                 "parameters": run.model.num_params(),
             }
         )
-    asked = bool(received) or (stopped is not None and stopped())
+    asked = bool(received) or run.ranks.stopping or (stopped is not None and stopped())
     _tell_end(run, interrupted=asked and result.stopped)
     if not result.stopped:
         return 0

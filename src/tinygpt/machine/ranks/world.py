@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import numpy as np
 
 from tinygpt.errors import TinyGPTError, TrainingError, UsageError
+from tinygpt.machine.ranks import launcher
 from tinygpt.machine.ranks.alone import Alone, LostRankError
 from tinygpt.machine.ranks.tree import TreeSum
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from tinygrad import Tensor
 
     from tinygpt.machine.flat_buffer import FlatBuffer
-
-TOLERANT = "OMPI_MCA_mpi_ft_enable"
-"""Set by ``mpiexec --with-ft ulfm``."""
 
 
 class Heart:
@@ -69,7 +67,7 @@ class Ranks(Alone):
         self.comm.Set_errhandler(mpi.ERRORS_RETURN)
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
         self.first = self.rank == 0
-        self.tolerant = os.environ.get(TOLERANT, "0") not in ("", "0", "false")
+        self.tolerant = launcher.tolerant()
         self.members = list(range(self.size))
         """The ranks that are left, by their numbers at the start."""
         self._ended = self._started = self._stop_agreed = False
