@@ -198,7 +198,7 @@ def train(
         )
     if fitted:
         _check_fitting(budget is not None, ranks.size)
-    ranks.check(settings.train.grad_accum_steps, settings.train.batch_size)
+    ranks.check(settings.train)
     known = budget is None or (minutes is None and settings.data.source is None)
     if print_config and known and not fitted:
         print(settings.to_toml(), end="")
