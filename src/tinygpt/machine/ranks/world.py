@@ -244,9 +244,9 @@ class Ranks(Alone):
         self._sum = TreeSum(self.comm, active, self._sum.half)
         self.lost += gone
         names = " and ".join(map(self._name, gone)) or "no rank"
-        self.news.append(
-            f"{names} {'were' if len(gone) > 1 else 'was'} lost: {active} of the {len(left)} left share a step, and take it again"
-        )
+        were = "were" if len(gone) > 1 else "was"
+        rest = f"{active} of the {len(left)} left share a step, and take it again"
+        self.news.append(f"{names} {were} lost: {rest}")
 
     def _end(self, rank: int) -> None:
         """End a rank that was declared lost but hangs, if this is the rank on its host to do so."""
