@@ -317,7 +317,8 @@ def render(
     """The kernel's source. A renderer is made without its compiler, which this machine may lack."""
     renderer = RENDERERS[name].__new__(RENDERERS[name])
     CStyleLanguage.__init__(renderer, Target(device=name))
-    integers = {1: dtypes.int32, 2: dtypes.uint32}  # a length, and dropout's key
+    # a length, and keys of dropout, the second one that of a part
+    integers = {1: dtypes.int32, 2: dtypes.uint32, 3: dtypes.uint32}
     types = [integers.get(n, dtypes.float32) for n in lengths]
     sizes = enumerate(zip(lengths, types, strict=True))
     buffers = tuple(UOp.placeholder((n,), dtype, i) for i, (n, dtype) in sizes)

@@ -635,6 +635,18 @@ def test_doctor_fails_only_for_what_is_needed(run_cli, monkeypatch):
     assert code == 1 and json.loads(out)["checks"][1]["cure"] == compiler.cure
 
 
+def test_the_cache_can_be_int8(run_cli, trained):
+    from tinygpt import load
+    from tinygpt.errors import UsageError
+
+    code, out, err = run_cli("generate", trained, "the", "--max-tokens", "5", "--kv", "int8")
+    assert code == 0 and out.startswith("the") and "the keys and values of a text take" in err
+    code, _, err = run_cli("generate", trained, "the", "--kv", "int4")
+    assert code == 2 and "int8" in err
+    with pytest.raises(UsageError, match="Wanted: 'int8'"):
+        load(trained, kv="int4")
+
+
 # The tokenizer's own verbs ----------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from tinygpt.machine import several
 from tinygpt.runs.run import TrainingRun
 from tinygpt.runs.trial import Trial
 from tinygpt.training.optim import make_optimizer
+from tinygpt.training.preflight import preflight
 from tinygpt.training.shares import owners
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
@@ -96,6 +97,18 @@ def test_the_command_says_what_it_trains_on(
     assert not (tmp_path / "no").exists()
 
 
+def test_the_estimate_is_of_all_devices_and_of_the_first() -> None:
+    one = preflight(SHAPE, replace(CONFIG, batch_size=2))
+    four = preflight(SHAPE, replace(CONFIG, devices=4))
+    shares = preflight(SHAPE, replace(CONFIG, devices=4, shard_optimizer=True))
+    assert (four.weights, four.optimizer) == (4 * one.weights, one.optimizer)
+    assert (four.kept, four.tokens, four.flops) == (4 * one.kept, 4 * one.tokens, 4 * one.flops)
+    assert four.needed == shares.needed < 4 * one.needed
+    moments = one.optimizer + 3 * one.gradients  # the first adds up those of the other three
+    assert four.on_first - shares.on_first == moments - moments // 4
+    assert "on the first of 4 devices" in str(four) and "devices" not in str(one)
+
+
 def settings(**given: Any) -> TrainConfig:
     return replace(CONFIG, **{"max_iters": 3, "eval_interval": 3} | given)
 
@@ -103,16 +116,19 @@ def settings(**given: Any) -> TrainConfig:
 @pytest.mark.parametrize(
     "given",
     [
-        {"grad_accum_steps": 2, "recompute": True},
+        {"grad_accum_steps": 2, "recompute": True, "lora_rank": 2},
+        {"dropout": 0.2},
         {"grad_accum_steps": 2, "shard_optimizer": True, "grad_clip": 0.01},
         {"optimizer": "muon", "shard_optimizer": True},
         {"optimizer": "muon"},
     ],
 )
 def test_what_else_a_step_can_do_is_the_same_on_two_devices(given: dict[str, Any]) -> None:
-    numbers, weights = trained(settings(devices=2, **given))
+    given = dict(given)
+    shape = replace(SHAPE, dropout=given.pop("dropout", 0.0))
+    numbers, weights = trained(settings(devices=2, **given), shape)
     given.pop("shard_optimizer", None)
-    wanted = trained(settings(**given))
+    wanted = trained(settings(**given), shape)
     # Muon brings the smallest singular values near 1, and what was rounded in them with them
     tolerance = 1e-3 if "optimizer" in given else 1e-5
     np.testing.assert_allclose(numbers, wanted[0], rtol=tolerance / 10, atol=1e-6)

@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -349,6 +350,28 @@ def test_tensors_on_several_devices_go_to_the_plain_twins() -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("plainly", [False, True])
+def test_the_masks_of_parts_of_a_batch_are_together_that_of_the_whole(plainly: bool) -> None:
+    """Each part has a key that says where it begins, on the second layer's mask as on the first."""
+    x = np.random.default_rng(0).normal(size=(6, 5, 12)).astype(np.float32)
+
+    def dropped(rows: np.ndarray, key: Tensor) -> list[np.ndarray]:
+        key, given = kernels.next_key(key), tensor(rows)
+        results = [dropout(given, P, key), self_attention(given, 2, P, key)]
+        results += [r.square().sum().gradient(given)[0] for r in results]
+        return [r.numpy() for r in results]
+
+    def part(begin: int, end: int) -> list[np.ndarray]:
+        return dropped(x[begin:end], Tensor([*KEY, begin], dtype=dtypes.uint32).realize())
+
+    with kernels.use("plain" if plainly else "auto"):
+        whole, parts = dropped(x, key_of(*KEY)), [part(0, 2), part(2, 5), part(5, 6)]
+    for i, wanted in enumerate(whole):
+        np.testing.assert_allclose(
+            np.concatenate([p[i] for p in parts]), wanted, rtol=1e-5, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("name", RENDERERS)
 def test_the_kernels_can_be_written_for_gpus(name: str) -> None:
     sizes = Problem(1, 2, 40, 40, 16, causal=True, packed=True, dropout=P)
@@ -358,6 +381,8 @@ def test_the_kernels_can_be_written_for_gpus(name: str) -> None:
         (backward.queries, 1, (3 * n, n, rows, rows, 3 * n, 2), {"p": sizes}),
         (backward.keys, 1, (3 * n, n, rows, rows, 3 * n, 2), {"p": sizes}),
         (dropout_module._dropout, 1, (n, n, 2), {"rows": 40, "width": 32, "p": P}),
+        (forward, 2, (n, rows, 3 * n, 3), {"p": replace(sizes, part=True)}),
+        (dropout_module._dropout, 1, (n, n, 3), {"rows": 40, "width": 32, "p": P, "each": 40}),
     ]
     for kernel, outputs, lengths, constants in written:
         source = render(name, kernel, outputs, lengths, constants)

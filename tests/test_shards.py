@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tinygpt.cli import budgeting
+from tinygpt.cli.budgeting import figures
+from tinygpt.cli.options import resolve
+from tinygpt.cli.running import gather, read_source
 from tinygpt.errors import DataError
 from tinygpt.text.batches import batch, split
+from tinygpt.text.corpus import open_corpus
 from tinygpt.text.shards import Shards, is_tokens, open_shards
 from tinygpt.text.tokens import data_fingerprint, largest, load_tokens
 
@@ -89,6 +96,34 @@ def test_more_shards_than_are_mapped_at_a_time(
     places = np.random.default_rng(1).integers(0, 60, 500)
     np.testing.assert_array_equal(shards[places], whole[places])
     assert len(shards.parts[0].files.open) == 2  # type: ignore[attr-defined]
+
+
+def test_a_token_file_is_looked_through_once_for_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "a.npy", np.arange(900, dtype=np.uint16) % 300)
+    data = {"source": str(tmp_path / "a.npy")}
+    settings = resolve({"model": {"block_size": 8}, "train": {}, "data": data})
+    source = read_source(settings)
+    assert source.vocab_size == 300
+    monkeypatch.setattr("tinygpt.text.tokens.spans", lambda tokens: [][0])  # nothing is read again
+    assert figures(settings, source, None, 60).training > 0
+    assert gather(settings, None, source).shape.vocab_size == 300
+
+
+def test_the_size_of_a_plain_text_comes_from_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words. " * 300_000)
+    corpus, read = open_corpus(tmp_path / "a.txt"), 0
+
+    def pieces() -> Iterator[str]:
+        nonlocal read
+        for piece in corpus.pieces():
+            read += len(piece)
+            yield piece
+
+    sample, total = budgeting._beginning_of(replace(corpus, pieces=pieces))
+    assert total == 3_600_000 and len(sample) == budgeting.SAMPLE
+    assert read <= 2 * budgeting.SAMPLE
 
 
 # Other tools' files -----------------------------------------------------------------------------

@@ -337,10 +337,24 @@ def test_the_command_line_makes_shards_and_trains_on_them(
                "--allow-change", "max_iters") == 0  # fmt: skip
     assert run("train", out, "--init", runs / "b", "--out", runs / "c", "--max-iters", 2,
                "--batch-size", 2, "--eval-interval", 5, "--eval-iters", 1) == 0  # fmt: skip
+    assert run("memorization", runs / "a", "--samples", 1, "--max-tokens", 5) == 0
     capsys.readouterr()
     assert run("train", out, "--tokenizer", "gpt2", "--out", runs / "d", *SHORT,
                "--max-iters", 2) == 1  # fmt: skip
     assert "was made with another tokenizer" in capsys.readouterr().err
+
+
+def test_python_trains_on_a_folder_of_shards(tmp_path: Path, story: Path) -> None:
+    from tinygpt import GPT, GPTConfig, TrainConfig, train
+
+    made(tmp_path / "out", story)
+    shape = GPTConfig(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=8)
+    settings = TrainConfig(max_iters=2, batch_size=2)
+    found = [
+        train(GPT(shape, seed=1), settings, source, show=False)
+        for source in (tmp_path / "out", load_tokens(tmp_path / "out"))
+    ]
+    assert [result.iter_num for result in found] == [2, 2]
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt import machine
@@ -208,6 +208,7 @@ def load(
     path: str | Path,
     quantize: Literal["int8", False] | None = None,
     dtype: Precision = "float32",
+    kv: Literal["int8"] | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
     """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
 
@@ -215,6 +216,7 @@ def load(
     are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
     None and False leave them as they are; anything but "int8" is a UsageError. The same holds for a
     ``dtype`` of bfloat16 or float16, which takes half of the memory; only one of the two is taken.
+    With ``kv`` the keys and values that its decoder keeps are rounded: a quarter of that memory.
     """
     precision.type_of(dtype)
     if not (quantize is None or quantize is False or quantize == "int8"):
@@ -225,9 +227,14 @@ def load(
         raise UsageError(
             f'Weights are rounded once: give quantize="int8" or dtype="{dtype}", not both.'
         )
+    if kv not in (None, "int8"):
+        raise UsageError(
+            f"kv={kv!r} is not known. Wanted: 'int8', or None for the model's own type."
+        )
     chosen = choose_checkpoint(user_path(path))
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
+    model.cache_type = None if kv is None else dtypes.int8
     if quantize != "int8" and dtype == "float32":
         checkpoint.load(chosen, model)
     else:

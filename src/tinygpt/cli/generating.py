@@ -49,6 +49,7 @@ def generate(
     dtype: Precision = "float32",
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
+    kv: Quantize | None = None,
     json: Switch = False,
 ) -> None:
     """Let a model continue a text, streamed as it is written.
@@ -85,6 +86,8 @@ def generate(
         int8: round the weights, for a quarter of the memory and faster writing.
     quantize_data
         Text on which to compare the losses before and after. [default: the run's validation text]
+    kv
+        int8: round the keys and values of the cache, which then takes a quarter of the memory.
     json
         Print the texts as JSON when they are all there.
     """
@@ -98,7 +101,7 @@ def generate(
     config = SampleConfig.from_dict(dict(sample or {}))
     text = _prompt_text(text if prompt is None else prompt)
     folder = run_or_newest(None if run is None else user_path(run))
-    model, own = load_model(folder, tokenizer, quantize, quantize_data, dtype)
+    model, own = load_model(folder, tokenizer, quantize, quantize_data, dtype, kv)
     from tinygpt.generation.stream import first_prompt, generate_text
 
     def pieces(prompt: str, number: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tinygpt.text.tokens import Tokens
 
 Quantize = Literal["int8"]
-"""What weights can be rounded to, see ``tinygpt.model.int8``."""
+"""What weights, and the cache, can be rounded to; see ``tinygpt.model.int8``."""
 LARGEST_BEGUN = 1 << 25
 """Bytes of a text of which beginnings are offered."""
 
@@ -120,12 +120,13 @@ def load_model(
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
     dtype: Precision = "float32",
+    kv: Quantize | None = None,
 ) -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
 
     With ``quantize`` its weights are rounded as they are read, for generation only, and messages
     say what that has saved and what it costs, on ``quantize_data`` or the run's validation text.
-    A ``dtype`` of 16 bits rounds them to half of the memory.
+    A ``dtype`` of 16 bits rounds them to half of the memory. With ``kv`` the cache is rounded.
     """
     from tinygpt.api import load
 
@@ -134,7 +135,7 @@ def load_model(
     if quantize is not None and dtype != "float32":
         raise UsageError(f"Weights are rounded once: give --quantize or --dtype {dtype}, not both.")
     device.require_device()
-    model, own = load(run, quantize, dtype)
+    model, own = load(run, quantize, dtype, kv)
     own = own if tokenizer is None else ready_tokenizer(tokenizer)
     if own is None:
         raise UsageError(
@@ -145,6 +146,8 @@ def load_model(
         _say_quantized(run, model, own, quantize_data)
     elif dtype != "float32":
         say(_saved(model, dtype))
+    if kv is not None:
+        say(_saved_cache(model))
     return model, own
 
 
@@ -154,6 +157,17 @@ def _saved(model: GPT, name: str) -> str:
 
     before, after = int8.sizes(model)
     return f"{name}: the weights take {size(after)} instead of {size(before)}"
+
+
+def _saved_cache(model: GPT) -> str:
+    from tinygrad import dtypes
+
+    from tinygpt.files.disk import size
+    from tinygpt.model.cache import cache_bytes
+
+    kinds = dtypes.int8, model.half or dtypes.float32
+    after, before = (size(cache_bytes(model.config, kind)) for kind in kinds)
+    return f"int8: the keys and values of a text take {after} instead of {before}"
 
 
 def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:

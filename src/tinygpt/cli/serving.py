@@ -72,6 +72,7 @@ def serve(
     dtype: Precision = "float32",
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
+    kv: Quantize | None = None,
     open: Switch = False,
 ) -> int:
     """Serve a model: a page to play with, and an API like OpenAI's.
@@ -111,6 +112,8 @@ def serve(
         int8: round the weights, for a quarter of the memory and faster writing.
     quantize_data
         Text on which to compare the losses before and after. [default: the run's validation text]
+    kv
+        int8: round the keys and values of the cache, which then takes a quarter of the memory.
     open
         Open the page in a browser.
     """
@@ -126,7 +129,7 @@ def serve(
     if model_name is not None and not (model_name.strip() and printable(model_name) == model_name):
         raise UsageError("--model-name is what clients call the model: give it at least a letter.")
     with listen(host, port) as listener:
-        model, own = load_model(run, tokenizer, quantize, quantize_data, dtype)
+        model, own = load_model(run, tokenizer, quantize, quantize_data, dtype, kv)
         service = _service(run, model, own, places, bounds)
         service.name, service.strict = model_name or service.name, strict_api
         from tinygpt.server.app import make_app

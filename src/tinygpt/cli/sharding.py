@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,9 @@ from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.flags import Switch
 from tinygpt.cli.options import DataConfig
 from tinygpt.errors import UsageError
+
+EVERY = 30.0
+"""Seconds between two lines on how far it is, where there is no terminal for a bar."""
 
 
 def tokenize(
@@ -48,7 +52,6 @@ def tokenize(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tinygpt.machine import resources
     from tinygpt.machine.subprocesses import work_in_processes
     from tinygpt.text import shard_writer
     from tinygpt.text.corpus import open_corpus
@@ -59,7 +62,7 @@ def tokenize(
     corpora = [open_corpus(source, field=field, glob=glob) for source in sources]
     for corpus in corpora:
         say(f"text: {corpus.description}")
-    processes = int(os.environ.get("TINYGPT_THREADS") or 0) or resources.cores()
+    processes = _processes()
 
     def work(jobs: Sequence[shard_writer.Job]) -> Iterator[shard_writer.Report]:
         if processes == 1 or len(jobs) == 1:
@@ -72,9 +75,13 @@ def tokenize(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("tokens")
+        said = time.monotonic()
         for done in shard_writer.write_shards(corpora, out, tokenizer, work):
             shown = f"{done.tokens:,} tokens, {done.shards} of {done.of} shards"
             bar.update(task, completed=done.read, total=done.total, description=shown)
+            if not console.is_terminal and time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                say(f"{done.read / done.total:.0%}: {shown}")
     index = read_index(out)
     tokens = sum(shard.tokens for shard in index.shards)
     if json:
@@ -89,5 +96,16 @@ def tokenize(
             }
         )
     else:
-        say(f"tokens: {tokens:,} in {len(index.shards)} shards ({index.vocab_size:,} ids)")
+        shards = f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}"
+        say(f"tokens: {tokens:,} in {shards} ({index.vocab_size:,} ids)")
         say(f"wrote {out}. Train on it: {command('train', out)}")
+
+
+def _processes() -> int:
+    """How many processes work: --threads, or the variable behind it, or one for each core."""
+    from tinygpt.machine import resources
+
+    value = os.environ.get("TINYGPT_THREADS", "").strip()
+    if value and not value.isdecimal():
+        raise UsageError(f"TINYGPT_THREADS={value!r} is no number of threads.")
+    return max(1, int(value)) if value else resources.cores()

@@ -228,7 +228,7 @@ class Decoder:
 
 def _passes(model: Transformer, slots: int) -> Passes:
     """The forward passes of a model, with a new cache, jitted."""
-    cache = KVCache(model.config, slots, model.half or dtypes.float32)
+    cache = KVCache(model.config, slots, model.cache_type or model.half or dtypes.float32)
 
     def prefill(tokens: Tensor, slot: Tensor, last: Tensor) -> Tensor:
         """Cache tokens (1, T) in slot (1,); -> logits (1, V) behind the position last (1, 1)."""

@@ -55,13 +55,31 @@ def keeps(start: Number, stride: Number, column: Number, p: float) -> Number:
 
 
 def next_key(key: Tensor) -> Tensor:
-    """The key (2,) of the mask after the one that ``key`` makes."""
-    return (key + GOLDEN).contiguous()
+    """The key of the mask after the one that ``key`` makes."""
+    return (
+        (key[:2] + GOLDEN).cat(key[2:]).contiguous()
+        if is_part(key)
+        else (key + GOLDEN).contiguous()
+    )
 
 
-def plain_mask(rows: int, columns: int, p: float, key: Tensor) -> Tensor:
-    """Boolean (rows, columns): what dropout with probability p keeps, by ``key`` (2,) uint32."""
+def is_part(key: Tensor) -> bool:
+    """Whether a key is (3,): that of a part of a batch, which its last number says the begin of.
+
+    The part that begins with sequence ``key[2]`` has the rows of the whole batch's mask that belong
+    to its sequences: cut into parts, over several devices, a batch has the same mask.
+    """
+    return tuple(key.shape) == (3,)
+
+
+def plain_mask(rows: int, columns: int, p: float, key: Tensor, each: int = 1) -> Tensor:
+    """Boolean (rows, columns): what dropout with probability p keeps, by ``key`` (2,) uint32.
+
+    A key (3,) is that of a part, of a batch of ``each`` rows a sequence.
+    """
     row = Tensor.arange(rows, dtype=dtypes.uint32).reshape(rows, 1)
+    if is_part(key):
+        row = row + key[2] * each
     column = Tensor.arange(columns, dtype=dtypes.uint32)
     start, stride = stream((key[0], key[1]), row)
     return keeps(start, stride, column, p)
@@ -70,7 +88,8 @@ def plain_mask(rows: int, columns: int, p: float, key: Tensor) -> Tensor:
 def plain_dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
     """The mask as a matrix, and a choice."""
     width = int(x.shape[-1])
-    mask = plain_mask(int(x.numel()) // width, width, p, key.to(x.device))
+    rows = int(x.numel()) // width
+    mask = plain_mask(rows, width, p, key.to(x.device), rows // int(x.shape[0]))
     return mask.reshape(x.shape).where(x / (1 - p), 0)
 
 
@@ -78,7 +97,7 @@ def plain_dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
 def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
     """x (..., C), of which each element is 0 with probability p, or divided by 1 - p.
 
-    ``key`` (2,) uint32 chooses the mask. Its rows are those of x.
+    ``key`` (2,) uint32 chooses the mask, whose rows are those of x, or a key (3,): see `is_part`.
     """
     key = contiguous(key)
 
@@ -96,24 +115,29 @@ def _launch(x: Tensor, p: float, key: Tensor, backward: Backward | None = None) 
         [empty(x, *outer, width)],
         [x, key],
         lanes=LANES,
-        name=f"dropout_{rows}x{width}",
+        name=f"dropout_{rows}x{width}" + "_part" * is_part(key),
         ops=20 * rows * width,
         backward=backward,
         rows=rows,
         width=width,
         p=p,
+        each=rows // outer[0] if is_part(key) else 0,
     )[0]
 
 
 def _dropout(
-    k: Kernel, out: Array, x: Array, key: Array, *, rows: int, width: int, p: float
+    k: Kernel, out: Array, x: Array, key: Array, *, rows: int, width: int, p: float, each: int = 0
 ) -> None:
-    """A unit is as many rows as there are lanes: so the streams of the rows are vectors too."""
+    """A unit is as many rows as there are lanes: so the streams of the rows are vectors too.
+
+    With ``each``, the rows of a sequence, the key is that of a part.
+    """
     first = k.units(blocks(rows, k.lanes)) * k.lanes
     start, stride = (k.tile(1, dtypes.uint32, shared=True) for _ in range(2))
     kind = wide(x.dtype)
     with k.phase() as lane:
         row = uint32(minimum(first + lane, rows - 1))
+        row = row + key[2] * each if each else row
         start[0, lane], stride[0, lane] = stream((key[0], key[1]), row)
     with k.loop(k.lanes) as i:
         row = minimum(first + i, rows - 1)  # surplus rows do the last one again

@@ -63,7 +63,12 @@ def work_in_processes(
 def _start(module: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        **python_module(module), stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
+        **python_module(module),
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        encoding="utf-8",
+        process_group=0,  # Ctrl-C reaches this process, which ends the children
     )
 
 

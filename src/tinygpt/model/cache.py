@@ -31,10 +31,25 @@ class KVCache:
     """Keys and values of ``slots`` sequences, (slots, H, block_size, D) each, for every layer."""
 
     def __init__(self, config: GPTConfig, slots: int, dtype: DType = dtypes.float32) -> None:
-        """``dtype`` is the type of the keys and values: that of the model's activations."""
+        """``dtype`` is the type of the keys and values: that of the model's activations, or int8.
+
+        With int8 a layer also has the scales of its keys and values, (slots, H, block_size, 1).
+        """
         self.config = config
-        shape = (slots, config.n_head, config.block_size, config.head_size)
-        self.layers = [(zeros(shape, dtype), zeros(shape, dtype)) for _ in range(config.n_layer)]
+        vectors = (slots, config.n_head, config.block_size)
+        kinds = [(dtype, config.head_size)] * 2
+        if dtype == dtypes.int8:
+            kinds += [(dtypes.float32, 1)] * 2
+        self.layers = [
+            tuple(zeros((*vectors, size), kind) for kind, size in kinds)
+            for _ in range(config.n_layer)
+        ]
+
+
+def cache_bytes(config: GPTConfig, dtype: DType, slots: int = 1) -> int:
+    """The memory of a `KVCache`."""
+    vector = config.head_size * dtype.itemsize + (4 if dtype == dtypes.int8 else 0)
+    return 2 * config.n_layer * slots * config.n_head * config.block_size * vector
 
 
 class Prefill:
@@ -52,7 +67,8 @@ class Prefill:
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         config = self._cache.config
-        self.written += kernels.keep(qkv.squeeze(0), *self._cache.layers[layer], self._slot)
+        keys, values, *scales = self._cache.layers[layer]
+        self.written += kernels.keep(qkv.squeeze(0), keys, values, self._slot, scales)
         return kernels.self_attention(qkv, config.n_head)
 
 
@@ -69,6 +85,7 @@ class Step:
         return kernels.embedding(self._positions.reshape(1, T), table).squeeze(0)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        keys, values = self._cache.layers[layer]
-        y = kernels.rows_attention(qkv.squeeze(0), keys, values, self._slots, self._positions)
+        keys, values, *scales = self._cache.layers[layer]
+        where = self._slots, self._positions
+        y = kernels.rows_attention(qkv.squeeze(0), keys, values, *where, scales)
         return y.unsqueeze(0)  # (n, C) -> (1, n, C)

@@ -164,6 +164,8 @@ class Transformer:
         self.quantized = False
         self.half: DType | None = None
         """Of weights that were rounded to 16 bits, their type, see ``half``; else None."""
+        self.cache_type: DType | None = None
+        """Of the keys and values that decoders keep: int8, or None for that of the activations."""
         self.read_from: tuple[dict[str, Any], dict[str, str]] | None = None
         """Origin and hashes of the weights that were read last; ask ``checkpoint.origin_of``."""
         tensors = make_tensors(config, seed)

@@ -70,11 +70,14 @@ class Joined:
 
     def pieces(self) -> Iterator[tuple[Part, int, int]]:
         """The parts that this view runs over, each with its first token and the end there."""
-        for part, end in zip(self.parts, self.ends.tolist(), strict=True):
-            begin = end - len(part)
-            a, b = max(self.first, begin), min(self.last, end)
-            if a < b:
-                yield part, a - begin, b - begin
+        number = int(np.searchsorted(self.ends, self.first, side="right"))
+        while number < len(self.parts):
+            part = self.parts[number]
+            begin = int(self.ends[number]) - len(part)
+            if begin >= self.last:
+                return
+            yield part, max(self.first - begin, 0), min(self.last - begin, len(part))
+            number += 1
 
     def _view(self, first: int, last: int) -> Joined:
         view = type(self).__new__(type(self))

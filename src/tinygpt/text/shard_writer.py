@@ -374,9 +374,7 @@ def _gathered(pieces: Iterator[tuple[Array, int]]) -> Iterator[tuple[Array, int]
 def main() -> None:
     """Read jobs from standard input, a line of JSON each, and write reports to standard output."""
     import json
-    import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent closes the input
     for line in sys.stdin:
         try:
             for report in do(json.loads(line)):

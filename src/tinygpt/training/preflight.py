@@ -75,6 +75,10 @@ class Estimate:
     tokens: int
     """In a step, all micro-batches together."""
     flops: int
+    devices: int = 1
+    """Among which the micro-batches are divided; bytes are those of all together."""
+    on_first: int = 0
+    """Bytes on the first of several devices, which has most: weights, moments and its part."""
 
     @property
     def needed(self) -> int:
@@ -106,7 +110,10 @@ class Estimate:
             "process": self.process + COMPILING,
         }
         listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items())
-        return f"about {size(self.peak)} at the peak ({listed})"
+        each = f"; {size(self.on_first)} on the first of {self.devices} devices" * bool(
+            self.on_first
+        )
+        return f"about {size(self.peak)} at the peak ({listed}{each})"
 
 
 def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Estimate:
@@ -116,6 +123,10 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     >>> estimate.parameters, estimate.optimizer
     (809856, 6478848)
     """
+    if (devices := train.n_devices) > 1:
+        part = replace(train, batch_size=train.batch_size // devices, devices=None)
+        one = preflight(model, part, saves=saves)
+        return divided(one, devices, train.shard_optimizer)
     C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
     N = train.batch_size * T  # positions of a micro-batch
     learned, (trained, adapters) = learning(model, train), count_trainable(model, train)
@@ -157,6 +168,25 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
         tokens=N * train.grad_accum_steps,
         flops=N * train.grad_accum_steps * flops_per_token(model, train)
         + sum(sizes.operations for sizes in stacks),
+    )
+
+
+def divided(one: Estimate, devices: int, sharded: bool) -> Estimate:
+    """The estimate of several devices, from that of ``one`` which has its part of the batch.
+
+    Each has the weights, its activations and its gradients; a gradient is added up where the
+    moments are, which takes a copy of each other device's: on the first, or on all by shares.
+    """
+    copies = (devices - 1) * one.gradients
+    shared = one.optimizer + copies
+    own = one.weights + one.step + one.sums + one.evaluation
+    every = ("weights", "sums", "kept", "activations", "loss", "evaluation", "tokens", "flops")
+    return replace(
+        one,
+        **{name: devices * getattr(one, name) for name in every},
+        gradients=devices * one.gradients + copies,
+        devices=devices,
+        on_first=own + (shared // devices if sharded else shared),
     )
 
 
@@ -235,7 +265,8 @@ def smaller_runs(
 ) -> Iterator[tuple[str, GPTConfig, TrainConfig]]:
     """Ways to need less, the least change first; of a model whose weights are ``given``, or not."""
     rows = train.batch_size * train.grad_accum_steps
-    for batch in (b for b in range(train.batch_size - 1, 0, -1) if train.batch_size % b == 0):
+    parts = range(train.batch_size - 1, 0, -1)
+    for batch in (b for b in parts if train.batch_size % b == 0 == b % train.n_devices):
         train = replace(train, batch_size=batch, grad_accum_steps=rows // batch)
         yield "The same steps in smaller micro-batches", model, train
     if given and train.lora_rank is None:

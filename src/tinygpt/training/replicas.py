@@ -15,15 +15,12 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, dtypes
 
 from tinygpt.config import TrainConfig
 from tinygpt.machine.several import open_devices
 from tinygpt.machine.transfer import read, write
 from tinygpt.model.transformer import LAYERS, Transformer
-
-APART = 0x85EBCA6B
-"""What the keys of two devices differ by; odd, and no small multiple of `kernels.next_key`'s."""
 
 
 class Replicas:
@@ -47,9 +44,18 @@ class Replicas:
         """x, and a copy of it for each further device."""
         return [x, *(x.to(device).contiguous() for device in self.devices[1:])]
 
-    def keys(self, key: Tensor) -> list[Tensor]:
-        """Dropout's key (2,) for the part of each device: no two have the same masks."""
-        return [k + i * APART if i else k for i, k in enumerate(self.everywhere(key))]
+    def keys(self, key: Tensor, rows: int) -> list[Tensor]:
+        """Dropout's key (2,) for each device's part of ``rows`` sequences.
+
+        The masks of the parts are together that of the whole, on however many devices.
+        """
+        if len(self) == 1:
+            return [key]
+        begins = (i * (rows // len(self)) for i in range(len(self)))
+        return [
+            own.cat(Tensor([begin], dtype=dtypes.uint32, device=own.device)).contiguous()
+            for own, begin in zip(self.everywhere(key), begins, strict=True)
+        ]
 
     def spread(self, names: Sequence[str], owners: Sequence[int]) -> list[Tensor]:
         """Give each parameter's new values to all devices but its owner; -> what to realize."""

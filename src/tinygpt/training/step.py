@@ -120,7 +120,7 @@ def make_train_step(
         is a ``scale`` (), the backward pass is that of the loss times the scale.
         """
         losses, grads = list[Tensor](), list[Tensor]()
-        parts = [replicas.cut(x), replicas.cut(y), replicas.keys(key)]
+        parts = [replicas.cut(x), replicas.cut(y), replicas.keys(key, int(x.shape[0]))]
         parts += [replicas.everywhere(factor) for factor in scale]
         for given in zip(replicas.models, *parts, strict=True):
             loss, found = part(*given)

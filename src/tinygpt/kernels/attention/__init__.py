@@ -26,7 +26,7 @@ from tinygpt.kernels.attention import backward, warps
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, tile_shape
 from tinygpt.kernels.dispatch import operation
-from tinygpt.kernels.dropout import plain_mask
+from tinygpt.kernels.dropout import is_part, plain_mask
 from tinygpt.kernels.phases import Backward, contiguous, empty, on_gpu, run, wide
 from tinygpt.kernels.wmma import CORES, WARP, core_of
 
@@ -74,7 +74,7 @@ def plain_attention(
     if dropout:
         assert key is not None, "dropout needs a key"
         (B, H, Tq, _), Tk = map(int, q.shape), int(k.shape[2])
-        mask = plain_mask(B * H * Tk, Tq, dropout, key.to(q.device))
+        mask = plain_mask(B * H * Tk, Tq, dropout, key.to(q.device), H * Tk)
         mask = mask.reshape(B, H, Tk, Tq).transpose(2, 3)
         weights = mask.where(weights / (1 - dropout), 0)
     return (weights @ v).cast(given)
@@ -108,7 +108,8 @@ def flash_attention(
     _check(q, k, v, is_causal)
     (B, H, Tq, D), Tk = map(int, q.shape), int(k.shape[2])
     (b, h), causal = _each(q, B, H), is_causal and Tq > 1
-    problem = Problem(b, h, Tq, Tk, D, causal, packed=False, dropout=dropout)
+    part = key is not None and is_part(key)
+    problem = Problem(b, h, Tq, Tk, D, causal, packed=False, dropout=dropout, part=part)
     return _attention(problem, (B, H, Tq, D), (B, H, Tq), [contiguous(x) for x in (q, k, v)], key)
 
 
@@ -130,7 +131,8 @@ def self_attention(
     B, T, width = map(int, qkv.shape)
     D = width // (3 * n_head)
     b, h = _each(qkv, B, n_head)
-    problem = Problem(b, h, T, T, D, T > 1, packed=True, dropout=dropout)
+    part = key is not None and is_part(key)
+    problem = Problem(b, h, T, T, D, T > 1, packed=True, dropout=dropout, part=part)
     return _attention(problem, (B, T, width // 3), (B, n_head, T), [contiguous(qkv)], key)
 
 
@@ -269,7 +271,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
 def _check_dropout(dropout: float, key: Tensor | None) -> None:
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout={dropout!r} is not a probability from 0 to less than 1.")
-    if dropout and (key is None or key.shape != (2,) or key.dtype != dtypes.uint32):
+    if dropout and (key is None or key.shape not in ((2,), (3,)) or key.dtype != dtypes.uint32):
         given = "none" if key is None else f"{key.shape} {key.dtype.name}"
         raise UsageError(f"dropout={dropout:g} needs a key (2,) of type uint32; given was {given}.")
 

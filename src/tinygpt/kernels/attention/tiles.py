@@ -42,6 +42,8 @@ class Problem:
     packed: bool
     dropout: float = 0.0
     """The probability with which a weight is dropped. If it is not 0, the inputs end with a key."""
+    part: bool = False
+    """Whether that key is (3,), of a part of a batch: see `dropout.is_part`."""
 
     @property
     def scale(self) -> float:
@@ -65,7 +67,7 @@ class Problem:
 
     def name(self, kind: str) -> str:
         """A kernel's name, for profiles."""
-        sort = ("_causal" if self.causal else "") + ("_dropout" if self.dropout else "")
+        sort = "_causal" * self.causal + "_dropout" * bool(self.dropout) + "_part" * self.part
         return f"attention_{kind}_{self.B}_{self.H}_{self.Tq}_{self.Tk}_{self.D}{sort}"
 
     def ops(self, products: int) -> int:
@@ -148,6 +150,8 @@ class Dropout:
         with self._k.loop(self._n) as i, self._k.phase() as lane:
             x = i * self._k.lanes + lane
             number = (int32(self._first) + int32(row(x))).cast(dtypes.uint32)
+            if self._p.part:
+                number = number + self._key[2] * (self._p.H * self._p.Tk)
             self._start[0, x], self._stride[0, x] = stream(key, number)
 
     def __call__(self, value: UOp, x: Index, query: UOp) -> UOp:

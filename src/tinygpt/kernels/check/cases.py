@@ -114,12 +114,42 @@ def _rows(n: int, P: int, H: int, T: int, D: int) -> Case:
     positions = np.arange(n, dtype=np.int32) * (T // n)
     inputs = [*several((n, 3 * H * D), (P, H, T, D), (P, H, T, D)), slots, positions]
 
-    def compute(qkv: Tensor, keys: Tensor, values: Tensor, *where: Tensor) -> list[Tensor]:
+    def compute(
+        qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor
+    ) -> list[Tensor]:
         keys, values = keys.clone().realize(), values.clone().realize()
-        return [kernels.rows_attention(qkv, keys, values, *where).realize(), keys, values]
+        y = kernels.rows_attention(qkv, keys, values, slots, positions)
+        return [y.realize(), keys, values]
 
     shape = f"rows n{n} of {P} H{H} T{T} D{D}"
     return case(kernels.rows_attention, shape, inputs, exact.rows_attention, compute, results=3)
+
+
+def _rows_int8(n: int, P: int, H: int, T: int, D: int) -> Case:
+    """The same in an int8 cache, which is exact where every number is a multiple of its scale."""
+    slots = np.arange(P, dtype=np.int32)[::-1][:n].copy()
+    positions = np.arange(n, dtype=np.int32) * (T // n)
+    rng = np.random.default_rng(0)
+    whole = [rng.integers(-127, 128, s) for s in ((n, 3, H, D), (P, H, T, D), (P, H, T, D))]
+    for x in whole:
+        x[..., 0] = 127  # so that the scale is the unit that follows
+    units = [rng.uniform(0.002, 0.02, (*x.shape[:-1], 1)).astype(np.float32) for x in whole]
+    qkv = (whole[0] * units[0]).astype(np.float32).reshape(n, 3 * H * D)
+    caches = [x.astype(np.int8) for x in whole[1:]]
+
+    def compute(qkv: Tensor, keys: Tensor, values: Tensor, *rest: Tensor) -> list[Tensor]:
+        slots, positions, *scales = rest
+        keys, values, *scales = (t.clone().realize() for t in (keys, values, *scales))
+        y = kernels.rows_attention(qkv, keys, values, slots, positions, scales).realize()
+        return [y, keys * scales[0], values * scales[1]]
+
+    def formula(qkv: Any, keys: Any, values: Any, *rest: Any) -> list[exact.Array]:
+        *where, key_scales, value_scales = rest
+        return exact.rows_attention(qkv, keys * key_scales, values * value_scales, *where)
+
+    inputs: list[Array] = [qkv, *caches, slots, positions, *units[1:]]
+    shape = f"int8 rows n{n} of {P} H{H} T{T} D{D}"
+    return case(kernels.rows_attention, shape, inputs, formula, compute, results=3)
 
 
 def _keep(n: int, P: int, H: int, T: int, D: int) -> Case:
@@ -330,6 +360,7 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
             *each(_attention, (1, 2, 33, 50, 128, False)),
             *each(_packed, (2, 4, 40, 32)),
             *each(_rows, (2, 2, 4, 300, 64), (3, 5, 2, 100, 32)),
+            *each(_rows_int8, (2, 2, 4, 300, 64), (3, 5, 2, 100, 24)),
             *each(_keep, (7, 5, 2, 20, 24)),
         ],
         partial(_packed, 2, 4, 256, 32),
