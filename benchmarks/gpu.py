@@ -96,7 +96,7 @@ SMOKE = Sizes(
 # What a stage measures, in a process of its own ------------------------------------------------
 
 
-def dtype_here() -> str:
+def dtype_here() -> Any:
     """bfloat16, or float32 where the device has no such numbers."""
     from tinygpt.machine import precision
 
@@ -218,12 +218,12 @@ class Ours:
         from tinygpt.config import GPTConfig, SampleConfig
         from tinygpt.generation.decoder import Decoder
         from tinygpt.generation.generate import generate_tokens
-        from tinygpt.machine.precision import half_of
+        from tinygpt.model.half import halve
         from tinygpt.model.transformer import Transformer
 
         model, n = next(iter(self.sizes.models.values())), self.sizes.new
-        gpt, greedy = Transformer(GPTConfig(**model.shape)).eval(), SampleConfig(temperature=0.0)
-        gpt.half = half_of(dtype_here())
+        gpt = halve(Transformer(GPTConfig(**model.shape)), dtype_here())
+        greedy = SampleConfig(temperature=0.0)
         prompt = [list(range(self.sizes.prompt))]
         decoder = Decoder(gpt)
         work = lambda: list(generate_tokens(decoder, prompt, n, greedy))  # noqa: E731

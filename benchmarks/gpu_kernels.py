@@ -4,8 +4,8 @@
 
 No card is needed. Steps of training and decoding are captured for a device that is not there, as
 tinygrad would run them on a card; NVIDIA's nvrtc, which has ptxas inside, then compiles each kernel
-for every generation in ``CARDS``. It comes with the extra ``test`` (the wheels nvidia-cuda-nvrtc,
--runtime and -crt; Linux). ``--write`` renews the table beside this file, gpu_kernels.tsv, which
+for every generation in ``CARDS``. It comes with the extra ``test`` (the wheels nvidia-cuda-nvrtc
+and -runtime; Linux). ``--write`` renews the table beside this file, gpu_kernels.tsv, which
 tests/test_gpu_kernels.py keeps from getting worse.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import importlib.util
 import json
 import re
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 from common import arguments, machine, write_json
 
 from tinygpt.machine import children
+from tinygpt.machine.device import nvrtc_in_wheels
 
 CARDS = ("sm_80", "sm_90", "sm_100")
 """A100, H100 and H200, B200."""
@@ -79,9 +79,11 @@ class Nvrtc:
     """NVIDIA's runtime compiler, from the wheels. Raises OSError where they are not installed."""
 
     def __init__(self) -> None:
-        root = _wheels()
-        self._library = ctypes.CDLL(str(next(root.glob("lib/libnvrtc.so.*"))))
-        self._include = f"-I{root / 'include'}".encode()
+        if (wheels := nvrtc_in_wheels()) is None:
+            raise OSError("nvidia-cuda-nvrtc and -runtime are not installed")
+        library, headers = wheels
+        self._library = ctypes.CDLL(str(library))
+        self._include = f"-I{headers / 'include'}".encode()
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
         self.version = f"nvrtc {major.value}.{minor.value}"
@@ -107,16 +109,6 @@ class Nvrtc:
     def _check(code: int) -> None:
         if code:
             raise OSError(f"nvrtc failed with code {code}")
-
-
-def _wheels() -> Path:
-    """The folder of the wheels' files."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for root in sorted(Path(folder).glob("cu*"), reverse=True):
-            if list(root.glob("lib/libnvrtc.so.*")) and (root / "include/cuda_bf16.h").exists():
-                return root
-    raise OSError("nvidia-cuda-nvrtc, -runtime and -crt are not installed")
 
 
 def compiled(
@@ -240,15 +232,20 @@ def train(dtype: str = "float32", optimizer: str = "adam") -> None:
     _quietly(lambda: step(x, x, 1e-3, (1, 1)))
 
 
-def decode(dtype: str = "float32") -> None:
+def decode(dtype: Any = "float32") -> None:
     """The first tokens of a sequence, then the next one of several."""
+    import numpy as np
+
     from tinygpt.config import GPTConfig
+    from tinygpt.config.weights import weights
     from tinygpt.generation.decoder import _passes
-    from tinygpt.machine.precision import half_of
+    from tinygpt.model.half import halve
     from tinygpt.model.transformer import Transformer
 
-    model = Transformer(GPTConfig(**LAYERS), seed=None)
-    model.half = half_of(dtype)
+    config = GPTConfig(**LAYERS)
+    shapes = {weight.name: weight.shape for weight in weights(config)}
+    model = Transformer(config, seed=None)
+    halve(model, dtype, lambda name: np.zeros(shapes[name], np.float32))
     passes = _passes(model, slots=8)
     _quietly(lambda: passes.prefill([[0] * 64], [0], [[63]]))
     _quietly(lambda: passes.step([[0] * 8], [0] * 8, [0] * 8))

@@ -1,4 +1,4 @@
-"""Generation with int8 weights: against our own float32, and what either takes to load.
+"""Generation with rounded weights, of 16 bits and int8: against our own float32, and their memory.
 
     python benchmarks/quantize.py [--config baby|gpt2] [--threads N] [--rounds R]
                                   [--cpu-time] [--json FILE]
@@ -6,8 +6,9 @@
 Batch 1, greedy, random weights from one checkpoint, the same for both sides. A turn is one call
 that fills the cache with a prompt and then yields token after token as a number in Python. First
 the int8 side has to agree on the logits of a text, read token by token through the cache, with its
-plain twins and with a float32 model of the numbers that its int8 ones stand for. The memory is the
-peak of a process that loads the checkpoint and generates.
+plain twins and with a float32 model of the numbers that its int8 ones stand for; and the sides of
+16 bits, whose activations are rounded too, with such a model more coarsely. The memory is the peak
+of a process that loads the checkpoint and generates.
 """
 
 from __future__ import annotations
@@ -36,18 +37,24 @@ from tinygpt.config import SampleConfig
 
 TOLERANCE = 1e-4
 """By which the logits may differ, of a text of random weights: they are about 1."""
+HALF_TOLERANCE = 0.03
+"""The same where activations have 16 bits."""
+
+
+KINDS = ("float32", "bfloat16", "float16", "int8")
 
 
 class Loaded(Generator):
     """A checkpoint as it is, or rounded while it is read."""
 
-    def __init__(self, name: str, path: str, quantize: str | None) -> None:
+    def __init__(self, name: str, path: str, kind: str) -> None:
         from tinygpt.api import load
         from tinygpt.generation.decoder import Decoder
         from tinygpt.generation.generate import generate_tokens
 
         super().__init__(name)
-        self.model, _ = load(path, quantize=quantize)
+        int8 = kind == "int8"
+        self.model, _ = load(path, "int8" if int8 else None, "float32" if int8 else kind)
         self.decoder, self.generate = Decoder(self.model), generate_tokens
 
     def logits(self) -> np.ndarray:
@@ -81,14 +88,14 @@ class Twin(Loaded):
 
 
 class Dequantised(Loaded):
-    """A float32 model of the numbers that the int8 ones stand for."""
+    """A float32 model of the numbers that rounded ones stand for."""
 
-    def __init__(self, name: str, path: str) -> None:
+    def __init__(self, name: str, path: str, kind: str) -> None:
         from tinygpt.generation.decoder import Decoder
         from tinygpt.machine.transfer import write
         from tinygpt.model.transformer import Transformer
 
-        super().__init__(name, path, "int8")
+        super().__init__(name, path, kind)
         values = {name: p.numpy() for name, p in self.model.parameters().items()}
         plain = Transformer(self.model.config, seed=None).eval()
         for key, parameter in plain.parameters().items():
@@ -106,18 +113,22 @@ class Saver:
         return str(GPT(SETTINGS[name].model).save_checkpoint(1, folder=folder))
 
 
-def differences(name: str, path: str, threads: int, wanted: np.ndarray) -> dict[str, float]:
-    """By how much the logits of the int8 side differ from what they have to be; SystemExit."""
+def differences(
+    name: str, path: str, threads: int, logits: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """By how much the logits of rounded weights differ from what they have to be; SystemExit."""
     found = {}
-    for kind, make in (
-        ("twin", partial(Twin, quantize="int8")),
-        ("dequantised", Dequantised),
+    for what, make, kind, allowed in (
+        ("twin", Twin, "int8", TOLERANCE),
+        ("dequantised", Dequantised, "int8", TOLERANCE),
+        ("bfloat16 in float32", Dequantised, "bfloat16", HALF_TOLERANCE),
+        ("float16 in float32", Dequantised, "float16", HALF_TOLERANCE),
     ):
-        side = Side(make, name, path, threads=threads)
-        found[kind] = float(np.abs(side("logits") - wanted).max())
+        side = Side(make, name, path, kind, threads=threads)
+        found[what] = float(np.abs(side("logits") - logits[kind]).max())
         side.close()
-        if not found[kind] <= TOLERANCE:
-            raise SystemExit(f"{kind}: the logits differ by {found[kind]}")
+        if not found[what] <= allowed:
+            raise SystemExit(f"{what}: the logits differ by {found[what]}")
     return found
 
 
@@ -127,16 +138,12 @@ def measure(options: Any) -> dict[str, Any]:
         saver = Side(Saver, threads=options.threads)
         path = saver("save", name, folder)
         saver.close()
-        kinds = {"float32": None, "int8": "int8"}
-        sides = {
-            kind: Side(Loaded, name, path, quantize, threads=options.threads)
-            for kind, quantize in kinds.items()
-        }
+        sides = {kind: Side(Loaded, name, path, kind, threads=options.threads) for kind in KINDS}
         for side in sides.values():
             side("greedy", min(4, setting.new))  # what is made on first use is there
         peaks = {kind: side("memory") for kind, side in sides.items()}
         logits = {kind: side("logits") for kind, side in sides.items()}
-        checked = differences(name, path, options.threads, logits["int8"])
+        checked = differences(name, path, options.threads, logits)
     works = {kind: partial(side, "seconds", options.cpu_time) for kind, side in sides.items()}
     taken = take_turns(works, options.rounds or setting.rounds)
     rows = [

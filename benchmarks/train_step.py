@@ -1,7 +1,7 @@
 """A training step: ours against PyTorch's, eager and compiled, and against plain tinygrad.
 
     python benchmarks/train_step.py [--config baby|seeds|gpt2|muon|blocks] [--threads N]
-                                    [--rounds R] [--eager] [--plain]
+                                    [--rounds R] [--eager] [--plain] [--half]
                                     [--optimizer fused|foreach|plain] [--check N]
                                     [--cpu-time] [--json FILE]
 
@@ -49,6 +49,9 @@ TOLERANCE = 1e-3
 """Nats by which the losses of two sides may differ."""
 PLAIN = "plain tinygrad"
 ADAMW = "ours, AdamW"
+HALF = "ours, bfloat16"
+ANOTHER = (ADAMW, HALF)
+"""Sides whose losses are others."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,13 @@ class Trainer:
 
 
 class Ours(Trainer):
-    def __init__(self, name: str, plain: bool = False, optimizer: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        plain: bool = False,
+        optimizer: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
         import contextlib
 
         from tinygpt import kernels
@@ -127,11 +136,12 @@ class Ours(Trainer):
         from tinygpt.training.step import make_train_step
 
         super().__init__(name)
-        self.config = replace(self.config, optimizer=optimizer or self.config.optimizer)
+        optimizer = optimizer or self.config.optimizer
+        self.config = replace(self.config, optimizer=optimizer, dtype=dtype)
         self.way = kernels.plain if plain else contextlib.nullcontext
         self.gpt = Transformer(self.model)
-        optimizer = make_optimizer(self.gpt.parameters(), self.config)
-        self.take_step = make_train_step(self.gpt, optimizer, self.config)
+        made = make_optimizer(self.gpt.parameters(), self.config)
+        self.take_step = make_train_step(self.gpt, made, self.config)
 
     def step(self, x: np.ndarray, y: np.ndarray) -> float:
         from tinygpt.training.optim import learning_rate
@@ -195,6 +205,8 @@ def start(options: Any, folder: str) -> tuple[dict[str, Side], dict[str, float],
         kinds[PLAIN] = (Ours, name, True)
     if SETTINGS[name].train.optimizer == "muon":
         kinds[ADAMW] = (Ours, name, False, "adam")
+    if options.half:
+        kinds[HALF] = (Ours, name, False, None, "bfloat16")
     differences, left_out = {}, {}
     for kind, (make, *args) in kinds.items():
         few = kind == PLAIN
@@ -207,7 +219,7 @@ def start(options: Any, folder: str) -> tuple[dict[str, Side], dict[str, float],
             left_out[kind] = str(error).strip().splitlines()[-1]
             continue
         difference = max(abs(a - b) for a, b in zip(losses, wanted, strict=False))
-        if not difference <= TOLERANCE and kind != ADAMW:
+        if not difference <= TOLERANCE and kind not in ANOTHER:
             raise SystemExit(f"{kind}: the losses differ by {difference}:\n{wanted}\n{losses}")
         sides[kind], differences[kind] = side, difference
     return sides, differences, left_out
@@ -257,6 +269,7 @@ def main() -> None:
     parser.add_argument("--check", type=int, help="steps whose losses are compared")
     parser.add_argument("--eager", action="store_true", help="leave torch.compile out")
     parser.add_argument("--plain", action="store_true", help="plain tinygrad, too; slow")
+    parser.add_argument("--half", action="store_true", help="ours in bfloat16, too")
     parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused")
     add_cpu_time(parser)
     options = parse(parser)

@@ -115,3 +115,48 @@ def test_doctor_says_what_a_gpu_will_do(device: str, told: str) -> None:
         timeout=120,
     )
     assert (told in done.stdout) if told else not done.stdout, done.stderr
+
+
+def wheels(root: Path, library: str, headers: str) -> None:
+    """What matters of NVIDIA's wheels."""
+    for path in (f"{library}/lib/libnvrtc.so.13", f"{headers}/include/cuda_bf16.h"):
+        (root / "nvidia" / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / "nvidia" / path).touch()
+
+
+@pytest.mark.parametrize("folders", [("cu13", "cu13"), ("cuda_nvrtc", "cuda_runtime")])
+def test_nvidias_compiler_is_found_in_wheels(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels(tmp_path, *folders)
+    code = (
+        "import os; from tinygpt.machine import device; "
+        "device.TOOLKIT_HEADER = device.Path('none/cuda_bf16.h'); device._name_nvrtc(); "
+        "print(os.environ.get('NVRTC_PATH'), os.environ.get('CUDA_PATH'))"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    known = {name: value for name, value in os.environ.items() if name != "CUDA_PATH"}
+
+    def named(**more: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=known | {"PYTHONPATH": path} | more,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout.split()
+
+    root = tmp_path / "nvidia"
+    assert named() == [str(root / folders[0] / "lib/libnvrtc.so.13"), str(root / folders[1])]
+    assert named(CUDA_PATH="/opt/mine") == ["None", "/opt/mine"]
+
+
+def test_doctor_names_the_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinygpt.kernels import wmma
+
+    assert "nvidia-cuda-nvrtc" not in (wmma.plan("PYTHON") or "")
+    monkeypatch.setattr(wmma, "obstacle", lambda t: f"on {t.device} tinygrad's PTXRenderer writes")
+    told = wmma.plan("PYTHON") or ""
+    assert "no fast kernels" in told and "pip install nvidia-cuda-nvrtc" in told
+    assert wmma.plan("CPU") is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +21,16 @@ import pytest
 
 from tinygpt.cli import main
 from tinygpt.cli.proving import compare
+from tinygpt.config import TrainConfig
 from tinygpt.errors import MissingExtraError, UsageError
 from tinygpt.machine import children
 from tinygpt.machine.ranks import join, launcher
 from tinygpt.machine.ranks.alone import Alone
-from tinygpt.machine.ranks.tree import add_in_pairs, from_bfloat16, to_bfloat16
+from tinygpt.machine.ranks.tree import TreeSum, add_in_pairs, from_bfloat16, to_bfloat16
 from tinygpt.machine.ranks.world import Process, Ranks
+from tinygpt.machine.transfer import read, write
+from tinygpt.runs.history import History
+from tinygpt.training.meeting import Meeting
 
 TEXT = "To be, or not to be, that is the question:\n" * 200
 SETTINGS = (
@@ -110,7 +116,8 @@ def test_ranks_of_one_host_share_its_cores_unless_they_were_bound() -> None:
 def test_other_processes_than_mpi_sees_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     world = SimpleNamespace(Get_size=lambda: 1)
     mpi = SimpleNamespace(COMM_WORLD=world, Get_library_version=lambda: "Other MPI 3, of today")
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+    package = SimpleNamespace(MPI=mpi, rc=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mpi4py", package)
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(UsageError, match=r"2 processes, but mpi4py's Other MPI 3 sees 1"):
         join.join()
@@ -150,10 +157,9 @@ def test_a_step_that_ranks_cannot_share_is_refused(
     ranks: int, micro_batches: int, wanted: str
 ) -> None:
     world = object.__new__(Ranks)
-    world.size = ranks
+    world.size, world._sum = ranks, SimpleNamespace(half=False)
     with pytest.raises(UsageError, match=wanted):
-        world.check(micro_batches, 8)
-    world.check(12 if ranks == 4 else 4, 8) if ranks != 3 else None
+        world.check(TrainConfig(grad_accum_steps=micro_batches, batch_size=8))
 
 
 # ---- what is sent ----
@@ -168,6 +174,112 @@ def test_rows_are_added_in_pairs(count: int) -> None:
         return tree(rows[:half]) + tree(rows[half:]) if half else rows[0]
 
     assert add_in_pairs(rows.copy()).tobytes() == tree(rows).tobytes()
+
+
+class Threads:
+    """A communicator of threads, with the few calls that a sum makes."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.given = size, [None] * size
+        self.barrier = threading.Barrier(size, timeout=20)
+
+    def run(self, work: Any) -> list[Any]:
+        """``work(comm of rank r)`` in a thread for each rank."""
+        results: list[Any] = [None] * self.size
+        views = [Threads.View(self, rank) for rank in range(self.size)]
+
+        def one(rank: int) -> None:
+            results[rank] = work(views[rank])
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return results
+
+    class View:
+        def __init__(self, world: Threads, rank: int) -> None:
+            self.world, self.rank = world, rank
+
+        def Get_rank(self) -> int:  # noqa: N802
+            return self.rank
+
+        def Get_size(self) -> int:  # noqa: N802
+            return self.world.size
+
+        def _all(self, value: Any) -> list[Any]:
+            self.world.given[self.rank] = value
+            self.world.barrier.wait()
+            given = list(self.world.given)
+            self.world.barrier.wait()
+            return given
+
+        def Alltoallv(self, sent: Any, got: Any) -> None:  # noqa: N802
+            array, counts = got
+            pieces = [
+                np.split(a.copy(), np.cumsum(n)[:-1])[self.rank]
+                for a, n in self._all((sent[0].copy(), sent[1]))
+                if n[self.rank]
+            ]
+            assert [len(p) for p in pieces] == [n for n in counts if n]
+            if pieces:
+                array[...] = np.stack(pieces)
+
+        def Allgatherv(self, sent: Any, got: Any) -> None:  # noqa: N802
+            pieces = [a[:n] for a, n in self._all((sent[0].copy(), sent[1]))]
+            assert [len(p) for p in pieces] == got[1]
+            got[0][...] = np.concatenate(pieces)
+
+        def Allgather(self, sent: Any, got: Any) -> None:  # noqa: N802
+            got[...] = np.stack(self._all(sent.copy()))
+
+
+@pytest.mark.parametrize(
+    ("size", "active"), [(1, 1), (2, 2), (4, 4), (8, 8), (3, 2), (7, 4)], ids=str
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_the_sum_over_ranks_is_the_tree_of_their_parts(size: int, active: int, half: bool) -> None:
+    """Also where some ranks are left over; with bfloat16 as near as its 8 bits are."""
+    parts = np.random.default_rng(size).standard_normal((active, 101)).astype(np.float32)
+    wanted = add_in_pairs(parts.copy())
+
+    def work(comm: Any) -> tuple[Any, int]:
+        out, total = np.empty(101, np.float32), TreeSum(comm, active, half)
+        part = parts[comm.rank] if comm.rank < active else np.full(101, np.nan, np.float32)
+        total(part.copy(), out)
+        return out, total.sent
+
+    found = Threads(size).run(work)
+    for out, _ in found:
+        assert out.tobytes() == found[0][0].tobytes()
+    if half:
+        bound = np.abs(parts).sum(0) * 2**-7
+        assert (np.abs(found[0][0] - wanted) <= bound).all()
+        assert (found[0][0] != wanted).any()
+        assert (found[0][0][:16] == wanted[:16]).all() and found[0][0][-1] == wanted[-1]
+    else:
+        assert found[0][0].tobytes() == wanted.tobytes()
+    if size == active:
+        bytes_each = 2 * 101 * (size - 1) / size * (2 if half else 4)
+        assert sum(sent for _, sent in found) == pytest.approx(size * bytes_each)
+
+
+def test_a_meeting_is_nesterov_momentum_on_how_far_weights_have_moved() -> None:
+    """Against the same in float64."""
+    from tinygrad import Tensor
+
+    rng = np.random.default_rng(5)
+    weights = write(Tensor.empty(7, 3), rng.standard_normal((7, 3)))
+    meeting, velocity = Meeting([weights], Alone()), np.zeros((7, 3))
+    common = read(weights).astype(np.float64)
+    for _ in range(3):
+        moved = rng.standard_normal((7, 3)) * 0.1
+        write(weights, common - moved)
+        meeting.take()
+        velocity = 0.9 * velocity + moved
+        common = common - 0.7 * (moved + 0.9 * velocity)
+        assert np.abs(read(weights) - common).max() < 1e-5
 
 
 def test_bfloat16_is_the_nearest_with_ties_to_even() -> None:
@@ -243,7 +355,7 @@ class Started:
 
     def __init__(self, ranks: int, out: Path, *arguments: object) -> None:
         self.out, self.rows = out, out / "metrics.jsonl"
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             **command(ranks, "train", *arguments, "--out", out, *SETTINGS),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -280,7 +392,10 @@ def start(text: Path, tmp_path: Path) -> Iterator[Any]:
     yield begin
     for run in runs:
         if run.process.poll() is None:
-            run.end(within=1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.end(within=1)
+        run.process.wait(20)
+        run.process.stderr.close()
 
 
 @needs_mpi
@@ -299,3 +414,73 @@ def test_a_killed_rank_costs_one_step(seed: int, undisturbed: Path, start: Any) 
     assert "was lost: 2 of the 3 left share a step" in messages
     assert '"lost_ranks":' in run.rows.read_text()
     assert differing(undisturbed, run.out) == {}
+
+
+@needs_mpi
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_the_end_of_the_first_rank_is_that_of_the_run(start: Any) -> None:
+    run = start(2, "--max-iters", 100000)
+    run.wait_for_rows(9)
+    run.send(signal.SIGKILL, 0)
+    code, messages = run.end(within=60)
+    assert code != 0 and "rank 0, which writes the run, was lost" in messages
+    assert main(["verify", str(run.out)]) == 0
+
+
+@needs_mpi
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(start: Any) -> None:
+    run = start(2, "--max-iters", 100000)
+    run.wait_for_rows(2)
+    run.send(signal.SIGTERM, 1)
+    code, messages = run.end(within=60)
+    assert code == 128 + signal.SIGTERM, messages
+    rows = run.rows.read_bytes().count(b"\n")
+    assert "all of it kept" in messages and (run.out / f"ckpt_{rows}.safetensors").exists()
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_hung_rank_is_declared_lost(
+    undisturbed: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_MCA_mpi_ft_detector_period", "2")
+    monkeypatch.setenv("OMPI_MCA_mpi_ft_detector_timeout", "8")
+    run = start(4, "--max-iters", 200)
+    run.wait_for_rows(20)
+    run.send(signal.SIGSTOP, 2)
+    code, messages = run.end()
+    assert code == 0 and "rank 2 on" in messages
+    assert differing(undisturbed, run.out) == {}
+
+
+@needs_mpi
+def test_ranks_with_other_settings_are_refused_with_the_difference(
+    text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    one = command(1, "train", text, "--out", out, "--max-iters", 4, *SETTINGS)
+    other = command(1, "train", text, "--out", out, "--max-iters", 5, *SETTINGS)
+    both = [*one["args"], ":", *other["args"][3:]]
+    done = subprocess.run(
+        both, env=one["env"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0 and not out.exists()
+    assert "differs from rank 0 in train.max_iters: 5, not 4" in done.stderr
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [("--wire", "bfloat16"), ("--sync-every", "5")], ids=str)
+def test_less_traffic_learns_as_well(
+    given: tuple[str, str], undisturbed: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    done = on_ranks(2, "train", text, "--out", out, "--max-iters", 200, *given, *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    losses = [
+        [row["val_loss"] for row in History(run / "metrics.jsonl") if "val_loss" in row][-1]
+        for run in (undisturbed, out)
+    ]
+    assert differing(undisturbed, out) and losses[1] < losses[0] * 1.05

@@ -198,7 +198,7 @@ def train(
         )
     if fitted:
         _check_fitting(budget is not None, ranks.size)
-    ranks.check(settings.train.grad_accum_steps, settings.train.batch_size)
+    ranks.check(settings.train)
     known = budget is None or (minutes is None and settings.data.source is None)
     if print_config and known and not fitted:
         print(settings.to_toml(), end="")
@@ -437,7 +437,7 @@ def _follow(run: TrainingRun, json: bool, stopped: Callable[[], bool] | None = N
                 "parameters": run.model.num_params(),
             }
         )
-    asked = bool(received) or (stopped is not None and stopped())
+    asked = bool(received) or run.ranks.stopping or (stopped is not None and stopped())
     _tell_end(run, interrupted=asked and result.stopped)
     if not result.stopped:
         return 0

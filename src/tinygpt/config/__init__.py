@@ -231,6 +231,10 @@ class TrainConfig(Config):
     """Largest global norm of the gradient; 0 switches clipping off."""
     grad_accum_steps: int = 1
     """Micro-batches whose gradients are averaged into one step."""
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """How ranks send gradients; with bfloat16 half as much, and other bits for other numbers."""
+    sync_every: int | None = None
+    """Steps that ranks take apart before they meet (DiLoCo); if not set, they share each step."""
     recompute: bool = False
     """Compute each block's activations again for the backward pass: less memory, longer steps."""
     dtype: Precision = "float32"
@@ -278,6 +282,7 @@ class TrainConfig(Config):
             "eval_interval",
             "eval_iters",
             "grad_accum_steps",
+            "sync_every",
             "max_skipped",
             "checkpoint_interval",
             "early_stop_patience",

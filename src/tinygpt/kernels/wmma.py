@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tinygrad import Device, Tensor, UOp, dtypes
 
-from tinygpt.kernels.dispatch import first_device
+from tinygpt.kernels.dispatch import first_device, obstacle
 from tinygpt.machine import precision
 from tinygpt.machine.tinygrad_internals import DType
 
@@ -83,6 +83,10 @@ def _apple() -> Core:
 
 CORES = {core.device: core for core in (_nvidia(), _apple())}
 """By the device that tinygrad writes the instruction for."""
+NVRTC = (
+    "NVIDIA's compiler comes with: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime, "
+    "of the CUDA version that nvidia-smi names, or an older one"
+)
 MAKERS = {"CUDA": "CUDA", "NV": "CUDA", "METAL": "METAL"}
 """tinygrad's devices -> those of ``CORES``."""
 
@@ -110,6 +114,8 @@ def plan(device: str) -> str | None:
     if not renderer.has_local:
         return None
     kind = renderer.target.arch or renderer.target.device
+    if why := obstacle(Tensor.empty(1, device=device)):
+        return f"{kind}: no fast kernels, since {why}; {NVRTC if 'PTX' in why else ''}".rstrip("; ")
     there = precision.available(device)
     halves = [name for name in there if core_for(device, precision.type_of(name))]
     if halves:

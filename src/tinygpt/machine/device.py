@@ -27,12 +27,16 @@ log = logging.getLogger(__name__)
 SHIM_PREFIX = "zig-clang-"
 OTHER_COMPILERS = re.compile(r"(^|-)(gcc|cc|g\+\+|c\+\+|tcc|icc|icx|nvcc|pgcc)(-[\d.]+)?$")
 """Names of compilers that are no clang; on macOS ``cc`` is one."""
+TOOLKIT_HEADER = Path("/usr/local/cuda/include/cuda_bf16.h")
+"""One of those that kernels for NVIDIA's cards include, where the toolkit has it."""
 COMPILER_SETTINGS = ("CCC_OVERRIDE_OPTIONS", "LLVMOPT")
 """What changes the machine code that clang and tinygrad's LLVM make of the same source."""
 
 
 def prepare() -> None:
-    """Set CC, CACHEDB, DEV and PARALLEL for tinygrad where the user has not; cheap and idempotent.
+    """Set CC, CACHEDB, DEV, PARALLEL and NVRTC_PATH for tinygrad where the user has not.
+
+    It is cheap and idempotent.
 
     CC becomes a shim around the clang inside the wheel ``ziglang`` if no clang is on PATH. Each
     compiler and processor gets a kernel cache of its own: kernels are compiled for the very
@@ -47,7 +51,9 @@ def prepare() -> None:
     if math.isinf(environment.number(os.environ["PARALLEL"], math.inf)):
         environment.instead["PARALLEL"] = "0"
     hook.after_import("tinygrad.device", choice.install)  # which may have read DEV, or set it
-    if not os.environ.get("DEV") and not may_have_accelerator():
+    if may_have_accelerator():
+        _name_nvrtc()
+    elif not os.environ.get("DEV"):
         os.environ["DEV"] = "CPU"
     try:
         _choose_compiler()
@@ -68,6 +74,30 @@ def prefer(devices: int | str | None) -> None:
     kind = device_names(devices)[0].split(":")[0]
     if kind and not os.environ.get("DEV", "").upper().startswith(kind):
         os.environ["DEV"] = kind
+
+
+def _name_nvrtc() -> None:
+    """Set NVRTC_PATH and CUDA_PATH where NVIDIA's compiler lies in wheels and nowhere else.
+
+    tinygrad looks for it, and for its headers, in the folders of the system only.
+    """
+    given = any(os.environ.get(name) for name in ("NVRTC_PATH", "CUDA_PATH"))
+    if not (given or TOOLKIT_HEADER.exists()) and (found := nvrtc_in_wheels()):
+        os.environ["NVRTC_PATH"], os.environ["CUDA_PATH"] = map(str, found)
+
+
+def nvrtc_in_wheels() -> tuple[Path, Path] | None:
+    """NVIDIA's runtime compiler, and the folder of its ``include``; PyTorch brings them, too."""
+    try:
+        spec = importlib.util.find_spec("nvidia")
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for library, headers in (("cu13", "cu13"), ("cuda_nvrtc", "cuda_runtime")):
+            found = sorted(Path(folder, library, "lib").glob("libnvrtc.so.*"))
+            if found and Path(folder, headers, "include", TOOLKIT_HEADER.name).exists():
+                return found[0], Path(folder, headers)
+    return None
 
 
 def require_device() -> str:

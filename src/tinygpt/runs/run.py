@@ -126,7 +126,7 @@ class TrainingRun:
         ranks: Alone | None = None,
     ) -> None:
         self.ranks = ranks or Alone()
-        self.ranks.check(config.grad_accum_steps, config.batch_size)
+        self.ranks.check(config)
         precision.require(config.dtype)
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.train_tokens, self.val_tokens = train_tokens, val_tokens

@@ -71,12 +71,17 @@ class PartialSums:
                 self._carry(i // run, top)
         return top
 
-    def over(self, ranks: Alone, count: int, add_leaf: Callable[[int, bool], object]) -> int:
-        """``sum``, of leaves that ranks share; on every rank the same bits."""
+    def over(
+        self, ranks: Alone, count: int, add_leaf: Callable[[int, bool], object], apart: bool = False
+    ) -> int:
+        """``sum``, of leaves that ranks share; on every rank the same bits, unless they are apart.
+
+        Ranks that are apart sum no more than their own.
+        """
         while True:
             own = ranks.share(count)
             level = self.sum(len(own), partial(_leaf_of, add_leaf, own.start))
-            if ranks.size == 1:
+            if ranks.size == 1 or apart:
                 return level
             with suppress(LostRankError):  # then those left take all of it again
                 ranks.sum(self.levels[level], self.levels[0])

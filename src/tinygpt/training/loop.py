@@ -24,6 +24,7 @@ from tinygpt.text.batches import batch
 from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.diagnose import diagnose
 from tinygpt.training.guard import Guard, why_skipped
+from tinygpt.training.meeting import Meeting
 from tinygpt.training.optim import learning_rate
 from tinygpt.training.replicas import replicas_for
 from tinygpt.training.scaling import LossScale
@@ -118,6 +119,8 @@ def train_steps(
     guard, scaling = guard or Guard(config), scaling or LossScale(config.dtype)
     take_step, evaluate_batch, refresh = jitted or make_jitted(model, optimizer, config, ranks)
     refresh()
+    apart, ranks = config.sync_every, ranks or Alone()
+    meeting = None if apart is None else Meeting(optimizer.params, ranks)
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()
@@ -129,6 +132,10 @@ def train_steps(
         rate = A * B * T / (time.perf_counter() - before)
         done, val_loss = i + 1, None
         due = done % config.eval_interval == 0 or done == config.max_iters
+        saves = config.checkpoint_interval and done % config.checkpoint_interval == 0
+        if meeting is not None and apart and (done % apart == 0 or due or saves):
+            meeting.take()
+            refresh()
         if val_tokens is not None and due:
             val_loss = evaluate(evaluate_batch, val_tokens, config.eval_iters, B, T, ranks)
         elapsed = time.perf_counter() - began

@@ -89,8 +89,9 @@ def make_train_step(
     half, params, first_device = half_of(config.dtype), optimizer.params, replicas.devices[0]
     names = {id(p): name for name, p in model.parameters().items()}
     learned = [names[id(p)] for p in params]
-    micro_batches = config.grad_accum_steps
-    scale = 1 / (micro_batches * len(replicas))
+    micro_batches, apart = config.grad_accum_steps, config.sync_every is not None
+    summed = micro_batches // ranks.size if apart else micro_batches
+    scale = 1 / (summed * len(replicas))
     realize_state(optimizer)
     shares = place(optimizer, replicas, config.shard_optimizer)
     owners = owners_in(shares, len(params))
@@ -184,7 +185,7 @@ def make_train_step(
         if micro_batches == 1:
             report = whole(x[0], y[0], keys[0], lr, limits, *scales)
         else:
-            report = apply_level(sums.over(ranks, micro_batches, add_leaf))(lr, limits)
+            report = apply_level(sums.over(ranks, micro_batches, add_leaf, apart))(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
         by_layer = dict.fromkeys(map(layer_of, learned), 0.0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from tinygrad import Tensor
 
+    from tinygpt.config import TrainConfig
     from tinygpt.machine.flat_buffer import FlatBuffer
 
 
@@ -40,8 +41,13 @@ class Alone:
         """A block in which an error of one rank ends all of them."""
         yield self
 
-    def check(self, micro_batches: int, batch_size: int) -> None:
-        """UsageError unless the ranks can share a step of so many micro-batches."""
+    @property
+    def active(self) -> int:
+        """How many ranks have a share."""
+        return 1
+
+    def check(self, config: TrainConfig) -> None:
+        """UsageError unless the ranks can share the micro-batches of a step."""
 
     def same(self, facts: Mapping[str, str]) -> None:
         """UsageError, on every rank, unless these facts are the same on all of them."""
@@ -64,6 +70,7 @@ class Alone:
 
         The last number of each array is used. Raises LostRankError.
         """
+        out.array[:] = part.array
 
     def each(self, compute: Callable[[int], float], count: int) -> list[float]:
         """``[compute(0), compute(1), …]``, each number computed by one of the ranks."""

@@ -38,6 +38,11 @@ def join() -> Alone:
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     program = launcher.name()
     try:
+        import mpi4py
+
+        # With processes lost, MPI_Finalize may wait for ever or abort (Open MPI 5.0.11). Without
+        # it, the launcher reports each process's own exit code.
+        mpi4py.rc.finalize = not launcher.tolerant()
         from mpi4py import MPI
     except ImportError as error:
         raise _only_once(_missing(program, started)) from error

@@ -47,6 +47,11 @@ def own_cores(usable: int, everything: int, environment: Mapping[str, str] = os.
     return max(1, usable // sharing)
 
 
+def tolerant(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the loss of a process is survived: ``mpiexec --with-ft ulfm`` of Open MPI."""
+    return environment.get("OMPI_MCA_mpi_ft_enable", "") not in ("", "0", "false")
+
+
 def name(environment: Mapping[str, str] = os.environ) -> str:
     """The launcher's program."""
     by_slurm = SIZE[-1] in environment and _number(SIZE[:-1], environment) is None

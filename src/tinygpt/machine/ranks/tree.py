@@ -19,6 +19,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.uint16]
 
+EXACT = 16
+"""Numbers at either end of an array that are never rounded."""
+
 
 def add_in_pairs(parts: Floats) -> Floats:
     """The sum (n,) of the rows of parts (W, n), added as a tree of pairs; overwrites them."""
@@ -57,8 +60,9 @@ class TreeSum:
         """Put the sum over ranks of ``part`` (N,) into ``out`` (N,) of every rank.
 
         Both may be the same array. With ``half`` the numbers travel as bfloat16 and are added as
-        float32.
+        float32; the first and the last ``EXACT``, where losses and votes are, as they are.
         """
+        exact = self._exact(part) if self.half else None
         bounds = [part.size * i // self.active for i in range(self.active + 1)]
         pieces = [b - a for a, b in pairwise(bounds)] + [0] * (self.size - self.active)
         own = pieces[self.rank]
@@ -69,10 +73,18 @@ class TreeSum:
             result = np.empty_like(sent)
             self.comm.Allgatherv([piece, own], [result, pieces])
             out[:] = from_bfloat16(result)
+        if exact is not None:
+            out[:EXACT], out[-EXACT:] = exact[:EXACT], exact[EXACT:]
         else:
             self.comm.Allgatherv([add_in_pairs(rows), own], [out, pieces])
         gave = part.size - own if self.rank < self.active else 0
         self.sent += (gave + (self.size - 1) * own) * sent.itemsize
+
+    def _exact(self, part: Floats) -> Floats:
+        ends = np.concatenate([part[:EXACT], part[-EXACT:]])
+        rows = np.empty((self.size, 2 * EXACT), np.float32)
+        self.comm.Allgather(ends, rows)
+        return add_in_pairs(rows[: self.active])
 
     def _all_to_all(self, part: npt.NDArray[Any], pieces: list[int]) -> npt.NDArray[Any]:
         """This rank's piece of every active rank's part: (active, n)."""

@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import numpy as np
 
 from tinygpt.errors import TinyGPTError, TrainingError, UsageError
+from tinygpt.machine.ranks import launcher
 from tinygpt.machine.ranks.alone import Alone, LostRankError
 from tinygpt.machine.ranks.tree import TreeSum
 
 if TYPE_CHECKING:
     from tinygrad import Tensor
 
+    from tinygpt.config import TrainConfig
     from tinygpt.machine.flat_buffer import FlatBuffer
-
-TOLERANT = "OMPI_MCA_mpi_ft_enable"
-"""Set by ``mpiexec --with-ft ulfm``."""
 
 
 class Heart:
@@ -62,19 +61,19 @@ class Ranks(Alone):
     results only, so that they can step in.
     """
 
-    def __init__(self, mpi: ModuleType, half: bool = False) -> None:
+    def __init__(self, mpi: ModuleType) -> None:
         super().__init__()
-        self.mpi, self.half = mpi, half
+        self.mpi = mpi
         self.world = self.comm = mpi.COMM_WORLD
         self.comm.Set_errhandler(mpi.ERRORS_RETURN)
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
         self.first = self.rank == 0
-        self.tolerant = os.environ.get(TOLERANT, "0") not in ("", "0", "false")
+        self.tolerant = launcher.tolerant()
         self.members = list(range(self.size))
         """The ranks that are left, by their numbers at the start."""
         self._ended = self._started = self._stop_agreed = False
-        self._sum = TreeSum(self.comm, self.size, half)
-        self._micro_batches = self.size
+        self._sum = TreeSum(self.comm, self.size)
+        self._micro_batches, self._apart = self.size, False
         self.hosts: list[Process] = self.comm.allgather(Process.this())
 
     @property
@@ -91,7 +90,7 @@ class Ranks(Alone):
         except BaseException as error:
             if not self._started:
                 self._tell(error)
-            elif not isinstance(error, TinyGPTError | SystemExit):
+            elif self._apart or not isinstance(error, TinyGPTError | SystemExit):
                 self._abort(error)  # of this rank alone: the others would wait for it
             if self.first or isinstance(error, SystemExit):
                 raise
@@ -126,8 +125,14 @@ class Ranks(Alone):
             self.world.Abort(1)
         os._exit(1)
 
-    def check(self, micro_batches: int, batch_size: int) -> None:
-        self._micro_batches, ranks = micro_batches, self.size
+    @property
+    def active(self) -> int:
+        return self._sum.active
+
+    def check(self, config: TrainConfig) -> None:
+        micro_batches, batch_size, ranks = config.grad_accum_steps, config.batch_size, self.size
+        self._micro_batches, self._apart = micro_batches, config.sync_every is not None
+        self._sum.half = config.wire == "bfloat16"
         if ranks & (ranks - 1):
             less = 1 << ranks.bit_length() - 1
             raise UsageError(
@@ -180,6 +185,9 @@ class Ranks(Alone):
     # ---- while it trains ----
 
     def share(self, count: int) -> range:
+        if self._apart:  # the same for the whole run: a rank has moments of its own
+            own = count // self.size
+            return range(self.rank * own, (self.rank + 1) * own)
         own, place = count // self._sum.active, self.comm.Get_rank()
         return range(place * own, (place + 1) * own) if place < self._sum.active else range(0)
 
@@ -233,12 +241,12 @@ class Ranks(Alone):
             os._exit(1)  # its launcher has ended or will end the job
         most = self._micro_batches & -self._micro_batches
         active = min(most, 1 << len(left).bit_length() - 1)
-        self._sum = TreeSum(self.comm, active, self.half)
+        self._sum = TreeSum(self.comm, active, self._sum.half)
         self.lost += gone
         names = " and ".join(map(self._name, gone)) or "no rank"
-        self.news.append(
-            f"{names} was lost: {active} of the {len(left)} left share a step, and take it again"
-        )
+        were = "were" if len(gone) > 1 else "was"
+        rest = f"{active} of the {len(left)} left share a step, and take it again"
+        self.news.append(f"{names} {were} lost: {rest}")
 
     def _end(self, rank: int) -> None:
         """End a rank that was declared lost but hangs, if this is the rank on its host to do so."""
