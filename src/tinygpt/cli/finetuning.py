@@ -88,8 +88,8 @@ class Beginning:
 
 def _are_tokens(data: DataConfig) -> bool:
     """Whether nothing has to be tokenized."""
+    from tinygpt.text.mix_shares import is_mix, parse_mix
     from tinygpt.text.shards import is_tokens
-    from tinygpt.text.shares import is_mix, parse_mix
 
     source = str(data.source)
     names = parse_mix(source) if is_mix(source) else [source]

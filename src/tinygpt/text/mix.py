@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import UsageError
 from tinygpt.text.joined import Joined
-from tinygpt.text.shares import check_shares, period_of
+from tinygpt.text.mix_shares import check_shares, period_of
 
 
 class Mix(Joined):
