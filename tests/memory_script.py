@@ -15,7 +15,7 @@ from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.machine import resources
 from tinygpt.runs.run import TrainingRun
 from tinygpt.text.tokenizers import ByteTokenizer
-from tinygpt.training import preflight
+from tinygpt.training import preflight, probe
 
 
 def main(model, train, folder):
@@ -23,6 +23,7 @@ def main(model, train, folder):
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, 5000).astype(np.uint16)
     Tensor([1.0]).realize()  # the device is open
     estimate = preflight.preflight(model, train)
+    probe.seconds_per_step(model, train)  # as the command does
     tokenizer = ByteTokenizer() if model.vocab_size == 256 else None
     run = TrainingRun(
         GPT(model), train, tokens, tokens[-2000:], tokenizer=tokenizer, folder=folder

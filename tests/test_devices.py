@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,13 @@ def test_the_command_says_what_it_trains_on(
     assert "moments divided among them" in said
     assert "devices = 2\n" in (tmp_path / "run" / "config.toml").read_text()
     assert '"devices": 2' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    found = list[dict[str, Any]]()
+    for flags in ([], ["--devices", "2", "--batch-size", "6"]):
+        assert main(["eval", str(tmp_path / "run"), "--data", str(text), "--json", *flags]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+    assert main(["eval", str(tmp_path / "run"), "--data", str(text), "--devices", "3"]) == 2
+    assert "batch_size=16 does not divide by the 3 devices" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "no"), "--devices", "3"]) == 2
     assert "batch_size=4 does not divide by the 3 devices" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "no"), "--devices", "CPU:1,CPU:0"]) == 1

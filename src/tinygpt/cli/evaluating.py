@@ -11,6 +11,8 @@ from tinygpt.cli.loading import load_model, own_validation, read_tokens
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import DataConfig
 from tinygpt.config import Precision
+from tinygpt.config.devices import device_names
+from tinygpt.machine import device
 
 BATCH_SIZE = 16
 """Windows evaluated at a time."""
@@ -25,6 +27,7 @@ def evaluate(
     glob: str = DataConfig.glob,
     stride: int | None = None,
     batch_size: Count = BATCH_SIZE,
+    devices: str | None = None,
     tokenizer: str | None = None,
     dtype: Precision = "float32",
     json: Switch = False,
@@ -49,6 +52,8 @@ def evaluate(
         before it, and the longer it takes. [default: block_size]
     batch_size
         Windows at a time.
+    devices
+        Devices that share them: a number, or a list like CL:0,CL:1. [default: one]
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
     dtype
@@ -57,6 +62,7 @@ def evaluate(
         Print the result as JSON.
     """
     run = run_or_newest(run)
+    device.prefer(devices)
     from rich.console import Console
     from rich.progress import track
 
@@ -69,9 +75,9 @@ def evaluate(
         else read_tokens(DataConfig(source=data, field=field, glob=glob), model, own)
     )
     block_size, console = model.config.block_size, Console(stderr=True)
-    evaluation.check(block_size, tokens, batch_size, stride)
+    evaluation.check(block_size, tokens, batch_size, stride, len(device_names(devices)))
     sums = track(
-        evaluation.batch_losses(model, tokens, batch_size, stride),
+        evaluation.batch_losses(model, tokens, batch_size, stride, devices),
         description="reading",
         total=evaluation.batches(block_size, tokens, batch_size, stride),
         console=console,

@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tinygpt.config.devices import device_names
 from tinygpt.errors import DataError, UsageError
+from tinygpt.machine.several import open_devices
 from tinygpt.model.transformer import Transformer
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.text.tokens import Tokens, byte_count
 from tinygpt.training.metrics import bits_per_byte, perplexity
+from tinygpt.training.replicas import Replicas
 from tinygpt.training.step import make_evaluate
 
 Ids = NDArray[np.int32]
@@ -53,9 +56,13 @@ def measure(
     tokenizer: Tokenizer,
     batch_size: int = 16,
     stride: int | None = None,
+    devices: int | str | None = None,
 ) -> Measured:
-    """Loss, perplexity and bits per byte of a whole text, ``batch_size`` windows at a time."""
-    sums = batch_losses(model, tokens, batch_size, stride)
+    """Loss, perplexity and bits per byte of a whole text, ``batch_size`` windows at a time.
+
+    ``devices`` are as in ``TrainConfig``: each takes an equal part of the windows.
+    """
+    sums = batch_losses(model, tokens, batch_size, stride, devices)
     return summary(tokens, tokenizer, math.fsum(sums))
 
 
@@ -66,11 +73,22 @@ def summary(tokens: Tokens, tokenizer: Tokenizer, total: float) -> Measured:
 
 
 def batch_losses(
-    model: Transformer, tokens: Tokens, batch_size: int, stride: int | None = None
+    model: Transformer,
+    tokens: Tokens,
+    batch_size: int,
+    stride: int | None = None,
+    devices: int | str | None = None,
 ) -> Iterator[float]:
-    """The losses in nats of a text, added up batch by batch, so many as `batches` says."""
-    check(model.config.block_size, tokens, batch_size, stride)
-    evaluate_batch = make_evaluate(model)
+    """The losses in nats of a text, added up batch by batch, so many as `batches` says.
+
+    ``devices`` divide each batch. Raises DeviceError for one that is not there.
+    """
+    check(model.config.block_size, tokens, batch_size, stride, len(device_names(devices)))
+    if devices is None:
+        evaluate_batch = make_evaluate(model)
+    else:
+        replicas = Replicas(model, open_devices(devices))
+        evaluate_batch = make_evaluate(model, replicas=replicas)
     for x, y, count in windows(tokens, batch_size, model.config.block_size, stride):
         yield evaluate_batch(x, y) * count
 
@@ -81,10 +99,17 @@ def batches(block_size: int, tokens: Tokens, batch_size: int, stride: int | None
     return math.ceil((1 + math.ceil(further / (stride or block_size))) / batch_size)
 
 
-def check(block_size: int, tokens: Tokens, batch_size: int, stride: int | None) -> None:
+def check(
+    block_size: int, tokens: Tokens, batch_size: int, stride: int | None, devices: int = 1
+) -> None:
     """Raise UsageError or DataError for what cannot be measured."""
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} is too small: it must be at least 1.")
+    if batch_size % devices:
+        raise UsageError(
+            f"batch_size={batch_size} does not divide by the {devices} devices that share it. "
+            f"Try --batch-size {batch_size - batch_size % -devices}."
+        )
     if stride is not None and not 1 <= stride <= block_size:
         raise UsageError(
             f"--stride {stride} is out of range: windows are block_size={block_size} tokens long, "

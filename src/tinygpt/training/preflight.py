@@ -4,7 +4,7 @@ Everything is computed from the settings; nothing is allocated. What a step keep
 measured for many shapes, and follows from the model: in each block 16 numbers per position and
 channel wait for the backward pass (the block's input, the normalised, three for q, k and v, the
 attention's result, eight in the MLP, and their gradients while they are used), and 8 outside. Of
-these two and four are float32 in half precision too. ``benchmarks/preflight.py`` compares.
+these two and four are float32 in half precision too. ``benchmarks/foreseen.py`` compares.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ from tinygpt.training.accumulation import levels
 
 FLOAT = 4
 """Bytes of a number."""
-PER_BLOCK, OUTSIDE, EVALUATING = (16, 9), (8, 6), (9, 5)
+PER_BLOCK, OUTSIDE = (16, 9), (8, 6)
 """Floats that are kept for every position and channel, and in half precision: see above."""
+IN_BLOCK, AT_LOSS = (12, 7), (9, 5)
+"""The same while an evaluation is in a block, and while it is in the loss."""
+ADAPTING = 8
+"""More of them in a block with adapters: a layer's output, and that of its adapter."""
 COMPILING = 40_000_000
 """Bytes that tinygrad takes to compile, and keeps for what it has compiled."""
 ROOM = 0.9
@@ -59,9 +63,9 @@ class Estimate:
     optimizer: int
     """Adam's two moments; Muon has one of the matrices."""
     gradients: int
-    """Of all parameters, or of a block where they are accumulated; and what Muon makes of them."""
+    """Of all parameters, and what Muon makes of them; or of a block where they are accumulated."""
     sums: int
-    """Where gradients are accumulated, see ``accumulation``."""
+    """Of gradients that are accumulated, see ``accumulation``, and what Muon makes of them."""
     kept: int
     """What is kept when the forward pass is done; with recomputation the blocks' inputs."""
     activations: int
@@ -137,32 +141,35 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     count = model.num_params() + adapters
     L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
     half = train.dtype != "float32"
-    per_block, outside, evaluating = (n[half] for n in (PER_BLOCK, OUTSIDE, EVALUATING))
-    per_block = N * C * per_block
+    outside, per_block = OUTSIDE[half], N * C * PER_BLOCK[half]
     if model.attention == "plain":
         per_block += train.batch_size * model.n_head * T * T // (1 + half)
     kept = activations = per_block * L_back + N * C * outside
     if train.recompute:
         kept, activations = N * C * (L_back + outside), per_block + N * C * (1 + outside)
+    adapting = ADAPTING // (1 + half) if adapters else 0
+    activations += N * C * adapting
     chunk = cut_of(N, C, V)
     powers, dx_parts = prod(chunk.powers), prod(chunk.dx_parts)
+    evaluating = max(N * C * (IN_BLOCK[half] + adapting), N * C * AT_LOSS[half] + powers)
     tied = V * C if model.tie_embeddings and trained == count else 0  # a gradient from either end
     projection = 0 if _output_frozen(model, train) else V * C
-    gradients, sums = trained + tied, 0
+    gradients, sums = trained + tied + at_once, 0
     if train.grad_accum_steps > 1:  # each is added to a sum as soon as it is there
         last = sum(size for name, size in learned.items() if name.startswith(f"h.{L - 1}."))
-        gradients, sums = tied + max(last, tied), trained * levels(train.grad_accum_steps)
+        gradients = tied + max(last, tied)
+        sums = trained * levels(train.grad_accum_steps) + at_once
     return Estimate(
         parameters=count,
         process=resources.memory(),
         weights=FLOAT * count,
         optimizer=FLOAT * moments,
-        gradients=FLOAT * (gradients + at_once),
+        gradients=FLOAT * gradients,
         sums=FLOAT * sums,
         kept=FLOAT * kept,
         activations=FLOAT * activations,
         loss=FLOAT * (powers + dx_parts + projection),
-        evaluation=FLOAT * (N * C * evaluating + powers),
+        evaluation=FLOAT * evaluating,
         saving=FLOAT * (count + moments) if saves else 0,
         layers=L,
         tokens=N * train.grad_accum_steps,

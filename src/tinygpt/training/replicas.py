@@ -102,8 +102,7 @@ def copied(model: Transformer, device: str) -> Transformer:
 def _copied(value: Any, device: str) -> Any:
     """A layer, a list of layers or a Tensor, on another device; anything else as it is."""
     if isinstance(value, Tensor):
-        there = Tensor.empty(*value.shape, dtype=value.dtype, device=device)
-        return write(there, read(value)).is_param_(value.is_param)
+        return value.detach().to(device).contiguous().realize().is_param_(value.is_param)
     if isinstance(value, list):
         return [_copied(item, device) for item in value]
     if isinstance(value, LAYERS):

@@ -93,7 +93,7 @@ def make_train_step(
     summed = micro_batches // ranks.size if apart else micro_batches
     scale = 1 / (summed * len(replicas))
     realize_state(optimizer)
-    shares = place(optimizer, replicas, config.shard_optimizer)
+    shares = place(optimizer, replicas, config.shard_optimizer and len(replicas) > 1)
     owners = owners_in(shares, len(params))
     reported = [learned[i] for share in shares for i in share.chosen] or learned
 

@@ -1,6 +1,6 @@
 """What a run is foreseen to take, and what it takes: memory at the peak, and the time of a step.
 
-    python benchmarks/preflight.py [--case NAME ...] [--steps N] [--memory-only] [--json FILE]
+    python benchmarks/foreseen.py [--case NAME ...] [--steps N] [--memory-only] [--json FILE]
 
 Each case trains for a few steps in a process of its own, with an evaluation and a checkpoint. Its
 peak is that of the process; its pace is the median of the steps after the first two, beside the
@@ -49,7 +49,7 @@ CASES = {
     "wide, one thread": Case(WIDE, {"batch_size": 4}, threads=1),
     "large batch": Case(BABY | {"block_size": 256}, {"batch_size": 48}),
     "dropout": Case(WIDE | {"dropout": 0.1}, {"batch_size": 8}),
-    "plain attention": Case(BABY | {"block_size": 256, "attention": "plain"}, {"batch_size": 8}),
+    "plain attention": Case(BABY | {"block_size": 128, "attention": "plain"}, {"batch_size": 4}),
     "recompute": Case(WIDE, {"batch_size": 8, "recompute": True}),
     "recompute, dropout": Case(WIDE | {"dropout": 0.1}, {"batch_size": 16, "recompute": True}),
     "accumulation": Case(
