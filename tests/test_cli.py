@@ -109,7 +109,7 @@ def test_help_lists_every_verb(run_cli):
     assert shown == shown | {
         "Everyday": ["train", "generate", "serve", "dashboard"],
         "Runs": ["runs", "info", "compare", "plot", "eval", "verify"],
-        "Exchange": ["import", "export", "tokenizer"],
+        "Exchange": ["import", "export", "tokenize", "tokenizer"],
         "Proofs": ["doctor", "memorization"],
         "Shell": ["completion"],
     }

@@ -15,7 +15,8 @@ from tinygpt.cli import main
 from tinygpt.cli.loading import own_source
 from tinygpt.errors import DataError, UsageError
 from tinygpt.text.batches import batch, split
-from tinygpt.text.mix import Mix, is_mix, parse_mix, write_mix
+from tinygpt.text.mix import Mix
+from tinygpt.text.mix_shares import is_mix, parse_mix, write_mix
 from tinygpt.text.tokenizers import ByteTokenizer
 from tinygpt.text.tokens import bytes_per_token, data_fingerprint, largest, load_tokens
 

@@ -484,3 +484,17 @@ def test_less_traffic_learns_as_well(
         for run in (undisturbed, out)
     ]
     assert differing(undisturbed, out) and losses[1] < losses[0] * 1.05
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_the_proof_of_resuming_takes_ranks(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    shape = SETTINGS[:8]
+    assert main(["verify-resume", str(text), "--ranks", "2", *shape, "--batch-size", "2"]) == 0
+    told = capsys.readouterr()
+    assert "bit for bit" in told.out and "2 fresh processes" in told.err
+    assert main(["verify-resume", str(text), "--ranks", "3"]) == 2

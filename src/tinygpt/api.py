@@ -19,6 +19,7 @@ from tinygpt.files.atomic import user_path
 from tinygpt.generation import decoder, generate
 from tinygpt.interop.hf import pretrained
 from tinygpt.machine import precision
+from tinygpt.machine.ranks.join import join
 from tinygpt.model import int8 as quantization
 from tinygpt.model import lora
 from tinygpt.model.half import halve
@@ -177,6 +178,9 @@ def train(
     Ctrl-C ends it after the step in progress, with a checkpoint, and is a KeyboardInterrupt then;
     a second one is at once. SIGTERM and SIGHUP wait as long: see ``interrupts.held_back``.
 
+    In a program that mpiexec has started several times the processes train one model, see
+    docs/machines.md.
+
     >>> result = train(model, TrainConfig(max_iters=1000), tokens)
     >>> result.iter_num, result.best_val_loss
     """
@@ -185,22 +189,24 @@ def train(
         model.speaks(tokenizer)
     tokens = load_tokens(train_data, vocab)
     held_out = None if val_data is None else load_tokens(val_data, vocab)
-    run = TrainingRun(
-        model,
-        train_config,
-        tokens,
-        held_out,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        folder=out_dir,
-        resume=resume,
-        allow_change=allow_change,
-        init=checkpoint.origin_of(model),
-    )
-    try:
-        follow(run, show=show)
-    finally:
-        lora.merge(model)
+    with join().together() as ranks:
+        run = TrainingRun(
+            model,
+            train_config,
+            tokens,
+            held_out,
+            tokenizer=tokenizer,
+            optimizer=optimizer,
+            folder=out_dir,
+            resume=resume,
+            allow_change=allow_change,
+            init=checkpoint.origin_of(model),
+            ranks=ranks,
+        )
+        try:
+            follow(run, show=show and ranks.first)
+        finally:
+            lora.merge(model)
     return run.result
 
 

@@ -88,7 +88,7 @@ class Beginning:
 
 def _are_tokens(data: DataConfig) -> bool:
     """Whether nothing has to be tokenized."""
-    from tinygpt.text.mix import is_mix, parse_mix
+    from tinygpt.text.mix_shares import is_mix, parse_mix
     from tinygpt.text.shards import is_tokens
 
     source = str(data.source)

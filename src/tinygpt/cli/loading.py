@@ -11,7 +11,7 @@ from tinygpt.config import Precision
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError, UsageError
 from tinygpt.machine import device
 from tinygpt.runs.folder import choose_checkpoint, folder_of
-from tinygpt.text.mix import is_mix
+from tinygpt.text.mix_shares import is_mix
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT

@@ -28,10 +28,11 @@ from tinygpt.cli.options import (
     run_tables,
 )
 from tinygpt.cli.running import Material, gather, make_run
-from tinygpt.errors import TrainingError, UsageError
+from tinygpt.errors import TrainingError, UsageError, extras
 from tinygpt.files.atomic import user_path
 from tinygpt.machine import children
 from tinygpt.machine.device import require_device
+from tinygpt.machine.ranks.join import own_launcher
 from tinygpt.runs.folder import METRICS, SAMPLES, TOKENIZER, latest_checkpoint
 from tinygpt.runs.history import read
 from tinygpt.text.corpus import NAMES
@@ -63,6 +64,7 @@ def verify_resume(
     field: str | None = None,
     glob: str | None = None,
     steps: int = 4,
+    ranks: int = 1,
     json: Switch = False,
     model: Annotated[ModelFlags | None, Flat] = None,
     train: Annotated[TrainFlags | None, Flat] = None,
@@ -89,11 +91,18 @@ def verify_resume(
         Files of a folder that are read. [default: **/*.txt]
     steps
         Steps of the proof, half of them before the stop.
+    ranks
+        Go on with so many ranks of an MPI (extra mpi), 2 for example; a step then has as many
+        micro-batches at least.
     json
         Print the verdict as JSON.
     """
     if steps < 2:
         raise UsageError(f"--steps {steps} is too few: there must be one before and one after.")
+    if ranks < 1 or ranks & (ranks - 1):
+        raise UsageError(f"--ranks {ranks} is not a power of two, such as 2.")
+    if ranks > 1:
+        extras.need("mpi", "--ranks", "mpi4py")
     given = {"source": source, "tokenizer": tokenizer, "field": field, "glob": glob}
     tables = given_tables(model, train, given)
     kept = _tables_of_run(source)
@@ -103,11 +112,13 @@ def verify_resume(
         raise UsageError("--max-iters is what --steps says here: give that.")
     resolved = resolve(kept, preset_tables(preset), file_tables(config), tables)
     settings = _short(resolved, steps, tables["train"])
+    if settings.train.grad_accum_steps % ranks:
+        settings = replace(settings, train=replace(settings.train, grad_accum_steps=ranks))
     device = require_device()
     began = time.perf_counter()
     material = gather(settings)
     with _temporary_folder() as folder:
-        compared, same_twice = prove(settings, material, folder)
+        compared, same_twice = prove(settings, material, folder, ranks)
     seconds = time.perf_counter() - began
     exact = all(not row.differing for row in compared)
     if json:
@@ -163,7 +174,7 @@ def _short(settings: Settings, steps: int, given: Collection[str]) -> Settings:
 
 
 def prove(
-    settings: Settings, material: Material, folder: Path
+    settings: Settings, material: Material, folder: Path, ranks: int = 1
 ) -> tuple[list[Compared], bool | None]:
     """Train twice in ``folder``, once with a stop; -> what is the same.
 
@@ -177,8 +188,9 @@ def prove(
     _train(settings, material, whole, steps)
     say(f"{half} steps, and a stop …")
     _train(settings, material, parts, half)
-    say(f"a fresh process for the other {steps - half} …")
-    go_on(parts)
+    fresh = "a fresh process" if ranks == 1 else f"{ranks} fresh processes"
+    say(f"{fresh} for the other {steps - half} …")
+    go_on(parts, ranks)
     compared = compare(whole, parts)
     if all(not row.differing for row in compared):
         return compared, None
@@ -194,9 +206,13 @@ def _train(settings: Settings, material: Material, folder: Path, steps: int) -> 
             run.stop()
 
 
-def go_on(folder: Path) -> None:
-    """Resume a run in a process of its own, as a user does."""
+def go_on(folder: Path, ranks: int = 1) -> None:
+    """Resume a run in a process of its own, or several, as a user does."""
     program = children.python_module("tinygpt", "train", "--resume", "--out", str(folder))
+    if ranks > 1:
+        program["args"] = [own_launcher(), "-n", str(ranks), *program["args"]]
+        more_than_cores = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+        program["env"] = more_than_cores | program["env"]  # for Open MPI
     done = subprocess.run(**program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])

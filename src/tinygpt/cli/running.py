@@ -73,7 +73,7 @@ def check_devices(train: TrainConfig) -> None:
 def open_text(data: DataConfig) -> Corpus | None:
     """The text that is to be read, and a line on it; None for tokens, and for a mix."""
     from tinygpt.text.corpus import open_corpus
-    from tinygpt.text.mix import is_mix
+    from tinygpt.text.mix_shares import is_mix
     from tinygpt.text.shards import is_tokens
 
     if is_mix(str(data.source)) or is_tokens(str(data.source), data.glob):
@@ -279,7 +279,7 @@ def read_source(
 def _lasting(data: DataConfig, chosen: str) -> DataConfig:
     """What was used, so that it is found again: ``auto`` is what it chose, paths are absolute."""
     from tinygpt.text import corpus, sources, tokenizers
-    from tinygpt.text.mix import is_mix
+    from tinygpt.text.mix_shares import is_mix
 
     values = data.to_dict()
     if values["source"] == "auto":

@@ -274,7 +274,7 @@ def _check_machine(config: TrainConfig) -> None:
 
 def _mixed(source: str | None, mix: str) -> str:
     """The source that --mix stands for; UsageError if it is wrong, or there is another."""
-    from tinygpt.text.mix import parse_mix
+    from tinygpt.text.mix_shares import parse_mix
 
     if source is not None:
         raise UsageError(f"{source} and --mix both say what to read. Give one.")

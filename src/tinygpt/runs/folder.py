@@ -29,7 +29,7 @@ from tinygpt.files.disk import writing
 from tinygpt.files.strict_json import write_json
 from tinygpt.runs.history import Row
 from tinygpt.text.corpus import NAMES
-from tinygpt.text.mix import is_mix, parse_mix, write_mix
+from tinygpt.text.mix_shares import is_mix, parse_mix, write_mix
 from tinygpt.text.names import exists
 from tinygpt.untrusted import is_number, parse_json, read_bounded
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from tinygpt.errors import DataError, extras, nearest
 from tinygpt.text.compressed import blocks, is_compressed
-from tinygpt.text.tokenizers.chunks import first_cut
 from tinygpt.text.walk import UTF16_OR_32
 from tinygpt.untrusted import brief, clip
 from tinygpt.untrusted.foreign import HEAD, encoding_of, no_text
@@ -114,6 +113,8 @@ def parts(whole: Part, size: int) -> Iterator[Part]:
 
 def _next_cut(path: Path, place: int) -> int | None:
     """The first byte from ``place`` on at which a text can be cut; None if there is none near."""
+    from tinygpt.text.tokenizers.chunks import first_cut  # late: with numpy
+
     for window in WINDOWS:
         with path.open("rb") as file:
             file.seek(place)

@@ -8,7 +8,8 @@ from itertools import chain
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import user_path
 from tinygpt.text.corpus import Corpus, open_corpus
-from tinygpt.text.mix import Mix, is_mix, parse_mix, write_mix
+from tinygpt.text.mix import Mix
+from tinygpt.text.mix_shares import is_mix, parse_mix, write_mix
 from tinygpt.text.shards import check_made_with, is_tokens, own_tokenizer
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.text.tokens import Tokens, load_tokens, tokens_of

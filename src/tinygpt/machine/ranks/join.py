@@ -55,7 +55,7 @@ def join() -> Alone:
             UsageError(
                 f"{program} started {started} processes, but mpi4py's {library} sees {found}: they "
                 f"are of different MPIs, and each process would train by itself. Start with the "
-                f"launcher of {library} ({_own_launcher()}), or rebuild mpi4py for this one: "
+                f"launcher of {library} ({own_launcher()}), or rebuild mpi4py for this one: "
                 f"{extras.install_command('--force-reinstall', '--no-binary=mpi4py', 'mpi4py')}"
             )
         )
@@ -72,7 +72,7 @@ def _missing(program: str, started: int) -> MissingExtraError:
     )
 
 
-def _own_launcher() -> str:
+def own_launcher() -> str:
     """Where a wheel's launcher lies."""
     path = Path(sys.prefix, "bin", launcher.MPIEXEC)
     return str(path) if path.exists() else launcher.MPIEXEC
