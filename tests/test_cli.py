@@ -607,7 +607,7 @@ def test_gradcheck_fails_past_the_tolerance(run_cli, monkeypatch):
     monkeypatch.setattr(import_module("tinygpt.training.gradcheck"), "gradcheck", report(1e-7))
     code, out, _ = run_cli(*flags, "--json")
     assert code == 0 and json.loads(out)["ok"] is True
-    assert shapes == [(1, (3, 8), {"samples": 3, "seed": 5})] * 2
+    assert shapes == [(1, (3, 8), {"samples": 3, "seed": 5, "dtype": "float32"})] * 2
 
 
 def test_doctor_fails_only_for_what_is_needed(run_cli, monkeypatch):

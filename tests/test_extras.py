@@ -16,7 +16,7 @@ import pytest
 from tinygpt.errors import extras
 
 ROOT = Path(__file__).parents[1]
-FOR_USERS = ("offline", "plots", "serve", "gguf", "web", "mpi")
+FOR_USERS = ("offline", "plots", "serve", "gguf", "web", "parquet", "zstd", "hub", "mpi")
 OTHER_PIP = "#!/bin/sh\necho 'No matching distribution found' >&2\nexit 1\n"
 
 

@@ -92,4 +92,6 @@ def _in_clone() -> dict[str | None, list[str]]:
     except OSError as error:
         raise LookupError("tinygpt was copied here without its metadata") from error
     project = tomllib.loads(text)["project"]
-    return {None: project["dependencies"], **project["optional-dependencies"]}
+    found = {None: project["dependencies"], **project["optional-dependencies"]}
+    # as from the metadata: without the markers that say on which systems
+    return {extra: [line.partition(";")[0].strip() for line in found[extra]] for extra in found}
