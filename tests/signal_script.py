@@ -54,9 +54,9 @@ def announced(phase, function):
     return call
 
 
-def make_train_step(*args):
+def make_train_step(*args, **others):
     passes("compile")
-    return announced("step", made(*args))
+    return announced("step", made(*args, **others))
 
 
 known = threading.Event()

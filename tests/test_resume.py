@@ -464,7 +464,7 @@ def test_flags_of_the_proof_count_and_its_length_has_one_name(text, capsys, monk
     """The proof shortens a run's own settings, and not what was asked for."""
     seen = []
 
-    def settings_of(settings, material, folder):
+    def settings_of(settings, material, folder, ranks):
         seen.append(settings.train)
         return [], True
 
@@ -482,7 +482,7 @@ def test_flags_of_the_proof_count_and_its_length_has_one_name(text, capsys, monk
 def test_a_resumption_without_the_random_state_is_seen_by_the_proof(text, capsys, monkeypatch):
     """The fresh process loses the seed; the verdict blames the program, not the device."""
 
-    def forgetful(folder):
+    def forgetful(folder, ranks):
         config = (folder / "config.toml").read_text()
         (folder / "config.toml").write_text(config.replace("seed = 1337", "seed = 1338"))
         argv = ["train", "--resume", "--out", str(folder), "--allow-change", "seed"]
