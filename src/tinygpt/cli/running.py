@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 LARGEST_VOCAB = 1 << 20
 """More tokens than any vocabulary has: a file of tokens that needs so many may be made up."""
+LONG = 60.0
+"""Seconds of a run from which on it pays to time the parts of a step: that takes one or two."""
 
 
 class Source(NamedTuple):
@@ -116,7 +118,8 @@ def _vocabulary(settings: Settings, name: str, tokens: Tokens, tokenizer: Tokeni
 def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: bool = True) -> None:
     """Say what a run will need; UsageError if it cannot fit in memory, unless that is allowed.
 
-    The time follows from that of the step's parts, if ``timed``.
+    The time is guessed from the pace of a product, if ``timed``; where that makes a long run, it
+    follows from the time of the step's parts, for which they are compiled.
     """
     from tinygpt.training import preflight, probe
 
@@ -128,7 +131,9 @@ def foresee(shape: GPTConfig, settings: Settings, allow_memory: bool, timed: boo
     if not preflight.on_cpu():
         say("time: known when the first steps are done")
         return
-    seconds = probe.seconds_per_step(shape, train)
+    seconds = preflight.seconds_per_step(estimate, preflight.measured_rate())
+    if seconds * train.max_iters > LONG:
+        seconds = probe.seconds_per_step(shape, train)
     say(
         f"time: about {1000 * seconds:,.0f} ms a step, {estimate.tokens / seconds:,.0f} tokens/s, "
         f"{duration(seconds * train.max_iters)} for {train.max_iters:,} steps"
