@@ -69,8 +69,11 @@ def prepare() -> None:
 def prefer(devices: int | str | None) -> None:
     """Let a list of devices, such as CL:0,CL:1, choose the default device: its kind.
 
-    This must come before tinygrad is imported; later, ``several.open_devices`` says what to do.
+    This must come before tinygrad is imported; later, nothing happens, and
+    ``several.open_devices`` says what to do.
     """
+    if "tinygrad" in sys.modules:
+        return
     kind = device_names(devices)[0].split(":")[0]
     if kind and not os.environ.get("DEV", "").upper().startswith(kind):
         os.environ["DEV"] = kind

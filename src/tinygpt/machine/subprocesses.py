@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError
+from tinygpt.files.strict_json import to_json
 from tinygpt.machine.children import python_module
 
 Report = tuple[str, Any]
@@ -86,7 +87,7 @@ def _attend(
             except queue.Empty:
                 reports.put(("ended", None))
                 return
-            child.stdin.write(json.dumps(job) + "\n")
+            child.stdin.write(to_json(job, compact=True) + "\n")
             child.stdin.flush()
             for line in child.stdout:
                 kind, value = json.loads(line)

@@ -378,11 +378,11 @@ def main() -> None:
     for line in sys.stdin:
         try:
             for report in do(json.loads(line)):
-                print(json.dumps(report), flush=True)
+                print(to_json(report, compact=True), flush=True)
         except (TinyGPTError, OSError) as error:
             name = type(error).__name__ if isinstance(error, TokenizerError) else "DataError"
-            print(json.dumps(["failed", [name, str(error)]]), flush=True)
-        print(json.dumps(["done", None]), flush=True)
+            print(to_json(["failed", [name, str(error)]], compact=True), flush=True)
+        print(to_json(["done", None], compact=True), flush=True)
 
 
 if __name__ == "__main__":
