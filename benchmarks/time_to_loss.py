@@ -15,7 +15,7 @@ are warm on every side. A peer gets as many steps as fit, by its pace measured i
 own and corrected by each run, eager or compiled, whichever fits more; its schedule ends with them.
 
 ``--goals`` runs nanoGPT's recipe for a CPU to its end, in both ways and with its evaluations; then
-ours for a ninth of the time that the faster way took, and for as long.
+ours for a tenth of the time that the faster way took, and for as long.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FEWEST_STEPS = 10
 """A peer of which not even so many fit into a budget is left out."""
 SHORT = 60.0
 """Seconds of a budget below which compiling counts: ours then runs once before it counts."""
-SOONER = 9
+SOONER = 10
 """Share of the time of nanoGPT's recipe in which its loss should be reached."""
 
 
@@ -212,7 +212,7 @@ def median(outcomes: list[Outcome]) -> float:
 
 
 def goals(text: Text, path: Path, options: Any) -> Iterator[dict[str, Any]]:
-    """nanoGPT's recipe to its end, ours in a ninth of that time, and ours in the same time."""
+    """nanoGPT's recipe to its end, ours in a tenth of that time, and ours in the same time."""
     peer, ours = PeerSide("nanogpt-cpu", text, path, options), OurSide(text, path, options)
     steps, seeds = RECIPES["nanogpt-cpu"].train["max_iters"], range(options.seeds)
     peer.train(True, 0, FEWEST_STEPS)  # for the caches
