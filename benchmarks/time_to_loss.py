@@ -53,7 +53,7 @@ FEWEST_STEPS = 10
 SHORT = 60.0
 """Seconds of a budget below which compiling counts: ours then runs once before it counts."""
 SOONER = 10
-"""Share of the time of nanoGPT's recipe in which its loss should be reached."""
+"""In one of so many parts of its time the loss of nanoGPT's recipe should be reached."""
 
 
 @dataclass(frozen=True)
