@@ -25,8 +25,8 @@ from tinygpt.interop.hf.hf_pipeline import (
     special_roles,
 )
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
-from tinygpt.text.tokenizers.base import MAX_FILE_BYTES, read_json, utf8
-from tinygpt.text.tokenizers.bpe import BYTES, MAX_SPECIAL, MAX_VOCAB
+from tinygpt.text.tokenizers.base import MAX_FILE_BYTES, MAX_SPECIAL, read_json, utf8
+from tinygpt.text.tokenizers.bpe import BYTES, MAX_VOCAB
 from tinygpt.untrusted import brief, read_bounded
 
 SPLIT = {
