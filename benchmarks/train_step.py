@@ -299,7 +299,8 @@ def main() -> None:
         print(
             f"{row['side']:15} {row['ms'].show()} ms   {row['ratio'].show()} x ours   "
             f"{of_peak}{row['peak_mb']:.0f} MB at most, "
-            f"{row['before_model_mb']:.0f} before the model   losses within {row['loss_difference']:.0e}"
+            f"{row['before_model_mb']:.0f} before the model   "
+            f"losses within {row['loss_difference']:.0e}"
         )
     for name, reason in found["left_out"].items():
         print(f"{name}: left out: {reason}")
