@@ -379,12 +379,12 @@ def test_an_error_of_the_server_is_told(server: Server, tmp_path: Path) -> None:
 def test_a_server_that_does_not_answer_costs_no_more_than_the_deadline(
     server: Server, tmp_path: Path
 ) -> None:
-    server.hang = 1.0
+    server.hang = 2.0
     began = time.monotonic()
     with pytest.raises(DataError, match=r"did not arrive within 0\.2 seconds"):
         download.download(server.url, tmp_path / "text", SHA256, deadline=0.2)
-    assert time.monotonic() - began < 0.9
-    time.sleep(1.2)
+    assert time.monotonic() - began < 1.9
+    time.sleep(2.2)
     assert not any(tmp_path.iterdir())  # what was given up writes nothing later
 
 

@@ -694,8 +694,15 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_end():
 
 def test_a_text_that_an_ended_engine_cuts_off_does_not_look_whole():
     service = fake_service(FakeEngine(pace=0.01))
-    threading.Timer(0.2, lambda: [s.cancel() for s in service.engine.streams]).start()
+
+    def cut_off():
+        until(lambda: service.engine.streams)
+        service.engine.streams[0].cancel()
+
+    thread = threading.Thread(target=cut_off)
+    thread.start()
     answer = client(service).post(COMPLETIONS, json=complete(max_tokens=4000))
+    thread.join()
     assert error_of(answer, 503)["code"] == "shutting_down"
 
 
@@ -767,7 +774,7 @@ def test_a_mistake_of_ours_is_told_to_the_terminal_only(caplog):
 
 
 def test_when_time_is_up_what_is_there_is_the_answer():
-    service = fake_service(FakeEngine(pace=0.02), request_seconds=0.3)
+    service = fake_service(FakeEngine(pace=0.02), request_seconds=1)
     answer = client(service).post(COMPLETIONS, json=complete(max_tokens=4000)).json()
     [choice] = answer["choices"]
     assert 0 < answer["usage"]["completion_tokens"] < 1000
@@ -1317,7 +1324,7 @@ def run(tmp_path_factory):
 def served(run, child_environment):
     """The program with a free port, and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinygpt", "serve", str(run), "--port", "0"],
+        [sys.executable, "-m", "tinygpt", "serve", str(run), "--port=0", "--max-tokens=100000"],
         stderr=subprocess.PIPE, text=True, env=child_environment,
     )  # fmt: skip
     line = process.stderr.readline()
@@ -1332,7 +1339,7 @@ def served(run, child_environment):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_lets_a_running_stream_end(served, name):
     process, address = served
-    body = complete("Hello", max_tokens=200, stream=True)
+    body = complete("Hello", max_tokens=4000, stream=True)
     text = ""
     with httpx.stream("POST", address + COMPLETIONS, json=body, timeout=120) as answer:
         for chunk in answer.iter_text():
@@ -1348,7 +1355,7 @@ def test_a_signal_lets_a_running_stream_end(served, name):
 
 def test_the_second_signal_ends_it_at_once(served):
     process, address = served
-    body = complete("Hello", max_tokens=4096, n=16, stream=True)
+    body = complete("Hello", max_tokens=100_000, n=16, stream=True)
     with (
         pytest.raises(httpx.HTTPError),
         httpx.stream("POST", address + COMPLETIONS, json=body, timeout=120) as answer,

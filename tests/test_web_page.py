@@ -137,13 +137,15 @@ def test_hostile_prompts_and_names_are_text(made: Made, open_page: OpenPage) -> 
 PRESS_STOP = """() => new Promise((resolve) => {
     const shown = document.getElementById('text').value.length;
     const look = () => {
-        if (document.getElementById('text').value.length === shown) return setTimeout(look);
+        if (document.getElementById('text').value.length < shown + 10) return setTimeout(look);
         document.getElementById('continue').click();
         resolve();
     };
     look();
 })"""
-"""In the page itself, once it shows more: a small model would be done before a click from here."""
+"""In the page itself, once it shows more: a small model would be done before a click from here.
+
+Ten characters more, of which some are whole: the first bytes may all be parts of characters."""
 
 
 REASONS = {

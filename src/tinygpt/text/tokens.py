@@ -22,7 +22,7 @@ from tinygpt.text.joined import Joined
 from tinygpt.text.mix import Mix
 from tinygpt.text.shards import Shards, open_shards
 from tinygpt.text.token_files import Array, map_file, sealed, write_header
-from tinygpt.text.tokenizers import Tokenizer, chunks, ends_of, fingerprint
+from tinygpt.text.tokenizers import Tokenizer, chunks, ends_of, fingerprint, special_of
 
 log = logging.getLogger(__name__)
 
@@ -255,12 +255,12 @@ def _sample(tokens: Tokens, most: int) -> Tokens:
 def byte_count(tokens: Tokens, tokenizer: Tokenizer) -> int:
     """Bytes of UTF-8 that the tokens stand for, as bits per byte need it.
 
-    Tokens that end a text, such as ``<|endoftext|>``, stand for none.
+    Special tokens, such as ``<|endoftext|>``, and what ends a text stand for none.
     """
     counts = np.zeros(tokenizer.vocab_size, np.int64)  # (V,)
     for span in spans(tokens):
         # of uint64 nothing can be counted
         counts += np.bincount(span.astype(np.int64), minlength=len(counts))
-    counts[list(ends_of(tokenizer))] = 0
+    counts[list({*ends_of(tokenizer), *special_of(tokenizer).values()})] = 0
     used = np.flatnonzero(counts).tolist()
     return sum(int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in used)

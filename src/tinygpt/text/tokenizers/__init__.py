@@ -10,14 +10,21 @@ from tinygpt.errors import TokenizerError, nearest
 from tinygpt.files.atomic import user_path
 from tinygpt.text.names import exists, is_name
 from tinygpt.text.tokenizers.base import (
+    ASSISTANT,
     END,
+    MARKERS,
+    SYSTEM,
+    TURN_END,
+    USER,
     BaseTokenizer,
     TextStream,
     Tokenizer,
+    document_end,
     encoded,
     ends_of,
     fingerprint,
     read_json,
+    special_of,
 )
 from tinygpt.text.tokenizers.bpe import BPETokenizer
 from tinygpt.text.tokenizers.chunks import chunks
@@ -25,18 +32,26 @@ from tinygpt.text.tokenizers.simple import ByteTokenizer, CharTokenizer
 from tinygpt.untrusted import brief
 
 __all__ = [
+    "ASSISTANT",
     "END",
+    "MARKERS",
+    "SYSTEM",
+    "TURN_END",
+    "USER",
     "BPETokenizer",
+    "BaseTokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "TextStream",
     "Tokenizer",
     "check_readable",
     "chunks",
+    "document_end",
     "ends_of",
     "fingerprint",
     "load_tokenizer",
     "make_tokenizer",
+    "special_of",
     "tokenizer_from_dict",
 ]
 

@@ -55,6 +55,16 @@ class Tokenizer(Protocol):
 
 END = "<|endoftext|>"
 """What GPT-2, and most vocabularies made since, put between texts."""
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+"""Special tokens that begin a turn of a conversation."""
+TURN_END = "<|end|>"
+"""The special token that ends a turn of a conversation."""
+MARKERS = (SYSTEM, USER, ASSISTANT, TURN_END)
+"""The special tokens of a conversation, besides ``END``."""
+MAX_SPECIAL = 4096
+"""Special tokens that a vocabulary may have."""
+MAX_NAME = 256
+"""Characters that the name of a special token may have, where we add it."""
 
 
 class BaseTokenizer:
@@ -62,8 +72,41 @@ class BaseTokenizer:
 
     kind: str
     vocab_size: int
-    ends: tuple[int, ...] = ()
-    """The ids that end a text: generation stops there. Text never becomes one of them."""
+    """Number of tokens, the special ones included."""
+    specials: tuple[str, ...] = ()
+    """Names of the special tokens, in the order of their ids. Text never becomes one of them."""
+    template: Mapping[str, Any] | None = None
+    """The chat template that is kept with the vocabulary, see ``text.chat.template``."""
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """The special tokens and their ids: the last ones of the vocabulary."""
+        first = self.vocab_size - len(self.specials)
+        return {name: first + n for n, name in enumerate(self.specials)}
+
+    def special_id(self, name: str) -> int | None:
+        """The id of the special token of that name; None where the vocabulary has none."""
+        return self.special.get(name)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text, or a turn: generation stops there."""
+        found = (self.special_id(name) for name in (END, TURN_END))
+        return tuple(i for i in found if i is not None)
+
+    def with_specials(self, names: Iterable[str]) -> Self:
+        """The same vocabulary with these special tokens behind all others.
+
+        Names that it has already are left as they are. TokenizerError for what is no name.
+        """
+        added = [name for name in dict.fromkeys(names) if name not in self.special]
+        specials = [*self.specials, *checked_names(added)]
+        return self.from_dict({**self.to_dict(), "specials": specials}) if added else self
+
+    def with_template(self, template: Mapping[str, Any] | None) -> Self:
+        """The same vocabulary with another chat template to be kept with it, or with none."""
+        values = {k: v for k, v in self.to_dict().items() if k != "template"}
+        return self.from_dict(values | ({} if template is None else {"template": dict(template)}))
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """Token ids of ``text`` as an array (n,): the quick way for long texts."""
@@ -87,9 +130,20 @@ class BaseTokenizer:
         ids: list[int] = self.encode_array(text).tolist()
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids (a list, array or Tensor); bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of the ids (a list, array or Tensor); bytes that are not UTF-8 become U+FFFD.
+
+        Special tokens are shown as their names, or left out with ``skip_special_tokens``.
+        """
+        if skip_special_tokens:
+            special = set(self.special.values())
+            ids = [i for i in checked_ids(ids, self.vocab_size) if i not in special]
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def _kept(self) -> dict[str, Any]:
+        """What ``to_dict`` has of the special tokens and the template, where there are any."""
+        specials = {"specials": list(self.specials)} if self.specials else {}
+        return specials | ({"template": dict(self.template)} if self.template else {})
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path.
@@ -131,9 +185,23 @@ def ends_of(tokenizer: Tokenizer | None) -> tuple[int, ...]:
     return tuple(getattr(tokenizer, "ends", ()))
 
 
+def special_of(tokenizer: Tokenizer | None) -> Mapping[str, int]:
+    """The special tokens and their ids; none for a tokenizer of the user's own without them."""
+    return dict(getattr(tokenizer, "special", {}))
+
+
+def document_end(tokenizer: Tokenizer | None) -> int | None:
+    """The id that parts documents; None where the vocabulary has none.
+
+    Of several ids that end a text, such as one for documents and one for turns, it is the first.
+    """
+    return next(iter(ends_of(tokenizer)), None)
+
+
 def fingerprint(tokenizer: Tokenizer | BaseTokenizer) -> str:
     """SHA-256 of the content: the same for tokenizers that tokenize alike."""
-    text = to_json(tokenizer.to_dict(), sort=True, compact=True)
+    values = {k: v for k, v in tokenizer.to_dict().items() if k != "template"}
+    text = to_json(values, sort=True, compact=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -192,6 +260,31 @@ def refuse_surrogate(text: str, error: UnicodeEncodeError) -> NoReturn:
         f"{error.start}: half a character, left by reading bytes that are not UTF-8. Read the text "
         f"with the right encoding, or drop it: text.encode(errors='ignore').decode()."
     ) from error
+
+
+def checked_names(names: object) -> tuple[str, ...]:
+    """Names of special tokens, from a file one cannot trust."""
+    if not isinstance(names, list) or len(names) > MAX_SPECIAL:
+        raise TokenizerError(
+            f"The special tokens are {brief(names)}, wanted a list of up to {MAX_SPECIAL} names."
+        )
+    for name in names:
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or names.count(name) > 1:
+            raise TokenizerError(
+                f"The special token {brief(name)} cannot be: wanted different names of 1 to "
+                f"{MAX_NAME} characters, such as <|user|>."
+            )
+        utf8(name)
+    return tuple(names)
+
+
+def checked_template(values: object) -> dict[str, Any] | None:
+    """The fields of a kept chat template, from a file one cannot trust."""
+    if values is None:
+        return None
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise TokenizerError(f"The kept chat template is {brief(values)}, wanted named texts.")
+    return values
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:

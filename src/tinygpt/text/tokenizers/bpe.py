@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
 from tinygpt.files.atomic import user_path
-from tinygpt.text.tokenizers.base import END, BaseTokenizer, checked_ids, utf8
+from tinygpt.text.tokenizers.base import (
+    END,
+    MAX_SPECIAL,
+    TURN_END,
+    BaseTokenizer,
+    checked_ids,
+    checked_names,
+    checked_template,
+    utf8,
+)
 from tinygpt.text.tokenizers.chunks import chunks, split_space
 from tinygpt.text.tokenizers.vocabulary import load_encoding
 from tinygpt.untrusted import brief
@@ -30,8 +39,6 @@ PATTERNS = {
 
 MAX_VOCAB = 1 << 20
 """More tokens than this is a typing error or a hostile file."""
-MAX_SPECIAL = 4096
-"""Special tokens that a vocabulary may have."""
 BYTES = bytes(range(256))
 """The single bytes in the order of our ids. Other tools begin with those that can be printed."""
 
@@ -60,19 +67,60 @@ class BPETokenizer(BaseTokenizer):
     def _set(self, encoding: tiktoken.Encoding, content: dict[str, Any]) -> None:
         self._encoding, self._content = encoding, content
         self.vocab_size = encoding.max_token_value + 1
-        self.ends = _checked_ends(content.get("ends", self._usual_ends), self.vocab_size)
+        self.specials = tuple(sorted(self.special, key=self.special.__getitem__))
+        self.template = checked_template(content.get("template"))
+        self._ends = _checked_ends(content.get("ends", self._usual_ends), self.vocab_size)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self._ends
 
     @property
     def _usual_ends(self) -> list[int]:
-        """``<|endoftext|>``, where the vocabulary has it."""
-        return [self.special[END]] if END in self.special else []
+        """``<|endoftext|>``, and what ends a turn, where the vocabulary has them."""
+        return [self.special[name] for name in (END, TURN_END) if name in self.special]
+
+    def with_specials(self, names: Iterable[str]) -> Self:
+        added = [name for name in dict.fromkeys(names) if name not in self.special]
+        if not added:
+            return self
+        ids = {name: self.vocab_size + n for n, name in enumerate(checked_names(added))}
+        return self._with(ids)
+
+    def _with(self, ids: Mapping[str, int]) -> Self:
+        """The same vocabulary with more special tokens, whose ids follow all others."""
+        import tiktoken
+
+        content, encoding = dict(self._content), self._encoding
+        if "merges" in content:
+            content["special"] = {**self.special, **ids}
+        else:
+            content["specials"] = [*content.get("specials", []), *ids]
+        if "ends" in content and TURN_END in ids:
+            content["ends"] = [*content["ends"], ids[TURN_END]]
+        more = tiktoken.Encoding(
+            encoding.name,
+            pat_str=encoding._pat_str,
+            mergeable_ranks=encoding._mergeable_ranks,
+            special_tokens={**self.special, **ids},
+        )
+        return self._like(more, content)
+
+    def _like(self, encoding: tiktoken.Encoding, content: dict[str, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        made._set(encoding, content)
+        return made
+
+    def with_template(self, template: Mapping[str, Any] | None) -> Self:
+        content = {k: v for k, v in self._content.items() if k != "template"}
+        kept = {} if template is None else {"template": dict(template)}
+        return self._like(self._encoding, content | kept)
 
     def with_ends(self, ends: list[int]) -> Self:
         """The same vocabulary with other tokens that end a text; TokenizerError for no ids."""
         content = {k: v for k, v in self._content.items() if k != "ends"}
-        made = type(self).__new__(type(self))
-        made._set(self._encoding, content | ({} if ends == self._usual_ends else {"ends": ends}))
-        return made
+        kept = {} if ends == self._usual_ends else {"ends": ends}
+        return self._like(self._encoding, content | kept)
 
     @property
     def ranks(self) -> Mapping[bytes, int]:
@@ -179,7 +227,8 @@ class BPETokenizer(BaseTokenizer):
             encoding = values["encoding"]
             if not isinstance(encoding, str) or len(encoding) > 99:
                 raise _damaged(f"its encoding is {brief(encoding)}, wanted a name such as 'gpt2'")
-            return cls(encoding)._ending_as(values)
+            named = cls(encoding).with_specials(checked_names(values.get("specials", [])))
+            return named._kept_as(values)
         pattern = values.get("pattern")
         if not isinstance(pattern, str) or pattern not in PATTERNS:  # a name, never a pattern
             known = list(PATTERNS)
@@ -191,10 +240,12 @@ class BPETokenizer(BaseTokenizer):
         special = _checked_special(values.get("special", {}), 256 + len(merges))
         alphabet = _checked_alphabet(values["alphabet"]) if "alphabet" in values else BYTES
         made = cls.from_merges(merges, pattern, alphabet=alphabet, special=special)
-        return made._ending_as(values)
+        return made._kept_as(values)
 
-    def _ending_as(self, values: Mapping[str, Any]) -> Self:
-        return self.with_ends(values["ends"]) if "ends" in values else self
+    def _kept_as(self, values: Mapping[str, Any]) -> Self:
+        ending = self.with_ends(values["ends"]) if "ends" in values else self
+        template = checked_template(values.get("template"))
+        return ending.with_template(template) if template else ending
 
 
 def _training_pieces(text: str | Iterable[str]) -> Iterator[str]:

@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import TokenizerError
-from tinygpt.text.tokenizers.base import BaseTokenizer, checked_ids, refuse_surrogate, utf8
+from tinygpt.text.tokenizers.base import (
+    BaseTokenizer,
+    checked_ids,
+    checked_names,
+    checked_template,
+    refuse_surrogate,
+    utf8,
+)
 
 
 class CharTokenizer(BaseTokenizer):
@@ -26,12 +33,14 @@ class CharTokenizer(BaseTokenizer):
 
     kind = "char"
 
-    def __init__(self, chars: Iterable[str]) -> None:
+    def __init__(self, chars: Iterable[str], specials: Iterable[str] = ()) -> None:
         self.chars = "".join(sorted(set(chars)))
         if not self.chars:
             raise TokenizerError("A character tokenizer needs at least one character; none given.")
         points = _code_points(self.chars)  # (V,)
-        self.vocab_size = len(points)
+        self.specials = checked_names(list(specials))
+        self.vocab_size = len(points) + len(self.specials)
+        self._texts = (*self.chars, *self.specials)  # by id
         # Code point -> id; the entry after the last is for all beyond it. -1 means unknown.
         self._ids = np.full(int(points[-1]) + 2, -1, np.int32)
         self._ids[points] = np.arange(len(points), dtype=np.int32)
@@ -54,15 +63,15 @@ class CharTokenizer(BaseTokenizer):
     def _refuse(self, text: str, at: int) -> None:
         raise TokenizerError(
             f"The character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among "
-            f"the {self.vocab_size} characters of this vocabulary. Leave it out, or use a "
+            f"the {len(self.chars)} characters of this vocabulary. Leave it out, or use a "
             f"tokenizer that holds every text: bpe:1024, byte or gpt2."
         )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join([self.chars[i] for i in checked_ids(ids, self.vocab_size)]).encode()
+        return "".join([self._texts[i] for i in checked_ids(ids, self.vocab_size)]).encode()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "chars": self.chars}
+        return {"kind": self.kind, "chars": self.chars, **self._kept()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -76,7 +85,9 @@ class CharTokenizer(BaseTokenizer):
                 "The saved character vocabulary is damaged: 'chars' must be a text of different "
                 "characters in the order of their code points."
             )
-        return cls(chars)
+        made = cls(chars, checked_names(values.get("specials", [])))
+        made.template = checked_template(values.get("template"))
+        return made
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:
@@ -94,15 +105,25 @@ class ByteTokenizer(BaseTokenizer):
     kind = "byte"
     vocab_size = 256
 
+    def __init__(self, specials: Iterable[str] = ()) -> None:
+        self.specials = checked_names(list(specials))
+        self.vocab_size = 256 + len(self.specials)
+
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         return np.frombuffer(utf8(text), np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(checked_ids(ids, self.vocab_size))
+        listed = checked_ids(ids, self.vocab_size)
+        if not self.specials:
+            return bytes(listed)
+        names = [name.encode() for name in self.specials]
+        return b"".join([bytes([i]) if i < 256 else names[i - 256] for i in listed])
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        return {"kind": self.kind, **self._kept()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return cls()
+        made = cls(checked_names(values.get("specials", [])))
+        made.template = checked_template(values.get("template"))
+        return made

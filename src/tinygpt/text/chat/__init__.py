@@ -1,0 +1,1 @@
+"""Conversations: their template, and what a model learns of them."""
