@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from common import arguments, write_json
+from peak import Work, peak
 
 import tinygpt.machine.pool as multicore
 from tinygpt.machine.resources import cores, peak_memory
@@ -30,8 +31,7 @@ from tinygpt.machine.resources import cores, peak_memory
 from tinygrad import Tensor, TinyJit
 
 from tinygpt.kernels.linear import FEW, linear
-from tinygpt.kernels.matmul import matmul, register_tiles
-from tinygpt.kernels.phases import Array, Kernel, run
+from tinygpt.kernels.matmul import matmul
 
 try:
     import torch
@@ -45,8 +45,6 @@ DECODE = [(1, 128, 384), (1, 768, 2304), (1, 768, 768), (1, 3072, 768), (1, 768,
 SETS = {"baby": BABY, "gpt2": GPT2 + HEAD, "decode": DECODE, "all": BABY + GPT2 + HEAD + DECODE}
 """(rows of x, inputs, outputs) of the layers of a training step, or of one generated token."""
 
-Work = Callable[[], Any]
-
 
 @dataclass
 class Case:
@@ -59,42 +57,6 @@ class Case:
     repeats: int  # products in a turn
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"ours": [], "theirs": []})
     peaks: list[float] = field(default_factory=list)
-
-
-def multiply_adds(k: Kernel, out: Array, x: Array, *, cores: int, rows: int, steps: int) -> None:
-    """As many independent multiply-adds as the registers hold, in every core, ``steps`` times."""
-    core = k.units(cores)
-    acc = k.tile(rows)
-    with k.phase() as lane:
-        for r in range(rows):
-            acc[r, lane] = x[lane] + float(r)
-    with k.loop(steps), k.phase() as lane:
-        for r in range(rows):
-            acc[r, lane] = acc[r, lane] * x[0] + x[1]
-    with k.phase() as lane:
-        for r in range(rows):
-            out[(core * rows + r) * k.lanes + lane] = acc[r, lane]
-
-
-def peak(threads: int, steps: int = 2_000_003) -> tuple[Work, float]:
-    """A work that runs at the machine's peak, and its floating-point operations.
-
-    The number of steps is prime so that the compiler does not unroll: it then reverses every
-    second step, and each sum waits for itself.
-    """
-    lanes, rows = next(iter(register_tiles().items()))
-    x = Tensor([0.5, 1.0, *[0.25] * (lanes - 2)]).realize()
-    out = Tensor.empty(threads * rows * lanes)
-
-    @TinyJit
-    def work(x: Tensor) -> Tensor:
-        options = {"cores": threads, "rows": rows, "steps": steps}
-        ops = 2 * threads * rows * lanes * steps  # many enough for a piece to each thread
-        return run(multiply_adds, [out], [x], lanes=lanes, ops=ops, **options)[0].realize()
-
-    for _ in range(3):
-        work(x)
-    return lambda: work(x), 2.0 * threads * rows * lanes * steps
 
 
 def cases(m: int, i: int, o: int) -> list[Case]:

@@ -7,8 +7,10 @@
 
 A step is forward, backward, clipping and AdamW, from numpy batches to the loss as a number. All
 sides start from the same weights and see the same batches; their losses over the first steps must
-agree. Then they take turns. Of PyTorch's two ways the faster one counts. ``--plain`` adds the same
-model on tinygrad without our kernels and without our pool of threads, in few steps.
+agree. Then they take turns, with a loop of multiply-adds among them: a step's share of the peak is
+of the one that was measured beside it, for all products of model and optimizer, whatever else a
+step does. Of PyTorch's two ways the faster one counts. ``--plain`` adds the same model on tinygrad
+without our kernels and without our pool of threads, in few steps.
 
 With ``muon`` (``baby`` with batches of 24) and ``blocks`` (two of GPT-2's, with 16 x 1024 tokens)
 the optimizer is Muon on both sides, PyTorch's in batched products; another side is ours with AdamW,
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,14 +43,17 @@ from common import (
     take_turns,
     write_json,
 )
+from peak import Peak
 
 from tinygpt.config import PRESETS, GPTConfig, TrainConfig
 from tinygpt.machine import resources
 from tinygpt.text import batches
+from tinygpt.training.preflight import preflight
 
 TOLERANCE = 1e-3
 """Nats by which the losses of two sides may differ."""
 PLAIN = "plain tinygrad"
+PEAK = "peak"
 ADAMW = "ours, AdamW"
 HALF = "ours, bfloat16"
 ANOTHER = (ADAMW, HALF)
@@ -227,11 +233,13 @@ def measure(options: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sides, differences, left_out = start(options, folder)
     fast = {name: side for name, side in sides.items() if name != PLAIN}
-    taken = dict.fromkeys(
-        fast, turns(fast, options.rounds or setting.rounds, setting.turn, options.cpu_time)
-    )
+    limit = Side(Peak, options.threads, threads=options.threads)
+    rounds = options.rounds or setting.rounds
+    works = steps(fast, setting.turn, options.cpu_time)
+    turns = take_turns(works | {PEAK: partial(limit, "per_second", options.cpu_time)}, rounds)
+    taken = dict.fromkeys(fast, turns)
     if PLAIN in sides:
-        taken[PLAIN] = turns({name: sides[name] for name in ("ours", PLAIN)}, 3, 1, False)
+        taken[PLAIN] = take_turns(steps({n: sides[n] for n in ("ours", PLAIN)}, 1, False), 3)
     rows = []
     for name, seconds in taken.items():
         peak, before = sides[name]("memory")
@@ -243,20 +251,26 @@ def measure(options: Any) -> dict[str, Any]:
                 "peak_mb": peak / MB,
                 "before_model_mb": before / MB,
                 "loss_difference": differences.get(name, 0.0),
+                "of_peak": share(setting, name, seconds) if PEAK in seconds else None,
             }
         )
     launches = sides["ours"]("launches")
-    for side in sides.values():
+    for side in (*sides.values(), limit):
         side.close()
-    return {"rows": rows, "launches": launches, "left_out": left_out}
+    peak = Spread.of([p / 1e9 for p in turns[PEAK]])
+    return {"rows": rows, "peak_gflops": peak, "launches": launches, "left_out": left_out}
 
 
-def turns(
-    sides: dict[str, Side], rounds: int, steps: int, cpu_time: bool
-) -> dict[str, list[float]]:
-    """Seconds of a step in every turn of each side."""
-    works = {name: partial(side, "seconds", steps, cpu_time) for name, side in sides.items()}
-    return take_turns(works, rounds)
+def share(setting: Setting, name: str, seconds: dict[str, list[float]]) -> Spread:
+    """Of the peak, turn by turn: what the products of a step need, and not what a side does."""
+    train = setting.train if name != ADAMW else replace(setting.train, optimizer="adam")
+    operations = preflight(setting.model, train).flops
+    return ratio([operations / s for s in seconds[name]], seconds[PEAK])
+
+
+def steps(sides: dict[str, Side], count: int, cpu_time: bool) -> dict[str, Callable[[], float]]:
+    """For each side the work that takes so many steps and tells the seconds of one."""
+    return {name: partial(side, "seconds", count, cpu_time) for name, side in sides.items()}
 
 
 def main() -> None:
@@ -277,12 +291,15 @@ def main() -> None:
     print(
         f"{options.config}: {setting.model.num_params() / 1e6:.1f} M parameters, batch "
         f"{setting.train.batch_size} x {setting.model.block_size}, V = {setting.model.vocab_size}; "
-        f"{found['launches']} launches in a step of ours"
+        f"{found['launches']} launches in a step of ours; the peak is "
+        f"{found['peak_gflops'].show('.0f')} GFLOPS"
     )
     for row in found["rows"]:
+        of_peak = f"{row['of_peak'].show('.0%')} of the peak   " if row["of_peak"] else ""
         print(
             f"{row['side']:15} {row['ms'].show()} ms   {row['ratio'].show()} x ours   "
-            f"peak {row['peak_mb']:.0f} MB, {row['before_model_mb']:.0f} before the model   "
+            f"{of_peak}{row['peak_mb']:.0f} MB at most, "
+            f"{row['before_model_mb']:.0f} before the model   "
             f"losses within {row['loss_difference']:.0e}"
         )
     for name, reason in found["left_out"].items():

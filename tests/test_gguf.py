@@ -327,8 +327,8 @@ def test_weights_that_are_no_numbers_or_beyond_float16_are_refused(tmp_path):
 def test_another_vocabulary_than_was_written_is_noticed(tmp_path, monkeypatch):
     describe = exporting._describe
 
-    def damaged(writer, config, tokens, kind, name):
-        describe(writer, config, tokens, kind, name)
+    def damaged(writer, *rest):
+        describe(writer, *rest)
         texts = writer.kv_data[0]["tokenizer.ggml.tokens"].value
         writer.kv_data[0]["tokenizer.ggml.tokens"].value = [*texts[1:], texts[0]]
 

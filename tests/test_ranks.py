@@ -62,6 +62,48 @@ def command(ranks: int, *arguments: object) -> dict[str, Any]:
     return {**program, "args": [*launch, *program["args"]]}
 
 
+PROGRAM = """
+import sys, time
+from types import SimpleNamespace
+import numpy as np
+from tinygpt.machine.ranks.alone import LostRankError
+from tinygpt.machine.ranks.join import join
+
+kind, ranks = sys.argv[1], join()
+buffer = SimpleNamespace(array=np.ones(64, np.float32), fetch=lambda: None, put=lambda: None)
+with ranks.together():
+    ranks._started = True
+    ranks.sum(buffer, buffer)
+    if kind == "error" and not ranks.first:
+        raise ValueError("of this rank alone")
+    if kind == "error":
+        try:
+            ranks.sum(buffer, buffer)
+        except LostRankError:
+            ranks.sum(buffer, buffer)
+        print("went on with", ranks.active, "for", ranks.lost)
+    ranks.over = True
+    if ranks.first:
+        time.sleep(1.5)  # writes a checkpoint, and shows what came of it
+        print("all of it kept", flush=True)
+    code = ranks.leave(0 if ranks.first else 143)
+sys.exit(code)
+"""
+
+
+def program(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What a program of two ranks leaves that calls what a run calls."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    found = command(2)
+    launch = found["args"][: found["args"].index("-n")]
+    return subprocess.run(
+        [*(word for word in launch if word not in arguments), "-n", "2",
+         sys.executable, path, *(word for word in arguments if word not in launch)],
+        env=found["env"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+
+
 def on_ranks(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         **command(ranks, *arguments),
@@ -124,7 +166,7 @@ def test_other_processes_than_mpi_sees_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PMI_RANK", "1")
     with pytest.raises(SystemExit) as ended:  # one message is enough
         join.join()
-    assert ended.value.code == 2
+    assert ended.value.code == 0  # the first one's code is the job's
 
 
 def test_without_mpi4py_the_extra_is_named(
@@ -437,6 +479,23 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(start: Any) -> None:
     assert code == 128 + signal.SIGTERM, messages
     rows = run.rows.read_bytes().count(b"\n")
     assert "all of it kept" in messages and (run.out / f"ckpt_{rows}.safetensors").exists()
+
+
+@needs_mpi
+@pytest.mark.parametrize("tolerant", [True, False])
+def test_a_stopped_rank_waits_until_the_first_has_kept_everything(
+    tolerant: bool, tmp_path: Path
+) -> None:
+    """A launcher ends the job, or loses its output, when any process ends with a code."""
+    done = program(tmp_path, *([] if tolerant else ["--with-ft", "ulfm"]), "stop")
+    assert done.returncode == 143 and "all of it kept" in done.stdout, done
+
+
+@needs_mpi
+def test_an_error_of_one_rank_alone_is_its_loss(tmp_path: Path) -> None:
+    done = program(tmp_path, "error")
+    assert "rank 1: ValueError: of this rank alone" in done.stderr
+    assert done.returncode == 0 and "went on with 1 for [1]" in done.stdout, done
 
 
 @needs_mpi

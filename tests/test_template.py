@@ -39,7 +39,7 @@ def made(kind: str) -> BaseTokenizer:
             return BPETokenizer("gpt2")
         except TokenizerError:
             pytest.skip("needs GPT-2's vocabulary: the extra 'offline'")
-    merges = [b"us", b"er", b"user", b"Hello", b"\n\n", b" |", b"|>"]
+    merges = [b"us", b"er", b"user", b"He", b"ll", b"Hell", b"Hello", b"\n\n", b" |", b"|>"]
     kinds = {
         "byte": ByteTokenizer,
         "char": lambda: CharTokenizer(LETTERS),

@@ -27,7 +27,7 @@ from tinygpt.interop.web.capture import capture
 from tinygpt.interop.web.page_parity import GREEDY
 from tinygpt.interop.web.page_vocabulary import describe
 from tinygpt.machine.transfer import read
-from tinygpt.text.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import END, MARKERS, Tokenizer, ends_of, special_of
 
 PAGE = pages.FOLDER / "local"
 SMALL = GPTConfig(block_size=24, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
@@ -217,24 +217,30 @@ TOKENIZERS: dict[str, Callable[[str], Tokenizer]] = {
     "imported": imported,
     "byte": lambda text: ByteTokenizer(),
     "char": CharTokenizer,
+    "bytes-marked": lambda text: ByteTokenizer((END, *MARKERS)),
+    "char-marked": lambda text: CharTokenizer(text, (END, *MARKERS)),
+    "bpe-marked": lambda text: BPETokenizer.train(text, 500).with_specials((END, *MARKERS)),
 }
 
 
 @needs_node
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_page_s_tokenizers_are_ours(name: str) -> None:
-    text = mixed_text() + "\n[|]\n<s>"
+    text = mixed_text() + "\n[|]\n<s><|user|>"
     assert len(text.encode()) >= 300_000
     tokenizer = TOKENIZERS[name](text)
-    ids, back = node(
+    special = [*special_of(tokenizer).values()]
+    ids, back, names, size, ends = node(
         """const { makeTokenizer, TextStream } = await load('tokenizer.mjs');
         const tokenizer = makeTokenizer(given.tokenizer);
         const ids = tokenizer.encode(given.text), stream = new TextStream(tokenizer);
-        return [ids, ids.map((id) => stream.push(id)).join('') + stream.flush()];""",
-        {"tokenizer": describe(tokenizer), "text": text},
+        const shown = (ids) => ids.map((id) => stream.push(id)).join('') + stream.flush();
+        return [ids, shown(ids), shown(given.special), tokenizer.size, [...tokenizer.ends]];""",
+        {"tokenizer": describe(tokenizer), "text": text, "special": special},
     )
-    assert ids == tokenizer.encode(text)
-    assert back == text
+    assert ids == tokenizer.encode(text) and not set(special) & set(ids)
+    assert back == text and names == tokenizer.decode(special)
+    assert (size, tuple(ends)) == (tokenizer.vocab_size, ends_of(tokenizer))
 
 
 @needs_node

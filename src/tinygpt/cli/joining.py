@@ -28,7 +28,7 @@ def in_ranks(verb: Callable[P, int]) -> Callable[P, int]:
         token = _PRESENT.set(ranks)
         try:
             with _quiet(not ranks.first), ranks.together():
-                return verb(*args, **kwargs)
+                return ranks.leave(verb(*args, **kwargs))
         finally:
             _PRESENT.reset(token)
 

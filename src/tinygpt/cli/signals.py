@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from tinygpt.cli.console import program_name
+from tinygpt.machine.ranks.launcher import end_at_once
 from tinygpt.runs.interrupts import SAVING, STOPPING, Stopper, receiving
 
 
@@ -71,4 +72,4 @@ def _quit(number: int, terminals: list[int], words: Words) -> NoReturn:
             os.write(2, b"\x1b[?25h\r\n")  # the live view has hidden the cursor
         message = f"{program_name()}: stopped at once; {words.stopped}\n"
         os.write(2, message.encode())
-    os._exit(128 + number)
+    end_at_once(128 + number)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tinygpt.errors import TokenizerError
 from tinygpt.files.strict_json import to_json
-from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, special_of
 from tinygpt.untrusted import brief
 
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -68,8 +68,10 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary | None:
     Raises TokenizerError for a vocabulary that has no such form.
     """
     if isinstance(tokenizer, ByteTokenizer):
-        return Vocabulary({bytes([byte]): byte for byte in range(256)}, [], {})
+        _check_names(tokenizer.special)
+        return Vocabulary({bytes([byte]): byte for byte in range(256)}, [], tokenizer.special)
     if not isinstance(tokenizer, BPETokenizer):
+        _check_names(special_of(tokenizer))
         return None
     if tokenizer.pattern != "gpt2":
         raise TokenizerError(
@@ -82,13 +84,18 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary | None:
         raise TokenizerError(
             f"The special token {brief(doubtful)} is spelled like an ordinary one."
         )
-    ordinary = next((s for s in tokenizer.special if not is_bracketed(s)), None)
+    _check_names(tokenizer.special)
+    return Vocabulary(ranks, list(merges_of(ranks)), tokenizer.special)
+
+
+def _check_names(special: Iterable[str]) -> None:
+    """TokenizerError if a special token's name may stand in any text."""
+    ordinary = next((s for s in special if not is_bracketed(s)), None)
     if ordinary is not None:
         raise TokenizerError(
             f"The special token {brief(ordinary)} may stand in any text, and other tools would "
             f"make the token of it. Call it {brief(f'<{ordinary}>')}, for example."
         )
-    return Vocabulary(ranks, list(merges_of(ranks)), tokenizer.special)
 
 
 def is_bracketed(text: str) -> bool:

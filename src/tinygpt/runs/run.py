@@ -318,6 +318,7 @@ class TrainingRun:
         try:
             self.output.take()
             if self._out_of_patience():  # it was over when it stopped
+                self.ranks.over = True
                 return
             with self.output.saving():
                 for step in steps:
@@ -328,7 +329,8 @@ class TrainingRun:
                     if self._stopping() and step.checkpoint is None and self._save_due(step):
                         self._save(step)  # stop() was called after the step was written down
                     if self._stopping():
-                        return
+                        break
+                self.ranks.over = True
         except TrainingError as error:
             self.output.hear()
             newest = self.output.newest
@@ -336,6 +338,8 @@ class TrainingRun:
             raise TrainingError(f"{error} {kept}".rstrip()) from error
         finally:
             self.close()
+            if self.ranks.over:
+                self.ranks.leave()
 
     @cached_property
     def bytes_per_token(self) -> float | None:

@@ -146,6 +146,7 @@ def train_steps(
             overflows=overflows, grad_norms=norms,
         )  # fmt: skip
         if skipped and guard.exhausted:
+            ranks.over = meeting is None  # of all ranks, unless each has losses of its own
             raise _given_up(model, config, x, y, done, skipped)
 
 

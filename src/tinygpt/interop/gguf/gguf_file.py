@@ -23,6 +23,7 @@ from tinygpt.errors import InteropError, UsageError, extras
 from tinygpt.files.atomic import check_overwritable, replacing, user_path
 from tinygpt.files.disk import check_space, writing
 from tinygpt.interop import parity
+from tinygpt.interop.chat_template import chat_template
 from tinygpt.interop.gguf.gguf_tokens import Tokens, tokens_of
 from tinygpt.interop.gguf.gguf_types import BLOCK, Kind, store
 from tinygpt.interop.hf import layout
@@ -94,7 +95,8 @@ def export(
         check_space(path.parent, sum(each.size for each in stored))
     with writing(path), replacing(path) as file:
         with closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:
-            _describe(writer, model.config, tokens, kind, name)
+            template = chat_template(tokenizer)
+            _describe(writer, model.config, tokens, template, kind, name)
             rounded = _write(gguf, writer, model, stored)
         difference, rounding = _prove(gguf, model, rounded, stored, tokens, file.name)
         size = Path(file.name).stat().st_size
@@ -129,7 +131,9 @@ def _kind(weight: Weight, kind: Kind) -> Kind:
     return "f16" if kind == "q8_0" and weight.shape[-1] % BLOCK else kind
 
 
-def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: str) -> None:
+def _describe(
+    writer: Any, config: GPTConfig, tokens: Tokens, template: str | None, kind: Kind, name: str
+) -> None:
     """Everything but the weights."""
     writer.add_string(VERSION_KEY, __version__)  # first, where ``check_target`` looks for it
     writer.add_name(utf8_name(name))
@@ -149,6 +153,10 @@ def _describe(writer: Any, config: GPTConfig, tokens: Tokens, kind: Kind, name: 
     writer.add_token_merges(tokens.merges)
     writer.add_bos_token_id(tokens.end)
     writer.add_eos_token_id(tokens.end)
+    if tokens.turn_end is not None:
+        writer.add_eot_token_id(tokens.turn_end)
+    if template is not None:
+        writer.add_chat_template(template)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

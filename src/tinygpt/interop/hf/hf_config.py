@@ -8,7 +8,7 @@ from typing import Any
 
 from tinygpt.config import GPTConfig, Precision
 from tinygpt.errors import ConfigError, InteropError
-from tinygpt.text.tokenizers import END, BPETokenizer, Tokenizer, ends_of
+from tinygpt.text.tokenizers import END, BPETokenizer, Tokenizer, ends_of, special_of
 from tinygpt.untrusted import brief, is_number, parse_json, read_bounded
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -112,10 +112,10 @@ def config_to_hf(
 
 
 def end_of_text(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | None]:
-    """The ids that a text begins and ends with; vocabularies that were trained here have none."""
+    """The ids that a text begins and ends with; a vocabulary without special tokens has none."""
     ends = ends_of(tokenizer)
     return {
-        "bos_token_id": tokenizer.special.get(END) if isinstance(tokenizer, BPETokenizer) else None,
+        "bos_token_id": special_of(tokenizer).get(END),
         "eos_token_id": list(ends) if len(ends) > 1 else ends[0] if ends else None,
     }
 

@@ -6,6 +6,7 @@ BPE. What would tokenize otherwise here than there is refused, and the message s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from tinygpt.errors import TokenizerError
 from tinygpt.interop.byte_level import GPT2_SHA256, Merge, Vocabulary, merges_of, unspell
+from tinygpt.interop.chat_template import with_jinja
 from tinygpt.interop.hf.hf_pipeline import (
     NAMING,
     SETTINGS,
@@ -24,10 +26,14 @@ from tinygpt.interop.hf.hf_pipeline import (
     check_settings,
     special_roles,
 )
-from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from tinygpt.text.tokenizers import END, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from tinygpt.text.tokenizers.base import MAX_FILE_BYTES, MAX_SPECIAL, read_json, utf8
 from tinygpt.text.tokenizers.bpe import BYTES, MAX_VOCAB
 from tinygpt.untrusted import brief, read_bounded
+
+TEMPLATE = "chat_template.jinja"
+"""The chat template, where it is not among the settings."""
+log = logging.getLogger("tinygpt")
 
 SPLIT = {
     "type": "Split",
@@ -55,14 +61,14 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if fast.exists():
         roles = _settings(folder)
         with _about(fast):
-            return _from_fast(read_json(fast), roles)
+            return _templated(_from_fast(read_json(fast), roles), folder)
     if vocab.exists() and merges.exists():
         roles = _settings(folder)
         with _about(folder):
             added = _ids(extra) if (extra := _read(folder / "added_tokens.json")) else {}
             found = _of_bytes(_ids(read_json(vocab)), _read_merges(merges), added)
             check_added([{"content": text} for text in added], roles)
-            return found
+            return _templated(found, folder)
     for here, lost in ((vocab, merges), (merges, vocab)):
         if here.exists():
             raise TokenizerError(
@@ -73,6 +79,23 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         if (folder / name).exists():
             raise TokenizerError(f"{folder / name}: {_refused(f'a {kind} tokenizer')}")
     return None
+
+
+def _templated(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The vocabulary with the chat template that its folder has, if it is one that we know."""
+    path, jinja = folder / TEMPLATE, _read(folder / SETTINGS).get("chat_template")
+    if path.exists():
+        jinja = read_bounded(path, MAX_FILE_BYTES).decode("utf-8", errors="replace")
+    if not isinstance(jinja, str):
+        return tokenizer
+    found, is_known = with_jinja(tokenizer, jinja)
+    if not is_known:
+        log.warning(
+            "The chat template of %s is none that TinyGPT knows. It is left out, and the roles of "
+            "a conversation are written as plain text.",
+            folder,
+        )
+    return found
 
 
 @contextmanager
@@ -127,7 +150,7 @@ def _from_fast(values: Mapping[str, Any], roles: Set[str]) -> Tokenizer:
     check_pipeline(values)
     vocab = _ids(model.get("vocab"))
     if of_characters:
-        found: Tokenizer = _of_characters(vocab | special)
+        found: Tokenizer = _of_characters(vocab, special)
     else:
         merges = [_merge(merge) for merge in _objects(model, "merges", str | list)]
         _check_flags(model, before or {}, splits=bool(merges))
@@ -207,13 +230,21 @@ def _merge(merge: Any) -> Merge:
     return found[0], found[1]
 
 
-def _of_characters(vocab: Mapping[str, int]) -> CharTokenizer:
-    chars = sorted(vocab)
-    if any(len(c) != 1 for c in chars) or [vocab[c] for c in chars] != list(range(len(chars))):
+def _of_characters(vocab: Mapping[str, int], added: Mapping[str, int]) -> CharTokenizer:
+    """Characters in the order of their code points, and special tokens behind them."""
+    special = sorted((t for t in added if len(t) != 1), key=added.__getitem__)
+    ids = {**vocab, **added}
+    chars = sorted(text for text in ids if text not in special)
+    if any(len(c) != 1 for c in chars) or not _count_up(ids, [*chars, *special]):
         raise TokenizerError(
             "This vocabulary is not of single characters in the order of their code points."
         )
-    return CharTokenizer.from_dict({"chars": "".join(chars)})
+    return CharTokenizer.from_dict({"chars": "".join(chars), "specials": special})
+
+
+def _count_up(ids: Mapping[Any, int], tokens: list[Any]) -> bool:
+    """Whether the tokens have the ids 0, 1, 2, …"""
+    return [ids[token] for token in tokens] == [*range(len(tokens))]
 
 
 def _of_bytes(vocab: Mapping[str, int], merges: list[Merge], added: Mapping[str, int]) -> Tokenizer:
@@ -236,11 +267,17 @@ def _of_bytes(vocab: Mapping[str, int], merges: list[Merge], added: Mapping[str,
             "This vocabulary merges some tokens from others than the order of its merges leads to."
         )
     alphabet = b"".join(in_order[:256])
-    if not merges and not special and alphabet == BYTES:
-        return ByteTokenizer()
-    if Vocabulary(tokens, merges, special).digest == GPT2_SHA256:
+    behind = sorted(special, key=special.__getitem__)
+    is_behind = _count_up({**tokens, **special}, [*in_order, *behind])
+    if not merges:
+        if alphabet == BYTES and is_behind:
+            return ByteTokenizer(behind)
+        if special:
+            raise TokenizerError("This vocabulary has special tokens and no merges.")
+    published = {text: i for text, i in special.items() if text == END}
+    if Vocabulary(tokens, merges, published).digest == GPT2_SHA256 and is_behind:
         with suppress(TokenizerError):  # without its files the same, but not under its name
-            return BPETokenizer("gpt2")
+            return BPETokenizer("gpt2").with_specials(behind)
     return BPETokenizer.from_merges(made, alphabet=alphabet, special=special)
 
 
@@ -254,7 +291,6 @@ def _check_complete(
     faults = {
         f"has no token for {brief(missing)}": missing is not None,
         "merges the same token twice": len(wanted) != len(tokens),
-        "has special tokens and no merges": len(tokens) == 256 and special,
         f"has ids that do not count up: {gap} is left out or there twice": gap is not None,
     }
     if fault := next((fault for fault, found in faults.items() if found), None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt.errors import UsageError
-from tinygpt.text.tokenizers import BPETokenizer, Tokenizer
+from tinygpt.text.tokenizers import BPETokenizer, Tokenizer, ends_of, special_of
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -18,18 +18,22 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     values = tokenizer.to_dict()
     kind = values.get("kind")
     if kind == "byte":
-        return {"kind": "byte"}
+        return {"kind": "byte", **_special(tokenizer)}
     if kind == "char":
-        return {"kind": "char", "chars": values["chars"]}
+        return {"kind": "char", "chars": values["chars"], **_special(tokenizer)}
     if kind == "bpe" and "gpt2" in (values.get("encoding"), values.get("pattern")):
         assert isinstance(tokenizer, BPETokenizer)
-        special, tokens = dict(tokenizer.special), [""] * tokenizer.vocab_size
+        tokens = [""] * tokenizer.vocab_size
         for token, i in tokenizer.ranks.items():
             tokens[i] = token.decode("latin-1")
-        described = {"kind": "bpe", "tokens": tokens, "special": special}
-        return described | ({"ends": list(tokenizer.ends)} if tokenizer.ends else {})
+        return {"kind": "bpe", "tokens": tokens, "special": {}, **_special(tokenizer)}
     name = values.get("encoding") or kind
     raise UsageError(
         f"A page cannot carry the tokenizer {name!r}: it splits text in a way that is not built "
         f"into the page. Wanted: gpt2, a BPE of our own, char or byte."
     )
+
+
+def _special(tokenizer: Tokenizer) -> dict[str, Any]:
+    special, ends = dict(special_of(tokenizer)), list(ends_of(tokenizer))
+    return ({"special": special} if special else {}) | ({"ends": ends} if ends else {})

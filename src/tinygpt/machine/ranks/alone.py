@@ -30,6 +30,8 @@ class Alone:
         """What has become of the ranks, for the user."""
         self.lost: list[int] = []
         """Ranks that were lost since that was last written down."""
+        self.over = False
+        """Set when all ranks have taken their last step: no rank waits for another one's share."""
 
     @property
     def stopping(self) -> bool:
@@ -40,6 +42,14 @@ class Alone:
     def together(self) -> Iterator[Self]:
         """A block in which an error of one rank ends all of them."""
         yield self
+
+    def leave(self, code: int = 0) -> int:
+        """Wait until every rank has come here, the first one last; -> the exit code of this one.
+
+        Launchers end a job, and lose what it shows, as soon as one process ends with another code
+        than 0. So only the first rank does: with its own, or else with another one's ``code``.
+        """
+        return code
 
     @property
     def active(self) -> int:

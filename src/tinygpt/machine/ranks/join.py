@@ -79,5 +79,5 @@ def own_launcher() -> str:
 
 
 def _only_once(error: TinyGPTError) -> TinyGPTError | SystemExit:
-    """The error on the first process, and a silent end of the others."""
-    return SystemExit(error.exit_code) if launcher.rank() else error
+    """The error on the first process, and a silent end of the others, as ``leave`` says."""
+    return SystemExit(0) if launcher.rank() else error

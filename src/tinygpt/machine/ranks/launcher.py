@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 SIZE = "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
 """Processes of the job: Open MPI, MVAPICH, MPICH and Intel MPI, srun. A batch script of Slurm has
@@ -50,6 +52,17 @@ def own_cores(usable: int, everything: int, environment: Mapping[str, str] = os.
 def tolerant(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the loss of a process is survived: ``mpiexec --with-ft ulfm`` of Open MPI."""
     return environment.get("OMPI_MCA_mpi_ft_enable", "") not in ("", "0", "false")
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process with an exit code, or by SIGKILL where others survive its loss.
+
+    Open MPI's launcher (5.0.11) tells the others of a process that a signal has ended. After one
+    that ended with a code it stops their output, and they wait for ever for the one that is gone.
+    """
+    if tolerant():
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(code)
 
 
 def name(environment: Mapping[str, str] = os.environ) -> str:

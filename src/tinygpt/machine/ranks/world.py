@@ -84,17 +84,47 @@ class Ranks(Alone):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[Self]:
-        try:
-            with Heart(self.mpi.COMM_SELF) if self.tolerant else contextlib.nullcontext():
+        with Heart(self.mpi.COMM_SELF) if self.tolerant else contextlib.nullcontext():
+            try:
                 yield self
-        except BaseException as error:
-            if not self._started:
-                self._tell(error)
-            elif self._apart or not isinstance(error, TinyGPTError | SystemExit):
-                self._abort(error)  # of this rank alone: the others would wait for it
-            if self.first or isinstance(error, SystemExit):
-                raise
-            raise SystemExit(getattr(error, "exit_code", 1)) from error
+                if not self._started:
+                    self._meet({})
+            except BaseException as error:
+                if not self._started:
+                    self._tell(error)
+                elif not self.over:
+                    self._abort(error)  # of this rank alone: the others would wait for it
+                else:
+                    self._send(getattr(error, "exit_code", 1))
+                if self.first:
+                    raise
+                raise SystemExit(0) from error  # as ``leave`` says
+
+    def leave(self, code: int = 0) -> int:
+        if not self._started:
+            return code
+        if self.first:
+            codes = [self._receive(rank) for rank in range(1, self.comm.Get_size())]
+            self._send(code)
+            return code or next(filter(None, codes), 0)
+        with _ignoring(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends already
+            self._send(code)
+            if self._receive(0) is None:
+                self._end_without_first()
+        return 0
+
+    def _send(self, code: int) -> None:
+        """Send a word to the first rank, or from the first one to all others."""
+        for rank in range(1, self.comm.Get_size()) if self.first else [0]:
+            with contextlib.suppress(self.mpi.Exception):
+                self.comm.send(code, rank)
+
+    def _receive(self, rank: int) -> int | None:
+        """The word of another rank; None if that was lost."""
+        try:
+            return int(self.comm.recv(source=rank))
+        except self.mpi.Exception:
+            return None
 
     def _tell(self, error: BaseException) -> None:
         """Tell the other ranks, which wait in `_meet` or will come there, that this one ends."""
@@ -116,14 +146,15 @@ class Ranks(Alone):
         self._ended = True
         other = messages[failed[0]]
         if not self.first:
-            raise SystemExit(other["code"])
+            raise SystemExit(0)
         raise TrainingError(f"{self._name(failed[0])}: {other['error']}")
 
     def _abort(self, error: BaseException) -> NoReturn:
-        os.write(2, f"rank {self.rank}: {type(error).__name__}: {error}\n".encode())
+        kind = "" if isinstance(error, TinyGPTError) else f"{type(error).__name__}: "
+        os.write(2, f"rank {self.rank}: {kind}{error}\n".encode())
         if self.first or not self.tolerant:
-            self.world.Abort(1)
-        os._exit(1)
+            self.world.Abort(getattr(error, "exit_code", 1))
+        launcher.end_at_once(1)
 
     @property
     def active(self) -> int:
@@ -236,9 +267,7 @@ class Ranks(Alone):
         for rank in gone:
             self._end(rank)
         if 0 not in self.members:
-            if self.rank == self.members[0]:
-                os.write(2, b"rank 0, which writes the run, was lost: the others end. Resume it.\n")
-            os._exit(1)  # its launcher has ended or will end the job
+            self._end_without_first()
         most = self._micro_batches & -self._micro_batches
         active = min(most, 1 << len(left).bit_length() - 1)
         self._sum = TreeSum(self.comm, active, self._sum.half)
@@ -247,6 +276,11 @@ class Ranks(Alone):
         were = "were" if len(gone) > 1 else "was"
         rest = f"{active} of the {len(left)} left share a step, and take it again"
         self.news.append(f"{names} {were} lost: {rest}")
+
+    def _end_without_first(self) -> NoReturn:
+        if self.rank == min(set(self.members) - {0}):
+            os.write(2, b"rank 0, which writes the run, was lost: the others end. Resume it.\n")
+        os._exit(1)  # its launcher has ended or will end the job
 
     def _end(self, rank: int) -> None:
         """End a rank that was declared lost but hangs, if this is the rank on its host to do so."""
@@ -257,6 +291,18 @@ class Ranks(Alone):
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank].host}"
+
+
+@contextlib.contextmanager
+def _ignoring(*numbers: signal.Signals) -> Iterator[None]:
+    """Ignore these signals, which only the main thread can."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in numbers if here}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
 // Text to token ids and back, as TinyGPT's tokenizers do it: characters, bytes, or byte pairs.
 
-// description: {kind: 'byte'} | {kind: 'char', chars} | {kind: 'bpe', tokens, special}, and the ids
-// that end a text, {ends}, if there are any.
+// description: {kind: 'byte'} | {kind: 'char', chars} | {kind: 'bpe', tokens}, and, if there are any,
+// {special}, an object of ids by the names of special tokens, and {ends}, the ids that end a text.
 export function makeTokenizer(description) {
   const kinds = { byte: ByteTokenizer, char: CharTokenizer, bpe: BPETokenizer };
-  const tokenizer = new kinds[description.kind](description);
+  const special = description.special ?? {};
+  const tokenizer = new kinds[description.kind](description, Object.keys(special).length);
+  const names = new Map(Object.entries(special).map(([name, id]) => [id, utf8.encode(name)]));
+  const ordinary = tokenizer.bytes.bind(tokenizer);
+  tokenizer.bytes = (id) => names.get(id) ?? ordinary(id);
+  tokenizer.special = new Map(Object.entries(special)); // text never becomes one of these
   tokenizer.ends = new Set(description.ends ?? []);
   return tokenizer;
 }
@@ -15,7 +20,9 @@ export function makeTokenizer(description) {
 const utf8 = new TextEncoder();
 
 class ByteTokenizer {
-  size = 256;
+  constructor(_, more) {
+    this.size = 256 + more;
+  }
 
   encode(text) {
     return Array.from(utf8.encode(text));
@@ -27,9 +34,9 @@ class ByteTokenizer {
 }
 
 class CharTokenizer {
-  constructor({ chars }) {
+  constructor({ chars }, more) {
     this.chars = Array.from(chars);
-    this.size = this.chars.length;
+    this.size = this.chars.length + more;
     this.ids = new Map(this.chars.map((char, id) => [char, id]));
   }
 
@@ -64,9 +71,8 @@ const REMEMBERED = 50_000; // words
 class BPETokenizer {
   // tokens: the bytes of each, as characters of these numbers, in the order of their ranks; nothing
   // in the place of a special one, which text never becomes.
-  constructor({ tokens, special }) {
+  constructor({ tokens }) {
     this.tokens = tokens;
-    this.special = new Map(Object.entries(special).map(([text, id]) => [id, utf8.encode(text)]));
     this.size = tokens.length;
     this.ranks = new Map(tokens.map((token, rank) => [token, rank]));
     this.words = new Map();
@@ -79,7 +85,7 @@ class BPETokenizer {
   }
 
   bytes(id) {
-    return this.special.get(id) ?? Uint8Array.from(this.tokens[id], (char) => char.charCodeAt(0));
+    return Uint8Array.from(this.tokens[id], (char) => char.charCodeAt(0));
   }
 
   word(word) {

@@ -135,8 +135,8 @@ class Template:
         return (self.stop,) if self.stop else ()
 
     def to_dict(self) -> dict[str, str]:
-        """All fields that are not empty."""
-        return {name: text for name, text in asdict(self).items() if text}
+        """All fields, for a file."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Template:
