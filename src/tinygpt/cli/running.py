@@ -74,13 +74,13 @@ def check_devices(train: TrainConfig) -> None:
 
 def open_text(data: DataConfig) -> Corpus | None:
     """The text that is to be read, and a line on it; None for tokens, and for a mix."""
-    from tinygpt.text.corpus import open_corpus
     from tinygpt.text.mix_shares import is_mix
     from tinygpt.text.shards import is_tokens
+    from tinygpt.text.sources import corpus_of
 
     if is_mix(str(data.source)) or is_tokens(str(data.source), data.glob):
         return None
-    corpus = open_corpus(str(data.source), field=data.field, glob=data.glob)
+    corpus = corpus_of(str(data.source), data.field, data.glob, data.separator)
     say(f"text: {corpus.description}")
     return corpus
 
@@ -266,7 +266,7 @@ def read_source(
     source, spec = str(data.source), data.tokenizer
     found: dict[str, Corpus | None] = {source: corpus}
     if corpus is None:
-        found = sources.opened(source, data.field, data.glob)
+        found = sources.opened(source, data.field, data.glob, data.separator)
     if tokenizer is None and spec is None:
         tokenizer = sources.tokenizer_in(found)
     if tokenizer is None and not any(found.values()):
@@ -274,7 +274,8 @@ def read_source(
     elif tokenizer is None:
         merges = spec is None or spec.startswith("bpe")  # not of words that are only held out
         share = 1 - data.val_fraction if merges else 1.0
-        tokenizer = make_tokenizer(spec, sources.text_to_learn(found, share))
+        specials = sources.specials_for(found.values())
+        tokenizer = make_tokenizer(spec, sources.text_to_learn(found, share), specials)
     size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
     tokens = sources.read_tokens(source, found, tokenizer, size, data.glob)
     name = sources.name_of(source, found)
