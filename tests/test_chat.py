@@ -214,6 +214,24 @@ def test_the_prompt_is_plain_where_colours_are_not_wanted(monkeypatch, name, val
     assert _prompt() == PROMPT
 
 
+def test_ctrl_c_at_the_prompt_ends_nothing(capsys, monkeypatch) -> None:
+    from tinygpt.cli import chatting
+
+    lines = iter([KeyboardInterrupt, "one", "/undo", KeyboardInterrupt, EOFError, "never asked"])
+
+    def asked(prompt: str) -> str:
+        line = next(lines)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    monkeypatch.setattr(chatting, "_asked", asked)
+    talk = dialogue(ENDLESS, max_tokens=3)
+    assert chatting._talk(talk) == 0 and talk.said == [] and next(lines) == "never asked"
+    out, err = capsys.readouterr()
+    assert out == "aaa\n" and err.count("Ctrl-D or /exit ends the talk") == 2
+
+
 # In a terminal ----------------------------------------------------------------------------------
 
 
@@ -262,9 +280,6 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(
     try:
         start = terminal.expect("> ")
         assert "/help lists commands" in start and "\x1b[1m" in start
-        terminal.write("\x03")
-        terminal.expect("Ctrl-D or /exit ends the talk")
-        terminal.expect("> ")
         terminal.write("你好\n")
         terminal.expect("a" * 20)
         terminal.write("\x03")
