@@ -1,7 +1,7 @@
 """A Modelfile beside a GGUF file: what ollama wants to know of a model to chat with it.
 
-Its template is written in Go's language, https://docs.ollama.com/modelfile. There is no way in it to
-change a text, so in ollama a question that holds the name of a marker is not made harmless.
+Its template is written in Go's language, https://docs.ollama.com/modelfile, which cannot change a
+text: so in ollama a question that holds the name of a marker is not made harmless.
 """
 
 from __future__ import annotations
