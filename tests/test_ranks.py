@@ -29,8 +29,10 @@ from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.ranks.tree import TreeSum, add_in_pairs, from_bfloat16, to_bfloat16
 from tinygpt.machine.ranks.world import Process, Ranks
 from tinygpt.machine.transfer import read, write
+from tinygpt.runs import checkpoint
 from tinygpt.runs.history import History
 from tinygpt.training.meeting import Meeting
+from tinygpt.training.optim import make_optimizer, optimizer_state
 
 TEXT = "To be, or not to be, that is the question:\n" * 200
 SETTINGS = (
@@ -313,7 +315,8 @@ def test_a_meeting_is_nesterov_momentum_on_how_far_weights_have_moved() -> None:
 
     rng = np.random.default_rng(5)
     weights = write(Tensor.empty(7, 3), rng.standard_normal((7, 3)))
-    meeting, velocity = Meeting([weights], Alone()), np.zeros((7, 3))
+    optimizer = make_optimizer({"w": weights.is_param_()}, TrainConfig(sync_every=5))
+    meeting, velocity = Meeting(optimizer, Alone()), np.zeros((7, 3))
     common = read(weights).astype(np.float64)
     for _ in range(3):
         moved = rng.standard_normal((7, 3)) * 0.1
@@ -322,6 +325,8 @@ def test_a_meeting_is_nesterov_momentum_on_how_far_weights_have_moved() -> None:
         velocity = 0.9 * velocity + moved
         common = common - 0.7 * (moved + 0.9 * velocity)
         assert np.abs(read(weights) - common).max() < 1e-5
+    kept = optimizer_state(optimizer, {"w": weights})["outer.w"]
+    assert np.abs(read(kept) - velocity).max() < 1e-5
 
 
 def test_bfloat16_is_the_nearest_with_ties_to_even() -> None:
@@ -371,6 +376,21 @@ def test_any_number_of_ranks_leaves_the_same_bits(
     else:
         assert main(["train", str(out / "ckpt_4"), "--resume", "--out", str(tmp_path / "on")]) == 0
     assert set(differing(alone, tmp_path / "on")) <= {"metrics", "samples"}
+
+
+@needs_mpi
+def test_ranks_that_met_go_on_as_if_they_had_not_ended(text: Path, tmp_path: Path) -> None:
+    """With the outer momentum, and one state of the inner optimizer, from a checkpoint."""
+    out, on = tmp_path / "run", tmp_path / "on"
+    given = ("--out", out, "--max-iters", 8, "--sync-every", 3, *SETTINGS)
+    done = on_ranks(2, "train", text, *given)
+    assert done.returncode == 0, done.stderr
+    resumed = on_ranks(2, "train", out / "ckpt_4", "--resume", "--out", on)
+    assert resumed.returncode == 0, resumed.stderr
+    assert set(differing(out, on)) <= {"metrics", "samples"}
+    _, tensors = checkpoint.read(on / "ckpt_8.safetensors")
+    assert all(np.abs(a).max() > 0 for n, a in tensors.items() if ".outer." in n)
+    assert any(".outer." in name for name in tensors)
 
 
 def run_of_ranks(out: Path) -> dict[int, int]:

@@ -31,6 +31,7 @@ from tinygpt.text.tokens import Tokens, bytes_per_token, data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
+from tinygpt.training.meeting import give_outer_momentum
 from tinygpt.training.metrics import bits_per_byte, short
 from tinygpt.training.optim import make_optimizer, optimizer_state
 from tinygpt.training.scaling import LossScale
@@ -139,6 +140,8 @@ class TrainingRun:
         elif optimizer is None:
             lora.prepare(model, config)
         self.optimizer = optimizer or make_optimizer(model.trainable(), config)
+        if config.sync_every is not None:
+            give_outer_momentum(self.optimizer)
         self._jitted = None if trial is None else trial.jitted
         self._check_optimizer()
         self.init = None if init is None else dict(init)
@@ -149,7 +152,6 @@ class TrainingRun:
         self.decoder = Decoder(model) if trial is None else trial.decoder
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
-        self._save_soon = False
         self.output = Output(self.folder, config)
         if len(devices) > 1:
             self.notice(shared(config, devices))
@@ -194,7 +196,9 @@ class TrainingRun:
         self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
         for change in found:
             self.notice(f"changed from here on: {change}")
-        self._save_soon = bool(found)  # the next checkpoint, which records them, comes at once
+        self.ranks.save_asked = bool(
+            found
+        )  # the next checkpoint, which records them, comes at once
         changes.check_random_state(path, meta)
         self.output.check_same_run(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
@@ -273,8 +277,11 @@ class TrainingRun:
         self.ranks.stop_asked = True
 
     def save_soon(self) -> None:
-        """Write a checkpoint after the step in progress and go on. Safe in a signal handler."""
-        self._save_soon = True
+        """Write a checkpoint after the step in progress and go on. Safe in a signal handler.
+
+        Of several ranks the first writes it, after the next step that all of them take.
+        """
+        self.ranks.save_asked = True
 
     def close(self) -> None:
         """Give the folder up before the run has ended; iterating takes it again."""
@@ -413,7 +420,8 @@ class TrainingRun:
         return row
 
     def _save_due(self, step: Step) -> bool:
-        asked, self._save_soon = self._save_soon, False
+        asked = self.ranks.saving
+        self.ranks.saved()
         due = self._due(step, self.config.checkpoint_interval) or self.guard.exhausted
         if self.folder is None or not (step.best or asked or due or self._stopping()):
             return False

@@ -120,7 +120,7 @@ def train_steps(
     take_step, evaluate_batch, refresh = jitted or make_jitted(model, optimizer, config, ranks)
     refresh()
     apart, ranks = config.sync_every, ranks or Alone()
-    meeting = None if apart is None else Meeting(optimizer.params, ranks)
+    meeting = None if apart is None else Meeting(optimizer, ranks)
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()
@@ -135,6 +135,8 @@ def train_steps(
         saves = config.checkpoint_interval and done % config.checkpoint_interval == 0
         if meeting is not None and apart and (done % apart == 0 or due or saves):
             meeting.take()
+            if due or saves or ranks.stopping or ranks.saving:
+                meeting.share_state()
             refresh()
         if val_tokens is not None and due:
             val_loss = evaluate(evaluate_batch, val_tokens, config.eval_iters, B, T, ranks)

@@ -294,6 +294,10 @@ def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> Ada
     return Muon(parameters, **settings, ratio=ratio, momentum=config.muon_momentum)
 
 
+OUTER = "outer"
+"""The attribute of an optimizer that has the momentum of ranks that train apart: `meeting`."""
+
+
 def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an optimizer must remember, by name: its moments, step products and learning rate.
 
@@ -304,10 +308,10 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> d
     for product in ("b1_t", "b2_t"):
         if isinstance(value := getattr(optimizer, product, None), Tensor):
             state[product] = value
-    for moments in ("m", "v", "b"):
+    for moments in ("m", "v", "b", OUTER):
         tensors = getattr(optimizer, moments, [])
         params = optimizer.params
-        if isinstance(optimizer, Muon):
+        if isinstance(optimizer, Muon) and moments != OUTER:
             rest = len(optimizer.m)
             params = params[rest:] if moments == "b" else params[:rest]
         for i, tensor in enumerate(tensors):

@@ -26,6 +26,8 @@ class Alone:
     def __init__(self) -> None:
         self.stop_asked = False
         """Set, by a signal for example, where this rank wants to stop."""
+        self.save_asked = False
+        """Set where this rank wants a checkpoint."""
         self.news: list[str] = []
         """What has become of the ranks, for the user."""
         self.lost: list[int] = []
@@ -37,6 +39,15 @@ class Alone:
     def stopping(self) -> bool:
         """Whether all ranks stop after this step."""
         return self.stop_asked
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is written after this step because a rank has asked for one."""
+        return self.save_asked
+
+    def saved(self) -> None:
+        """Note that it was."""
+        self.save_asked = False
 
     @contextlib.contextmanager
     def together(self) -> Iterator[Self]:
@@ -75,10 +86,11 @@ class Alone:
         """Which of ``count`` micro-batches this rank computes."""
         return range(count)
 
-    def sum(self, part: FlatBuffer, out: FlatBuffer) -> None:
+    def sum(self, part: FlatBuffer, out: FlatBuffer, whole: bool = False) -> None:
         """Put the sum of all ranks' ``part`` into ``out``; ranks without a share give none.
 
-        The last number of each array is used. Raises LostRankError.
+        The last number of each array is used. If ``whole`` numbers are not rounded on the way.
+        Both may be the same buffer, which then holds anything after LostRankError.
         """
         out.array[:] = part.array
 

@@ -56,19 +56,21 @@ class TreeSum:
         """Bytes that this rank has sent so far."""
         self._buffer: npt.NDArray[Any] = np.empty(0, np.float32)
 
-    def __call__(self, part: Floats, out: Floats) -> None:
+    def __call__(self, part: Floats, out: Floats, whole: bool = False) -> None:
         """Put the sum over ranks of ``part`` (N,) into ``out`` (N,) of every rank.
 
         Both may be the same array. With ``half`` the numbers travel as bfloat16 and are added as
-        float32; the first and the last ``EXACT``, where losses and votes are, as they are.
+        float32; the first and the last ``EXACT``, where losses and votes are, as they are, and all
+        of them if ``whole``.
         """
-        exact = self._exact(part) if self.half else None
+        half = self.half and not whole
+        exact = self._exact(part) if half else None
         bounds = [part.size * i // self.active for i in range(self.active + 1)]
         pieces = [b - a for a, b in pairwise(bounds)] + [0] * (self.size - self.active)
         own = pieces[self.rank]
-        sent: npt.NDArray[Any] = to_bfloat16(part) if self.half else part
+        sent: npt.NDArray[Any] = to_bfloat16(part) if half else part
         rows = self._all_to_all(sent, pieces)
-        if self.half:
+        if half:
             piece = to_bfloat16(add_in_pairs(from_bfloat16(rows)))
             result = np.empty_like(sent)
             self.comm.Allgatherv([piece, own], [result, pieces])

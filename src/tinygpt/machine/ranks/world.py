@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from tinygpt.machine.flat_buffer import FlatBuffer
 
 
+SAVE = 1024.0
+"""In the sum of votes a rank that wants to stop counts 1, one that wants a checkpoint this."""
+
+
 class Heart:
     """A thread that keeps MPI sending signs of life while this process computes for minutes.
 
@@ -71,7 +75,7 @@ class Ranks(Alone):
         self.tolerant = launcher.tolerant()
         self.members = list(range(self.size))
         """The ranks that are left, by their numbers at the start."""
-        self._ended = self._started = self._stop_agreed = False
+        self._ended = self._started = self._stop_agreed = self._save_agreed = False
         self._sum = TreeSum(self.comm, self.size)
         self._micro_batches, self._apart = self.size, False
         self.hosts: list[Process] = self.comm.allgather(Process.this())
@@ -79,6 +83,13 @@ class Ranks(Alone):
     @property
     def stopping(self) -> bool:
         return self._stop_agreed
+
+    @property
+    def saving(self) -> bool:
+        return self._save_agreed
+
+    def saved(self) -> None:
+        self._save_agreed = False
 
     # ---- before the first step ----
 
@@ -222,11 +233,15 @@ class Ranks(Alone):
         own, place = count // self._sum.active, self.comm.Get_rank()
         return range(place * own, (place + 1) * own) if place < self._sum.active else range(0)
 
-    def sum(self, part: FlatBuffer, out: FlatBuffer) -> None:
+    def sum(self, part: FlatBuffer, out: FlatBuffer, whole: bool = False) -> None:
         part.fetch()
-        part.array[-1] = self.stop_asked
-        self._surely(lambda: self._sum(part.array, out.array))
-        self._stop_agreed = bool(out.array[-1] > 0)
+        asked = self.save_asked
+        part.array[-1] = self.stop_asked + SAVE * asked
+        self._surely(lambda: self._sum(part.array, out.array, whole))
+        saves, stops = divmod(float(out.array[-1]), SAVE)
+        self._stop_agreed, self._save_agreed = stops > 0, saves > 0
+        if asked:  # not what was asked meanwhile
+            self.save_asked = False
         out.put()
 
     def each(self, compute: Callable[[int], float], count: int) -> list[float]:
