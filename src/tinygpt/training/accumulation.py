@@ -80,17 +80,23 @@ class PartialSums:
         return top
 
     def over(
-        self, ranks: Alone, count: int, add_leaf: Callable[[int, bool], object], apart: bool = False
+        self,
+        ranks: Alone,
+        count: int,
+        add_leaf: Callable[[int, bool], object],
+        apart: bool = False,
+        divided: bool = False,
     ) -> int:
         """``sum``, of leaves that ranks share; on every rank the same bits, unless they are apart.
 
-        Ranks that are apart sum no more than their own.
+        Ranks that are apart sum no more than their own, as do those that have a divided optimizer:
+        that adds up the rest of the tree.
         """
         while True:
             own = ranks.share(count)
             run = None if apart else run_length(count, ranks.size)
             level = self.sum(len(own), partial(_leaf_of, add_leaf, own.start), run)
-            if ranks.size == 1 or apart:
+            if ranks.size == 1 or apart or divided:
                 return level
             with suppress(LostRankError):  # then those left take all of it again
                 ranks.sum(self.levels[level], self.levels[0])

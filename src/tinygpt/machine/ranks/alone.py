@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from tinygrad import Tensor
 
     from tinygpt.config import TrainConfig
@@ -93,6 +95,27 @@ class Alone:
         Both may be the same buffer, which then holds anything after LostRankError.
         """
         out.array[:] = part.array
+
+    def sum_pieces(self, part: FlatBuffer, counts: list[int]) -> None:
+        """Put the sum of all ranks' pieces into this rank's piece of ``part``, in place.
+
+        ``counts`` are the sizes of the ranks' pieces, one after another.
+        """
+
+    def gather(self, values: npt.NDArray[np.float32], counts: list[int]) -> None:
+        """Put every rank's piece of ``values`` into all ranks' ``values``."""
+
+    def rows(
+        self, own: npt.NDArray[np.float32], counts: list[int]
+    ) -> list[npt.NDArray[np.float32]]:
+        """What each rank has; ``counts`` are the lengths."""
+        return [own]
+
+    def give(self, values: npt.NDArray[Any]) -> None:
+        """Send an array to the first rank, which must ``fetch`` it."""
+
+    def fetch(self, rank: int, out: npt.NDArray[Any]) -> None:
+        """Receive the next array that another rank gives."""
 
     def each(self, compute: Callable[[int], float], count: int) -> list[float]:
         """``[compute(0), compute(1), …]``, each number computed by one of the ranks."""
