@@ -400,7 +400,7 @@ def test_any_number_of_ranks_leaves_the_same_bits(
 
 @needs_mpi
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adam", marks=pytest.mark.slow)])
 def test_divided_moments_leave_the_same_bits(
     ranks: int, optimizer: str, alone: Path, text: Path, tmp_path: Path
 ) -> None:
