@@ -156,6 +156,8 @@ def make_train_step(
         [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
     )
     split = len(replicas)  # losses come first
+    layers = [layer_of(name) for name in reported]
+    zeros = dict.fromkeys(map(layer_of, learned), 0.0)
 
     @jit
     def accumulate(x: Tensor, y: Tensor, key: Tensor, first: Tensor, *scale: Tensor) -> Tensor:
@@ -194,9 +196,9 @@ def make_train_step(
             report = apply_level(level)(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
-        by_layer = dict.fromkeys(map(layer_of, learned), 0.0)
-        for name, other in zip(reported, norms, strict=True):
-            by_layer[layer_of(name)] = math.hypot(by_layer[layer_of(name)], other)
+        by_layer = zeros.copy()
+        for layer, other in zip(layers, norms, strict=True):
+            by_layer[layer] = math.hypot(by_layer[layer], other)
         return Outcome(loss, norm, taken > 0, by_layer)
 
     return step
