@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
         quantize(Transformer(CONFIG, seed=None), broken.__getitem__, "int4")
 
 
-def test_a_checkpoint_is_loaded_as_int4(tmp_path: object) -> None:
+def test_a_checkpoint_is_loaded_as_int4(tmp_path: Path) -> None:
     path = GPT(CONFIG).save_checkpoint(1, folder=tmp_path)
     model, _ = load(path, "int4")
-    assert model.rounded_to == "int4" and len(model.generate([1, 2], 3)) > 2
+    assert model.rounded_to == "int4" and model.generate([[1, 2]], 3).shape[1] >= 3

@@ -29,7 +29,8 @@ def unpacked(packed: Tensor, scale: Tensor) -> Tensor:
     The bytes may be of any type.
     """
     lead, count = packed.shape[:-1], int(scale.shape[-1])
-    whole = packed.cast(dtypes.int32).reshape(*lead, count, BLOCK // 2)
+    # kept apart from what made the bytes: NaN, which marks an unknown token, is no integer constant
+    whole = contiguous(packed).cast(dtypes.int32).reshape(*lead, count, BLOCK // 2)
     numbers = (whole & 15).cat(whole >> 4, dim=-1) - 8  # (..., blocks, 32)
     values = numbers.cast(scale.dtype) * scale.unsqueeze(-1)
     return values.reshape(*lead, count * BLOCK)
