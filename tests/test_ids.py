@@ -80,7 +80,7 @@ def test_weights_are_rounded_if_that_is_asked_for(run, quantize, quantized: bool
 
 @pytest.mark.parametrize("quantize", ["int4", "", True, 0, 8, ["int8"]])
 def test_anything_else_is_refused(run, quantize):
-    with pytest.raises(UsageError, match="Wanted: 'int8', or None"):
+    with pytest.raises(UsageError, match="Wanted: 'int8', 'int4', or None"):
         load(run, quantize=quantize)
 
 

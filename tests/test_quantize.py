@@ -459,7 +459,7 @@ def test_a_text_can_be_given_and_a_run_without_one_still_writes(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--quantize", "int4"], "int8"),
+        (["--quantize", "int2"], "int4"),
         (["--quantize-data", "x.txt"], "--quantize int8"),
         (["--quantize", "int8", "--quantize-data", "nowhere.txt"], "nowhere.txt"),
         (["--quantize", "int8", "--quantize-data", "EMPTY"], "EMPTY"),
