@@ -73,12 +73,14 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     return folder
 
 
-@pytest.mark.parametrize(("quantize", "quantized"), [(None, False), (False, False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("quantize", "quantized"), [(None, False), (False, False), ("int8", True), ("int4", True)]
+)
 def test_weights_are_rounded_if_that_is_asked_for(run, quantize, quantized: bool):
     assert load(run, quantize=quantize)[0].quantized is quantized
 
 
-@pytest.mark.parametrize("quantize", ["int4", "", True, 0, 8, ["int8"]])
+@pytest.mark.parametrize("quantize", ["int2", "", True, 0, 8, ["int8"]])
 def test_anything_else_is_refused(run, quantize):
     with pytest.raises(UsageError, match="Wanted: 'int8', 'int4', or None"):
         load(run, quantize=quantize)

@@ -83,7 +83,7 @@ def quantize(model: Model, fetch: Fetch | None = None, kind: Kind = "int8") -> M
             model.replace(weight.layer, layer)
         elif fetch is not None:
             write(parameter, fetch(weight.name))
-    model.quantized = kind
+    model.integers = kind
     free_unused(model)
     return model.eval()
 

@@ -161,7 +161,7 @@ class Transformer:
         """``seed=None`` leaves the weights uninitialised: loaders fill them."""
         self.config = config
         self.training = True
-        self.quantized: Literal["int8", "int4"] | None = None
+        self.integers: Literal["int8", "int4"] | None = None
         self.half: DType | None = None
         """Of weights that were rounded to 16 bits, their type, see ``half``; else None."""
         self.cache_type: DType | None = None
@@ -290,15 +290,20 @@ class Transformer:
         return self.train(False)
 
     @property
+    def quantized(self) -> bool:
+        """Whether the weights were rounded to whole numbers, see ``int8.quantize``."""
+        return self.integers is not None
+
+    @property
     def rounded_to(self) -> str | None:
         """The type that the weights were rounded to, for generation only; None if to none."""
-        return self.quantized or (None if self.half is None else name_of(self.half))
+        return self.integers or (None if self.half is None else name_of(self.half))
 
     def check_can_learn(self) -> None:
         """Raise UsageError for a model of quantised weights, or of weights of 16 bits."""
         if self.quantized:
             raise UsageError(
-                f"This model was quantised: its weights are {self.quantized}, for generation only, "
+                f"This model was quantised: its weights are {self.integers}, for generation only, "
                 f"and cannot learn. Train the model it was made of, and quantise that one "
                 f"afterwards."
             )
