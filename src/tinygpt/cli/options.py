@@ -55,6 +55,9 @@ class DataConfig(Config):
     separator: Separator = "end"
     """What parts documents: end, the token <|endoftext|> where the vocabulary has it; or blank, a
     blank line."""
+    markers: bool = False
+    """Whether the vocabulary gets the tokens that mark the turns of a conversation; weights of
+    --init get rows of the embedding for them."""
     init: str | None = None
     """Run or checkpoint that the weights are taken from; if not set, they are random."""
     init_sha256: str | None = None

@@ -197,7 +197,7 @@ def begin(settings: Settings, material: Material, goes_on: bool = False) -> Begi
         return Beginning(model)
     path, expected = _lasting(source, material.name).init, source.init_sha256
     assert path is not None
-    origin = checkpoint.start_from(path, model)
+    origin = checkpoint.start_from(path, model, _new_rows(Path(path), material.tokenizer))
     found = origin["sha256"]
     if expected not in (None, found):
         raise CheckpointError(
@@ -206,6 +206,16 @@ def begin(settings: Settings, material: Material, goes_on: bool = False) -> Begi
         )
     say(f"weights: {path}")
     return Beginning(model, origin)
+
+
+def _new_rows(path: Path, tokenizer: Tokenizer | None) -> dict[int, Sequence[int]]:
+    """The rows of tokens that the vocabulary of the weights in a checkpoint did not have."""
+    from tinygpt.runs.checkpoint import read_meta
+    from tinygpt.text.chat.markers import new_rows
+    from tinygpt.text.tokenizers import tokenizer_from_dict
+
+    described = read_meta(path).tokenizer
+    return new_rows(None if described is None else tokenizer_from_dict(described), tokenizer)
 
 
 def say_material(material: Material) -> None:
@@ -268,7 +278,8 @@ def read_source(
     The source is the ``corpus`` if it is open already.
     """
     from tinygpt.text import sources
-    from tinygpt.text.tokenizers import make_tokenizer
+    from tinygpt.text.chat.markers import marked
+    from tinygpt.text.tokenizers import END, MARKERS, make_tokenizer
 
     data, tokenizer = settings.data, own
     source, spec = str(data.source), data.tokenizer
@@ -283,7 +294,10 @@ def read_source(
         merges = spec is None or spec.startswith("bpe")  # not of words that are only held out
         share = 1 - data.val_fraction if merges else 1.0
         specials = sources.specials_for(found.values())
+        if data.markers:
+            specials = (END, *MARKERS)
         tokenizer = make_tokenizer(spec, sources.text_to_learn(found, share), specials)
+        tokenizer = marked(tokenizer) if data.markers else tokenizer
     size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
     tokens = sources.read_tokens(source, found, tokenizer, size, data.glob)
     name = sources.name_of(source, found)

@@ -81,6 +81,7 @@ def train(
     field: str | None = None,
     glob: str | None = None,
     separator: Separator | None = None,
+    markers: Switch = False,
     dry_run: Switch = False,
     dashboard: Switch = False,
     dashboard_port: int = 8001,
@@ -138,6 +139,9 @@ def train(
     separator
         What parts documents: end, the token <|endoftext|> where the vocabulary has it, as all have
         that are made of several documents; or blank, a blank line. [default: end]
+    markers
+        Give the vocabulary the tokens that mark the turns of a conversation, such as <|user|>, and
+        the weights of --init rows of the embedding for them.
     dry_run
         Say what would happen, with tokens, parameters, memory and time, and write no run. Of a
         run that --minutes plans, a few steps are timed.
@@ -167,6 +171,7 @@ def train(
         "field": field,
         "glob": glob,
         "separator": separator,
+        "markers": markers or None,
         "init": None if init is None else str(init),
     }
     tables = given_tables(model, train, given)

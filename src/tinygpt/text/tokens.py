@@ -20,6 +20,7 @@ from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
 from tinygpt.text.chat.packing import Conversations
 from tinygpt.text.corpus import Corpus
+from tinygpt.text.hub_texts import is_on_hub
 from tinygpt.text.joined import Joined
 from tinygpt.text.mix import Mix
 from tinygpt.text.shards import Shards, open_shards
@@ -181,7 +182,7 @@ def encode(tokenizer: Tokenizer, text: str) -> Array:
 
 def load_tokens(source: object, vocab_size: int | None = None, *, glob: str = "**/*.txt") -> Tokens:
     """Tokens from an integer array, list or Tensor, or memory-mapped from the path of a token file
-    or of a folder of them.
+    or of a folder of them, or from the hub.
 
     Returns a 1-D sequence of integers (n,): an array, and of a folder its ``Shards``, in which
     ``glob`` chooses files if it names token files. Every id is checked to be from 0 up to, not
@@ -193,7 +194,8 @@ def load_tokens(source: object, vocab_size: int | None = None, *, glob: str = "*
         tokens, name = source, "The data"
     elif isinstance(source, str | Path):
         path, name = user_path(source), str(source)
-        tokens = open_shards(path, glob) if path.is_dir() else map_file(path)
+        several = is_on_hub(source) or path.is_dir()
+        tokens = open_shards(source, glob) if several else map_file(path)
     else:
         tokens, name = _as_array(source), "The data"
     if tokens.ndim != 1:
