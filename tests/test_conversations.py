@@ -149,6 +149,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_said() -> None:
 
 def test_conversations_are_split_whole() -> None:
     tokens = made(20)
+    tokens = made(20)
     training, held_out = split(tokens, 0.25, T)
     assert isinstance(training, Conversations) and isinstance(held_out, Conversations)
     assert training.count == int(0.75 * tokens.count)
