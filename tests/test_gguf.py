@@ -95,7 +95,7 @@ def values(tensors):
 # The weights ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_another_forward_pass_gives_our_logits_from_the_file(model, kind, tmp_path):
     config = model.config
     done = export(model, ByteTokenizer(), tmp_path / "model.gguf", kind)
@@ -108,18 +108,18 @@ def test_another_forward_pass_gives_our_logits_from_the_file(model, kind, tmp_pa
     if kind == "f32":
         assert difference < 1e-4 and done.rounding == 0
     else:
-        assert 1e-4 < difference < {"f16": 0.05, "bf16": 0.4, "q8_0": 0.5}[kind]
+        assert 1e-4 < difference < {"f16": 0.05, "bf16": 0.4, "q8_0": 0.5, "q4_0": 9}[kind]
         assert abs(done.rounding - difference) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_every_weight_is_there_in_the_type_that_llama_keeps_it_in(model, kind, tmp_path):
     path = export(model, ByteTokenizer(), tmp_path / "model.gguf", kind).path
     _, tensors = read_file(path)
     parameters = model.parameters()
     for name, tensor in tensors.items():
         wanted = "f32" if len(tensor.shape) == 1 or name == "wpe.weight" else kind
-        if wanted == "q8_0" and tensor.shape[0] % 32:  # the first of theirs is our last
+        if wanted in ("q8_0", "q4_0") and tensor.shape[0] % 32:  # the first of theirs is our last
             wanted = "f16"
         assert tensor.tensor_type.name == wanted.upper(), name
         if name not in parameters:
@@ -424,8 +424,8 @@ def test_the_command_writes_a_file_and_says_how_it_was_proved(run, run_cli, tmp_
 
 def test_wrong_use_of_the_command_is_advice(run, run_cli, tmp_path):
     out = tmp_path / "m.gguf"
-    code, _, told = run_cli("export", "gguf", run, "--out", out, "--type", "q4_0")
-    assert code == 2 and '"q4_0"' in told and '"f32", "f16", "bf16", "q8_0"' in told
+    code, _, told = run_cli("export", "gguf", run, "--out", out, "--type", "q2_k")
+    assert code == 2 and '"q2_k"' in told and '"bf16", "q8_0", "q4_0"' in told
     code, _, told = run_cli("export", "gguf", run)
     assert code == 2 and "--out" in told
     code, _, told = run_cli("export", "gguf", tmp_path / "nothing", "--out", out)
