@@ -14,7 +14,7 @@ from tinygpt import GPT, GPTConfig, TrainConfig
 from tinygpt.api import train
 from tinygpt.cli import main
 from tinygpt.errors import DataError, UsageError
-from tinygpt.generation.answers import Score, Task, scores, tasks_of
+from tinygpt.generation.grading import Score, Task, scores, tasks_of
 from tinygpt.kernels.loss.fused import loss
 from tinygpt.text.batches import batch, split
 from tinygpt.text.chat.conversations import read_conversations
@@ -300,7 +300,7 @@ def test_held_out_questions_are_not_trained_on_and_files_are_the_same_again() ->
 def test_answers_are_scored_by_what_they_say_and_how_they_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import tinygpt.generation.answers as answers
+    import tinygpt.generation.grading as grading
 
     said = {
         "a": [*b"yes", TOKENIZER.special_id("<|end|>")],
@@ -312,7 +312,7 @@ def test_answers_are_scored_by_what_they_say_and_how_they_end(
         [question] = [q for q in said if len(prompts[0]) == len(q) + 3]
         return (np.array([i] * len(prompts)) for i in said[question])
 
-    monkeypatch.setattr(answers, "generate_tokens", speak)
+    monkeypatch.setattr(grading, "generate_tokens", speak)
     tasks = [Task(q, [{"role": "user", "content": q}], "yes") for q in said]
     decoder = GPT(SHAPE).decoder
     found = {task.kind: answer for task, answer in scores(decoder, TOKENIZER, tasks, 6)}

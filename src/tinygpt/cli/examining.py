@@ -81,7 +81,7 @@ def eval_chat(
         Print the result as JSON.
     """
     from tinygpt.cli.loading import load_model
-    from tinygpt.generation.answers import Score, scores, tasks_of
+    from tinygpt.generation.grading import Score, scores, tasks_of
     from tinygpt.text.chat.conversations import form_in, read_records
 
     if not data.is_file():
