@@ -237,8 +237,8 @@ class Rank:
         return lambda: next(steps)
 
     def _meeting(self) -> Callable[[], object]:
-        params = list(Transformer(self.model, seed=0).parameters().values())
-        return Meeting(params, Alone()).take
+        optimizer = make_optimizer(Transformer(self.model, seed=0).parameters(), self.train)
+        return Meeting(optimizer, Alone()).take
 
     def _exchange(self, size: int) -> Callable[[], object]:
         part, out = np.ones((2, size // 4), np.float32)
