@@ -83,13 +83,14 @@ def export_gguf(
     /,
     *,
     out: Path,
-    type: Literal["f32", "f16", "bf16", "q8_0"] = "f32",
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f32",
     tokenizer: str | None = None,
     json: Switch = False,
 ) -> None:
     """Write a model as a GGUF file, which llama.cpp loads, and prove that it computes the same.
 
     The file is read back and its logits are compared with ours. It appears whole or not at all.
+    A Modelfile for ollama is written beside it, such as model.Modelfile, with the chat template.
 
     Parameters
     ----------
@@ -100,16 +101,18 @@ def export_gguf(
         File to write, such as model.gguf.
     type
         How the weights are stored: f32 exactly, f16 or bf16 in half the size, q8_0 in about a
-        quarter.
+        quarter, q4_0 in about an eighth.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
     json
         Print a summary as JSON.
     """
     run = run_or_newest(run)
+    from tinygpt.interop.gguf import modelfile
     from tinygpt.interop.gguf.gguf_file import check_target, export
 
     check_target(out)
+    modelfile.check_target(out)
     model, own = load_model(run, tokenizer)
     chosen = choose_checkpoint(run)
     done = export(model, own, out, type, name=chosen.absolute().parent.name or "TinyGPT")
@@ -117,11 +120,13 @@ def export_gguf(
     if done.added:
         say("llama.cpp wants a token that ends a text: one was added, which is never the likeliest")
     if done.unrounded:
-        say(f"{len(done.unrounded)} weights are stored as f16: q8_0 wants rows of 32, 64, 96 …")
+        say(f"{len(done.unrounded)} weights are stored as f16: {type} wants rows of 32, 64, 96 …")
     say(f"largest logit difference to what is read from the file: {done.difference:.2g}")
     if type != "f32":
         say(f"rounding the weights changes logits by up to {done.rounding:.2g}")
     say(f"wrote {out}: {model.num_params():,} parameters, {size(done.size)}")
+    beside = modelfile.write_modelfile(out, own, model.config.block_size)
+    say(f"wrote {beside}, for ollama")
     if model.config.block_size % 256:
         # llama.cpp rounds the context up, and there are no positions behind the last one
         say(f"llama.cpp breaks off behind token {model.config.block_size}: limit it with -n")
