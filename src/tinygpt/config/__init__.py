@@ -266,7 +266,7 @@ class TrainConfig(Config):
     devices: int | str | None = None
     """Devices that share each micro-batch: a number, or a list like CL:0,CL:1; if not set, one."""
     shard_optimizer: bool = False
-    """Divide the optimizer's moments among the devices (ZeRO-1), not all on the first."""
+    """Divide the optimizer's moments among the devices or ranks (ZeRO-1)."""
 
     @property
     def n_devices(self) -> int:
@@ -372,6 +372,8 @@ def check_together(model: GPTConfig, train: TrainConfig) -> None:
 
 MAX_TOKENS = 200
 """Tokens of a text, where neither the command line nor the page is given a number."""
+MAX_CHAT_TOKENS = 256
+"""Tokens of an answer in a chat, where nothing else is asked for: a base model seldom ends."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ tinygrad is imported where it is used, so that a program which only looks at fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tinygrad import Tensor, UOp
     from tinygrad.nn.optim import Optimizer
 
+    from tinygpt.machine.tinygrad_internals import DType
     from tinygpt.model.transformer import Transformer
 
 
@@ -50,9 +51,16 @@ def _check_own(model: Transformer, optimizer: Optimizer) -> None:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Where each Tensor lies in a file; floats of 16 bits are written as float32."""
+    from tinygrad import dtypes
+
     from tinygpt.machine.tinygrad_internals import _to_np_dtype
 
-    kinds = [(name, np.dtype(_to_np_dtype(t.dtype)), t.shape) for name, t in tensors.items()]
+    def kind(dtype: DType) -> np.dtype[Any]:
+        half = dtypes.is_float(dtype) and dtype.itemsize == 2
+        return np.dtype(_to_np_dtype(dtypes.float32 if half else dtype))
+
+    kinds = [(name, kind(t.dtype), t.shape) for name, t in tensors.items()]
     return arrange((name, dtype, tuple(map(int, shape))) for name, dtype, shape in kinds)
 
 
@@ -89,7 +97,10 @@ class Copier:
 
     def _prepare(self, tensors: Mapping[str, Tensor]) -> None:
         self.snapshot = Snapshot(layout_of(tensors))
-        self._sources = {n: _Source(t, self.snapshot.array(n)) for n, t in tensors.items()}
+        elsewhere = getattr(self.optimizer, "elsewhere", {})
+        self._sources = {
+            n: _Source(t, self.snapshot.array(n), elsewhere.get(id(t))) for n, t in tensors.items()
+        }
         self._devices = {t.device for t in tensors.values() if isinstance(t.device, str)}
 
 
@@ -103,12 +114,17 @@ class _Source:
 
     tensor: Tensor
     out: Array
+    fetch: Callable[[Array], None] | None = None
+    """What brings the values from another process, if that has them."""
     uop: UOp | None = None
     memory: Array | None = None
     """Where the values of ``uop`` lie, if the processor can reach them."""
 
     def copy(self) -> None:
         """Copy the values; the device must have finished its work."""
+        if self.fetch is not None:
+            self.fetch(self.out)
+            return
         if self.tensor.uop is not self.uop:
             self.uop, self.memory = self.tensor.uop, _memory(self.tensor, self.out)
         np.copyto(self.out, _fetched(self.tensor, self.out) if self.memory is None else self.memory)
@@ -133,8 +149,8 @@ def _fetched(tensor: Tensor, out: Array) -> Array:
 
 
 def _has_own_buffer(tensor: Tensor, out: Array) -> bool:
-    """Whether a buffer holds the values of a Tensor and nothing else, as they are in ``out``."""
+    """Whether a buffer holds the values of a Tensor, as many as ``out`` has, and nothing else."""
     from tinygpt.machine.tinygrad_internals import Buffer
 
     buffer = tensor.uop.base.buffer if tensor.uop.has_buffer_identity() else None
-    return isinstance(buffer, Buffer) and buffer.is_initialized() and buffer.nbytes == out.nbytes
+    return isinstance(buffer, Buffer) and buffer.is_initialized() and buffer.size == out.size

@@ -23,6 +23,7 @@ from tinygpt.files.atomic import check_overwritable, remove_stale, user_path
 from tinygpt.runs.checkpoint.copier import Copier, layout_of, named_tensors
 from tinygpt.runs.checkpoint.format import FREE, Array, Meta
 from tinygpt.runs.checkpoint.reader import (
+    STATE,
     WEIGHTS,
     describe,
     one_by_one,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from tinygrad.nn.optim import Optimizer
 
     from tinygpt.model.transformer import Transformer
+
+OUTER_MOMENTUM = f"{STATE}outer."
+"""How the names of the momentum of ranks that train apart begin."""
 
 
 VOCABULARY = ("wte.weight", "lm_head.weight")
@@ -66,9 +70,12 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     is added to the weights, unless the model has such adapters too.
     """
     path = user_path(path)
-    wanted = named_tensors(model, optimizer)
-    meta = read_meta(path)
+    meta, held = read_meta(path), describe(path)["tensors"]
     _check_same_model(path, meta.model, model.config)
+    wanted = named_tensors(model, optimizer)
+    outer = [n for n in wanted if n.startswith(OUTER_MOMENTUM) and n not in held]
+    for name in outer:  # of ranks that shared each step, or of an earlier version: it stays 0
+        del wanted[name]
     _take_over(path, model, wanted)
     return meta
 
@@ -119,12 +126,10 @@ def _take_over(
             arrays[table] = _with_rows(arrays[table], wanted[table].numpy(), rows)
             changed.add(table)
     origin, hashes = origin_and_hashes(path, changed)
+    own = (WEIGHTS + name for name in model.parameters() if WEIGHTS + name in arrays)
+    found = {n.removeprefix(WEIGHTS): hashes.get(n) or _sha256(arrays[n]) for n in own}
     _assign(path, wanted, arrays)
-    own = (WEIGHTS + name for name in model.parameters())
-    model.read_from = (
-        origin,
-        {n.removeprefix(WEIGHTS): hashes.get(n) or _sha256(arrays[n]) for n in own},
-    )
+    model.read_from = origin, found
     return origin
 
 
@@ -216,8 +221,11 @@ def _merged(
     raise CheckpointError(f"{path} is damaged or made up: the adapter of {layer} does not fit it.")
 
 
-def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> None:
-    """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit."""
+def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: dict[str, Array]) -> None:
+    """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit.
+
+    They are taken out of ``arrays``, so that not all of them are in memory twice.
+    """
     from tinygrad import Tensor
 
     missing = [name for name in wanted if name not in arrays]
@@ -230,7 +238,8 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array
                 f"{path}: {name} has shape {found}, but {tensor.shape} is wanted."
             )
     for name, tensor in wanted.items():
-        tensor.assign(Tensor(arrays[name], device=tensor.device).cast(tensor.dtype)).realize()
+        values = Tensor(arrays.pop(name), device=tensor.device)
+        tensor.assign(values.cast(tensor.dtype)).realize()
 
 
 def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:

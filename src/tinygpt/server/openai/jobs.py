@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from tinygpt.config import SampleConfig
+from tinygpt.config import MAX_CHAT_TOKENS, SampleConfig
 from tinygpt.errors import TinyGPTError
 from tinygpt.generation.decoder import Logits
 from tinygpt.generation.sample import Penalties
@@ -18,7 +18,7 @@ from tinygpt.server.engine.scoring import Score, Scored
 from tinygpt.server.engine.sequence import Piece, Request
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.choices import Delta
-from tinygpt.server.openai.fields import MAX_CHAT_TOKENS, MAX_TOKENS
+from tinygpt.server.openai.fields import MAX_TOKENS
 from tinygpt.server.openai.prompts import Ids, encode, encode_chat, prompts_of
 from tinygpt.server.openai.service import Service
 from tinygpt.server.openai.shapes import ChatShape, CompletionShape
