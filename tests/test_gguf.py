@@ -16,6 +16,7 @@ from tinygrad import Tensor
 
 from tests.mixed_text import mixed_text
 from tests.numpy_gpt2 import GPT2
+from tests.test_chat_template import conversations, dressed
 from tinygpt.api import GPT, train
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
@@ -26,6 +27,7 @@ from tinygpt.interop.gguf.gguf_file import export
 from tinygpt.interop.gguf.gguf_tokens import CONTROL, NORMAL, UNUSED, tokens_of
 from tinygpt.interop.gguf.gguf_types import store
 from tinygpt.machine.transfer import read, write
+from tinygpt.text.chat.template import TEMPLATES
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, vocabulary
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
@@ -533,3 +535,16 @@ def test_llama_reads_the_file_and_writes_the_same_text(llama, taught, kind, tmp_
     assert (likely[:, -1] - likely[:, -2]).min() > 2 * difference, "the choices are too close"
     assert theirs["tokens"] == ours.tolist()
     assert tokenizer.decode(ours.tolist()).rstrip("\ufffd") in STORY * 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "gpt2"])
+def test_llama_makes_our_ids_of_200_conversations(llama, kind, name, tmp_path):
+    tokenizer, template = dressed(kind, name), TEMPLATES[name]
+    rows = tokenizer.vocab_size + 1
+    model = GPT(GPTConfig(block_size=8, vocab_size=rows, n_layer=1, n_head=1, n_embd=4))
+    path = export(model, tokenizer, tmp_path / "m.gguf").path
+    ids = [template.render(tokenizer, talk).ids.tolist() for talk in conversations(200, seed=7)]
+    texts = [tokenizer.decode(each) for each in ids]
+    assert ask_llama(llama, path, {"chats": texts})["ids"] == ids
