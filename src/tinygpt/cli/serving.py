@@ -109,7 +109,7 @@ def serve(
     dtype
         Type of weights, products and cache: bfloat16 and float16 take half of the memory.
     quantize
-        Round the weights, for faster writing: int8 to a quarter of the memory, int4 to an eighth.
+        Round the weights: int8 to a quarter of the memory, for faster writing, int4 to an eighth.
     quantize_data
         Text on which to compare the losses before and after. [default: the run's validation text]
     kv
