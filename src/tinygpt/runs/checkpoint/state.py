@@ -189,8 +189,12 @@ def _merged(
 
 
 def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> None:
-    """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit."""
-    from tinygrad import Tensor
+    """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit.
+
+    They are copied straight into the buffers: to assign and realize takes tinygrad a millisecond or
+    more for each.
+    """
+    from tinygpt.machine.transfer import overwrite
 
     missing = [name for name in wanted if name not in arrays]
     if missing:
@@ -202,7 +206,7 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array
                 f"{path}: {name} has shape {found}, but {tensor.shape} is wanted."
             )
     for name, tensor in wanted.items():
-        tensor.assign(Tensor(arrays[name], device=tensor.device).cast(tensor.dtype)).realize()
+        overwrite(tensor, arrays[name])
 
 
 def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:
