@@ -358,3 +358,32 @@ def initial(weight: Weight, rng: np.random.Generator) -> npt.NDArray[np.float32]
 
 def _part(owner: Any, name: str) -> Any:
     return owner[int(name)] if name.isdigit() else getattr(owner, name)
+
+
+BESIDE = {"read_from", "decoder", "limit", "ends"}
+"""Attributes of a model that its forward pass does not look at."""
+
+
+def description(model: Transformer) -> str | None:
+    """All that the forward pass of a model depends on besides our source and values of Tensors.
+
+    None for one with a part that is not of this package, such as a class of the user's.
+    """
+    try:
+        return _described(model)
+    except TypeError:
+        return None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.shape} {value.dtype}"
+    if value is None or isinstance(value, (int, float, str, DType, GPTConfig)):
+        return repr(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_described, value))}]"
+    kind = type(value)
+    if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        raise TypeError(f"{kind} is not known")
+    parts = (f"{k}={_described(v)}" for k, v in vars(value).items() if k not in BESIDE)
+    return f"{kind.__module__}.{kind.__qualname__}({', '.join(parts)})"
