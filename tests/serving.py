@@ -6,6 +6,7 @@ import string
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -102,11 +103,12 @@ class FakeEngine:
         return EngineStats(4, self.queue, active=len(self.open()), ended=ended, **counts)
 
 
-def fake_service(engine=None, name="tiny", **limits):
+def fake_service(engine=None, name="tiny", block_size=64, tokenizer=None, **limits):
     """A service of which only the engine is not real."""
     engine = engine or FakeEngine()
-    engine.model = GPT(TINY)
-    return Service(engine, engine.model, ByteTokenizer(), name, limits=Limits(**limits))
+    tokenizer = tokenizer or ByteTokenizer()
+    engine.model = GPT(replace(TINY, block_size=block_size, vocab_size=tokenizer.vocab_size))
+    return Service(engine, engine.model, tokenizer, name, limits=Limits(**limits))
 
 
 @contextlib.contextmanager

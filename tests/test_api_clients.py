@@ -108,7 +108,7 @@ def test_what_lm_eval_sends_is_scored_whether_it_sends_text_or_ids():
 
 def test_a_second_turn_with_openais_own_message():
     openai = pytest.importorskip("openai", reason="needs the extra 'test'")
-    service = fake_service()
+    service = fake_service(block_size=256)
     with running(service) as address:
         http = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         messages = [{"role": "user", "content": "Hello"}]
@@ -124,7 +124,7 @@ def test_a_second_turn_with_openais_own_message():
 
 def test_a_second_turn_with_langchain():
     langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
-    service = fake_service()
+    service = fake_service(block_size=256)
     with running(service) as address:
         model = langchain.ChatOpenAI(model="tiny", base_url=f"{address}/v1", api_key="none")
         first = model.invoke([("system", "Be brief."), ("human", "Hello")])
@@ -168,7 +168,7 @@ def npm_openai(tmp_path_factory):
 @pytest.mark.slow
 def test_a_second_turn_with_openais_client_for_javascript(npm_openai):
     (npm_openai / "turns.js").write_text(SCRIPT, encoding="utf-8")
-    service = fake_service()
+    service = fake_service(block_size=256)
     with running(service) as address:
         command = ["node", "turns.js", f"{address}/v1"]
         done = subprocess.run(

@@ -76,7 +76,7 @@ def test_help_imports_neither_tinygrad_nor_numpy(child_environment):
         "heavy = {'tinygrad', 'numpy', 'requests', 'tiktoken', 'safetensors', 'matplotlib'};"
         "print(code, sorted(heavy & sys.modules.keys()))"
     )
-    for arguments in (["--help"], ["train", "--help"], ["generate", "--help"], ["--version"]):
+    for arguments in (["--help"], ["train", "--help"], ["chat", "--help"], ["--version"]):
         done = python(code, child_environment, *arguments)
         assert done.stdout.splitlines()[-1] == "0 []", (arguments, done.stderr)
 
@@ -542,13 +542,13 @@ def test_a_file_that_is_no_checkpoint_is_a_failure(run_cli, tmp_path):
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch):
-    from tinygpt.cli.generating import _emit
+    from tinygpt.cli.console import emit
 
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
-    _emit("a\x1b[2J")
+    emit("a\x1b[2J")
     monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    _emit("a\x1b[2J")
+    emit("a\x1b[2J")
     assert stream.getvalue() == "a\x1b[2Ja␛[2J"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.test_ranks import differing, needs_mpi, on_ranks
 from tinygpt.cli import main
 from tinygpt.cli.loading import own_source
 from tinygpt.errors import DataError, UsageError
@@ -208,6 +209,20 @@ def test_a_run_learns_from_a_mix_and_goes_on_exactly(
     other = source.replace("0.75", "0.5").replace("0.25", "0.5")
     assert run("train", "--mix", other, "--resume", "--out", tmp_path / "whole") == 1
     assert "data" in capsys.readouterr().err
+
+
+@needs_mpi
+def test_ranks_that_share_a_mix_leave_the_bits_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh" * 60)
+    np.save(tmp_path / "b.npy", np.frombuffer(b"stuvwxyz" * 20, np.uint8).astype(np.uint16))
+    mix = f"{tmp_path}/a.txt=0.7,{tmp_path}/b.npy=0.3"
+    words = ("train", "--mix", mix, "--tokenizer", "byte", *SHORT, "--max-iters", 8,
+             "--grad-accum-steps", 2)  # fmt: skip
+    assert run(*words, "--out", tmp_path / "one") == 0
+    done = on_ranks(2, *words, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert differing(tmp_path / "one", tmp_path / "two") == {}
+    assert losses(tmp_path / "two") and losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
 def test_a_mix_and_a_source_contradict_each_other(

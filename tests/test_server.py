@@ -55,14 +55,19 @@ from tinygpt.server.http.limits import Limits
 from tinygpt.server.http.listening import HOOKS, Server, check_hooks, listen
 from tinygpt.server.http.security import HEADERS, is_loopback
 from tinygpt.server.openai.choices import Choice, Delta
-from tinygpt.server.openai.prompts import chat_text
+from tinygpt.server.openai.prompts import messages_of
 from tinygpt.server.openai.schema import check
 from tinygpt.server.openai.service import Service
+from tinygpt.text.chat.template import PLAIN
 from tinygpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MARK = "<script>alert('MARK')</script>"
 KEY = "a-key-for-the-tests"
+
+
+def plain_text(messages):
+    return PLAIN.text(messages_of(messages), answer=True)
 
 
 def client(service=None, host="localhost", **options):
@@ -297,14 +302,14 @@ def test_a_chat_becomes_the_text_that_the_documentation_shows():
         {"role": "assistant", "content": "A model."},
         {"role": "user", "content": "Ah."},
     ]
-    assert chat_text(messages) == (
+    assert plain_text(messages) == (
         "You are brief.\n\nUser: Who are you?\n\nAssistant: A model.\n\nUser: Ah.\n\nAssistant:"
     )
-    service = fake_service()
+    service = fake_service(block_size=256)
     body = {"messages": messages, "stop": "x", "max_completion_tokens": 3}
     assert client(service).post(CHATS, json=body).status_code == 200
     [stream] = service.engine.streams
-    assert bytes(stream.request.ids).decode() == chat_text(messages)
+    assert bytes(stream.request.ids).decode() == plain_text(messages)
     assert stream.request.stop == ("x", "\nUser:") and stream.request.max_tokens == 3
 
 
@@ -316,14 +321,14 @@ def test_a_second_turn_is_the_first_answer_and_the_space_does_not_grow():
                          "tool_calls": None, "function_call": None, "annotations": []})  # fmt: skip
         messages.append({"role": "user", "content": "And?", "name": "me"})
     turn = "User: And?\n\nAssistant:"
-    assert chat_text(messages) == (
+    assert plain_text(messages) == (
         "User: Hello\n\n"
         + "Assistant: A model.\n\nUser: And?\n\n" * 2
         + f"Assistant: A model.\n\n{turn}"
     )
     assert client().post(CHATS, json={"messages": messages}).status_code == 200
     refused = [{"role": "assistant", "content": None, "refusal": "No."}, {"role": "assistant"}]
-    assert chat_text(refused) == "Assistant: No.\n\nAssistant:\n\nAssistant:"
+    assert plain_text(refused) == "Assistant: No.\n\nAssistant:\n\nAssistant:"
 
 
 def test_a_text_is_cut_into_tokens_and_joined_as_vllm_and_llama_cpp_do():
@@ -336,7 +341,7 @@ def test_a_text_is_cut_into_tokens_and_joined_as_vllm_and_llama_cpp_do():
     pieces = http.post("/tokenize", json={"content": "h\u00e9", "with_pieces": True}).json()
     assert [token["piece"] for token in pieces["tokens"]] == ["h", [195], [169]]
     chatted = http.post("/tokenize", json=chat()).json()
-    assert bytes(chatted["tokens"]).decode() == chat_text(chat()["messages"])
+    assert bytes(chatted["tokens"]).decode() == plain_text(chat()["messages"])
     assert http.post("/tokenize", json={"prompt": "a" * 9000}).json()["count"] == 9000
     joined = http.post("/detokenize", json={"tokens": ids}).json()
     assert joined == {"prompt": "h\u00e9", "content": "h\u00e9"}

@@ -27,6 +27,7 @@ GROUPS = {
     "Everyday": {
         "train": ("training:train", "Train a GPT on a text and keep the run in a folder."),
         "generate": ("generating:generate", "Let a model continue a text, word by word."),
+        "chat": ("chatting:chat", "Talk with a model that has learned from conversations."),
         "serve": ("serving:serve", "Serve a model: a page to play with, and an API like OpenAI's."),
         "dashboard": ("serving:dashboard", "Watch runs in the browser while they train."),
     },

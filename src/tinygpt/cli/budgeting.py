@@ -168,6 +168,7 @@ def figures(
 
     Vocabularies with which making the tokens would take too much of ``seconds`` are left out.
     """
+    from tinygpt.text.sources import specials_for
     from tinygpt.text.tokenizers import make_tokenizer
     from tinygpt.training.budget import Text
 
@@ -177,12 +178,12 @@ def figures(
         total = int(len(corpus.tokens) * found[data.tokenizer].bytes_per_token)
     else:
         sample, total = _beginning_of(corpus)
-        share = len(sample.encode()) / total
+        share, specials = len(sample.encode()) / total, specials_for([corpus])
         if own is not None or data.tokenizer is not None:
-            known = own or make_tokenizer(data.tokenizer, lambda: [sample])
+            known = own or make_tokenizer(data.tokenizer, lambda: [sample], specials)
             found = {data.tokenizer: _seen(known, sample)}
         else:
-            found = _measured(sample, total, TOKENIZING * seconds * share)
+            found = _measured(sample, total, TOKENIZING * seconds * share, specials)
     held_out = int(total * data.val_fraction)
     return Text(total - held_out, held_out, found)
 
@@ -217,24 +218,27 @@ def _seen(tokenizer: Tokenizer, sample: str) -> Vocabulary:
     return Vocabulary(tokenizer.vocab_size, len(sample.encode()) / len(tokenizer.encode(sample)))
 
 
-def _measured(sample: str, total: int, most: float) -> dict[str | None, Vocabulary]:
+def _measured(
+    sample: str, total: int, most: float, specials: Sequence[str]
+) -> dict[str | None, Vocabulary]:
     """The vocabularies to choose from for a text of ``total`` bytes: bytes, and byte pairs.
 
     Byte pairs are left out if it takes more than ``most`` seconds to learn and apply them.
     """
     from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer
 
-    found: dict[str | None, Vocabulary] = {"byte": _seen(ByteTokenizer(), sample)}
+    found: dict[str | None, Vocabulary] = {"byte": _seen(ByteTokenizer(specials), sample)}
     sizes = [size for size in MERGES if size * ENTRY <= total]
     if sizes:
         began = time.perf_counter()
-        largest = BPETokenizer.train(sample, sizes[-1])
+        largest = BPETokenizer.train(sample, sizes[-1], specials)
         found[f"bpe:{sizes[-1]}"] = _seen(largest, sample)
         if time.perf_counter() - began > most:
             return {"byte": found["byte"]}
         merges = list(largest.ranks)[256:]
         for size in sizes[:-1]:
-            found[f"bpe:{size}"] = _seen(BPETokenizer.from_merges(merges[: size - 256]), sample)
+            smaller = BPETokenizer.from_merges(merges[: size - 256 - len(specials)])
+            found[f"bpe:{size}"] = _seen(smaller.with_specials(specials), sample)
     return found
 
 

@@ -47,6 +47,12 @@ def say(message: str) -> None:
     print(printable(message), file=sys.stderr, flush=True)
 
 
+def emit(text: str) -> None:
+    """Text on stdout at once; a terminal gets it without what it would obey."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def read_stdin() -> str:
     """All of stdin as text. Raises DataError if it is not UTF-8, StreamError if it is closed."""
     try:

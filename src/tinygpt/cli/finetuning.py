@@ -49,8 +49,11 @@ class Beginning:
         else was given must not contradict them.
         """
         preset = {"train": preset.get("train", {})}
-        model = _values("model", *given)
+        model, data = _values("model", *given), _values("data", *given)
         shape = self.meta.model.to_dict()
+        if data.get("markers"):
+            grown = self.tokenizer(DataConfig.from_dict(data))
+            shape["vocab_size"] = max(shape["vocab_size"], grown.vocab_size if grown else 0)
         wrong = [name for name, value in model.items() if name not in FREE and value != shape[name]]
         if wrong:
             listed = ", ".join(f"{name}={model[name]!r} (it has {shape[name]!r})" for name in wrong)
@@ -65,7 +68,23 @@ class Beginning:
         return [own, preset, *given, {"data": {"init": str(self.path)}}]
 
     def tokenizer(self, data: DataConfig) -> Tokenizer | None:
-        """The weights' own tokenizer; UsageError if another is asked for, or none is known."""
+        """The weights' own tokenizer, with markers where these are asked for.
+
+        UsageError if another is asked for, or none is known.
+        """
+        from tinygpt.text.chat.markers import marked
+
+        found = self._known(data)
+        if not data.markers:
+            return found
+        if found is None:
+            raise UsageError(
+                f"--markers adds tokens to a vocabulary, and {self.path} holds none. Name it: "
+                f"--tokenizer gpt2, byte, or the path of a saved one."
+            )
+        return marked(found)
+
+    def _known(self, data: DataConfig) -> Tokenizer | None:
         from tinygpt.text.tokenizers import tokenizer_from_dict
 
         described, spec = self.meta.tokenizer, data.tokenizer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from tinygpt.cli.console import program_name, read_stdin, say, show_json
+from tinygpt.cli.console import emit, program_name, read_stdin, say, show_json
 from tinygpt.cli.flags import Count, Switch
 from tinygpt.cli.loading import Quantize, load_model
 from tinygpt.cli.newest import run_or_newest
@@ -18,7 +18,6 @@ from tinygpt.cli.options import flags
 from tinygpt.config import MAX_TOKENS, Precision, SampleConfig
 from tinygpt.errors import StreamError, TinyGPTError, UsageError
 from tinygpt.files.atomic import user_path
-from tinygpt.runs.display.text import printable
 from tinygpt.runs.folder import named_checkpoint
 from tinygpt.text.names import exists
 
@@ -142,19 +141,13 @@ def _prompt_text(prompt: str | None) -> str | None:
 def _stream(pieces: Pieces, prompt: str, echo: bool, count: int) -> None:
     for number in range(count):
         if number:
-            _emit(f"\n{'-' * 20}\n")
+            emit(f"\n{'-' * 20}\n")
         continuation = pieces(prompt, number)
         if echo:
-            _emit(prompt)
+            emit(prompt)
         for piece in continuation:
-            _emit(piece)
-        _emit("\n")
-
-
-def _emit(text: str) -> None:
-    """Text on stdout at once; a terminal gets it without what it would obey."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+            emit(piece)
+        emit("\n")
 
 
 def _converse(pieces: Pieces, echo: bool, count: int) -> None:
@@ -173,7 +166,7 @@ def _converse(pieces: Pieces, echo: bool, count: int) -> None:
             try:
                 _stream(pieces, prompt, echo, count)
             except KeyboardInterrupt:
-                _emit("\n")
+                emit("\n")
             except StreamError:  # nobody hears the next text either
                 raise
             except TinyGPTError as error:

@@ -37,7 +37,7 @@ def read_tokens(source: DataConfig, model: GPT, tokenizer: Tokenizer) -> tuple[s
     from tinygpt.text import sources
 
     name = str(source.source)
-    found = sources.opened(name, source.field, source.glob)
+    found = sources.opened(name, source.field, source.glob, source.separator)
     tokens = sources.read_tokens(name, found, tokenizer, model.config.vocab_size, source.glob)
     corpus = found.get(name)
     return name if corpus is None else corpus.description, tokens
@@ -82,6 +82,8 @@ def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> l
     Only a text that is known to be the run's is read from: the folder may come from elsewhere, and
     name a file that its author has never seen. A text that would take long to encode is left alone.
     """
+    from tinygpt.text.tokenizers import document_end
+
     try:
         source = Path(own_source(run).source or "")
         small = source.is_file() and source.stat().st_size <= LARGEST_BEGUN
@@ -91,7 +93,10 @@ def beginnings(run: Path, model: GPT, tokenizer: Tokenizer, count: int = 3) -> l
         if not _is_unchanged(run, "val", tokens):
             return []
         starts = [len(tokens) * i // count for i in range(count)]
-        passages = [tokenizer.decode(map(int, tokens[at : at + 200])) for at in starts]
+        end = document_end(tokenizer)
+        passages = [
+            tokenizer.decode(int(i) for i in tokens[at : at + 200] if i != end) for at in starts
+        ]
     except (TinyGPTError, OSError):
         return []
     lines = ["".join(passage.splitlines(keepends=True)[1:3]) for passage in passages]

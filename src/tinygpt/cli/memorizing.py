@@ -172,11 +172,13 @@ def texts(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     """The text that tokens spell, in pieces."""
     import numpy as np
 
+    from tinygpt.text.tokenizers import special_of
+
+    special = set(special_of(tokenizer).values())
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for start in range(0, len(tokens), SPAN):
-        yield decoder.decode(
-            tokenizer.decode_bytes(np.asarray(tokens[start : start + SPAN]).tolist())
-        )
+        span = np.asarray(tokens[start : start + SPAN]).tolist()
+        yield decoder.decode(tokenizer.decode_bytes([i for i in span if i not in special]))
     yield decoder.decode(b"", final=True)
 
 

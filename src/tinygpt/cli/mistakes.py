@@ -50,7 +50,7 @@ MEANT = {
 }
 """What other programs call a flag of ours."""
 OTHER_VERBS = {
-    "generate": "sample write complete predict run chat",
+    "generate": "sample write complete predict run",
     "train": "fit learn finetune fine-tune",
     "serve": "server api web",
     "dashboard": "watch monitor ui",

@@ -34,6 +34,10 @@ FOUND_LATER = {"vocab_size": "from the tokenizer"}
 """Defaults that the data decides, in words."""
 
 
+Separator = Literal["end", "blank"]
+"""What stands between documents."""
+
+
 @dataclass(frozen=True)
 class DataConfig(Config):
     """Where the text comes from and how it becomes tokens, and where the weights come from."""
@@ -48,6 +52,12 @@ class DataConfig(Config):
     """Field of a JSONL file, or column of a table, that holds the text."""
     glob: str = "**/*.txt"
     """Files of a folder that are read."""
+    separator: Separator = "end"
+    """What parts documents: end, the token <|endoftext|> where the vocabulary has it; or blank, a
+    blank line."""
+    markers: bool = False
+    """Whether the vocabulary gets the tokens that mark the turns of a conversation; weights of
+    --init get rows of the embedding for them."""
     init: str | None = None
     """Run or checkpoint that the weights are taken from; if not set, they are random."""
     init_sha256: str | None = None
@@ -183,7 +193,10 @@ def file_tables(path: Path | None) -> Tables:
 def run_tables(folder: Path) -> Tables:
     """The settings of the run in a folder; none if there is no such file."""
     file = folder / CONFIG
-    return file_tables(file if file.is_file() else None)
+    tables = file_tables(file if file.is_file() else None)
+    if "data" in tables:  # a run without the field is older than it, and parted them so
+        tables = {**tables, "data": {"separator": "blank", **tables["data"]}}
+    return tables
 
 
 def _check_table(path: Path, name: str, values: Any) -> None:

@@ -74,13 +74,13 @@ def check_devices(train: TrainConfig) -> None:
 
 def open_text(data: DataConfig) -> Corpus | None:
     """The text that is to be read, and a line on it; None for tokens, and for a mix."""
-    from tinygpt.text.corpus import open_corpus
     from tinygpt.text.mix_shares import is_mix
     from tinygpt.text.shards import is_tokens
+    from tinygpt.text.sources import corpus_of
 
     if is_mix(str(data.source)) or is_tokens(str(data.source), data.glob):
         return None
-    corpus = open_corpus(str(data.source), field=data.field, glob=data.glob)
+    corpus = corpus_of(str(data.source), data.field, data.glob, data.separator)
     say(f"text: {corpus.description}")
     return corpus
 
@@ -197,7 +197,7 @@ def begin(settings: Settings, material: Material, goes_on: bool = False) -> Begi
         return Beginning(model)
     path, expected = _lasting(source, material.name).init, source.init_sha256
     assert path is not None
-    origin = checkpoint.start_from(path, model)
+    origin = checkpoint.start_from(path, model, _new_rows(Path(path), material.tokenizer))
     found = origin["sha256"]
     if expected not in (None, found):
         raise CheckpointError(
@@ -206,6 +206,16 @@ def begin(settings: Settings, material: Material, goes_on: bool = False) -> Begi
         )
     say(f"weights: {path}")
     return Beginning(model, origin)
+
+
+def _new_rows(path: Path, tokenizer: Tokenizer | None) -> dict[int, Sequence[int]]:
+    """The rows of tokens that the vocabulary of the weights in a checkpoint did not have."""
+    from tinygpt.runs.checkpoint import read_meta
+    from tinygpt.text.chat.markers import new_rows
+    from tinygpt.text.tokenizers import tokenizer_from_dict
+
+    described = read_meta(path).tokenizer
+    return new_rows(None if described is None else tokenizer_from_dict(described), tokenizer)
 
 
 def say_material(material: Material) -> None:
@@ -260,13 +270,14 @@ def read_source(
     The source is the ``corpus`` if it is open already.
     """
     from tinygpt.text import sources
-    from tinygpt.text.tokenizers import make_tokenizer
+    from tinygpt.text.chat.markers import marked
+    from tinygpt.text.tokenizers import END, MARKERS, make_tokenizer
 
     data, tokenizer = settings.data, own
     source, spec = str(data.source), data.tokenizer
     found: dict[str, Corpus | None] = {source: corpus}
     if corpus is None:
-        found = sources.opened(source, data.field, data.glob)
+        found = sources.opened(source, data.field, data.glob, data.separator)
     if tokenizer is None and spec is None:
         tokenizer = sources.tokenizer_in(found)
     if tokenizer is None and not any(found.values()):
@@ -274,7 +285,11 @@ def read_source(
     elif tokenizer is None:
         merges = spec is None or spec.startswith("bpe")  # not of words that are only held out
         share = 1 - data.val_fraction if merges else 1.0
-        tokenizer = make_tokenizer(spec, sources.text_to_learn(found, share))
+        specials = sources.specials_for(found.values())
+        if data.markers:
+            specials = (END, *MARKERS)
+        tokenizer = make_tokenizer(spec, sources.text_to_learn(found, share), specials)
+        tokenizer = marked(tokenizer) if data.markers else tokenizer
     size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
     tokens = sources.read_tokens(source, found, tokenizer, size, data.glob)
     name = sources.name_of(source, found)

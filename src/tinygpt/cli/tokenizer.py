@@ -48,6 +48,7 @@ def train(
     from tinygpt.files.atomic import check_overwritable
     from tinygpt.runs.folder import run_of
     from tinygpt.text.corpus import open_corpus
+    from tinygpt.text.sources import specials_for
     from tinygpt.text.tokenizers import BPETokenizer
     from tinygpt.text.tokenizers.base import MARK
 
@@ -58,7 +59,7 @@ def train(
         )
     corpus = open_corpus(source, field=field, glob=glob)
     say(f"text: {corpus.description}")
-    tokenizer = BPETokenizer.train(corpus.pieces(), vocab_size)
+    tokenizer = BPETokenizer.train(corpus.pieces(), vocab_size, specials_for([corpus]))
     say(f"wrote {tokenizer.save(out)}, {tokenizer.vocab_size:,} tokens")
 
 

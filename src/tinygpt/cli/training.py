@@ -16,6 +16,7 @@ from tinygpt.cli.joining import in_ranks, present
 from tinygpt.cli.newest import RUNS, newest_runs
 from tinygpt.cli.options import (
     AUTO,
+    Separator,
     Settings,
     Tables,
     file_tables,
@@ -79,6 +80,8 @@ def train(
     val_fraction: float | None = None,
     field: str | None = None,
     glob: str | None = None,
+    separator: Separator | None = None,
+    markers: Switch = False,
     dry_run: Switch = False,
     dashboard: Switch = False,
     dashboard_port: int = 8001,
@@ -133,6 +136,12 @@ def train(
         Field of a JSONL file, or column of a table, that holds the text. [default: text]
     glob
         Files of a folder that are read. [default: **/*.txt]
+    separator
+        What parts documents: end, the token <|endoftext|> where the vocabulary has it, as all have
+        that are made of several documents; or blank, a blank line. [default: end]
+    markers
+        Give the vocabulary the tokens that mark the turns of a conversation, such as <|user|>, and
+        the weights of --init rows of the embedding for them.
     dry_run
         Say what would happen, with tokens, parameters, memory and time, and write no run. Of a
         run that --minutes plans, a few steps are timed.
@@ -161,6 +170,8 @@ def train(
         "val_fraction": val_fraction,
         "field": field,
         "glob": glob,
+        "separator": separator,
+        "markers": markers or None,
         "init": None if init is None else str(init),
     }
     tables = given_tables(model, train, given)

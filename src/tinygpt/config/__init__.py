@@ -372,6 +372,8 @@ def check_together(model: GPTConfig, train: TrainConfig) -> None:
 
 MAX_TOKENS = 200
 """Tokens of a text, where neither the command line nor the page is given a number."""
+MAX_CHAT_TOKENS = 256
+"""Tokens of an answer in a chat, where nothing else is asked for: a base model seldom ends."""
 
 
 @dataclass(frozen=True)

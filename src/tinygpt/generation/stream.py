@@ -30,14 +30,28 @@ def generate_text(
     it falls into several tokens; and at a token that ends a text, which is not yielded either,
     unless ``ignore_eos``. Special tokens written in the prompt are plain text.
     """
-    stopper = StopStrings(stop)
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UsageError(
             f"The prompt {prompt!r} is empty. Give at least one character, such as '\\n'."
         )
-    limit = tokenizer.vocab_size  # a model may have more ids, which decode to nothing
     ends = () if ignore_eos else ends_of(tokenizer)
+    return continued(model, tokenizer, ids, max_tokens, config, seed, stop, ends)
+
+
+def continued(
+    model: Transformer | Decoder,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    max_tokens: int,
+    config: SampleConfig | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    ends: Sequence[int] = (),
+) -> Iterator[str]:
+    """``generate_text`` for a prompt of token ids; the text ends at any of the ids in ``ends``."""
+    stopper = StopStrings(stop)
+    limit = tokenizer.vocab_size  # a model may have more ids, which decode to nothing
     tokens = generate_tokens(model, [ids], max_tokens, config, seed, limit=limit, ends=ends)
 
     def pieces() -> Iterator[str]:

@@ -131,7 +131,7 @@ def held_back(
     Outside the main thread, which alone gets signals, nothing is changed. Yields a list for the
     signal that arrived, which is not raised again if the block ends with an error.
     """
-    stopper = Stopper(lambda _: stop(), _interrupt, save, tell, "stopping after this step")
+    stopper = Stopper(lambda _: stop(), interrupt, save, tell, "stopping after this step")
     with receiving(filter(_is_free, (*STOPPING, *SAVING)), stopper.receive):
         yield stopper.received
     for number in stopper.received:
@@ -144,7 +144,7 @@ def _is_free(number: signal.Signals) -> bool:
     return handler is signal.SIG_DFL or (number is signal.SIGINT and callable(handler))
 
 
-def _interrupt(number: int) -> None:
+def interrupt(number: int) -> None:
     """A KeyboardInterrupt in the main thread, when it is back in Python."""
     main = threading.main_thread()
     if threading.current_thread() is main:

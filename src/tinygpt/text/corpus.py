@@ -25,6 +25,8 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 NAMES = ("shakespeare", "pydocs", "auto")
 """Sources that are no path."""
+RECORDS = ("jsonl", "parquet")
+"""Kinds of files that hold a document in each line or row."""
 PATIENCE = 5.0
 """Seconds that ``auto`` waits for the network."""
 
@@ -43,6 +45,9 @@ class Corpus:
     """The files that it consists of, if it is one of files."""
     size: int | None = None
     """Bytes of the text in UTF-8; None where only reading tells."""
+    documents: Callable[[], Iterator[Iterator[str]]] | None = None
+    """Starts a new reading, each document in pieces of bounded size; None for a text that is one,
+    or whose documents are to be parted by blank lines alone."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the text in UTF-8: the same for the same text, wherever it lies."""
@@ -50,6 +55,17 @@ class Corpus:
         for piece in self.pieces():
             digest.update(piece.encode())
         return digest.hexdigest()
+
+    def parted(self) -> Iterator[str | None]:
+        """Pieces of the documents without what is between them, and None behind each."""
+        assert self.documents is not None, "it is one document"
+        for document in self.documents():
+            empty = True
+            for piece in filter(None, document):
+                empty = False
+                yield piece
+            if not empty:
+                yield None
 
     def beginning(self, share: float) -> Iterator[str]:
         """Pieces of the first ``share`` of the characters, such as those that are trained on."""
@@ -71,8 +87,8 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
     matches ``glob``, in the order of their paths; ``walk`` says what is left out); or
     ``shakespeare``, ``pydocs``, or ``auto``, which is the first of these two that can be had within
     seconds; or ``hf://datasets/OWNER/NAME/PATH``, see ``hub_texts``. Names are always meant as
-    such, see ``names``; a folder called ``pydocs`` is ``./pydocs``. Several documents are separated
-    by a blank line.
+    such, see ``names``; a folder called ``pydocs`` is ``./pydocs``. In the text, several documents
+    are separated by a blank line; in its tokens, by ``<|endoftext|>`` where a vocabulary has it.
     """
     if not str(source):
         raise DataError("The source of the text is an empty name; give a file or 'auto'.")
@@ -146,14 +162,22 @@ def _on_hub(source: str, field: str) -> Corpus:
 
 
 def _of_files(name: str, description: str, parts: list[Part]) -> Corpus:
+    written = [part for part in parts if part.weight]
+    several = len(written) > 1 or any(part.kind in RECORDS for part in written)
     plain = all(part.kind == "text" and not is_compressed(Path(part.path)) for part in parts)
     size = sum(part.weight for part in parts) if plain else None
-    return Corpus(name, description, lambda: text_of(parts), tuple(parts), size)
+    documents = (lambda: documents_of(parts)) if several else None
+    return Corpus(name, description, lambda: text_of(parts), tuple(parts), size, documents)
 
 
 def text_of(parts: Iterable[Part]) -> Iterator[str]:
     """The pieces of all documents in some files, as one text."""
-    return _documents(chain.from_iterable(part.documents() for part in parts))
+    return _documents(documents_of(parts))
+
+
+def documents_of(parts: Iterable[Part]) -> Iterator[Iterator[str]]:
+    """Each document in some files, in pieces."""
+    return chain.from_iterable(part.documents() for part in parts)
 
 
 def _documents(documents: Iterator[Iterator[str]]) -> Iterator[str]:

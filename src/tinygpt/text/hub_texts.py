@@ -2,7 +2,9 @@
 
 ``huggingface_hub`` fetches the files into its own cache, where they stay, and finds them there
 without a network. PATH is a file, a folder, or a pattern; without a pattern the most frequent kind
-of text below it is read. ``HF_ENDPOINT`` names another server that speaks the same protocol.
+of text below it is read. A PATH that ends like a token file names token files, as in
+``hf://datasets/OWNER/NAME/*_train_*.bin``, which ``shards`` reads. ``HF_ENDPOINT`` names another
+server that speaks the same protocol.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinygpt.errors import DataError, UsageError, extras
 from tinygpt.files.disk import free_space, size
 from tinygpt.text.compressed import is_compressed
+from tinygpt.text.token_files import TOKEN_FILES
 from tinygpt.untrusted import brief, clip
 
 SCHEME = "hf://"
@@ -26,6 +30,8 @@ ADDRESS = re.compile(
 )
 KINDS = (".parquet", ".jsonl", ".ndjson", ".txt", ".json.gz", ".json.zst")
 """Endings of texts, from which those of one kind are chosen; a .gz or .zst may follow."""
+BESIDE = ("index", "metadata")
+"""What datatrove writes beside a file of tokens."""
 WANTED = "Wanted: hf://datasets/OWNER/NAME, perhaps with @REVISION and /FOLDER, /FILE or /PATTERN"
 
 
@@ -39,6 +45,11 @@ class Fetched(NamedTuple):
 
 def is_on_hub(source: str | Path) -> bool:
     return str(source).startswith(SCHEME)
+
+
+def names_tokens(source: str | Path) -> bool:
+    """Whether an address means token files, and not texts: by its end, without a network."""
+    return is_on_hub(source) and str(source).endswith(TOKEN_FILES)
 
 
 def fetch(source: str) -> Fetched:
@@ -58,7 +69,9 @@ def fetch(source: str) -> Fetched:
     endpoint = os.environ.get("HF_ENDPOINT") or None
     try:
         names = _listed(hub, repo, where, endpoint, path, source)
-        folder = Path(hub.snapshot_download(repo, allow_patterns=names, endpoint=endpoint, **where))
+        wanted = [*names, *(f"{name}.{end}" for name in names for end in BESIDE)]
+        download = partial(hub.snapshot_download, allow_patterns=wanted, endpoint=endpoint)
+        folder = Path(download(repo, **where))
     except (OSError, ValueError, RuntimeError, hub.errors.HfHubHTTPError) as error:
         if isinstance(error, DataError):
             raise

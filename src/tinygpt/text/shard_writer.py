@@ -31,12 +31,13 @@ from tinygpt.files.strict_json import to_json
 from tinygpt.text.corpus import Corpus, text_of
 from tinygpt.text.documents import Part, parts
 from tinygpt.text.shards import INDEX, PLAN, TOKENIZER, Index, Shard, shard_name
+from tinygpt.text.sources import specials_for
 from tinygpt.text.token_files import Array, map_file, sealed, write_header
 from tinygpt.text.tokenizers import (
     Tokenizer,
     check_readable,
     chunks,
-    ends_of,
+    document_end,
     fingerprint,
     load_tokenizer,
     make_tokenizer,
@@ -129,7 +130,10 @@ def write_shards(
         atomic.check_free(folder)
     plan = plan_shards(corpora, size)
     if isinstance(tokenizer, str | Path | None):
-        tokenizer = _kept(folder, tokenizer) or make_tokenizer(tokenizer, lambda: sample_of(plan))
+        specials = specials_for(corpora)
+        tokenizer = _kept(folder, tokenizer) or make_tokenizer(
+            tokenizer, lambda: sample_of(plan), specials
+        )
     check_readable(tokenizer)
     try:
         with _only_writer(folder, _described(plan, tokenizer)):
@@ -239,7 +243,7 @@ def _write_index(
         tokenizer=fingerprint(tokenizer),
         vocab_size=tokenizer.vocab_size,
         dtype=token_type(tokenizer).name,
-        separator="end" if ends_of(tokenizer) else "blank",
+        separator="blank" if document_end(tokenizer) is None else "end",
         shards=tuple(shards),
         sources=tuple(corpus.description for corpus in corpora),
     )
@@ -326,7 +330,7 @@ def encoded(
 
     ``last``: nothing comes after the last part, so that no blank line is needed behind it.
     """
-    end = np.array(ends_of(tokenizer)[:1], np.uint32)  # of several, such as for turns, the first
+    end = np.array([i for i in [document_end(tokenizer)] if i is not None], np.uint32)
     due = ""  # a blank line, if something follows
     for part in found:
         whole = part.stop is None or part.kind != "text"  # else the document goes on behind it

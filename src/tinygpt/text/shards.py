@@ -26,7 +26,7 @@ import numpy as np
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
-from tinygpt.text.hub_texts import is_on_hub
+from tinygpt.text.hub_texts import fetch, is_on_hub, names_tokens
 from tinygpt.text.joined import Joined
 from tinygpt.text.token_files import TOKEN_FILES, Array, ds_metadata, map_file, sealed
 from tinygpt.text.tokenizers import Tokenizer, fingerprint, load_tokenizer
@@ -60,7 +60,7 @@ def is_tokens(source: str | Path, glob: str = "**/*.txt") -> bool:
     path = user_path(source)
     try:
         if is_on_hub(source):
-            return False
+            return names_tokens(source)
         if not path.is_dir():
             return path.suffix in TOKEN_FILES
         if (path / INDEX).is_file() or (path / PLAN).is_file() or _is_token_glob(glob):
@@ -180,8 +180,10 @@ def open_shards(folder: str | Path, glob: str = "**/*.txt") -> Shards:
 
     Raises DataError for a shard that is missing, cut off or of another folder, for files of
     different types, and for a folder without token files. ``glob`` chooses files where it names
-    token files, such as ``*_train_*.bin``.
+    token files, such as ``*_train_*.bin``. An address of the hub names files, which are fetched.
     """
+    if is_on_hub(folder):
+        return _of_files(sorted(fetch(str(folder)).files, key=_by_numbers))
     path = user_path(folder)
     if (path / INDEX).is_file():
         return _indexed(path)
@@ -285,6 +287,11 @@ def _foreign(folder: Path, glob: str) -> Shards:
         raise DataError(f"{folder} has no token files ({', '.join(TOKEN_FILES)}){matching}.")
     if not chosen:
         _check_gaps(paths)
+    return _of_files(paths)
+
+
+def _of_files(paths: Sequence[Path]) -> Shards:
+    """The tokens of these files, one after another, without those that are for validation."""
     _check_tokenizers(paths)
     held = [path for path in paths if HELD_OUT.search(path.stem.lower())]
     if len(held) in (0, len(paths)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 from tinygpt.errors import DataError
@@ -11,22 +12,39 @@ from tinygpt.text.corpus import Corpus, open_corpus
 from tinygpt.text.mix import Mix
 from tinygpt.text.mix_shares import is_mix, parse_mix, write_mix
 from tinygpt.text.shards import check_made_with, is_tokens, own_tokenizer
-from tinygpt.text.tokenizers import Tokenizer
+from tinygpt.text.tokenizers import END, Tokenizer
 from tinygpt.text.tokens import Tokens, load_tokens, tokens_of
 
 GLOB = "**/*.txt"
 
 
-def opened(source: str, field: str = "text", glob: str = GLOB) -> dict[str, Corpus | None]:
+def opened(
+    source: str, field: str = "text", glob: str = GLOB, separator: str = "end"
+) -> dict[str, Corpus | None]:
     """The sources of a mix, or the one that ``source`` is; None for those that are tokens already.
 
+    ``separator`` is ``end`` or ``blank``, see ``corpus_of``.
     Raises UsageError and DataError for what cannot be read.
     """
     names = parse_mix(source) if is_mix(source) else [source]
     return {
-        name: None if is_tokens(name, glob) else open_corpus(name, field=field, glob=glob)
+        name: None if is_tokens(name, glob) else corpus_of(name, field, glob, separator)
         for name in names
     }
+
+
+def corpus_of(source: str, field: str = "text", glob: str = GLOB, separator: str = "end") -> Corpus:
+    """A text; with ``separator`` ``blank``, one in which no token parts the documents."""
+    corpus = open_corpus(source, field=field, glob=glob)
+    return corpus if separator == "end" else replace(corpus, documents=None)
+
+
+def specials_for(corpora: Iterable[Corpus | None]) -> tuple[str, ...]:
+    """The special tokens of a vocabulary that is made for these texts.
+
+    Texts of several documents need the one that ends a document; one plain text needs none.
+    """
+    return (END,) if any(c is not None and c.documents is not None for c in corpora) else ()
 
 
 def tokenizer_in(found: dict[str, Corpus | None]) -> Tokenizer | None:

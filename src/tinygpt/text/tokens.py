@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,11 +19,19 @@ from tinygpt.errors import DataError
 from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
 from tinygpt.text.corpus import Corpus
+from tinygpt.text.hub_texts import is_on_hub
 from tinygpt.text.joined import Joined
 from tinygpt.text.mix import Mix
 from tinygpt.text.shards import Shards, open_shards
 from tinygpt.text.token_files import Array, map_file, sealed, write_header
-from tinygpt.text.tokenizers import Tokenizer, chunks, ends_of, fingerprint, special_of
+from tinygpt.text.tokenizers import (
+    Tokenizer,
+    chunks,
+    document_end,
+    ends_of,
+    fingerprint,
+    special_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +42,10 @@ SPAN = 1 << 22
 """Tokens looked at in one go, where all have to be looked at."""
 COUNTED = 1 << 28
 """Tokens of which the bytes are counted at most, to know how many a token has."""
+
+
+PARTED = b"\xff"
+"""Stands for the end of a document in the hash of a text; UTF-8 has no such byte."""
 
 
 # Token files ------------------------------------------------------------------------------------
@@ -63,7 +76,7 @@ def tokens_of(corpus: Corpus, tokenizer: Tokenizer, vocab_size: int | None = Non
         return load_tokens(_cached(corpus, tokenizer), vocab_size)
     except OSError as error:
         log.warning("No token file can be written (%s), so the tokens stay in memory.", error)
-        parts = [encode(tokenizer, chunk) for chunk in chunks(corpus.pieces())]
+        parts = [ids for _, ids in encoded(corpus, tokenizer)]
         dtype = token_type(tokenizer)
         joined = np.concatenate([part.astype(dtype) for part in parts] or [np.zeros(0, dtype)])
         return load_tokens(joined, vocab_size)
@@ -71,7 +84,7 @@ def tokens_of(corpus: Corpus, tokenizer: Tokenizer, vocab_size: int | None = Non
 
 def _cached(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Path:
     """The token file, found or made. Raises OSError where no folder can be written."""
-    content = corpus.fingerprint()
+    content = _content(corpus, tokenizer)
     key = hashlib.sha256(f"1 {content} {fingerprint(tokenizer)}".encode()).hexdigest()[:24]
     name = re.sub(r"[^A-Za-z0-9]+", "-", corpus.name)[:40].strip("-") or "text"
     failure: OSError | None = None
@@ -116,15 +129,43 @@ def _write_tokens(file: BinaryIO, corpus: Corpus, tokenizer: Tokenizer) -> str:
     dtype = token_type(tokenizer)
     digest, seal, count = hashlib.sha256(), hashlib.sha256(), 0
     write_header(file, dtype, count)
-    for chunk in chunks(corpus.pieces()):
-        digest.update(chunk.encode())
-        ids = encode(tokenizer, chunk)
+    for chunk, ids in encoded(corpus, tokenizer):
+        digest.update(chunk)
         count += len(ids)
         written = ids.astype(dtype).tobytes()
         seal.update(written)
         file.write(written)
     file.seek(0)
     write_header(file, dtype, count, seal.hexdigest()[:32])
+    return digest.hexdigest()
+
+
+def encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[bytes, Array]]:
+    """The ids of a text in pieces, each with the bytes of text that it stands for.
+
+    Behind each of several documents stands the token that ends one, where the vocabulary has it;
+    with it comes `PARTED`.
+    """
+    end = document_end(tokenizer)
+    if corpus.documents is None or end is None:
+        for chunk in chunks(corpus.pieces()):
+            yield chunk.encode(), encode(tokenizer, chunk)
+        return
+    pieces = corpus.parted()
+    for first in pieces:  # of each document
+        rest = iter(lambda: next(pieces, None), None)
+        for chunk in chunks(chain([first or ""], rest)):
+            yield chunk.encode(), encode(tokenizer, chunk)
+        yield PARTED, np.array([end])
+
+
+def _content(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """SHA-256 of what ``encoded`` reads."""
+    if corpus.documents is None or document_end(tokenizer) is None:
+        return corpus.fingerprint()
+    digest = hashlib.sha256()
+    for piece in corpus.parted():
+        digest.update(PARTED if piece is None else piece.encode())
     return digest.hexdigest()
 
 
@@ -140,7 +181,7 @@ def encode(tokenizer: Tokenizer, text: str) -> Array:
 
 def load_tokens(source: object, vocab_size: int | None = None, *, glob: str = "**/*.txt") -> Tokens:
     """Tokens from an integer array, list or Tensor, or memory-mapped from the path of a token file
-    or of a folder of them.
+    or of a folder of them, or from the hub.
 
     Returns a 1-D sequence of integers (n,): an array, and of a folder its ``Shards``, in which
     ``glob`` chooses files if it names token files. Every id is checked to be from 0 up to, not
@@ -152,7 +193,8 @@ def load_tokens(source: object, vocab_size: int | None = None, *, glob: str = "*
         tokens, name = source, "The data"
     elif isinstance(source, str | Path):
         path, name = user_path(source), str(source)
-        tokens = open_shards(path, glob) if path.is_dir() else map_file(path)
+        several = is_on_hub(source) or path.is_dir()
+        tokens = open_shards(source, glob) if several else map_file(path)
     else:
         tokens, name = _as_array(source), "The data"
     if tokens.ndim != 1:

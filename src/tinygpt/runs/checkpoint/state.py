@@ -9,7 +9,7 @@ tinygrad is imported where it is used, so that a program which only looks at fil
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from tinygrad.nn.optim import Optimizer
 
     from tinygpt.model.transformer import Transformer
+
+
+VOCABULARY = ("wte.weight", "lm_head.weight")
+"""Weights that have a row for each token."""
 
 
 def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta) -> Path:
@@ -69,10 +73,14 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     return meta
 
 
-def start_from(path: str | Path, model: Transformer) -> dict[str, Any]:
+def start_from(
+    path: str | Path, model: Transformer, rows: Mapping[int, Sequence[int]] | None = None
+) -> dict[str, Any]:
     """Take over the weights of another run; -> where they are from, as ``Meta.init`` has it.
 
-    A model of a smaller block_size takes the embeddings of the first positions. Raises
+    A model of a smaller block_size takes the embeddings of the first positions. ``rows`` are those
+    of new tokens: each begins as the mean of the rows that it names, plus the small random values
+    that the model has there; behind the last row of the file all must be new. Raises
     CheckpointError if the weights are damaged or do not fit.
     """
     path = user_path(path)
@@ -82,22 +90,34 @@ def start_from(path: str | Path, model: Transformer) -> dict[str, Any]:
             f"{path} knows {found.block_size} positions, and block_size={block_size} would need "
             f"more: they are learned, and nobody has learned those."
         )
+    rows, size = rows or {}, model.config.vocab_size
+    if set(range(found.vocab_size, size)) <= rows.keys():
+        found = replace(found, vocab_size=size)
     _check_same_model(path, replace(found, block_size=block_size), model.config)
-    return _take_over(path, model, named_tensors(model, None), positions=block_size)
+    return _take_over(path, model, named_tensors(model, None), positions=block_size, rows=rows)
 
 
 def _take_over(
-    path: Path, model: Transformer, wanted: Mapping[str, Tensor], positions: int | None = None
+    path: Path,
+    model: Transformer,
+    wanted: Mapping[str, Tensor],
+    positions: int | None = None,
+    rows: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Read the wanted Tensors into place; -> where the weights are from, which the model notes.
 
-    ``positions`` is how many of the embeddings of positions are taken, if not all.
+    ``positions`` is how many of the embeddings of positions are taken, if not all; ``rows`` are
+    those of new tokens.
     """
     arrays, changed = _read_merged(path, wanted)
     table = f"{WEIGHTS}wpe.weight"
     if positions is not None and table in arrays:
         arrays[table] = arrays[table][:positions]
         changed.add(table)
+    for table in (f"{WEIGHTS}{name}" for name in VOCABULARY):
+        if rows and table in arrays and table in wanted:
+            arrays[table] = _with_rows(arrays[table], wanted[table].numpy(), rows)
+            changed.add(table)
     origin, hashes = origin_and_hashes(path, changed)
     _assign(path, wanted, arrays)
     own = (WEIGHTS + name for name in model.parameters())
@@ -106,6 +126,14 @@ def _take_over(
         {n.removeprefix(WEIGHTS): hashes.get(n) or _sha256(arrays[n]) for n in own},
     )
     return origin
+
+
+def _with_rows(table: Array, fresh: Array, rows: Mapping[int, Sequence[int]]) -> Array:
+    """A table (V, C) with rows for new tokens, of which ``fresh`` (V', C) has small random ones."""
+    grown = np.concatenate([table, fresh[len(table) :]])
+    for i, means in rows.items():
+        grown[i] = fresh[i] + table[[m for m in means if m < len(table)]].mean(axis=0)
+    return grown.astype(table.dtype)
 
 
 def origin_of(model: Transformer) -> dict[str, Any] | None:

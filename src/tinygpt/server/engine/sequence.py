@@ -54,6 +54,8 @@ class Request:
     """What is subtracted from, or added to, the logits of tokens."""
     ignore_eos: bool = False
     """Whether to continue after a token that ends a text."""
+    ends: tuple[int, ...] = ()
+    """Ids that end this text, besides those that end every one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class Sequence(decoder.Sequence):
         self._left, self._begins = request.max_tokens, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = StopStrings(request.stop)
-        self._ends = () if request.ignore_eos else ends_of(tokenizer)
+        self._ends = () if request.ignore_eos else (*ends_of(tokenizer), *request.ends)
 
     def advance(self, token: int, logits: npt.NDArray[np.float32]) -> FinishReason | None:
         """Put out the token, chosen from logits (V,); -> why it is the last one, if it is."""

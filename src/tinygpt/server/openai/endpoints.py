@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from starlette.requests import Request
@@ -23,6 +23,8 @@ from tinygpt.server.openai.metrics_page import CONTENT_TYPE, metrics_text
 from tinygpt.server.openai.schema import Schema, given, unknown
 from tinygpt.server.openai.service import Service
 
+LEFT_OUT = "x-tinygpt-left-out-messages"
+"""How many messages of a chat found no place in the model's window."""
 MakeJob = Callable[[Service, Body], Awaitable[Job]]
 
 
@@ -69,10 +71,11 @@ async def _answer(service: Service, make_job: MakeJob, body: Body, deadline: flo
     except TimeoutError:
         raise timed_out() from None
     answer = Answer(service, job, deadline)
+    left_out = {LEFT_OUT: str(job.left_out)} if job.left_out else {}
     if job.stream:
-        return _EventStream(answer)
+        return _EventStream(answer, left_out)
     try:
-        return JSONResponse(await answer.whole())
+        return JSONResponse(await answer.whole(), headers=left_out)
     finally:
         answer.close()
 
@@ -82,8 +85,8 @@ class _EventStream(EventStream):
 
     last = event(closing().body()) + DONE
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.events(), headers={"x-accel-buffering": "no"})
+    def __init__(self, answer: Answer, headers: Mapping[str, str]) -> None:
+        super().__init__(answer.events(), headers={"x-accel-buffering": "no", **headers})
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tinygpt.config import MAX_CHAT_TOKENS
 from tinygpt.server.http.limits import Limits
 from tinygpt.server.openai.schema import Schema, object_schema
 
@@ -17,8 +18,6 @@ LARGEST_SEED = (1 << 63) - 1
 LARGEST_COUNT = (1 << 31) - 1
 MAX_TOKENS = 16
 """Tokens of a completion without ``max_tokens``, as with OpenAI."""
-MAX_CHAT_TOKENS = 256
-"""Tokens of an answer in a chat without ``max_tokens``: a base model seldom ends by itself."""
 
 Fields = dict[str, Any]
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from tinygpt.config import SampleConfig
+from tinygpt.config import MAX_CHAT_TOKENS, SampleConfig
 from tinygpt.errors import TinyGPTError
 from tinygpt.generation.decoder import Logits
 from tinygpt.generation.sample import Penalties
@@ -18,8 +18,8 @@ from tinygpt.server.engine.scoring import Score, Scored
 from tinygpt.server.engine.sequence import Piece, Request
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.choices import Delta
-from tinygpt.server.openai.fields import MAX_CHAT_TOKENS, MAX_TOKENS
-from tinygpt.server.openai.prompts import CHAT_STOP, Ids, chat_text, encode, prompts_of
+from tinygpt.server.openai.fields import MAX_TOKENS
+from tinygpt.server.openai.prompts import Ids, encode, encode_chat, prompts_of
 from tinygpt.server.openai.service import Service
 from tinygpt.server.openai.shapes import ChatShape, CompletionShape
 
@@ -41,6 +41,8 @@ class Job:
     prompt_tokens: int
     stream: bool
     include_usage: bool
+    left_out: int = 0
+    """Messages of a chat that found no place in the model's window."""
 
 
 async def completion_job(service: Service, body: Body) -> Job:
@@ -74,14 +76,15 @@ async def chat_job(service: Service, body: Body) -> Job:
     logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     if logprobs is None and body.get("top_logprobs"):
         raise _conflict("top_logprobs needs logprobs to be true.", "top_logprobs")
-    ids = await encode(service, chat_text(body["messages"]), "messages")
     max_tokens = _tokens(service, body, MAX_CHAT_TOKENS)
+    asked = await encode_chat(service, body["messages"], max_tokens)
     return Job(
         ChatShape(service.name, service.tokenizer, logprobs),
-        _requests(body, [ids], n, max_tokens, logprobs, [None], (CHAT_STOP,)),
+        _requests(body, [asked.ids], n, max_tokens, logprobs, [None], asked.stop, asked.stop_ids),
         tuple(Delta() for _ in range(n)),
-        len(ids),
+        len(asked.ids),
         *_streaming(body),
+        left_out=asked.left_out,
     )
 
 
@@ -121,6 +124,7 @@ def _requests(
     logprobs: int | None,
     firsts: Sequence[Logits | None],
     stop: tuple[str, ...] = (),
+    ends: tuple[int, ...] = (),
 ) -> tuple[Request, ...]:
     """Every text has a seed of its own: the seed, the seed + 1, and so on. ``firsts`` are logits
     of the first token, where they are known."""
@@ -130,7 +134,7 @@ def _requests(
     seeds = [None if seed is None else seed + i for i in range(len(texts))]
     ignore_eos = bool(body.get("ignore_eos"))
     return tuple(
-        Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, ignore_eos)
+        Request(ids, max_tokens, config, seed, stops, logprobs, first, penalties, ignore_eos, ends)
         for (ids, first), seed in zip(texts, seeds, strict=True)
     )
 

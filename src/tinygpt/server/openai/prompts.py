@@ -1,15 +1,7 @@
 """Prompts and chats to token ids.
 
-A base model continues text and was not trained on roles. So a template makes a text of a chat, each
-turn behind its speaker, which ends where the assistant is to speak::
-
-    You are brief.
-
-    User: Who are you?
-
-    Assistant:
-
-The continuation up to the user's next turn, ``\\nUser:``, is the answer.
+The template of the model's vocabulary makes tokens of a chat. One without a template has the plain
+text of ``text.chat.template.PLAIN``, in which the roles are words.
 """
 
 from __future__ import annotations
@@ -21,43 +13,28 @@ from typing import Any
 from tinygpt.errors import TokenizerError
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.service import Service
+from tinygpt.text.chat.window import Asked, ask
 
 Ids = tuple[int, ...]
 
 SHORT = 1000
 """Characters, or ids, up to which encoding a prompt takes less time than a switch of threads."""
 
-SPEAKERS = {"user": "User: ", "assistant": "Assistant: "}
-"""Prefixes of turns; system and developer messages have none."""
-ANSWER = "Assistant:"
-TURN = "\n\n"
-CHAT_STOP = "\nUser:"
-"""Where an answer ends, besides the stop strings of the request."""
 
+def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Checked messages with their roles and contents alone, each content as one text.
 
-def chat_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text that a chat becomes.
-
-    >>> chat_text([{"role": "user", "content": "Hello"}])
-    'User: Hello\\n\\nAssistant:'
+    >>> messages_of([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+    [{'role': 'user', 'content': 'Hello'}]
     """
-    return TURN.join([*(_turn(i, message) for i, message in enumerate(messages)), ANSWER])
+    return [{"role": each["role"], "content": _said(i, each)} for i, each in enumerate(messages)]
 
 
-def _turn(index: int, message: Mapping[str, Any]) -> str:
-    """A message in the template.
-
-    Clients send answers back with the space behind ``Assistant:``, and maybe the line break before
-    ``User:``. The template has both, so they are stripped.
-    """
-    role = message["role"]
-    if role != "assistant" and "content" not in message:
+def _said(index: int, message: Mapping[str, Any]) -> str:
+    if message["role"] != "assistant" and "content" not in message:
         where = f"messages[{index}].content"
         raise Refusal(400, f"{where} is missing.", param=where, code="conflicting_fields")
-    content = _content(message.get("content") or message.get("refusal") or "")
-    if role == "assistant":
-        return f"{SPEAKERS[role]}{content.strip()}".rstrip()
-    return SPEAKERS.get(role, "") + content
+    return _content(message.get("content") or message.get("refusal") or "")
 
 
 def _content(content: str | Sequence[Mapping[str, str]]) -> str:
@@ -71,6 +48,28 @@ def prompts_of(value: Any) -> list[str | list[int]]:
     if isinstance(value, str) or not isinstance(value[0], str | list):
         return [value]
     return list(value)
+
+
+async def encode_chat(service: Service, messages: Sequence[Mapping[str, Any]], room: int) -> Asked:
+    """The prompt for the next answer, which ``room`` tokens are wanted for.
+
+    The oldest turns are left out where the window is full. Refused where the last one alone has
+    more tokens than a prompt may have.
+    """
+    said = messages_of(messages)
+    if sum(len(each["content"]) for each in said) <= SHORT:
+        return _encode_chat(service, said, room)
+    return await asyncio.to_thread(_encode_chat, service, said, room)
+
+
+def _encode_chat(service: Service, messages: Sequence[Mapping[str, str]], room: int) -> Asked:
+    try:
+        asked = ask(service.tokenizer, messages, service.model.config.block_size, room)
+    except TokenizerError as error:
+        message = strange(service, "messages")
+        raise Refusal(400, message, param="messages", code="bad_text") from error
+    _check_length(len(asked.ids), service.limits.prompt_tokens, "messages")
+    return asked
 
 
 async def encode(
@@ -94,10 +93,14 @@ def _encode(service: Service, prompt: str | Sequence[int], param: str, most: int
             raise Refusal(400, strange(service, param), param=param, code="bad_text") from error
     else:
         ids = tuple(map(int, prompt))
-    if len(ids) > most:
-        message = f"{param} has {len(ids)} tokens, and {most} are the most that are taken."
-        raise Refusal(400, message, param=param, code="context_length_exceeded")
+    _check_length(len(ids), most, param)
     return ids
+
+
+def _check_length(length: int, most: int, param: str) -> None:
+    if length > most:
+        message = f"{param} has {length} tokens, and {most} are the most that are taken."
+        raise Refusal(400, message, param=param, code="context_length_exceeded")
 
 
 def strange(service: Service, param: str) -> str:

@@ -14,8 +14,10 @@ from tinygpt.errors import TokenizerError
 from tinygpt.server.http.answers import JSONResponse
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
-from tinygpt.server.openai.prompts import chat_text, strange
+from tinygpt.server.openai.prompts import messages_of, strange
 from tinygpt.server.openai.service import Service
+from tinygpt.text.chat.window import chat_template
+from tinygpt.text.tokenizers import Tokenizer
 
 Json = dict[str, Any]
 
@@ -31,9 +33,9 @@ def routes(service: Service) -> list[Route]:
 
 async def _tokenize(service: Service, request: Request) -> Response:
     body = await service.body(request, tokenize_schema(service.name, service.limits))
-    name, text = _text(body)
+    name = _given(body)
     try:
-        ids = await asyncio.to_thread(service.tokenizer.encode, text)
+        ids = await asyncio.to_thread(_ids, service.tokenizer, name, body[name])
     except TokenizerError as error:
         raise Refusal(400, strange(service, name), param=name, code="bad_text") from error
     answer: Json = {
@@ -48,14 +50,22 @@ async def _tokenize(service: Service, request: Request) -> Response:
     return JSONResponse(answer)
 
 
-def _text(body: Json) -> tuple[str, str]:
-    """The field that was given, and its text."""
+def _given(body: Json) -> str:
+    """The one field that was given."""
     given = [name for name in ("prompt", "content", "messages") if body.get(name) is not None]
     if len(given) != 1:
         message = "Give one text to cut into tokens: as prompt, as content, or as messages."
         raise Refusal(400, message, param="prompt", code="conflicting_fields")
-    [name] = given
-    return name, chat_text(body[name]) if name == "messages" else body[name]
+    return given[0]
+
+
+def _ids(tokenizer: Tokenizer, name: str, value: Any) -> list[int]:
+    """The tokens of a text, or of a whole chat up to where the assistant is to speak."""
+    if name != "messages":
+        return tokenizer.encode(value)
+    rendered = chat_template(tokenizer).render(tokenizer, messages_of(value), answer=True)
+    ids: list[int] = rendered.ids.tolist()
+    return ids
 
 
 def _raw(service: Service, token: int) -> bytes:

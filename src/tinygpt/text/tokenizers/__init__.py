@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,15 @@ def _bpe_size(spec: str) -> int | None:
     return int(size) if is_size else None
 
 
-def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -> Tokenizer:
+def make_tokenizer(
+    spec: str | Path | None, text: Callable[[], Iterable[str]], specials: Sequence[str] = ()
+) -> Tokenizer:
     """The tokenizer that ``spec`` asks for, trained on ``text()`` where it is one that learns.
 
     ``spec`` is ``gpt2``, ``bpe:N``, ``char``, ``byte``, or the path of a saved tokenizer or a run;
     a file that is called as one of the former is ``./gpt2``, see ``names``. None is ``bpe:1024``
-    for a small text and ``gpt2`` for one of more than 16 million characters.
+    for a small text and ``gpt2`` for one of more than 16 million characters. A vocabulary that is
+    made here gets the special tokens that are named; the N of ``bpe:N`` includes them.
     """
     if spec is None:
         spec = "bpe:1024" if _is_small(text()) else "gpt2"
@@ -129,9 +132,11 @@ def make_tokenizer(spec: str | Path | None, text: Callable[[], Iterable[str]]) -
         if spec == "gpt2":
             return BPETokenizer("gpt2")
         if spec == "byte":
-            return ByteTokenizer()
+            return ByteTokenizer(specials)
         size = _bpe_size(str(spec))
-        return CharTokenizer.train(text()) if size is None else BPETokenizer.train(text(), size)
+        if size is None:
+            return CharTokenizer.train(text()).with_specials(specials)
+        return BPETokenizer.train(text(), size, specials)
     if str(spec) and exists(user_path(spec)):
         return load_tokenizer(spec)
     if str(spec).partition(":")[0] == "bpe":

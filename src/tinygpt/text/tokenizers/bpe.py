@@ -138,8 +138,10 @@ class BPETokenizer(BaseTokenizer):
         return next((k for k, v in PATTERNS.items() if v == self._encoding._pat_str), None)
 
     @classmethod
-    def train(cls, text: str | Iterable[str], vocab_size: int) -> Self:
-        """Learn the ``vocab_size - 256`` most useful merges from ``text``.
+    def train(
+        cls, text: str | Iterable[str], vocab_size: int, specials: Iterable[str] = ()
+    ) -> Self:
+        """Learn the ``vocab_size - 256 - len(specials)`` most useful merges from ``text``.
 
         ``text`` is a string, or an iterable of pieces of one text, which is read once and in
         bounded memory. Where it has too few words the vocabulary is smaller; a log line says so.
@@ -149,21 +151,23 @@ class BPETokenizer(BaseTokenizer):
                 f"vocab_size={vocab_size!r} is out of range: a BPE has its 256 bytes and at least "
                 f"one merge, so from 257 to {MAX_VOCAB}. A common size for a small text is 1024."
             )
+        names = checked_names(list(specials))
+        size = max(257, vocab_size - len(names))  # of bytes and merges
         import rustbpe  # type: ignore[import-untyped]
 
         trainer = rustbpe.Tokenizer()
         # The trainer gathers buffer_size strings at a time; ours are large, so few of them.
         trainer.train_from_iterator(
-            _training_pieces(text), vocab_size, buffer_size=16, pattern=PATTERNS["gpt2"]
+            _training_pieces(text), size, buffer_size=16, pattern=PATTERNS["gpt2"]
         )
         tokens = [token for token, _ in trainer.get_mergeable_ranks()]
-        if len(tokens) < vocab_size:
+        if len(tokens) < size:
             log.warning(
                 "The text is too small for a vocabulary of %d tokens; it has %d.",
                 vocab_size,
-                len(tokens),
+                len(tokens) + len(names),
             )
-        return cls.from_merges(tokens[256:])
+        return cls.from_merges(tokens[256:]).with_specials(names)
 
     @classmethod
     def from_merges(
