@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tinygrad import Context, Device, Tensor
 
-from tinygpt import GPT, GPTConfig
+from tinygpt import GPT, GPTConfig, TrainConfig
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.decoder import Sequence as Text
 from tinygpt.kernels import use
@@ -19,7 +21,9 @@ from tinygpt.machine.jit import Capture, Jitted, jit
 from tinygpt.machine.pool import recorded
 from tinygpt.machine.pool.recorded import Kept
 from tinygpt.machine.tinygrad_internals import helpers
-from tinygpt.model.transformer import description
+from tinygpt.model.transformer import Transformer, description
+from tinygpt.training.optim import make_optimizer
+from tinygpt.training.step import make_evaluate, make_train_step
 
 pytestmark = pytest.mark.skipif(
     Device.DEFAULT != "CPU" or Device["CPU"].graph is None, reason="the pool runs kernels"
@@ -183,3 +187,43 @@ def test_a_block_of_plain_formulas_has_recordings_of_its_own(folder: Path) -> No
         plain = decoder.next_logits([Text([1, 2])])
     assert was_traced(decoder._passes.prefill) == [True]
     np.testing.assert_allclose(fast, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_recorded_step_of_training_gives_the_bits_of_the_capture(
+    optimizer: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[int] = []
+    loss = Transformer.loss
+    monkeypatch.setattr(Transformer, "loss", lambda *a, **k: (traced.append(1), loss(*a, **k))[1])
+    config = TrainConfig(optimizer=optimizer, batch_size=2, max_iters=9)
+    x = np.random.default_rng(0).integers(0, 11, (1, 2, 16), np.int32)
+
+    def learned(clip: float = 1.0) -> list[object]:
+        model = GPT(GPTConfig(**CONFIG.to_dict() | {"dropout": 0.25}))
+        used = replace(config, grad_clip=clip)
+        step = make_train_step(model, make_optimizer(model.parameters(), used), used)
+        evaluate = make_evaluate(model)
+        found: list[object] = [step(x, x, 1e-2, (7, i)) for i in range(3)]
+        found.append(step(x, x, 1e-2, (7, 3), (0.0, math.inf)))  # it changes nothing
+        found.append(evaluate(x[0], x[0]))
+        return found + [p.numpy().tobytes() for p in model.parameters().values()]
+
+    expected = learned()
+    assert len(traced) == len(list(folder.glob(f"*{ENDING}"))) == 2  # the step and the evaluation
+    assert learned() == expected
+    assert len(traced) == 2
+    assert learned(0.5) != expected
+    assert len(traced) == 3  # another step; the evaluation is the same
+
+
+def test_a_function_that_gives_its_state_another_buffer_is_not_kept(folder: Path) -> None:
+    state = Tensor([1.0, 2.0]).contiguous().realize()
+
+    def move(x: Tensor) -> Tensor:
+        state.replace((state + x).contiguous())
+        return (state * 2).contiguous().realize(state)
+
+    function = jit(move, short=True, kept=Kept(lambda: "move", lambda: [state]))
+    assert function([1.0, 1.0]).tolist() == [4.0, 6.0]
+    assert not list(folder.glob(f"*{ENDING}"))

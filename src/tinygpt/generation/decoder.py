@@ -257,8 +257,7 @@ def _passes(model: Transformer, slots: int) -> Passes:
         return model.unembed(x).float()
 
     def about() -> str | None:
-        what = description(model)
-        return what and f"{what} {slots} {way()}"
+        return description(model, slots, way())
 
     def state() -> list[Tensor]:
         return [*model.parameters().values(), *(t for layer in cache.layers for t in layer)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -95,7 +96,7 @@ class Capture:
         self._several = False
         self._outputs: list[tuple[Tensor | None, Any]] = []
         self._graphs: Sequence[PoolGraph | Replay] = []
-        self._to_keep: tuple[str, list[Tensor], list[Buffer]] | None = None
+        self._to_keep: Callable[[Sequence[PoolGraph], Any], None] | None = None
         data = self._find(kept, getattr(compute, "__qualname__", ""))
 
         # No method of this object, which would close a circle: of Tensors that are freed with one,
@@ -119,7 +120,7 @@ class Capture:
         own = [*self.inputs, *kept.state()]
         if (found := recorded.find(name, own)) is None:
             data = list[Buffer]()
-            self._to_keep = name, own, data
+            self._to_keep = partial(recorded.keep, name, own, recorded.buffers_of(own), data)
             return data
         self._graphs, outputs, self._several = found
         self._outputs = [(None, values) for values in outputs]
@@ -147,8 +148,7 @@ class Capture:
         if captured := self.kernels.captured:  # none with JIT=0
             graphs = self._graphs = pool.fixed_graphs(captured.linear)
             if graphs and (to_keep := self._to_keep):
-                name, own, data = to_keep
-                recorded.keep(name, graphs, own, made, data)
+                to_keep(graphs, made)
         self._to_keep = None
         return made
 

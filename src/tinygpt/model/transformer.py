@@ -364,23 +364,23 @@ BESIDE = {"read_from", "decoder", "limit", "ends"}
 """Attributes of a model that its forward pass does not look at."""
 
 
-def description(model: Transformer) -> str | None:
-    """All that the forward pass of a model depends on besides our source and values of Tensors.
+def description(*parts: object) -> str | None:
+    """All that models, and what else is given, depend on besides our source and values of Tensors.
 
-    None for one with a part that is not of this package, such as a class of the user's.
+    None if there is a part that is not known, such as a class of the user's or a function.
     """
     try:
-        return _described(model)
+        return _described(parts)
     except TypeError:
         return None
 
 
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{value.shape} {value.dtype}"
+        return f"{value.shape} {value.dtype} {value.is_param}"
     if value is None or isinstance(value, (int, float, str, DType, GPTConfig)):
         return repr(value)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_described, value))}]"
     kind = type(value)
     if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:

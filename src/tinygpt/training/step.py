@@ -11,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
+from tinygrad.nn.state import get_parameters
 
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.dispatch import way
 from tinygpt.machine import precision
 from tinygpt.machine.jit import jit
+from tinygpt.machine.pool.recorded import Kept
 from tinygpt.machine.precision import half_of
 from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.transfer import Array
-from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer, description
 from tinygpt.text.batches import batch
 from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.accumulation import PartialSums, add_to
@@ -143,12 +146,21 @@ def make_train_step(
                 report, changed = stock_update(optimizer, params, sums, *judged)
         return report.realize(optimizer.lr, *changed, *replicas.spread(learned, owners))  # (3 + n,)
 
-    @jit
+    def about() -> str | None:
+        one_device = len(replicas) == 1 and not shares
+        settings = (config.grad_clip, config.recompute, config.dtype, scale, way())
+        return description(model, learned, optimizer, *settings) if one_device else None
+
+    def state() -> list[Tensor]:
+        mine = [*model.parameters().values(), *get_parameters(optimizer)]
+        return list({id(tensor): tensor for tensor in mine}.values())
+
     def whole(
         x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor, *scale: Tensor
     ) -> Tensor:
         return update(*gradients(x, y, key, *scale), lr, limits)
 
+    take = jit(whole, kept=Kept(about, state))
     everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
     sums = PartialSums(
         [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
@@ -185,7 +197,7 @@ def make_train_step(
             replicas.wait()
 
         if micro_batches == 1:
-            report = whole(x[0], y[0], keys[0], lr, limits, *scales)
+            report = take(x[0], y[0], keys[0], lr, limits, *scales)
         else:
             report = apply_level(sums.over(ranks, micro_batches, add_leaf, apart))(lr, limits)
         replicas.wait()
@@ -216,7 +228,11 @@ def make_evaluate(
     """
     half = half_of(dtype)
     if replicas is None or len(replicas) == 1:
-        loss = jit(partial(model.loss, drop=INFERENCE, half=half))
+        kept = Kept(
+            lambda: description("evaluate", model, half, way()),
+            lambda: list(model.parameters().values()),
+        )
+        loss = jit(partial(model.loss, drop=INFERENCE, half=half), kept=kept)
         return lambda x, y: float(loss(x, y))
 
     @jit

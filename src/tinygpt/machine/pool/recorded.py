@@ -157,27 +157,31 @@ def allocated() -> list[Buffer]:
 
 def keep(
     name: str,
-    graphs: Sequence[PoolGraph],
     own: Sequence[Tensor],
-    made: Tensor | tuple[Tensor, ...],
+    before: Sequence[Buffer],
     data: Sequence[Buffer],
+    graphs: Sequence[PoolGraph],
+    made: Tensor | tuple[Tensor, ...],
 ) -> None:
-    """Record a capture that has run, if it can be; ``own`` are its arguments and its state."""
+    """Record a capture that has run, if it can be; ``own`` are its arguments and its state, and
+    ``before`` the buffers that those had."""
     try:
-        helpers.diskcache_put(TABLE, name, record(graphs, own, made, data))
+        if any(a is not b for a, b in zip(buffers_of(own), before, strict=True)):
+            raise LookupError("a Tensor of its state has another buffer afterwards")
+        helpers.diskcache_put(TABLE, name, record(graphs, before, made, data))
     except Exception as error:  # besides ours whatever tinygrad's insides raise
         log.info("A captured function is not kept: %s", error)
 
 
 def record(
     graphs: Sequence[PoolGraph],
-    own: Sequence[Tensor],
+    own: Sequence[Buffer],
     made: Tensor | tuple[Tensor, ...],
     data: Sequence[Buffer],
 ) -> Recording:
     """The recording of a capture; LookupError says why there can be none."""
     outputs = made if isinstance(made, tuple) else (made,)
-    numbers = {id(buffer_of(tensor)): i for i, tensor in enumerate(own)}
+    numbers = {id(buffer): i for i, buffer in enumerate(own)}
     if any(t.dtype == dtypes.bfloat16 for t in outputs):
         raise LookupError("numpy has no bfloat16")
     if len(numbers) < len(own):
@@ -217,7 +221,7 @@ def attach(recording: Recording, own: Sequence[Tensor]) -> Attached:
     engine = pool.engine()
     device = engine.devices[0]
     assert isinstance(device, CPUDevice)
-    memories = [buffer_of(tensor).ensure_allocated() for tensor in own]
+    memories = [buffer.ensure_allocated() for buffer in buffers_of(own)]
     memories += [Buffer("CPU", n, dtypes.uint8).ensure_allocated() for n in recording.scratch]
     bases = [address(buffer) for buffer in memories]
     programs = [CPUProgram(device, elf) for elf in recording.kernels]
@@ -240,11 +244,11 @@ def _view(memories: Sequence[Buffer], output: Output) -> np.ndarray[Any, Any]:
     return values.view(dtype).reshape(output.shape)
 
 
-def buffer_of(tensor: Tensor) -> Buffer:
-    """The buffer of a Tensor that has one of its own, on one device."""
-    buffer = tensor.uop.base.buffer
-    assert isinstance(buffer, Buffer)
-    return buffer.base
+def buffers_of(tensors: Sequence[Tensor]) -> list[Buffer]:
+    """The buffers of Tensors that have one of their own, on one device."""
+    found = [tensor.uop.base.buffer for tensor in tensors]
+    assert all(isinstance(buffer, Buffer) for buffer in found)
+    return [buffer.base for buffer in found]
 
 
 def _stored_in(tensor: Tensor) -> Buffer:
