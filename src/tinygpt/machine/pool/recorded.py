@@ -247,8 +247,9 @@ def _view(memories: Sequence[Buffer], output: Output) -> np.ndarray[Any, Any]:
 def buffers_of(tensors: Sequence[Tensor]) -> list[Buffer]:
     """The buffers of Tensors that have one of their own, on one device."""
     found = [tensor.uop.base.buffer for tensor in tensors]
-    assert all(isinstance(buffer, Buffer) for buffer in found)
-    return [buffer.base for buffer in found]
+    plain = [buffer.base for buffer in found if isinstance(buffer, Buffer)]
+    assert len(plain) == len(found), "on one device"
+    return plain
 
 
 def _stored_in(tensor: Tensor) -> Buffer:
