@@ -155,12 +155,12 @@ def make_train_step(
         mine = [*model.parameters().values(), *get_parameters(optimizer)]
         return list({id(tensor): tensor for tensor in mine}.values())
 
-    def whole(
+    def whole_step(
         x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor, *scale: Tensor
     ) -> Tensor:
         return update(*gradients(x, y, key, *scale), lr, limits)
 
-    take = jit(whole, kept=Kept(about, state))
+    whole = jit(whole_step, kept=Kept(about, state))
     everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
     sums = PartialSums(
         [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
@@ -197,7 +197,7 @@ def make_train_step(
             replicas.wait()
 
         if micro_batches == 1:
-            report = take(x[0], y[0], keys[0], lr, limits, *scales)
+            report = whole(x[0], y[0], keys[0], lr, limits, *scales)
         else:
             report = apply_level(sums.over(ranks, micro_batches, add_leaf, apart))(lr, limits)
         replicas.wait()
