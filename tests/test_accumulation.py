@@ -9,18 +9,18 @@ from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.machine.flat_buffer import FlatBuffer
 from tinygpt.machine.transfer import read, write
 from tinygpt.model.transformer import Transformer
-from tinygpt.training.accumulation import PartialSums, most_halves, run_length
+from tinygpt.training.accumulation import PartialSums, levels, most_halves, run_length
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.step import make_train_step
 
 KINDS = [((), "CPU"), ((3, 5), "CPU"), ((17,), "CPU")]
 
 
-def tree(leaves: np.ndarray) -> np.ndarray:
+def tree(leaves: np.ndarray, halves: int = 16) -> np.ndarray:
     """The sum as the module's text describes it, written down once more by recursion."""
-    if len(leaves) % 2 == 0:
+    if len(leaves) % 2 == 0 and halves > 1:
         half = len(leaves) // 2
-        return tree(leaves[:half]) + tree(leaves[half:])
+        return tree(leaves[:half], halves // 2) + tree(leaves[half:], halves // 2)
     total = leaves[0]
     for leaf in leaves[1:]:
         total = total + leaf
@@ -32,7 +32,7 @@ def leaves_of(count: int) -> np.ndarray:
     return rng.standard_normal((count, 17)).astype(np.float32) * 10.0 ** rng.integers(-4, 4, 17)
 
 
-def summed(leaves: np.ndarray) -> np.ndarray:
+def summed(leaves: np.ndarray, run: int | None = None) -> np.ndarray:
     """The last tensor of a PartialSums' result."""
     sums = PartialSums(KINDS)
 
@@ -40,22 +40,25 @@ def summed(leaves: np.ndarray) -> np.ndarray:
         place = sums.levels[0].tensors[-1]
         write(place, leaves[i] if first else read(place) + leaves[i])
 
-    level = sums.sum(len(leaves), add_leaf)
+    level = sums.sum(len(leaves), add_leaf, run)
     assert len(sums.levels) == level + 1
     return read(sums.levels[level].tensors[-1])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 8, 12, 16])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 8, 12, 16, 64, 96])
 def test_the_order_is_that_of_a_tree_of_halves(count: int) -> None:
     leaves = leaves_of(count).astype(np.float32)
     assert summed(leaves).tobytes() == tree(leaves).tobytes()
 
 
-@pytest.mark.parametrize(("count", "parts"), [(4, 2), (4, 4), (6, 2), (8, 4), (12, 4)])
+@pytest.mark.parametrize(
+    ("count", "parts"), [(4, 2), (4, 4), (6, 2), (8, 4), (12, 4), (64, 2), (64, 16)]
+)
 def test_a_part_of_the_leaves_is_a_subtree(count: int, parts: int) -> None:
     assert most_halves(count) % parts == 0
     leaves = leaves_of(count).astype(np.float32)
-    shares = np.stack([summed(share) for share in np.split(leaves, parts)])
+    run = run_length(count, parts)
+    shares = np.stack([summed(share, run) for share in np.split(leaves, parts)])
     assert tree(shares).tobytes() == summed(leaves).tobytes()
 
 
@@ -65,6 +68,18 @@ def test_another_order_would_be_seen() -> None:
     for leaf in leaves[1:]:
         total = total + leaf
     assert total.tobytes() != summed(leaves).tobytes()
+
+
+def test_more_processes_than_halves_have_one_each() -> None:
+    assert run_length(64, 16) == run_length(64) == 4
+    assert run_length(64, 32) == 2
+    leaves = leaves_of(64).astype(np.float32)
+    shares = np.stack([summed(share, run_length(64, 32)) for share in np.split(leaves, 32)])
+    assert tree(shares, 32).tobytes() == summed(leaves, 2).tobytes() != summed(leaves).tobytes()
+
+
+def test_buffers_are_few_however_many_micro_batches() -> None:
+    assert [levels(n) for n in (1, 2, 4, 8, 16, 32, 64, 1024)] == [1, 1, 2, 3, 4, 5, 5, 5]
 
 
 def test_runs_are_odd_or_pairs() -> None:

@@ -127,8 +127,8 @@ def test_no_other_file_is_written_to(chat: Chat, tmp_path: Path) -> None:
 def test_the_oldest_turns_leave_and_that_is_said(chat: Chat) -> None:
     _, answers, err = chat("".join(f"question {i}\n" for i in range(8)), "--max-tokens", "20")
     assert len(answers) == 8
-    assert "the window is full: the oldest 2 messages have left it" in err
-    assert "this question is longer than the model's window" in chat("x" * 200)[2]
+    assert "The window is full: messages that have left it, the oldest first: 2." in err
+    assert "This question is longer than the model's window" in chat("x" * 200)[2]
 
 
 def test_a_model_without_a_template_says_what_to_do(chat: Chat) -> None:

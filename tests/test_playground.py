@@ -36,6 +36,7 @@ from tinygpt.server.http.limits import Limits
 from tinygpt.server.openai.service import Service
 from tinygpt.server.playground import introspection
 from tinygpt.text.batches import split
+from tinygpt.text.chat.window import ask as chat_prompt
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 from tinygpt.text.tokens import data_fingerprint, tokens_of
@@ -1094,3 +1095,70 @@ def offering(page, answer):
     )
     yield
     page.unroute("**/api/candidates")
+
+
+# ---- the talk ----
+
+
+def asked(playground, question):
+    """Ask in the Chat tab; -> the text of the answer, when it is whole."""
+    page = playground.page
+    rows = page.locator(".turn.assistant").count()
+    page.locator("#question").fill(question)
+    playground.button("Send").click()
+    playground.expect(page.locator(".turn.assistant")).to_have_count(rows + 1)
+    playground.expect(page.locator("#turns")).to_have_attribute("aria-busy", "false")
+    return page.locator(".turn.assistant").last.locator(".said").all_text_contents()
+
+
+def test_a_talk_is_held_and_each_answer_s_tokens_open(playground, service):
+    playground.ready().set(temperature=0, max_tokens=6)
+    page, expect = playground.page, playground.expect
+    playground.tab("Chat")
+    first = asked(playground, "Hi <b>")
+    said = [{"role": "user", "content": "Hi <b>"}]
+    prompt = chat_prompt(ByteTokenizer(), said, 48, 6).ids
+    given = Tensor([prompt], dtype="int32")
+    work = service.engine.run(lambda: service.model.generate(given, 6, temperature=0).tolist())
+    written = work.result()[0]
+    assert "".join(first) == bytes(written[len(prompt) :]).decode(errors="replace")
+    expect(page.locator(".turn.user")).to_contain_text("Hi <b>")
+    page.locator(".turn.assistant .said").nth(2).click()
+    expect(playground.title).to_have_text(
+        f"Token {len(prompt) + 3} of {len(prompt) + 6}: {first[2]}"
+    )
+    assert playground.candidates().count() >= 10
+    page.get_by_role("button", name="Token after").click()
+    expect(playground.title).to_contain_text(f"Token {len(prompt) + 4} of")
+    playground.candidates().nth(3).click()  # another token: the answer goes on from it
+    expect(page.locator("#turns")).to_have_attribute("aria-busy", "false")
+    expect(page.locator(".said.level-chosen")).to_have_count(1)
+    branched = page.locator(".turn.assistant .said").all_text_contents()
+    assert branched[:3] == first[:3] and branched[3] != first[3]
+    asked(playground, "And?")
+    expect(page.locator(".turn")).to_have_count(4)
+    playground.button("Take back").click()
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.locator("#question")).to_have_value("And?")
+    playground.button("Answer anew").click()
+    expect(page.locator("#turns")).to_have_attribute("aria-busy", "false")
+    expect(page.locator(".turn")).to_have_count(2)
+    assert overflow(page) <= 0
+    assert axe_violations(page) == []
+    playground.button("New talk").click()
+    expect(page.locator(".turn")).to_have_count(0)
+    playground.tab("Text")
+    assert playground.value() == ""  # the text is another one
+
+
+def test_a_talk_can_be_stopped_and_what_was_written_stays(playground):
+    playground.ready().set(temperature=0, max_tokens=ENDLESS)
+    page, expect = playground.page, playground.expect
+    playground.tab("Chat")
+    page.locator("#question").fill("Hi")
+    page.locator("#question").press("Enter")
+    expect(page.locator(".said").nth(30)).to_be_attached()
+    page.locator("#send").dispatch_event("click")
+    expect(page.locator("#turns")).to_have_attribute("aria-busy", "false")
+    expect(playground.status).to_contain_text("Stopped after")
+    expect(page.locator(".turn")).to_have_count(2)

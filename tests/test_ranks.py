@@ -29,8 +29,11 @@ from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.ranks.tree import TreeSum, add_in_pairs, from_bfloat16, to_bfloat16
 from tinygpt.machine.ranks.world import Process, Ranks
 from tinygpt.machine.transfer import read, write
+from tinygpt.runs import checkpoint
 from tinygpt.runs.history import History
 from tinygpt.training.meeting import Meeting
+from tinygpt.training.optim import make_optimizer, optimizer_state
+from tinygpt.training.rank_shares import bounds
 
 TEXT = "To be, or not to be, that is the question:\n" * 200
 SETTINGS = (
@@ -204,6 +207,25 @@ def test_a_step_that_ranks_cannot_share_is_refused(
         world.check(TrainConfig(grad_accum_steps=micro_batches, batch_size=8))
 
 
+def test_moments_that_ranks_do_not_share_are_not_divided() -> None:
+    world = object.__new__(Ranks)
+    world.size, world._sum = 2, SimpleNamespace(half=False)
+    for other in ({"sync_every": 5}, {"devices": 2}):
+        config = TrainConfig(shard_optimizer=True, grad_accum_steps=2, **other)
+        with pytest.raises(UsageError, match=f"Leave out {next(iter(other))} or shard_optimizer"):
+            world.check(config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "wanted"),
+    [([4, 4, 4, 4], 2, [0, 2, 4]), ([100, 1, 1], 2, [0, 1, 3]), ([1, 100], 4, [0, 1, 1, 2, 2])],
+)
+def test_shares_of_neighbours_are_as_equal_as_whole_parameters_allow(
+    sizes: list[int], count: int, wanted: list[int]
+) -> None:
+    assert bounds(sizes, count) == wanted
+
+
 # ---- what is sent ----
 
 
@@ -313,7 +335,8 @@ def test_a_meeting_is_nesterov_momentum_on_how_far_weights_have_moved() -> None:
 
     rng = np.random.default_rng(5)
     weights = write(Tensor.empty(7, 3), rng.standard_normal((7, 3)))
-    meeting, velocity = Meeting([weights], Alone()), np.zeros((7, 3))
+    optimizer = make_optimizer({"w": weights.is_param_()}, TrainConfig(sync_every=5))
+    meeting, velocity = Meeting(optimizer, Alone()), np.zeros((7, 3))
     common = read(weights).astype(np.float64)
     for _ in range(3):
         moved = rng.standard_normal((7, 3)) * 0.1
@@ -322,6 +345,8 @@ def test_a_meeting_is_nesterov_momentum_on_how_far_weights_have_moved() -> None:
         velocity = 0.9 * velocity + moved
         common = common - 0.7 * (moved + 0.9 * velocity)
         assert np.abs(read(weights) - common).max() < 1e-5
+    kept = optimizer_state(optimizer, {"w": weights})["outer.w"]
+    assert np.abs(read(kept) - velocity).max() < 1e-5
 
 
 def test_bfloat16_is_the_nearest_with_ties_to_even() -> None:
@@ -371,6 +396,42 @@ def test_any_number_of_ranks_leaves_the_same_bits(
     else:
         assert main(["train", str(out / "ckpt_4"), "--resume", "--out", str(tmp_path / "on")]) == 0
     assert set(differing(alone, tmp_path / "on")) <= {"metrics", "samples"}
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adam", marks=pytest.mark.slow)])
+def test_divided_moments_leave_the_same_bits(
+    ranks: int, optimizer: str, alone: Path, text: Path, tmp_path: Path
+) -> None:
+    """Checkpoints too, from which any number of ranks goes on."""
+    out, on, given = tmp_path / "run", tmp_path / "on", ("--max-iters", 8, *SETTINGS)
+    wanted = alone
+    if optimizer == "muon":
+        given, wanted = (*given, "--optimizer", "muon"), tmp_path / "alone"
+        words = ["train", text, "--out", wanted, *given]
+        assert main([*map(str, words)]) == 0
+    done = on_ranks(ranks, "train", text, "--out", out, "--shard-optimizer", *given)
+    assert done.returncode == 0, done.stderr
+    assert differing(wanted, out) == {"state": ("train",)}  # the setting itself
+    words = ["train", out / "ckpt_4", "--resume", "--out", on]
+    assert main([*map(str, words)]) == 0
+    assert {*differing(out, on)} <= {"metrics", "samples"}
+
+
+@needs_mpi
+def test_ranks_that_met_go_on_as_if_they_had_not_ended(text: Path, tmp_path: Path) -> None:
+    """With the outer momentum, and one state of the inner optimizer, from a checkpoint."""
+    out, on = tmp_path / "run", tmp_path / "on"
+    given = ("--out", out, "--max-iters", 8, "--sync-every", 3, *SETTINGS)
+    done = on_ranks(2, "train", text, *given)
+    assert done.returncode == 0, done.stderr
+    resumed = on_ranks(2, "train", out / "ckpt_4", "--resume", "--out", on)
+    assert resumed.returncode == 0, resumed.stderr
+    assert set(differing(out, on)) <= {"metrics", "samples"}
+    _, tensors = checkpoint.read(on / "ckpt_8.safetensors")
+    assert all(np.abs(a).max() > 0 for n, a in tensors.items() if ".outer." in n)
+    assert any(".outer." in name for name in tensors)
 
 
 def run_of_ranks(out: Path) -> dict[int, int]:

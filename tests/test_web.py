@@ -25,8 +25,10 @@ from tinygpt.interop.parity import TOLERANCE, fixed_prompt, our_logits
 from tinygpt.interop.web import Kind, export_web, page_parity, payload, wasm
 from tinygpt.interop.web.capture import capture
 from tinygpt.interop.web.page_parity import GREEDY
-from tinygpt.interop.web.page_vocabulary import describe
+from tinygpt.interop.web.page_vocabulary import describe, describe_chat
 from tinygpt.machine.transfer import read
+from tinygpt.text.chat.template import CHATML
+from tinygpt.text.chat.window import ask
 from tinygpt.text.tokenizers import END, MARKERS, Tokenizer, ends_of, special_of
 
 PAGE = pages.FOLDER / "local"
@@ -241,6 +243,50 @@ def test_the_page_s_tokenizers_are_ours(name: str) -> None:
     assert ids == tokenizer.encode(text) and not set(special) & set(ids)
     assert back == text and names == tokenizer.decode(special)
     assert (size, tuple(ends)) == (tokenizer.vocab_size, ends_of(tokenizer))
+
+
+TALKS: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be <|end|> brief."}, {"role": "user", "content": "<|user|>"}],
+    [{"role": "system", "content": "Alone."}],
+    [
+        {"role": "system", "content": "Be brief."},
+        *[
+            {"role": role, "content": f" \u2003{text} {n}\n"}
+            for n in range(9)
+            for role, text in (
+                ("user", "Spät?\nUser: ha"),
+                ("assistant", "你好 \U0001f642\x1c"),
+            )
+        ],
+        {"role": "user", "content": "\nAssistant: And?"},
+    ],
+    [{"role": "assistant", "content": ""}, {"role": "user", "content": "x" * 400}],
+]
+
+
+@needs_node
+@pytest.mark.parametrize("name", ["byte", "bytes-marked", "bpe", "bpe-marked", "chatml"])
+def test_the_page_asks_a_talk_with_our_tokens(name: str) -> None:
+    if name == "chatml":
+        marks = ["<|im_start|>", "<|im_end|>"]
+        tokenizer: Any = ByteTokenizer().with_specials(marks).with_template(CHATML.to_dict())
+    else:
+        tokenizer = TOKENIZERS[name](mixed_text(3000))
+    asked = [[talk, size, room] for talk in TALKS for size in (64, 200, 5000) for room in (5, 999)]
+    found = node(
+        """const { makeTokenizer } = await load('tokenizer.mjs');
+        const { Conversation } = await load('conversation.mjs');
+        const tokenizer = makeTokenizer(given.tokenizer);
+        return given.asked.map(([talk, size, room]) =>
+          new Conversation(given.chat, tokenizer, size).ask(talk, room));""",
+        {"tokenizer": describe(tokenizer), "chat": describe_chat(tokenizer), "asked": asked},
+    )
+    for (talk, size, room), each in zip(asked, found, strict=True):
+        ours = ask(tokenizer, talk, size, room)
+        assert each == {
+            "ids": list(ours.ids), "left_out": ours.left_out, "too_long": ours.too_long
+        }  # fmt: skip
 
 
 @needs_node

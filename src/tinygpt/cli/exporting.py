@@ -90,6 +90,7 @@ def export_gguf(
     """Write a model as a GGUF file, which llama.cpp loads, and prove that it computes the same.
 
     The file is read back and its logits are compared with ours. It appears whole or not at all.
+    A Modelfile for ollama is written beside it, such as model.Modelfile, with the chat template.
 
     Parameters
     ----------
@@ -107,9 +108,11 @@ def export_gguf(
         Print a summary as JSON.
     """
     run = run_or_newest(run)
+    from tinygpt.interop.gguf import modelfile
     from tinygpt.interop.gguf.gguf_file import check_target, export
 
     check_target(out)
+    modelfile.check_target(out)
     model, own = load_model(run, tokenizer)
     chosen = choose_checkpoint(run)
     done = export(model, own, out, type, name=chosen.absolute().parent.name or "TinyGPT")
@@ -122,6 +125,8 @@ def export_gguf(
     if type != "f32":
         say(f"rounding the weights changes logits by up to {done.rounding:.2g}")
     say(f"wrote {out}: {model.num_params():,} parameters, {size(done.size)}")
+    beside = modelfile.write_modelfile(out, own, model.config.block_size)
+    say(f"wrote {beside}, for ollama")
     if model.config.block_size % 256:
         # llama.cpp rounds the context up, and there are no positions behind the last one
         say(f"llama.cpp breaks off behind token {model.config.block_size}: limit it with -n")

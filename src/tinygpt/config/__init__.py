@@ -266,7 +266,7 @@ class TrainConfig(Config):
     devices: int | str | None = None
     """Devices that share each micro-batch: a number, or a list like CL:0,CL:1; if not set, one."""
     shard_optimizer: bool = False
-    """Divide the optimizer's moments among the devices (ZeRO-1), not all on the first."""
+    """Divide the optimizer's moments among the devices or ranks (ZeRO-1)."""
 
     @property
     def n_devices(self) -> int:

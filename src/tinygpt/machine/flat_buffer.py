@@ -33,14 +33,20 @@ class FlatBuffer:
 
     def __init__(self, kinds: Sequence[Kind]) -> None:
         self._sizes = [math.prod(shape) for shape, _ in kinds]
-        self._starts = list(accumulate((-(-n // LANES) * LANES for n in self._sizes), initial=0))
-        self.array = _aligned(self._starts[-1] + LANES)
+        self.starts = list(accumulate((-(-n // LANES) * LANES for n in self._sizes), initial=0))
+        """Where in the array each Tensor begins, and after the last one the end."""
+        self.array = _aligned(self.starts[-1] + LANES)
         self.tensors = [
             Tensor.from_blob(self.array[i:].ctypes.data, shape, dtype=dtypes.float32, device=device)
             if _on_processor(device)
             else zeros(shape, dtypes.float32, device)
-            for i, (shape, device) in zip(self._starts, kinds, strict=False)
+            for i, (shape, device) in zip(self.starts, kinds, strict=False)
         ]
+
+    def places(self) -> list[npt.NDArray[np.float32]]:
+        """The part of the array for each Tensor, flat."""
+        pieces = zip(self.starts, self._sizes, strict=False)
+        return [self.array[i : i + n] for i, n in pieces]
 
     def fetch(self) -> None:
         """Bring ``array`` up to date with the Tensors."""
@@ -54,9 +60,9 @@ class FlatBuffer:
 
     def _apart(self) -> Iterator[tuple[Tensor, npt.NDArray[np.float32]]]:
         """The Tensors that have memory of their own, and their places in the array."""
-        for tensor, i, n in zip(self.tensors, self._starts, self._sizes, strict=False):
+        for tensor, place in zip(self.tensors, self.places(), strict=True):
             if not _on_processor(str(tensor.device)):
-                yield tensor, self.array[i : i + n]
+                yield tensor, place
 
 
 def _on_processor(device: str) -> bool:

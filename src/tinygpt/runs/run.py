@@ -22,6 +22,7 @@ from tinygpt.machine.several import open_devices
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
 from tinygpt.runs import changes, checkpoint
+from tinygpt.runs.folder import checkpoint_path
 from tinygpt.runs.history import History
 from tinygpt.runs.output import Output
 from tinygpt.runs.trial import SAMPLE_TOKENS, Trial
@@ -31,8 +32,10 @@ from tinygpt.text.tokens import Tokens, bytes_per_token, data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
 from tinygpt.training.guard import Guard
 from tinygpt.training.loop import Step, train_steps
+from tinygpt.training.meeting import give_outer_momentum
 from tinygpt.training.metrics import bits_per_byte, short
 from tinygpt.training.optim import make_optimizer, optimizer_state
+from tinygpt.training.rank_shares import RankShares
 from tinygpt.training.scaling import LossScale
 from tinygpt.untrusted import clip
 
@@ -139,17 +142,20 @@ class TrainingRun:
         elif optimizer is None:
             lora.prepare(model, config)
         self.optimizer = optimizer or make_optimizer(model.trainable(), config)
+        if config.sync_every is not None:
+            give_outer_momentum(self.optimizer)
         self._jitted = None if trial is None else trial.jitted
         self._check_optimizer()
         self.init = None if init is None else dict(init)
         self.folder = user_path(folder) if folder is not None and self.ranks.first else None
+        self._keeps = self.folder is not None
+        """Whether the first rank writes checkpoints."""
         self.source = dict(source or {})
         self.progress, self.iter_num, self.elapsed = Progress(), 0, 0.0
         self.guard, self.scaling = Guard(config), LossScale(config.dtype)
         self.decoder = Decoder(model) if trial is None else trial.decoder
         self.changes: list[dict[str, Any]] = []
         """What was allowed to change when the run was resumed, and at which step."""
-        self._save_soon = False
         self.output = Output(self.folder, config)
         if len(devices) > 1:
             self.notice(shared(config, devices))
@@ -162,6 +168,8 @@ class TrainingRun:
             if self.folder is not None:
                 self._begin(anew=resume is not True)
             self._go_on_as_first()
+            divided = config.shard_optimizer and self.ranks.size > 1
+            self.rank_shares = RankShares(self.optimizer, self.ranks) if divided else None
         except BaseException:
             self.output.release()
             raise
@@ -194,7 +202,9 @@ class TrainingRun:
         self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
         for change in found:
             self.notice(f"changed from here on: {change}")
-        self._save_soon = bool(found)  # the next checkpoint, which records them, comes at once
+        self.ranks.save_asked = bool(
+            found
+        )  # the next checkpoint, which records them, comes at once
         changes.check_random_state(path, meta)
         self.output.check_same_run(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
@@ -222,6 +232,7 @@ class TrainingRun:
                 "progress": vars(self.progress),
                 "skips": self.guard.state(),
                 "loss_scale": self.scaling.state(),
+                "keeps": self.folder is not None,
             },
             [*self.model.parameters().values(), *state.values()],
         )
@@ -229,6 +240,7 @@ class TrainingRun:
             self.iter_num, self.progress = found["iter_num"], Progress(**found["progress"])
             self.guard.load(found["skips"])
             self.scaling.load(found["loss_scale"])
+            self._keeps = found["keeps"]
 
     def _begin(self, anew: bool) -> None:
         """Take the folder, after all that can be refused has been checked.
@@ -273,8 +285,11 @@ class TrainingRun:
         self.ranks.stop_asked = True
 
     def save_soon(self) -> None:
-        """Write a checkpoint after the step in progress and go on. Safe in a signal handler."""
-        self._save_soon = True
+        """Write a checkpoint after the step in progress and go on. Safe in a signal handler.
+
+        Of several ranks the first writes it, after the next step that all of them take.
+        """
+        self.ranks.save_asked = True
 
     def close(self) -> None:
         """Give the folder up before the run has ended; iterating takes it again."""
@@ -313,6 +328,7 @@ class TrainingRun:
             jitted=self._jitted,
             ranks=self.ranks,
             scaling=self.scaling,
+            rank_shares=self.rank_shares,
         )
         before = self.elapsed
         try:
@@ -354,7 +370,7 @@ class TrainingRun:
     def _record(self, step: Step) -> Step:
         """Judge, sample, save and write down one step; -> the step, completed.
 
-        Ranks other than the first judge it only.
+        Ranks other than the first judge it only, and give up their moments for a checkpoint.
         """
         if step.skipped:
             self.notice(f"step {step.iter} skipped: {step.skipped}")
@@ -371,7 +387,8 @@ class TrainingRun:
         if step.val_loss is not None:
             step = replace(step, best=self.progress.see(step.val_loss, step.iter))
         if not self.ranks.first:
-            return step
+            due = self._save_due(step)
+            return replace(step, checkpoint=self._save(step)) if due else step
         for message in self.ranks.news:
             self.notice(f"step {step.iter}: {message}")
         self.ranks.news.clear()
@@ -413,14 +430,19 @@ class TrainingRun:
         return row
 
     def _save_due(self, step: Step) -> bool:
-        asked, self._save_soon = self._save_soon, False
+        asked = self.ranks.saving
+        self.ranks.saved()
         due = self._due(step, self.config.checkpoint_interval) or self.guard.exhausted
-        if self.folder is None or not (step.best or asked or due or self._stopping()):
+        if not self._keeps or not (step.best or asked or due or self._stopping()):
             return False
         return not (step.skipped and bad_parameter(self.model))  # damaged weights are not kept
 
     def _save(self, step: Step) -> Path:
-        """Begin to save the state; -> where it will be"""
+        """Begin to save the state; -> where it will be, for ranks other than the first its name."""
+        if not self.ranks.first:
+            if self.rank_shares is not None:
+                self.rank_shares.send()
+            return checkpoint_path(Path(), step.iter)
         meta = self._meta(step.elapsed, step.train_loss)
         return self.output.save(
             self.model, self.optimizer, meta, step.val_loss if step.best else None

@@ -6,8 +6,9 @@ halved, and the sum is that of the first half plus that of the second; an odd nu
 left to right. Process r of W, a power of two that divides the number, sums a whole subtree, and
 pairs of such sums are added until one is left, which is the rest of the tree.
 
-A process needs a buffer for each level of its tree: one for up to two micro-batches or any odd
-number of them, and one more each time that doubles.
+There are no more than ``MOST_HALVES`` of the smallest halves, however many micro-batches: each is
+then summed from left to right. So a process needs at most one buffer for each doubling up to that,
+and any number of processes up to that gives the same bits; more have as many halves as they are.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from tinygpt.machine.flat_buffer import FlatBuffer, Kind
 from tinygpt.machine.jit import jit
 from tinygpt.machine.ranks.alone import Alone, LostRankError
 
+MOST_HALVES = 16
+"""Of the smallest halves of a tree."""
 
-def run_length(count: int) -> int:
-    """How many neighbours are summed from left to right before halves are added.
 
-    >>> [run_length(n) for n in (1, 2, 3, 4, 6, 40)]
-    [1, 2, 3, 2, 3, 5]
+def run_length(count: int, ranks: int = 1) -> int:
+    """How many neighbours of ``count`` are summed from left to right before halves are added.
+
+    >>> [run_length(n) for n in (1, 2, 3, 4, 6, 40, 64)]
+    [1, 2, 3, 2, 3, 5, 4]
     """
-    odd = count // (count & -count)
-    return odd if odd > 1 else min(2, count)
+    halves = max(ranks, min(most_halves(count), MOST_HALVES))
+    return max(count // halves, min(2, count) if most_halves(count) == count else 1)
 
 
 def most_halves(count: int) -> int:
@@ -38,13 +42,13 @@ def most_halves(count: int) -> int:
     return count & -count
 
 
-def levels(count: int) -> int:
+def levels(count: int, run: int | None = None) -> int:
     """How many buffers, each as large as all gradients, the sum of ``count`` leaves needs.
 
-    >>> [levels(n) for n in (1, 2, 3, 4, 6, 8, 40)]
-    [1, 1, 1, 2, 2, 3, 4]
+    >>> [levels(n) for n in (1, 2, 3, 4, 6, 8, 40, 1024)]
+    [1, 1, 1, 2, 2, 3, 4, 5]
     """
-    return (count // run_length(count)).bit_length()
+    return (count // (run or run_length(count))).bit_length()
 
 
 class PartialSums:
@@ -56,32 +60,43 @@ class PartialSums:
         """Made when a sum needs them."""
         self._carries: list[Callable[[bool], object]] = []
 
-    def sum(self, count: int, add_leaf: Callable[[int, bool], object]) -> int:
-        """Sum ``count`` leaves; -> the level whose buffer holds the sum.
+    def sum(
+        self, count: int, add_leaf: Callable[[int, bool], object], run: int | None = None
+    ) -> int:
+        """Sum ``count`` leaves, in runs of ``run``; -> the level whose buffer holds the sum.
 
         ``add_leaf(i, first)`` must put leaf i into ``levels[0]`` if it is the first of a run, or
         else add it to what is there.
         """
-        run, top = run_length(max(1, count)), levels(max(1, count)) - 1
+        count, own = max(1, count), count
+        run = min(count, run or run_length(count))
+        top = levels(count, run) - 1
         while len(self.levels) <= top:
             self._add_level()
-        for i in range(count):
+        for i in range(own):
             add_leaf(i, i % run == 0)
             if i % run == run - 1:
                 self._carry(i // run, top)
         return top
 
     def over(
-        self, ranks: Alone, count: int, add_leaf: Callable[[int, bool], object], apart: bool = False
+        self,
+        ranks: Alone,
+        count: int,
+        add_leaf: Callable[[int, bool], object],
+        apart: bool = False,
+        divided: bool = False,
     ) -> int:
         """``sum``, of leaves that ranks share; on every rank the same bits, unless they are apart.
 
-        Ranks that are apart sum no more than their own.
+        Ranks that are apart sum no more than their own, as do those that have a divided optimizer:
+        that adds up the rest of the tree.
         """
         while True:
             own = ranks.share(count)
-            level = self.sum(len(own), partial(_leaf_of, add_leaf, own.start))
-            if ranks.size == 1 or apart:
+            run = None if apart else run_length(count, ranks.size)
+            level = self.sum(len(own), partial(_leaf_of, add_leaf, own.start), run)
+            if ranks.size == 1 or apart or divided:
                 return level
             with suppress(LostRankError):  # then those left take all of it again
                 ranks.sum(self.levels[level], self.levels[0])

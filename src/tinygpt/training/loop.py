@@ -26,6 +26,7 @@ from tinygpt.training.diagnose import diagnose
 from tinygpt.training.guard import Guard, why_skipped
 from tinygpt.training.meeting import Meeting
 from tinygpt.training.optim import learning_rate
+from tinygpt.training.rank_shares import RankShares
 from tinygpt.training.replicas import replicas_for
 from tinygpt.training.scaling import LossScale
 from tinygpt.training.step import (
@@ -81,11 +82,15 @@ class Jitted(NamedTuple):
 
 
 def make_jitted(
-    model: Transformer, optimizer: Optimizer, config: TrainConfig, ranks: Alone | None = None
+    model: Transformer,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    ranks: Alone | None = None,
+    rank_shares: RankShares | None = None,
 ) -> Jitted:
     """The functions of a run, on its devices. Raises DeviceError where one is not there."""
     if config.n_devices == 1:
-        step = make_train_step(model, optimizer, config, ranks=ranks)
+        step = make_train_step(model, optimizer, config, None, ranks, rank_shares)
         return Jitted(step, make_evaluate(model, config.dtype))
     replicas = replicas_for(model, config)
     step = make_train_step(model, optimizer, config, replicas, ranks)
@@ -103,6 +108,7 @@ def train_steps(
     jitted: Jitted | None = None,
     ranks: Alone | None = None,
     scaling: LossScale | None = None,
+    rank_shares: RankShares | None = None,
 ) -> Iterator[Step]:
     """Train from step ``start`` to ``config.max_iters``, yielding after every step.
 
@@ -117,10 +123,12 @@ def train_steps(
     """
     A, B, T = config.grad_accum_steps, config.batch_size, model.config.block_size
     guard, scaling = guard or Guard(config), scaling or LossScale(config.dtype)
-    take_step, evaluate_batch, refresh = jitted or make_jitted(model, optimizer, config, ranks)
+    take_step, evaluate_batch, refresh = jitted or make_jitted(
+        model, optimizer, config, ranks, rank_shares
+    )
     refresh()
     apart, ranks = config.sync_every, ranks or Alone()
-    meeting = None if apart is None else Meeting(optimizer.params, ranks)
+    meeting = None if apart is None else Meeting(optimizer, ranks)
     began = time.perf_counter()
     for i in range(start, config.max_iters):
         before = time.perf_counter()
@@ -135,6 +143,8 @@ def train_steps(
         saves = config.checkpoint_interval and done % config.checkpoint_interval == 0
         if meeting is not None and apart and (done % apart == 0 or due or saves):
             meeting.take()
+            if due or saves or ranks.stopping or ranks.saving:
+                meeting.share_state()
             refresh()
         if val_tokens is not None and due:
             val_loss = evaluate(evaluate_batch, val_tokens, config.eval_iters, B, T, ranks)

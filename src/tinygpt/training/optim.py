@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from tinygpt import kernels
 from tinygpt.config import TrainConfig
 from tinygpt.config.weights import matrices_in
 from tinygpt.kernels.adamw import plain_scaling, verdict
-from tinygpt.machine.transfer import zeros_like
+from tinygpt.machine.transfer import Array, zeros_like
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -61,6 +61,8 @@ class AdamW(Optimizer):
         self.b1_t, self.b2_t = _scalar(1.0, self.device), _scalar(1.0, self.device)
         self.m = [zeros_like(p, dtypes.float32) for p in self.params]
         self.v = [zeros_like(p, dtypes.float32) for p in self.params]
+        self.elsewhere: dict[int, Callable[[Array], None]] = {}
+        """By the ``id`` of a moment that another process keeps: what fetches it into an array."""
 
     def update(
         self,
@@ -294,6 +296,10 @@ def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> Ada
     return Muon(parameters, **settings, ratio=ratio, momentum=config.muon_momentum)
 
 
+OUTER = "outer"
+"""The attribute of an optimizer that has the momentum of ranks that train apart: `meeting`."""
+
+
 def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an optimizer must remember, by name: its moments, step products and learning rate.
 
@@ -304,10 +310,10 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> d
     for product in ("b1_t", "b2_t"):
         if isinstance(value := getattr(optimizer, product, None), Tensor):
             state[product] = value
-    for moments in ("m", "v", "b"):
+    for moments in ("m", "v", "b", OUTER):
         tensors = getattr(optimizer, moments, [])
         params = optimizer.params
-        if isinstance(optimizer, Muon):
+        if isinstance(optimizer, Muon) and moments != OUTER:
             rest = len(optimizer.m)
             params = params[rest:] if moments == "b" else params[:rest]
         for i, tensor in enumerate(tensors):

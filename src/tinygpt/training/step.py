@@ -27,6 +27,7 @@ from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.accumulation import PartialSums, add_to
 from tinygpt.training.guard import NO_LIMITS, Limits
 from tinygpt.training.optim import AdamW, layer_of, realize_state, stock_update
+from tinygpt.training.rank_shares import RankShares
 from tinygpt.training.recompute import recomputed_gradients, scaled
 from tinygpt.training.replicas import Replicas, replicas_for, total
 from tinygpt.training.shares import owners_in, place, update_shares
@@ -69,6 +70,7 @@ def make_train_step(
     config: TrainConfig,
     replicas: Replicas | None = None,
     ranks: Alone | None = None,
+    rank_shares: RankShares | None = None,
 ) -> TrainStep:
     """The jitted step: forward, backward, clipping and update.
 
@@ -82,7 +84,7 @@ def make_train_step(
     steps calls ``replicas.refresh()``.
 
     Of several ranks each takes some of the micro-batches; their gradients are added up, and every
-    rank changes its weights in the same way.
+    rank changes its weights in the same way, or by ``rank_shares`` its share of them.
     """
     model.check_can_learn()
     ranks = ranks or Alone()
@@ -177,6 +179,8 @@ def make_train_step(
     @cache
     def apply_level(level: int) -> Callable[..., Array]:
         """The update by the sum that a level holds."""
+        if rank_shares is not None:
+            return rank_shares.updater(sums.levels[level], config.grad_clip, scale)
         tensors = sums.levels[level].tensors
         return jit(lambda lr, limits: update(tensors[:split], tensors[split:], lr, limits))
 
@@ -199,7 +203,9 @@ def make_train_step(
         if micro_batches == 1:
             report = whole(x[0], y[0], keys[0], lr, limits, *scales)
         else:
-            report = apply_level(sums.over(ranks, micro_batches, add_leaf, apart))(lr, limits)
+            divided = rank_shares is not None
+            level = sums.over(ranks, micro_batches, add_leaf, apart, divided)
+            report = apply_level(level)(lr, limits)
         replicas.wait()
         loss, norm, taken, *norms = report.tolist()
         by_layer = zeros.copy()

@@ -97,6 +97,7 @@ def export_web(
         "weights": kind,
         "chunks": len(chunks),
         "tokenizer": described,
+        "chat": page_vocabulary.describe_chat(tokenizer),
         "card": dict(card or {}),
         "sampling": {**SampleConfig().to_dict(), "max_tokens": MAX_TOKENS},
         "parity": float(f"{difference:.3g}"),

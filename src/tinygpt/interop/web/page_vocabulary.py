@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinygpt.errors import UsageError
+from tinygpt.text.chat.window import ROOM, chat_template, stop_ids
 from tinygpt.text.tokenizers import BPETokenizer, Tokenizer, ends_of, special_of
 
 
@@ -32,6 +33,19 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         f"A page cannot carry the tokenizer {name!r}: it splits text in a way that is not built "
         f"into the page. Wanted: gpt2, a BPE of our own, char or byte."
     )
+
+
+def describe_chat(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The chat template, as the page's Conversation takes it."""
+    template, special = chat_template(tokenizer), dict(special_of(tokenizer))
+    return {
+        "template": template.to_dict(),
+        "harmless": template.harmless(special),
+        "special": special,
+        "stop": list(template.stop_strings),
+        "stop_ids": list(stop_ids(tokenizer)),
+        "room": ROOM,
+    }
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, Any]:

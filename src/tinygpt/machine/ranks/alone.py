@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from tinygrad import Tensor
 
     from tinygpt.config import TrainConfig
@@ -26,6 +28,8 @@ class Alone:
     def __init__(self) -> None:
         self.stop_asked = False
         """Set, by a signal for example, where this rank wants to stop."""
+        self.save_asked = False
+        """Set where this rank wants a checkpoint."""
         self.news: list[str] = []
         """What has become of the ranks, for the user."""
         self.lost: list[int] = []
@@ -37,6 +41,15 @@ class Alone:
     def stopping(self) -> bool:
         """Whether all ranks stop after this step."""
         return self.stop_asked
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is written after this step because a rank has asked for one."""
+        return self.save_asked
+
+    def saved(self) -> None:
+        """Note that it was."""
+        self.save_asked = False
 
     @contextlib.contextmanager
     def together(self) -> Iterator[Self]:
@@ -75,12 +88,34 @@ class Alone:
         """Which of ``count`` micro-batches this rank computes."""
         return range(count)
 
-    def sum(self, part: FlatBuffer, out: FlatBuffer) -> None:
+    def sum(self, part: FlatBuffer, out: FlatBuffer, whole: bool = False) -> None:
         """Put the sum of all ranks' ``part`` into ``out``; ranks without a share give none.
 
-        The last number of each array is used. Raises LostRankError.
+        The last number of each array is used. If ``whole`` numbers are not rounded on the way.
+        Both may be the same buffer, which then holds anything after LostRankError.
         """
         out.array[:] = part.array
+
+    def sum_pieces(self, part: FlatBuffer, counts: list[int]) -> None:
+        """Put the sum of all ranks' pieces into this rank's piece of ``part``, in place.
+
+        ``counts`` are the sizes of the ranks' pieces, one after another.
+        """
+
+    def gather(self, values: npt.NDArray[np.float32], counts: list[int]) -> None:
+        """Put every rank's piece of ``values`` into all ranks' ``values``."""
+
+    def rows(
+        self, own: npt.NDArray[np.float32], counts: list[int]
+    ) -> list[npt.NDArray[np.float32]]:
+        """What each rank has; ``counts`` are the lengths."""
+        return [own]
+
+    def give(self, values: npt.NDArray[Any]) -> None:
+        """Send an array to the first rank, which must ``fetch`` it."""
+
+    def fetch(self, rank: int, out: npt.NDArray[Any]) -> None:
+        """Receive the next array that another rank gives."""
 
     def each(self, compute: Callable[[int], float], count: int) -> list[float]:
         """``[compute(0), compute(1), …]``, each number computed by one of the ranks."""

@@ -56,29 +56,38 @@ class TreeSum:
         """Bytes that this rank has sent so far."""
         self._buffer: npt.NDArray[Any] = np.empty(0, np.float32)
 
-    def __call__(self, part: Floats, out: Floats) -> None:
+    def __call__(self, part: Floats, out: Floats, whole: bool = False) -> None:
         """Put the sum over ranks of ``part`` (N,) into ``out`` (N,) of every rank.
 
         Both may be the same array. With ``half`` the numbers travel as bfloat16 and are added as
-        float32; the first and the last ``EXACT``, where losses and votes are, as they are.
+        float32; the first and the last ``EXACT``, where losses and votes are, as they are, and all
+        of them if ``whole``.
         """
-        exact = self._exact(part) if self.half else None
+        half = self.half and not whole
+        exact = self._exact(part) if half else None
         bounds = [part.size * i // self.active for i in range(self.active + 1)]
-        pieces = [b - a for a, b in pairwise(bounds)] + [0] * (self.size - self.active)
-        own = pieces[self.rank]
-        sent: npt.NDArray[Any] = to_bfloat16(part) if self.half else part
-        rows = self._all_to_all(sent, pieces)
-        if self.half:
-            piece = to_bfloat16(add_in_pairs(from_bfloat16(rows)))
-            result = np.empty_like(sent)
-            self.comm.Allgatherv([piece, own], [result, pieces])
-            out[:] = from_bfloat16(result)
-        if exact is not None:
-            out[:EXACT], out[-EXACT:] = exact[:EXACT], exact[EXACT:]
+        counts = [b - a for a, b in pairwise(bounds)] + [0] * (self.size - self.active)
+        piece = self.piece(part, counts, whole)
+        if exact is None:
+            self._gather(piece, out, counts)
         else:
-            self.comm.Allgatherv([add_in_pairs(rows), own], [out, pieces])
-        gave = part.size - own if self.rank < self.active else 0
-        self.sent += (gave + (self.size - 1) * own) * sent.itemsize
+            result = np.empty(part.shape, np.uint16)
+            self._gather(to_bfloat16(piece), result, counts)
+            out[:] = from_bfloat16(result)
+            out[:EXACT], out[-EXACT:] = exact[:EXACT], exact[EXACT:]
+
+    def _gather(self, piece: npt.NDArray[Any], result: npt.NDArray[Any], counts: list[int]) -> None:
+        self.comm.Allgatherv([piece, len(piece)], [result, counts])
+        self.sent += (self.size - 1) * piece.nbytes
+
+    def piece(self, part: Floats, counts: list[int], whole: bool = False) -> Floats:
+        """The sum over ranks of this rank's piece of ``part``; ``counts`` are all pieces' sizes."""
+        half = self.half and not whole
+        sent: npt.NDArray[Any] = to_bfloat16(part) if half else part
+        rows = self._all_to_all(sent, counts)
+        if self.rank < self.active:
+            self.sent += sent.nbytes - rows[:1].nbytes
+        return add_in_pairs(from_bfloat16(rows) if half else rows)
 
     def _exact(self, part: Floats) -> Floats:
         ends = np.concatenate([part[:EXACT], part[-EXACT:]])

@@ -24,10 +24,17 @@ from tinygpt.machine.ranks.alone import Alone, LostRankError
 from tinygpt.machine.ranks.tree import TreeSum
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from tinygrad import Tensor
 
     from tinygpt.config import TrainConfig
     from tinygpt.machine.flat_buffer import FlatBuffer
+
+
+STATE = 1
+"""The tag of moments that are sent to the first rank."""
+SAVE = 1024.0
+"""In the sum of votes a rank that wants to stop counts 1, one that wants a checkpoint this."""
 
 
 class Heart:
@@ -71,14 +78,21 @@ class Ranks(Alone):
         self.tolerant = launcher.tolerant()
         self.members = list(range(self.size))
         """The ranks that are left, by their numbers at the start."""
-        self._ended = self._started = self._stop_agreed = False
+        self._ended = self._started = self._stop_agreed = self._save_agreed = False
         self._sum = TreeSum(self.comm, self.size)
-        self._micro_batches, self._apart = self.size, False
+        self._micro_batches, self._apart, self._divided = self.size, False, False
         self.hosts: list[Process] = self.comm.allgather(Process.this())
 
     @property
     def stopping(self) -> bool:
         return self._stop_agreed
+
+    @property
+    def saving(self) -> bool:
+        return self._save_agreed
+
+    def saved(self) -> None:
+        self._save_agreed = False
 
     # ---- before the first step ----
 
@@ -152,7 +166,7 @@ class Ranks(Alone):
     def _abort(self, error: BaseException) -> NoReturn:
         kind = "" if isinstance(error, TinyGPTError) else f"{type(error).__name__}: "
         os.write(2, f"rank {self.rank}: {kind}{error}\n".encode())
-        if self.first or not self.tolerant:
+        if self.first or self._divided or not self.tolerant:
             self.world.Abort(getattr(error, "exit_code", 1))
         launcher.end_at_once(1)
 
@@ -163,7 +177,13 @@ class Ranks(Alone):
     def check(self, config: TrainConfig) -> None:
         micro_batches, batch_size, ranks = config.grad_accum_steps, config.batch_size, self.size
         self._micro_batches, self._apart = micro_batches, config.sync_every is not None
-        self._sum.half = config.wire == "bfloat16"
+        self._divided, self._sum.half = config.shard_optimizer, config.wire == "bfloat16"
+        if self._divided and (self._apart or config.n_devices > 1):
+            other = "sync_every" if self._apart else "devices"
+            raise UsageError(
+                f"shard_optimizer divides among ranks the moments of weights that all of them "
+                f"change alike, on one device each. Leave out {other} or shard_optimizer."
+            )
         if ranks & (ranks - 1):
             less = 1 << ranks.bit_length() - 1
             raise UsageError(
@@ -222,12 +242,54 @@ class Ranks(Alone):
         own, place = count // self._sum.active, self.comm.Get_rank()
         return range(place * own, (place + 1) * own) if place < self._sum.active else range(0)
 
-    def sum(self, part: FlatBuffer, out: FlatBuffer) -> None:
+    def sum(self, part: FlatBuffer, out: FlatBuffer, whole: bool = False) -> None:
         part.fetch()
-        part.array[-1] = self.stop_asked
-        self._surely(lambda: self._sum(part.array, out.array))
-        self._stop_agreed = bool(out.array[-1] > 0)
+        asked, part.array[-1] = self._vote()
+        self._surely(lambda: self._sum(part.array, out.array, whole))
+        self._count_votes(asked, float(out.array[-1]))
         out.put()
+
+    def _vote(self) -> tuple[bool, float]:
+        """Whether this rank asks for a checkpoint, and its vote."""
+        return (asked := self.save_asked), self.stop_asked + SAVE * asked
+
+    def _count_votes(self, asked: bool, votes: float) -> None:
+        saves, stops = divmod(votes, SAVE)
+        self._stop_agreed, self._save_agreed = stops > 0, saves > 0
+        if asked:  # not what was asked meanwhile
+            self.save_asked = False
+
+    def sum_pieces(self, part: FlatBuffer, counts: list[int]) -> None:
+        part.fetch()
+        start = sum(counts[: self.rank])
+
+        def exchange() -> None:
+            part.array[start : start + counts[self.rank]] = self._sum.piece(part.array, counts)
+
+        self._surely(exchange)
+        part.put()
+
+    def gather(self, values: npt.NDArray[np.float32], counts: list[int]) -> None:
+        self._surely(lambda: self.comm.Allgatherv(self.mpi.IN_PLACE, [values, counts]))
+
+    def rows(
+        self, own: npt.NDArray[np.float32], counts: list[int]
+    ) -> list[npt.NDArray[np.float32]]:
+        asked, vote = self._vote()
+        ends = np.cumsum([n + 1 for n in counts])
+        everything = np.empty(int(ends[-1]), np.float32)
+        mine = everything[int(ends[self.rank]) - len(own) - 1 : int(ends[self.rank])]
+        mine[:-1], mine[-1] = own, vote
+        self.gather(everything, [n + 1 for n in counts])
+        found = np.split(everything, ends[:-1])
+        self._count_votes(asked, float(sum(row[-1] for row in found)))
+        return [row[:-1] for row in found]
+
+    def give(self, values: npt.NDArray[Any]) -> None:
+        self._surely(lambda: self.comm.Send(values, 0, STATE), alone=True)
+
+    def fetch(self, rank: int, out: npt.NDArray[Any]) -> None:
+        self._surely(lambda: self.comm.Recv(out, rank, STATE), alone=True)
 
     def each(self, compute: Callable[[int], float], count: int) -> list[float]:
         while True:
@@ -239,17 +301,24 @@ class Ranks(Alone):
                 self._surely(partial(self.comm.Allgather, own, rows))
                 return [float(rows[i % size, i // size]) for i in range(count)]
 
-    def _surely(self, exchange: Callable[[], object]) -> None:
-        """Make an exchange, and raise LostRankError on every rank unless all of them have it."""
+    def _surely(self, exchange: Callable[[], object], alone: bool = False) -> None:
+        """Make an exchange, and raise LostRankError on every rank unless all of them have it.
+
+        With divided moments, which a lost rank takes with it, it is a TrainingError; so it is in an
+        exchange that not all of them make, ``alone``.
+        """
         done = True
         try:
             exchange()
         except self.mpi.Exception as error:
-            if not self.tolerant:
-                raise TrainingError(f"An exchange between the ranks failed: {error}.") from error
+            if not self.tolerant or self._divided or alone:
+                moments = " Its share of the moments is lost with it." if self._divided else ""
+                raise TrainingError(
+                    f"An exchange between the ranks failed: {error}.{moments} Resume the run."
+                ) from error
             done = False
             self.comm.Revoke()  # wakes those that still wait for this exchange
-        if self.tolerant:
+        if self.tolerant and not (self._divided or alone):
             with contextlib.suppress(self.mpi.Exception):  # raised on all or none
                 if self.comm.Agree(int(done)):
                     return

@@ -49,8 +49,8 @@ const answered = new Promise((resolve, reject) => {
     else if (message.done) resolve(written);
   });
 });
-const { config, tokenizer } = about;
-worker.postMessage({ start: { module, config, tokenizer } });
+const { config, tokenizer, chat } = about;
+worker.postMessage({ start: { module, config, tokenizer, chat } });
 let at = 0;
 for (let i = 0; i < about.chunks; i++) {
   const { tag, text, end } = element('<script type="text/plain" class="weights"', at);

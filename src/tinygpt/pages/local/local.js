@@ -42,6 +42,7 @@ async function first(answer) {
 export const local = {
   start,
   tokens: async (text, signal) => (await first(ask("tokens", { text }, signal))).tokens,
+  conversation: (messages, max_tokens, signal) => first(ask("conversation", { messages, max_tokens }, signal)),
   generate: (prompt, settings, signal) => ask("generate", { ...prompt, ...settings }, signal),
   candidates: (prompt, wanted, signal) => first(ask("candidates", { ...prompt, ...wanted }, signal)),
   beginnings: async () => about.card.beginnings ?? [],
@@ -60,10 +61,10 @@ function inflated(id) {
 
 /** Starts the worker and hands it the weights as they are read; -> the card. */
 async function start() {
-  const { config, tokenizer, shaders, card, title, ...more } = about;
+  const { config, tokenizer, chat, shaders, card, title, ...more } = about;
   const [code, module] = await Promise.all([inflated("worker"), inflated("module")]);
   worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
-  worker.postMessage({ start: { module, config, tokenizer, shaders } });
+  worker.postMessage({ start: { module, config, tokenizer, chat, shaders } });
   const ready = new Promise((resolve, reject) => {
     worker.onmessage = ({ data }) => {
       if (data.ready) resolve(data.ready);

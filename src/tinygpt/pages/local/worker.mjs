@@ -1,11 +1,12 @@
 // The page's second thread: it owns the model, so that the page never freezes, and answers what a
 // server would, in the same JSON.
 //
-// In:  {start: {module, config, tokenizer, shaders}}, {chunk, bytes} of the weights, {loaded: true},
+// In:  {start: {module, config, tokenizer, chat, shaders}}, {chunk, bytes} of the weights, {loaded: true},
 //      then {id, path, body} for what is asked, and {cancel: id}
 // Out: {ready: where it runs}, then {id, event} for each part of an answer, {id, done: true};
 //      {id, error} where something failed
 
+import { Conversation } from "./conversation.mjs";
 import { Model, Wasm } from "./forward.mjs";
 import { distribution, draw, largest, randomStream, softmax } from "./sampling.mjs";
 import { TextStream, makeTokenizer } from "./tokenizer.mjs";
@@ -14,7 +15,7 @@ import { choose } from "./webgpu.mjs";
 const PAUSE = 16; // milliseconds of writing before messages are looked at
 const MOST = 8192; // tokens of a prompt: the end of a longer text is taken
 
-let wasm, given, model, tokenizer;
+let wasm, given, model, tokenizer, conversation;
 const cancelled = new Set(); // ids
 
 // ---- what can be asked ----
@@ -24,7 +25,14 @@ const answers = {
     yield { tokens: encode(text).map(piece) };
   },
 
-  async *generate({ ids = [], text = "", max_tokens, seed, stop = [], ignore_eos, ...settings }, isCancelled) {
+  async *conversation({ messages, max_tokens }) {
+    const { ids, left_out, too_long } = conversation.ask(messages, max_tokens);
+    const { stop, stop_ids } = conversation;
+    yield { tokens: ids.slice(-MOST).map(piece), remark: remark(left_out, too_long), stop, stop_ids };
+  },
+
+  async *generate({ ids = [], text = "", max_tokens, seed, stop = [], stop_ids = [], ignore_eos, ...settings }, isCancelled) {
+    const ends = new Set([...tokenizer.ends, ...stop_ids]);
     const cut = encode(text);
     const all = prompt(ids, cut);
     yield { prompt: cut.map(piece) };
@@ -37,7 +45,7 @@ const answers = {
     for (let count = 0; count < max_tokens && !isCancelled(); count++) {
       const scores = await logits(all);
       const id = draw(distribution(scores, settings, all), random());
-      if (tokenizer.ends.has(id) && !ignore_eos) {
+      if (ends.has(id) && !ignore_eos) {
         reason = "stop";
         break;
       }
@@ -74,6 +82,11 @@ const answers = {
     };
   },
 };
+
+function remark(left, tooLong) {
+  if (tooLong) return "This question is longer than the model's window: it sees only the end.";
+  return left ? `The window is full: messages that have left it, the oldest first: ${left}.` : "";
+}
 
 // Where a text ends that a stop string may yet claim, or has claimed: [length, whether it has].
 function beforeStop(text, stops) {
@@ -131,6 +144,7 @@ async function finishLoading() {
   const [runner, where] = await choose(wasm, given.shaders);
   model = new Model(runner, given.config);
   tokenizer = makeTokenizer(given.tokenizer);
+  conversation = new Conversation(given.chat, tokenizer, given.config.block_size);
   postMessage({ ready: where });
 }
 

@@ -105,7 +105,7 @@ export class Editor {
   }
 }
 
-function levelOf({ logprob }) {
+export function levelOf({ logprob }) {
   if (logprob == null) return 0;
   const level = LEVELS.findIndex((bits) => -logprob / Math.LN2 <= bits);
   return level < 0 ? LEVELS.length : level;

@@ -2,6 +2,7 @@
 
 import { Attention } from "./attention.js";
 import { Candidates } from "./candidates.js";
+import { Chat } from "./chat.js";
 import { modelCard } from "./card.js";
 import { Cuts } from "./cuts.js";
 import { Draft, received } from "./draft.js";
@@ -37,9 +38,12 @@ export class Playground {
     const asking = { model, onError: (error) => this.fail(error), given: (draft) => draft.given(this.most) };
     this.candidates = new Candidates(byId("candidates"), {
       ...asking,
-      onChoose: (draft, index, token) => draft === this.draft && this.branch(index, token),
-      onMove: (step) => this.select(this.selected + step),
-      onFound: (found) => this.story.show(this.draft, this.card, found),
+      onChoose: (draft, index, token) => {
+        if (this.chat.isOpen) this.chat.branch(draft, index, token);
+        else if (draft === this.draft) this.branch(index, token);
+      },
+      onMove: (step) => this.select(this.#seen.selected + step),
+      onFound: (found) => this.story.show(this.#seen.draft, this.card, found),
       sampling: () => this.sampling.values,
     });
     this.attention = new Attention(byId("attention"), asking);
@@ -51,10 +55,12 @@ export class Playground {
       },
     });
     this.samples = new Samples(byId("samples"), (sample) => this.#take(sample));
-    this.tabs = new Tabs(document.querySelector("[role=tablist]"), () => this.#look());
+    this.lookSoon = debounced(80, () => this.#look());
+    this.tabs = new Tabs(byId("inside-tabs"), () => this.#look());
+    this.chat = new Chat(this, () => this.lookSoon());
+    this.ways = new Tabs(byId("ways"), () => this.#look());
     this.story = new Story(byId("story"), (part) => this.#follow(part));
     this.cutSoon = debounced(250, () => this.#cut());
-    this.lookSoon = debounced(80, () => this.#look());
     this.keepSoon = debounced(300, () => this.keep());
     this.#listen();
     this.#show();
@@ -75,6 +81,7 @@ export class Playground {
       this.draft = Draft.of(this.draft.text); // its ids are those of another model
     }
     this.#buttons();
+    this.chat.show();
     this.#meter();
     this.#offerBeginnings();
     document.documentElement.dataset.ready = Math.round(performance.now());
@@ -133,6 +140,7 @@ export class Playground {
 
   /** Look at a token; their number means the one that would come next. */
   select(index) {
+    if (this.chat.isOpen) return this.chat.select(index);
     if (index < 0 || index > this.draft.tokens.length) return;
     this.selected = index;
     this.editor.select(index);
@@ -156,7 +164,7 @@ export class Playground {
     let began = 0;
     this.draft = before;
     this.samples.close();
-    await this.#busily(async (signal) => {
+    await this.busily(async (signal) => {
       for await (const { draft, isPrompt } of this.#drafts(before, settings, signal)) {
         if (isPrompt) before = draft;
         else began ||= this.#first();
@@ -178,7 +186,7 @@ export class Playground {
   async #several(before, count) {
     const settings = Array.from({ length: count }, (_, i) => this.sampling.next(i));
     this.samples.open(before, settings);
-    await this.#busily(async (signal) => {
+    await this.busily(async (signal) => {
       await Promise.all(settings.map(async (each, i) => {
         for await (const { draft, isPrompt } of this.#drafts(before, each, signal)) {
           this.samples.show(i, draft, isPrompt);
@@ -206,7 +214,7 @@ export class Playground {
   }
 
   /** Do something that can be stopped; ``length()`` is the number of tokens that have come of it. */
-  async #busily(work, length) {
+  async busily(work, length) {
     this.#forgive();
     this.say("");
     this.#busy(new AbortController());
@@ -320,14 +328,19 @@ export class Playground {
   #look() {
     const panel = { candidates: this.candidates, attention: this.attention, cuts: this.cuts }[this.tabs.current];
     if (this.writing) panel?.wait();
-    else if (this.draft.isCut && this.card) panel?.show(this.draft, this.selected);
+    else if (this.#seen.draft.isCut && this.card) panel?.show(this.#seen.draft, this.#seen.selected);
+  }
+
+  /** What the panels look into: the text, or an answer of the talk. */
+  get #seen() {
+    return this.chat.isOpen ? this.chat.seen : this;
   }
 
   /** A part of the story was pressed. */
   #follow(part) {
-    if (part === "text") byId("text").focus();
+    if (part === "text") byId(this.chat.isOpen ? "question" : "text").focus();
     else if (part !== "draw") this.tabs.open(part === "layers" ? (this.card?.can.attention ? "attention" : "card") : part);
-    else if (this.card && !this.writing) this.continue({ max_tokens: 1 });
+    else if (this.card && !this.writing && !this.chat.isOpen) this.continue({ max_tokens: 1 });
   }
 
   keep() {
@@ -413,9 +426,9 @@ export class Playground {
   #key(event) {
     if (event.isComposing || document.querySelector("dialog[open]")) return;
     const command = event.ctrlKey || event.metaKey;
-    const what = event.target.matches("input, #stop") ? undefined : historyKey(event); // fields have their own
+    const what = this.chat.isOpen || event.target.matches("input, #stop") ? undefined : historyKey(event); // fields have their own
     if (event.key === "Escape" && this.writing) this.stop();
-    else if (command && event.key === "Enter" && !this.writing && this.card) this.continue();
+    else if (command && event.key === "Enter" && !this.writing && this.card && !this.chat.isOpen) this.continue();
     else if (what) this[what]();
     else return;
     event.preventDefault();

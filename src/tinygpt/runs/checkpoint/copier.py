@@ -5,7 +5,7 @@ tinygrad is imported where it is used, so that a program which only looks at fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +89,10 @@ class Copier:
 
     def _prepare(self, tensors: Mapping[str, Tensor]) -> None:
         self.snapshot = Snapshot(layout_of(tensors))
-        self._sources = {n: _Source(t, self.snapshot.array(n)) for n, t in tensors.items()}
+        elsewhere = getattr(self.optimizer, "elsewhere", {})
+        self._sources = {
+            n: _Source(t, self.snapshot.array(n), elsewhere.get(id(t))) for n, t in tensors.items()
+        }
         self._devices = {t.device for t in tensors.values() if isinstance(t.device, str)}
 
 
@@ -103,12 +106,17 @@ class _Source:
 
     tensor: Tensor
     out: Array
+    fetch: Callable[[Array], None] | None = None
+    """What brings the values from another process, if that has them."""
     uop: UOp | None = None
     memory: Array | None = None
     """Where the values of ``uop`` lie, if the processor can reach them."""
 
     def copy(self) -> None:
         """Copy the values; the device must have finished its work."""
+        if self.fetch is not None:
+            self.fetch(self.out)
+            return
         if self.tensor.uop is not self.uop:
             self.uop, self.memory = self.tensor.uop, _memory(self.tensor, self.out)
         np.copyto(self.out, _fetched(self.tensor, self.out) if self.memory is None else self.memory)

@@ -23,6 +23,7 @@ from tinygpt.files.atomic import check_overwritable, remove_stale, user_path
 from tinygpt.runs.checkpoint.copier import Copier, layout_of, named_tensors
 from tinygpt.runs.checkpoint.format import FREE, Array, Meta
 from tinygpt.runs.checkpoint.reader import (
+    STATE,
     WEIGHTS,
     describe,
     one_by_one,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from tinygrad.nn.optim import Optimizer
 
     from tinygpt.model.transformer import Transformer
+
+OUTER_MOMENTUM = f"{STATE}outer."
+"""How the names of the momentum of ranks that train apart begin."""
 
 
 VOCABULARY = ("wte.weight", "lm_head.weight")
@@ -66,9 +70,12 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     is added to the weights, unless the model has such adapters too.
     """
     path = user_path(path)
-    wanted = named_tensors(model, optimizer)
-    meta = read_meta(path)
+    meta, held = read_meta(path), describe(path)["tensors"]
     _check_same_model(path, meta.model, model.config)
+    wanted = named_tensors(model, optimizer)
+    outer = [n for n in wanted if n.startswith(OUTER_MOMENTUM) and n not in held]
+    for name in outer:  # of ranks that shared each step, or of an earlier version: it stays 0
+        del wanted[name]
     _take_over(path, model, wanted)
     return meta
 

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinygpt.config import MAX_TOKENS
+from tinygpt.config import MAX_CHAT_TOKENS, MAX_TOKENS
 from tinygpt.errors import TinyGPTError, TokenizerError
 from tinygpt.server.engine.scheduler import EngineClosed
 from tinygpt.server.engine.sequence import Request as TextRequest
@@ -28,9 +28,9 @@ from tinygpt.server.http.refusal import Refusal, queue_full, timed_out
 from tinygpt.server.http.static import page_files
 from tinygpt.server.openai.choices import Choice, Delta, finite
 from tinygpt.server.openai.endpoints import generate
-from tinygpt.server.openai.fields import completion_schema
+from tinygpt.server.openai.fields import chat_schema, completion_schema
 from tinygpt.server.openai.jobs import Body, Job, sampling_of, seed_of, stops_of
-from tinygpt.server.openai.prompts import Ids, encode
+from tinygpt.server.openai.prompts import Ids, encode, encode_chat
 from tinygpt.server.openai.schema import Schema, given, object_schema
 from tinygpt.server.openai.service import Service
 from tinygpt.server.openai.shapes import CompletionShape, Json
@@ -68,6 +68,7 @@ def routes(service: Service, dashboard: bool) -> list[Route]:
 def _schemas(service: Service) -> dict[str, Schema]:
     """The body of each endpoint; fields of a completion are as in /v1/completions."""
     fields = completion_schema(service.name, service.vocab_size, service.limits)["properties"]
+    chats = chat_schema(service.name, service.limits)["properties"]
     sampling = {name: fields[name] for name in SAMPLING}
     sampling["top_p"] = {**fields["top_p"], "exclusiveMinimum": 0}  # the page sends null for none
 
@@ -82,6 +83,7 @@ def _schemas(service: Service) -> dict[str, Schema]:
         "seed": {**fields["seed"], "minimum": 0},
         "stop": fields["stop"],
         "ignore_eos": fields["ignore_eos"],
+        "stop_ids": {**ids, "maxItems": service.limits.stops},
     }
     looked_at = {"token": {**token, "type": ["integer", "null"]}, "count": whole(1, CANDIDATES)}
     layer = {"layer": whole(0, service.model.config.n_layer - 1), "last": whole(1, WINDOW)}
@@ -89,6 +91,9 @@ def _schemas(service: Service) -> dict[str, Schema]:
         "model": object_schema({}, strict=False),
         "beginnings": object_schema({}),
         "tokens": object_schema({"text": text}, "text"),
+        "conversation": object_schema(
+            {"messages": chats["messages"], "max_tokens": writing["max_tokens"]}, "messages"
+        ),
         "generate": object_schema({**context, **sampling, **writing}),
         "candidates": object_schema({**context, **sampling, **looked_at}),
         "attention": object_schema({**context, **layer}, "layer"),
@@ -127,6 +132,18 @@ class _Looking:
         """The tokens of a text, or of the end of one that is too long."""
         ids = await _text_ids(self.service, body["text"])
         return {"tokens": pieces(self.service.tokenizer, ids)}
+
+    async def conversation(self, body: Body) -> Json:
+        """The prompt for an answer, where the answer ends, and what to know of the prompt."""
+        asked = await encode_chat(
+            self.service, body["messages"], body.get("max_tokens", MAX_CHAT_TOKENS)
+        )
+        return {
+            "tokens": pieces(self.service.tokenizer, asked.ids),
+            "remark": asked.remark,
+            "stop": asked.stop,
+            "stop_ids": asked.stop_ids,
+        }
 
     async def candidates(self, body: Body) -> Json:
         """The likeliest tokens after a text; of ``token``, its rank as well."""
@@ -221,6 +238,7 @@ async def _generation(service: Service, body: Body) -> Job:
         stops_of(body),
         logprobs=0,
         ignore_eos=bool(body.get("ignore_eos")),
+        ends=tuple(map(int, body.get("stop_ids", ()))),
     )
     shape = _TokenShape(service, text)
     return Job(shape, (request,), (Delta(),), len(ids), stream=True, include_usage=False)

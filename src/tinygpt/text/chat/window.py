@@ -39,16 +39,21 @@ class Asked:
     def remark(self) -> str:
         """What a person should know of the prompt; empty where all was put in."""
         if self.too_long:
-            return "this question is longer than the model's window: it sees only the end"
+            return "This question is longer than the model's window: it sees only the end."
         if not self.left_out:
             return ""
-        messages = "message has" if self.left_out == 1 else "messages have"
-        return f"the window is full: the oldest {self.left_out} {messages} left it"
+        return f"The window is full: messages that have left it, the oldest first: {self.left_out}."
 
 
 def chat_template(tokenizer: Tokenizer) -> Template:
     """The template of a vocabulary; ``PLAIN`` where it was made for no conversations."""
     return template_of(tokenizer) or PLAIN
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens at which an answer is over."""
+    own = chat_template(tokenizer).stop_ids(tokenizer)
+    return tuple(dict.fromkeys((*ends_of(tokenizer), *own)))
 
 
 def ask(
@@ -79,7 +84,7 @@ def ask(
         sum(len(turn) for turn in turns[:first]),
         len(prompt) > window,
         template.stop_strings,
-        tuple(dict.fromkeys((*ends_of(tokenizer), *template.stop_ids(tokenizer)))),
+        stop_ids(tokenizer),
     )
 
 
