@@ -97,7 +97,7 @@ class Capture:
         self._outputs: list[tuple[Tensor | None, Any]] = []
         self._graphs: Sequence[PoolGraph | Replay] = []
         self._to_keep: Callable[[Sequence[PoolGraph], Any], None] | None = None
-        data = self._find(kept, getattr(compute, "__qualname__", ""))
+        self._data = data = self._find(kept, getattr(compute, "__qualname__", ""))
 
         # No method of this object, which would close a circle: of Tensors that are freed with one,
         # tinygrad's own list of Tensors keeps an entry for ever.
@@ -150,6 +150,8 @@ class Capture:
             if graphs and (to_keep := self._to_keep):
                 to_keep(graphs, made)
         self._to_keep = None
+        if self._data:
+            self._data.clear()  # it holds on to buffers
         return made
 
     def _read(self, made: Any) -> Any:
