@@ -382,6 +382,8 @@ def _described(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_described(v)}' for key, v in value.items())}}}"
     kind = type(value)
     if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
         raise TypeError(f"{kind} is not known")
