@@ -215,12 +215,12 @@ def memory(plan: Plan, size: int) -> int:
     """Bytes of a rank for weights, moments, and all that sums gradients; activations come on top.
 
     AdamW has two moments. Sums are one buffer for each level of a rank's tree; an exchange has room
-    for what comes in, and a meeting for the weights before, how far they have moved, the sum of
-    that, and the outer momentum.
+    for what comes in, and a meeting for the weights before, how far they have moved, and the outer
+    momentum.
     """
     sums = levels(plan.own) if plan.micro_batches > 1 else 0
     coming = plan.ranks > 1
-    meeting = 4 if plan.sync_every else 0
+    meeting = 3 if plan.sync_every else 0
     return size * (plan.devices * (1 + sums) + 2 + coming + meeting)
 
 

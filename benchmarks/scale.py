@@ -264,22 +264,26 @@ def measure(sizes: Sizes, worlds: dict[int, World], size: int) -> Iterator[Round
     order = rows(sizes, worlds)
     for _ in range(sizes.rounds):
         parts = {
-            n: {part: slowest(worlds[n], "part", part, sizes.repeats) for part in parts_of(n)}
+            n: {part: timed(sizes, worlds[n], n, part) for part in parts_of(n)}
             for n in worlds
             if n <= cores()
         }
         exchanges = {
-            n: {
-                s: slowest(worlds[n], "part", f"exchange {s}", sizes.repeats) for s in buffers(size)
-            }
+            n: {s: timed(sizes, worlds[n], n, f"exchange {s}") for s in buffers(size)}
             for n in worlds
             if n > 1
         }
         spread = [size // 256 // 4 * 4, size // 16 // 4 * 4]
-        between = {s: slowest(worlds[1], "part", f"devices {s}", sizes.repeats) for s in spread}
+        between = {s: timed(sizes, worlds[1], 1, f"devices {s}") for s in spread}
         steps = {plan: slowest(worlds[plan.ranks], "seconds", plan, sizes.turn) for plan in order}
         order.append(order.pop(0))
         yield Round(parts, exchanges, between, steps)
+
+
+def timed(sizes: Sizes, world: World, ranks: int, part: str) -> float:
+    """Seconds of a part; of micro-batches as many in a row as a rank has in a step."""
+    burst = sizes.micro_batches // ranks if part.startswith("micro_batch") else 1
+    return slowest(world, "part", part, sizes.repeats, burst)
 
 
 def slowest(world: World, *call: Any) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -151,8 +151,12 @@ class Rank:
 
     # ---- parts ----
 
-    def part(self, name: str, repeats: int) -> float:
-        """The median seconds of a part, which every rank of this world takes at the same time."""
+    def part(self, name: str, repeats: int, burst: int) -> float:
+        """The mean seconds of a part, which every rank of this world takes at the same time.
+
+        It is taken ``burst`` times in a row, from when all ranks begin until all are done: what the
+        ranks of a step wait for each other is in it. As a step is a sum of parts, the mean counts.
+        """
         if name not in self._works:
             kind, _, number = name.partition(" ")
             make = getattr(self, f"_{kind}")
@@ -162,9 +166,11 @@ class Rank:
         for _ in range(repeats):
             self._meet()
             before = self.clock()
-            work()
-            times.append(self.clock() - before)
-        return median(times)
+            for _ in range(burst):
+                work()
+            self._meet()
+            times.append((self.clock() - before) / burst)
+        return fmean(times)
 
     def shape(self) -> tuple[int, int]:
         """Bytes of all gradients as they are sent, and the number of parameters."""
@@ -231,8 +237,8 @@ class Rank:
         return lambda: next(steps)
 
     def _meeting(self) -> Callable[[], object]:
-        params = list(Transformer(self.model, seed=0).parameters().values())
-        return Meeting(params, Alone()).take
+        optimizer = make_optimizer(Transformer(self.model, seed=0).parameters(), self.train)
+        return Meeting(optimizer, Alone()).take
 
     def _exchange(self, size: int) -> Callable[[], object]:
         part, out = np.ones((2, size // 4), np.float32)

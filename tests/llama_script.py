@@ -22,6 +22,11 @@ def piece(model, token):
 
 def main(path):
     request = json.load(sys.stdin)
+    if "chats" in request:  # of texts with special tokens in them, ids alone are asked for
+        vocabulary = llama_cpp.Llama(path, vocab_only=True, verbose=False)
+        ids = [vocabulary.tokenize(t.encode(), False, True) for t in request["chats"]]
+        json.dump({"ids": ids}, sys.stdout)
+        return
     model = llama_cpp.Llama(
         path, n_ctx=request["block_size"], n_batch=512, n_threads=1, logits_all=True,
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, verbose=False,

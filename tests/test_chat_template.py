@@ -109,6 +109,34 @@ def test_jinja_is_known_again_only_for_the_same_special_tokens(template: Templat
     assert read_jinja(jinja, ["<|other|>"]) is None  # it would let a marker through
 
 
+OTHERS_CHATML = """{%- for message in messages %}
+    {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>" + "\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\\n" }}
+{%- endif %}
+"""
+
+
+def test_chatml_as_others_write_it_is_read_and_means_the_same(tmp_path: Path):
+    names = (END, "<|im_start|>", "<|im_end|>")
+    tokenizer = made("bpe").with_specials(names)
+    write_tokenizer(tokenizer, tmp_path, block_size=64)
+    (tmp_path / "chat_template.jinja").write_text(OTHERS_CHATML)
+    assert template_of(read_tokenizer(tmp_path)) == CHATML
+    assert read_jinja(OTHERS_CHATML, MARKERS) is None  # its tokens are not there
+    hf = pytest.importorskip("transformers", reason="needs the extra 'oracle'")
+    pytest.importorskip("jinja2", reason="transformers renders templates with it")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path)
+    for asked in (False, True):
+        ids = CHATML.render(tokenizer, TALK, answer=asked).ids.tolist()
+        made_there = theirs.apply_chat_template(
+            TALK, add_generation_prompt=asked, return_dict=False
+        )
+        assert made_there == ids
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gguf_file_holds_template_and_ends(kind: str, name: str, tmp_path: Path):

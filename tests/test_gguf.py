@@ -16,6 +16,7 @@ from tinygrad import Tensor
 
 from tests.mixed_text import mixed_text
 from tests.numpy_gpt2 import GPT2
+from tests.test_chat_template import conversations, dressed
 from tinygpt.api import GPT, train
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, TrainConfig
@@ -26,6 +27,7 @@ from tinygpt.interop.gguf.gguf_file import export
 from tinygpt.interop.gguf.gguf_tokens import CONTROL, NORMAL, UNUSED, tokens_of
 from tinygpt.interop.gguf.gguf_types import store
 from tinygpt.machine.transfer import read, write
+from tinygpt.text.chat.template import TEMPLATES
 from tinygpt.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, vocabulary
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
@@ -93,7 +95,7 @@ def values(tensors):
 # The weights ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_another_forward_pass_gives_our_logits_from_the_file(model, kind, tmp_path):
     config = model.config
     done = export(model, ByteTokenizer(), tmp_path / "model.gguf", kind)
@@ -106,18 +108,18 @@ def test_another_forward_pass_gives_our_logits_from_the_file(model, kind, tmp_pa
     if kind == "f32":
         assert difference < 1e-4 and done.rounding == 0
     else:
-        assert 1e-4 < difference < {"f16": 0.05, "bf16": 0.4, "q8_0": 0.5}[kind]
+        assert 1e-4 < difference < {"f16": 0.05, "bf16": 0.4, "q8_0": 0.5, "q4_0": 9}[kind]
         assert abs(done.rounding - difference) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_every_weight_is_there_in_the_type_that_llama_keeps_it_in(model, kind, tmp_path):
     path = export(model, ByteTokenizer(), tmp_path / "model.gguf", kind).path
     _, tensors = read_file(path)
     parameters = model.parameters()
     for name, tensor in tensors.items():
         wanted = "f32" if len(tensor.shape) == 1 or name == "wpe.weight" else kind
-        if wanted == "q8_0" and tensor.shape[0] % 32:  # the first of theirs is our last
+        if wanted in ("q8_0", "q4_0") and tensor.shape[0] % 32:  # the first of theirs is our last
             wanted = "f16"
         assert tensor.tensor_type.name == wanted.upper(), name
         if name not in parameters:
@@ -422,8 +424,8 @@ def test_the_command_writes_a_file_and_says_how_it_was_proved(run, run_cli, tmp_
 
 def test_wrong_use_of_the_command_is_advice(run, run_cli, tmp_path):
     out = tmp_path / "m.gguf"
-    code, _, told = run_cli("export", "gguf", run, "--out", out, "--type", "q4_0")
-    assert code == 2 and '"q4_0"' in told and '"f32", "f16", "bf16", "q8_0"' in told
+    code, _, told = run_cli("export", "gguf", run, "--out", out, "--type", "q2_k")
+    assert code == 2 and '"q2_k"' in told and '"bf16", "q8_0", "q4_0"' in told
     code, _, told = run_cli("export", "gguf", run)
     assert code == 2 and "--out" in told
     code, _, told = run_cli("export", "gguf", tmp_path / "nothing", "--out", out)
@@ -533,3 +535,16 @@ def test_llama_reads_the_file_and_writes_the_same_text(llama, taught, kind, tmp_
     assert (likely[:, -1] - likely[:, -2]).min() > 2 * difference, "the choices are too close"
     assert theirs["tokens"] == ours.tolist()
     assert tokenizer.decode(ours.tolist()).rstrip("\ufffd") in STORY * 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "gpt2"])
+def test_llama_makes_our_ids_of_200_conversations(llama, kind, name, tmp_path):
+    tokenizer, template = dressed(kind, name), TEMPLATES[name]
+    rows = tokenizer.vocab_size + 1
+    model = GPT(GPTConfig(block_size=8, vocab_size=rows, n_layer=1, n_head=1, n_embd=4))
+    path = export(model, tokenizer, tmp_path / "m.gguf").path
+    ids = [template.render(tokenizer, talk).ids.tolist() for talk in conversations(200, seed=7)]
+    texts = [tokenizer.decode(each) for each in ids]
+    assert ask_llama(llama, path, {"chats": texts})["ids"] == ids

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, nn
+from tinygrad import Tensor, dtypes, nn
 from tinygrad.helpers import GlobalCounters
 
 from tests.run_script import MODEL, TOKENS, TRAIN, make_run
@@ -12,9 +12,10 @@ from tests.test_resume import differing, finish, rewrite, stopped_at
 from tinygpt import kernels
 from tinygpt.api import GPT, load, train
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig
-from tinygpt.errors import CheckpointError, ConfigError, UsageError
-from tinygpt.files.tensor_file import arrange
-from tinygpt.machine.transfer import write
+from tinygpt.errors import CheckpointError, ConfigError, DataError, UsageError
+from tinygpt.files.tensor_file import arrange, from_bfloat16, to_bfloat16
+from tinygpt.machine import precision
+from tinygpt.machine.transfer import read, write
 from tinygpt.model import lora
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import Snapshot
@@ -326,6 +327,60 @@ def test_a_checkpoint_of_adapters_is_loaded_as_the_merged_model(whole):
     # and what no adapter was for has never changed
     first = values(GPT(MODEL, seed=5))
     assert same_bits(first, wanted) == set(wanted) - {w.name for w in lora.linear(MODEL)}
+
+
+# ---- half precision ----
+
+HALF = replace(LORA, dtype="bfloat16")
+
+
+def test_frozen_weights_of_16_bits_learn_what_rounded_float32_ones_would(monkeypatch):
+    def losses(half):
+        monkeypatch.setattr(lora, "half_of", lambda name: precision.half_of(name) if half else None)
+        run = make_run(None, config=replace(HALF, max_iters=4))
+        frozen = {n: p for n, p in run.model.parameters().items() if n.endswith("e.weight")}
+        frozen |= {w.name: run.model.parameters()[w.name] for w in lora.linear(MODEL)}
+        assert {p.dtype for p in frozen.values()} == {dtypes.bfloat16 if half else dtypes.float32}
+        if not half:
+            for p in frozen.values():
+                write(p, from_bfloat16(to_bfloat16(read(p))))
+        found = [(step.train_loss, step.val_loss, step.grad_norm) for step in run]
+        lora.merge(run.model)
+        assert {p.dtype for p in run.model.parameters().values()} == {dtypes.float32}
+        return found, values(run.model)
+
+    (rounded, one), (exact, other) = losses(half=True), losses(half=False)
+    assert rounded == exact and len(exact) == 4
+    assert same_bits(one, other) == set(other)
+
+
+def test_a_resumed_run_in_half_precision_is_bit_identical_and_saves_float32(tmp_path):
+    config = replace(HALF, max_iters=4)
+    assert len(list(make_run(tmp_path / "whole", config=config))) == 4
+    folder = stopped_at(tmp_path / "whole", 2, tmp_path / "run")
+    assert finish(folder, config) == [3, 4]
+    assert differing(tmp_path / "whole", folder) == []
+    path = folder / "ckpt_4.safetensors"
+    kinds = {kind["dtype"] for kind in checkpoint.describe(path)["tensors"].values()}
+    assert "BF16" not in kinds and "F32" in kinds
+    found, first = values(load(path)[0]), values(GPT(MODEL, seed=5))
+    for name in ("wte.weight", "wpe.weight"):
+        assert (found[name] == from_bfloat16(to_bfloat16(first[name]))).all()
+    for name in ("h.0.ln_1.weight", "h.0.mlp.c_fc.bias"):
+        assert (found[name] == first[name]).all()
+
+
+def test_weights_that_float16_cannot_hold_are_not_frozen_in_it():
+    model = GPT(SMALL)
+    write(model.wte.weight, np.full(model.wte.weight.shape, 1e5))
+    with pytest.raises(DataError, match=r"wte.weight holds values beyond 65504.*bfloat16"):
+        lora.prepare(model, TrainConfig(lora_rank=2, dtype="float16"))
+
+
+def test_half_of_the_frozen_weights_memory_is_foreseen():
+    shape, train = GPTConfig(vocab_size=65), TrainConfig(lora_rank=4, dtype="bfloat16")
+    found, plain = preflight.preflight(shape, train), shape.num_params()
+    assert found.weights == 2 * plain + 4 * (found.parameters - plain)
 
 
 def test_samples_are_those_of_the_adapted_model(whole):

@@ -13,6 +13,7 @@ from tinygrad import Tensor, dtypes
 from tinygpt import kernels
 from tinygpt.kernels import matmul as product_module
 from tinygpt.kernels import pairs
+from tinygpt.kernels.attention import flash_attention, plain_attention
 from tinygpt.kernels.check.cases import rounded
 from tinygpt.kernels.linear import linear
 from tinygpt.kernels.matmul import Plan, matmul
@@ -181,3 +182,30 @@ def test_why_a_processor_has_no_pairs_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pairs, "_flags", lambda: ["avx2"])
     assert "AVX512_BF16" in (pairs.obstacle("CPU") or "kernels are made for")
     assert "C compiler" in (pairs.obstacle("PYTHON") or "")
+
+
+@here
+@pytest.mark.parametrize(
+    ("H", "Tq", "Tk", "D", "dropout"),
+    [(2, 37, 70, 64, 0.0), (12, 33, 33, 6, 0.2)],
+    ids=["keys and queries apart", "a head in a unit, with dropout"],
+)
+def test_attention_in_pairs_equals_the_formula_in_float64(
+    monkeypatch: pytest.MonkeyPatch, H: int, Tq: int, Tk: int, D: int, dropout: float
+) -> None:
+    shapes = [(1, H, T, D) for T in (Tq, Tk, Tk, Tq)]
+    *given, gradient = (numbers(*shape, seed=i) for i, shape in enumerate(shapes))
+    key = Tensor(np.array([1, 2], np.uint32))
+
+    def computed(attention: Callable[..., Tensor], dtype: str) -> list[np.ndarray]:
+        q, k, v, g = (Tensor(x).cast(dtype).realize() for x in (*given, gradient))
+        y = attention(q, k, v, True, dropout, key if dropout else None)
+        return [t.double().numpy() for t in (y, *y.gradient(q, k, v, gradient=g))]
+
+    exact, ours = computed(plain_attention, "float64"), computed(flash_attention, "bfloat16")
+    monkeypatch.setattr(pairs, "available", lambda device: False)
+    others = computed(flash_attention, "bfloat16")
+    for wanted, found, by_float32 in zip(exact, ours, others, strict=True):
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=1e-2)
+        assert (found != by_float32).any()  # rounded elsewhere: these were pairs

@@ -399,6 +399,19 @@ def test_any_number_of_ranks_leaves_the_same_bits(
 
 
 @needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [("--dtype", "float16"), ("--devices", "2")], ids=str)
+def test_ranks_take_other_types_and_devices(
+    given: tuple[str, str], text: Path, tmp_path: Path
+) -> None:
+    one, out, settings = tmp_path / "one", tmp_path / "run", ("--max-iters", 8, *given, *SETTINGS)
+    assert main([*map(str, ["train", text, "--out", one, *settings])]) == 0
+    done = on_ranks(2, "train", text, "--out", out, *settings)
+    assert done.returncode == 0, done.stderr
+    assert differing(one, out) == {}
+
+
+@needs_mpi
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adam", marks=pytest.mark.slow)])
 def test_divided_moments_leave_the_same_bits(

@@ -110,10 +110,10 @@ class GPT(Transformer):
             self.decoder, idx, max_tokens, config, seed, stop, limit=self.limit, ends=ends
         )
 
-    def quantize(self) -> Self:
-        """Round the weights to int8, in place: for generation only, see ``quantize.quantize``."""
+    def quantize(self, kind: Literal["int8", "int4"] = "int8") -> Self:
+        """Round the weights, in place: for generation only, see ``quantize.quantize``."""
         self.decoder = decoder.Decoder(self)  # the one before holds on to the weights before
-        return quantization.quantize(self)
+        return quantization.quantize(self, kind=kind)
 
     def cast(self, dtype: Precision) -> Self:
         """Round the weights to bfloat16 or float16, in place: for generation only, see ``half``."""
@@ -212,26 +212,28 @@ def train(
 
 def load(
     path: str | Path,
-    quantize: Literal["int8", False] | None = None,
+    quantize: Literal["int8", "int4", False] | None = None,
     dtype: Precision = "float32",
     kv: Literal["int8"] | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
     """A model in inference mode and its tokenizer, from a checkpoint or a run folder alone.
 
     Of a run folder the best checkpoint is taken, or else the newest. With ``quantize`` its weights
-    are rounded as they are read: the model can write, in a quarter of the memory, but not learn.
-    None and False leave them as they are; anything but "int8" is a UsageError. The same holds for a
+    are rounded as they are read: the model can write, in a quarter of the memory (int8) or an
+    eighth (int4), but not learn. None and False leave them as they are; anything else is a
+    UsageError. The same holds for a
     ``dtype`` of bfloat16 or float16, which takes half of the memory; only one of the two is taken.
     With ``kv`` the keys and values that its decoder keeps are rounded: a quarter of that memory.
     """
     precision.type_of(dtype)
-    if not (quantize is None or quantize is False or quantize == "int8"):
+    if not (quantize is None or quantize is False or quantize in ("int8", "int4")):
         raise UsageError(
-            f"quantize={quantize!r} is not known. Wanted: 'int8', or None for weights as they are."
+            f"quantize={quantize!r} is not known. Wanted: 'int8', 'int4', or None for "
+            f"weights as they are."
         )
-    if quantize == "int8" and dtype != "float32":
+    if quantize and dtype != "float32":
         raise UsageError(
-            f'Weights are rounded once: give quantize="int8" or dtype="{dtype}", not both.'
+            f'Weights are rounded once: give quantize="{quantize}" or dtype="{dtype}", not both.'
         )
     if kv not in (None, "int8"):
         raise UsageError(
@@ -241,12 +243,12 @@ def load(
     meta = checkpoint.read_meta(chosen)
     model = GPT(meta.model, seed=None)
     model.cache_type = None if kv is None else dtypes.int8
-    if quantize != "int8" and dtype == "float32":
+    if not quantize and dtype == "float32":
         checkpoint.load(chosen, model)
     else:
         with checkpoint.weights(chosen, model) as fetch:
-            if quantize == "int8":
-                quantization.quantize(model, fetch)
+            if quantize:
+                quantization.quantize(model, fetch, quantize)
             else:
                 halve(model, dtype, fetch)
     tokenizer = None if meta.tokenizer is None else tokenizer_from_dict(meta.tokenizer)

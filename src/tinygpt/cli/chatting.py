@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import command, emit, program_name, say
 from tinygpt.cli.flags import Count
-from tinygpt.cli.loading import Quantize, load_model
+from tinygpt.cli.loading import Quantize, QuantizeCache, load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.cli.slash import HELP, obey
@@ -48,7 +48,7 @@ def chat(
     dtype: Precision = "float32",
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
-    kv: Quantize | None = None,
+    kv: QuantizeCache | None = None,
 ) -> int:
     """Talk with a model: a question a line, and its answer as it is written.
 
@@ -74,7 +74,7 @@ def chat(
     dtype
         Type of weights, products and cache: bfloat16 and float16 take half of the memory.
     quantize
-        int8: round the weights, for a quarter of the memory and faster writing.
+        Round the weights, for faster writing: int8 to a quarter of the memory, int4 to an eighth.
     quantize_data
         Text on which to compare the losses before and after. [default: the run's validation text]
     kv

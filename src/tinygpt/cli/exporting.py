@@ -83,7 +83,7 @@ def export_gguf(
     /,
     *,
     out: Path,
-    type: Literal["f32", "f16", "bf16", "q8_0"] = "f32",
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f32",
     tokenizer: str | None = None,
     json: Switch = False,
 ) -> None:
@@ -101,7 +101,7 @@ def export_gguf(
         File to write, such as model.gguf.
     type
         How the weights are stored: f32 exactly, f16 or bf16 in half the size, q8_0 in about a
-        quarter.
+        quarter, q4_0 in about an eighth.
     tokenizer
         gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
     json
@@ -120,7 +120,7 @@ def export_gguf(
     if done.added:
         say("llama.cpp wants a token that ends a text: one was added, which is never the likeliest")
     if done.unrounded:
-        say(f"{len(done.unrounded)} weights are stored as f16: q8_0 wants rows of 32, 64, 96 …")
+        say(f"{len(done.unrounded)} weights are stored as f16: {type} wants rows of 32, 64, 96 …")
     say(f"largest logit difference to what is read from the file: {done.difference:.2g}")
     if type != "f32":
         say(f"rounding the weights changes logits by up to {done.rounding:.2g}")

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import emit, program_name, read_stdin, say, show_json
 from tinygpt.cli.flags import Count, Switch
-from tinygpt.cli.loading import Quantize, load_model
+from tinygpt.cli.loading import Quantize, QuantizeCache, load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.config import MAX_TOKENS, Precision, SampleConfig
@@ -48,7 +48,7 @@ def generate(
     dtype: Precision = "float32",
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
-    kv: Quantize | None = None,
+    kv: QuantizeCache | None = None,
     json: Switch = False,
 ) -> None:
     """Let a model continue a text, streamed as it is written.
@@ -82,7 +82,7 @@ def generate(
     dtype
         Type of weights, products and cache: bfloat16 and float16 take half of the memory.
     quantize
-        int8: round the weights, for a quarter of the memory and faster writing.
+        Round the weights, for faster writing: int8 to a quarter of the memory, int4 to an eighth.
     quantize_data
         Text on which to compare the losses before and after. [default: the run's validation text]
     kv

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from tinygpt.text.tokenizers import Tokenizer
     from tinygpt.text.tokens import Tokens
 
-Quantize = Literal["int8"]
-"""What weights, and the cache, can be rounded to; see ``tinygpt.model.int8``."""
+Quantize = Literal["int8", "int4"]
+"""What weights can be rounded to; see ``tinygpt.model.int8``."""
+QuantizeCache = Literal["int8"]
+"""What keys and values can be rounded to."""
 LARGEST_BEGUN = 1 << 25
 """Bytes of a text of which beginnings are offered."""
 
@@ -125,7 +127,7 @@ def load_model(
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
     dtype: Precision = "float32",
-    kv: Quantize | None = None,
+    kv: QuantizeCache | None = None,
 ) -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
 
@@ -136,7 +138,7 @@ def load_model(
     from tinygpt.api import load
 
     if quantize_data is not None and quantize is None:
-        raise UsageError("--quantize-data goes with --quantize int8.")
+        raise UsageError("--quantize-data goes with --quantize int8 or int4.")
     if quantize is not None and dtype != "float32":
         raise UsageError(f"Weights are rounded once: give --quantize or --dtype {dtype}, not both.")
     device.require_device()
@@ -148,7 +150,7 @@ def load_model(
             f"byte, or the path of a saved one."
         )
     if quantize is not None:
-        _say_quantized(run, model, own, quantize_data)
+        _say_quantized(run, model, own, quantize, quantize_data)
     elif dtype != "float32":
         say(_saved(model, dtype))
     if kv is not None:
@@ -175,11 +177,13 @@ def _saved_cache(model: GPT) -> str:
     return f"int8: the keys and values of a text take {after} instead of {before}"
 
 
-def _say_quantized(run: Path, model: GPT, tokenizer: Tokenizer, data: str | None) -> None:
+def _say_quantized(
+    run: Path, model: GPT, tokenizer: Tokenizer, kind: Quantize, data: str | None
+) -> None:
     from tinygpt.model import int8
     from tinygpt.runs import checkpoint
 
-    say(_saved(model, "int8"))
+    say(_saved(model, kind))
     try:
         name, tokens = (
             own_validation(run, model, tokenizer, "To compare: --quantize-data TEXT.txt")

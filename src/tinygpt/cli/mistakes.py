@@ -45,7 +45,7 @@ MEANT = {
     "--interactive": "chat",
     "--stop": "stop-string stop-sequence",
     "--dtype": "precision half fp16 bf16 float16 bfloat16 torch-dtype mixed-precision",
-    "--quantize": "int8 quant quantization load-in-8bit",
+    "--quantize": "int8 int4 quant quantization load-in-8bit",
     "--threads": "cores num-threads cpus jobs j",
 }
 """What other programs call a flag of ours."""

@@ -192,9 +192,10 @@ def begin(settings: Settings, material: Material, goes_on: bool = False) -> Begi
     from tinygpt.api import GPT
     from tinygpt.runs import checkpoint
 
-    model, source = GPT(material.shape, settings.train.seed), settings.data
+    source, seed = settings.data, settings.train.seed
     if source.init is None or goes_on:
-        return Beginning(model)
+        return Beginning(GPT(material.shape, seed))
+    model = GPT(material.shape, seed=None)
     path, expected = _lasting(source, material.name).init, source.init_sha256
     assert path is not None
     origin = checkpoint.start_from(path, model, _new_rows(Path(path), material.tokenizer))

@@ -18,7 +18,7 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import command, say
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.loading import Quantize, beginnings, load_model
+from tinygpt.cli.loading import Quantize, QuantizeCache, beginnings, load_model
 from tinygpt.cli.newest import RUNS, run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.cli.signals import Words, run_signals
@@ -72,7 +72,7 @@ def serve(
     dtype: Precision = "float32",
     quantize: Quantize | None = None,
     quantize_data: str | None = None,
-    kv: Quantize | None = None,
+    kv: QuantizeCache | None = None,
     open: Switch = False,
 ) -> int:
     """Serve a model: a page to play with, and an API like OpenAI's.
@@ -109,7 +109,7 @@ def serve(
     dtype
         Type of weights, products and cache: bfloat16 and float16 take half of the memory.
     quantize
-        int8: round the weights, for a quarter of the memory and faster writing.
+        Round the weights, for faster writing: int8 to a quarter of the memory, int4 to an eighth.
     quantize_data
         Text on which to compare the losses before and after. [default: the run's validation text]
     kv

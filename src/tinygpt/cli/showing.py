@@ -61,8 +61,10 @@ def _shown(value: object) -> object:
 
 def _in_memory(count: int) -> str:
     """What so many weights take to write with: as they are, with --dtype, and with --quantize."""
-    named = {"float32": 4, "bfloat16 or float16": 2, "int8": 1}
-    return ", ".join(f"{size(count * bytes_each)} in {name}" for name, bytes_each in named.items())
+    named = {"float32": 4, "bfloat16 or float16": 2, "int8": 1, "int4": 0.5625}
+    return ", ".join(
+        f"{size(int(count * bytes_each))} in {name}" for name, bytes_each in named.items()
+    )
 
 
 def _summary(found: dict[str, Any], config: GPTConfig) -> list[tuple[str, object]]:

@@ -6,10 +6,26 @@ known again by making it once more. No Jinja is run here: it would be a stranger
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-from tinygpt.text.chat.template import TEMPLATES, Template, template_of
+from tinygpt.text.chat.template import CHATML, TEMPLATES, Template, template_of
 from tinygpt.text.tokenizers import BaseTokenizer, Tokenizer, special_of
+
+CHATML_OF_OTHERS = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}",
+)
+"""ChatML as it is commonly written. Its text is ours, but for names of markers in a message."""
 
 
 def chat_template(tokenizer: Tokenizer | None) -> str | None:
@@ -99,9 +115,19 @@ def with_jinja(tokenizer: Tokenizer, jinja: str | None) -> tuple[Tokenizer, bool
 
 
 def read_jinja(jinja: str, special: Iterable[str]) -> Template | None:
-    """The template that a Jinja is; None for one that we do not write."""
+    """The template that a Jinja is; None where it is neither ours nor a common form of ChatML.
+
+    ChatML needs its two special tokens.
+    """
     names = list(special)
-    known = (
-        template for template in TEMPLATES.values() if to_jinja(template, names) == jinja.strip()
-    )
-    return next(known, None)
+    for template in TEMPLATES.values():
+        if to_jinja(template, names) == jinja.strip():
+            return template
+    is_chatml = _bare(jinja) in map(_bare, CHATML_OF_OTHERS)
+    return CHATML if is_chatml and {"<|im_start|>", "<|im_end|>"} <= set(names) else None
+
+
+def _bare(jinja: str) -> str:
+    """A Jinja without what changes nothing in the forms that are compared: spaces and hyphens of
+    statements, and the kind of quotes."""
+    return re.sub(r"\s+|(?<=[{%])-|-(?=[%}])", "", jinja).replace('"', "'")

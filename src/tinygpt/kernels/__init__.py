@@ -25,5 +25,6 @@ from tinygpt.kernels.linear import linear as linear
 from tinygpt.kernels.loss.cross_entropy import cross_entropy as cross_entropy
 from tinygpt.kernels.loss.fused import loss as loss
 from tinygpt.kernels.muon import muon_update as muon_update
+from tinygpt.kernels.nibbles import int4_linear as int4_linear
 from tinygpt.kernels.norm import layer_norm as layer_norm
 from tinygpt.kernels.quantized import quantized_linear as quantized_linear

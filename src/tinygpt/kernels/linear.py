@@ -12,9 +12,8 @@ dW     (O, I)       dyᵀ, dy being (M, O) x (M, I)
 
 For the few rows of generation the weight is read once and nothing is worth copying: `few_rows`
 takes the dot products as they stand. Such a product takes the time that reading the weight takes.
-Where the weight is int8 (`quantized`) or of 16 bits one more thing counts: the hardware prefetches
-along addresses that are read in order, but only to the end of a page, and a page of such numbers is
-soon read. Several places read at once give the full bandwidth, so the outputs of a unit then lie
+One more thing counts: the hardware prefetches along addresses that are read in order, but only to
+the end of a page. Several places read at once give the full bandwidth, so the outputs of a unit lie
 far apart: one from each of some shares of the weight, each of which is read in order.
 
 The gradient of the bias, dy summed over M, comes with dW, which reads all of dy in any case.
@@ -31,7 +30,7 @@ from tinygrad import Tensor, UOp
 from tinygpt.kernels.dispatch import on_cpu, operation
 from tinygpt.kernels.loops import add_across, blocks, fill
 from tinygpt.kernels.matmul import matmul
-from tinygpt.kernels.phases import Array, Backward, Index, Kernel, contiguous, minimum, run, wide
+from tinygpt.kernels.phases import Array, Backward, Index, Kernel, contiguous, run, wide
 from tinygpt.kernels.wmma import core_of
 from tinygpt.machine.tinygrad_internals import DType, least_upper_dtype
 
@@ -134,14 +133,13 @@ def few_rows(k: Kernel, out: Array, x: Array, w: Array, *rest: Array, few: Few) 
     scale, shift = rest[:int8], rest[int8 : int8 + bias]
     # so many sums are in registers; int8 weights are turned into floats once for two rows of x
     outputs, together = min(8 if int8 else 4, n_out), 2 if int8 else 1
-    real, units, apart = wide(out.dtype), blocks(n_out, outputs), w.dtype.itemsize < 4
+    real, units = wide(out.dtype), blocks(n_out, outputs)
     unit = k.units(units)
-    first = minimum(unit * outputs, n_out - outputs)
     steps, rest_of_depth = divmod(n_in, k.lanes)
 
     def row(j: Index) -> UOp:
         """The unit's output j. The last units may repeat some of others: the numbers are equal."""
-        return unit + (n_out - units) * j // max(outputs - 1, 1) if apart else first + j
+        return unit + (n_out - units) * j // max(outputs - 1, 1)
 
     def some(start: UOp | int, count: int) -> None:
         """The rows of x from ``start`` on, so many together."""

@@ -1,9 +1,8 @@
 """Weights of 16 bits for generation: half the memory, and half the time that reading them takes.
 
-Matrices are rounded to the nearest bfloat16, which has the range of float32 and 8 bits of
-precision, or float16, which has 11 bits and ends at 65504. Norms and biases stay as they are: they
-are few. What a linear layer reads and writes has the type of its weight, and so have the keys and
-values of the cache; sums, norms, softmax and logits are float32.
+Matrices and embeddings are rounded, see ``rounding``. What a linear layer reads and writes has the
+type of its weight, and so have the keys and values of the cache; sums, norms, softmax and logits
+are float32.
 
 A model that is rounded can write and be measured, but not learn: most updates are smaller than the
 distance between two such weights. Training has ``TrainConfig.dtype``, which keeps float32 weights.
@@ -13,24 +12,19 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import numpy as np
 from tinygrad import Tensor
 
 from tinygpt.config import Precision
 from tinygpt.config.weights import weights
-from tinygpt.errors import DataError, UsageError
+from tinygpt.errors import UsageError
 from tinygpt.machine import precision
 from tinygpt.machine.transfer import read, write
 from tinygpt.model import lora
-from tinygpt.model.int8 import Array, Fetch, free_unused
+from tinygpt.model.int8 import Fetch, free_unused
+from tinygpt.model.rounding import HALVED, check_range, put
 from tinygpt.model.transformer import Transformer
 
 Model = TypeVar("Model", bound=Transformer)
-
-HALVED = ("tokens", "positions", "linear", "output")
-"""The kinds of weights that are rounded."""
-MOST = 65504.0
-"""The largest float16."""
 
 
 def halve(model: Model, dtype: Precision, fetch: Fetch | None = None) -> Model:
@@ -59,30 +53,14 @@ def halve(model: Model, dtype: Precision, fetch: Fetch | None = None) -> Model:
         parameters = model.parameters()
         if fetch is None and dtype == "float16":  # before any is rounded
             for weight in weights(model.config):
-                _check_range(weight.name, read(parameters[weight.name]))
+                check_range(weight.name, read(parameters[weight.name]), half)
         for weight in weights(model.config):
             parameter = parameters.pop(weight.name)  # its memory is freed when it is replaced
             values = read(parameter) if fetch is None else fetch(weight.name)
             if weight.kind in HALVED:
-                if dtype == "float16":
-                    _check_range(weight.name, values)
-                tensor = Tensor.empty(*weight.shape, dtype=half, device=parameter.device)
-                replace(model, weight.name, write(tensor, values).is_param_(False))
+                put(model, weight.name, parameter, half, values)
             elif fetch is not None:
                 write(parameter, values)
         model.half = half
         free_unused(model)
     return model.eval()
-
-
-def replace(model: Transformer, name: str, tensor: Tensor) -> None:
-    """Put a Tensor in the place of the parameter of this name."""
-    layer, _, attribute = name.rpartition(".")
-    setattr(model.layer(layer), attribute, tensor)
-
-
-def _check_range(name: str, values: Array) -> None:
-    if np.abs(values).max(initial=0.0) > MOST:
-        raise DataError(
-            f"{name} holds values beyond {MOST:.0f}, which float16 does not have. Take bfloat16."
-        )

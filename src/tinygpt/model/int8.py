@@ -6,6 +6,8 @@ more than half a scale. A row belongs to one output, which makes its scale one m
 end of a sum; in the token embedding it belongs to a token, whether the row is looked up or, where
 the embeddings are tied, compared with. Biases, norms and positions stay as they are: they are few.
 
+int4 takes blocks of 32 numbers with a scale each in the place of rows: see `int4`.
+
 Activations are not rounded. A model that is quantised can write and be measured, but not learn.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +25,10 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig
 from tinygpt.config.weights import weights
 from tinygpt.errors import DataError
+from tinygpt.kernels.nibbles import BLOCK, unpacked
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import read, release_unused, write
-from tinygpt.model import lora
+from tinygpt.model import int4, lora
 from tinygpt.model.transformer import INFERENCE, Embedding, Linear, Transformer
 from tinygpt.text.tokens import Tokens
 
@@ -33,6 +36,8 @@ Array = npt.NDArray[Any]
 Fetch = Callable[[str], Array]
 """From a parameter's name to its values."""
 Model = TypeVar("Model", bound=Transformer)
+Kind = Literal["int8", "int4"]
+"""What weights can be rounded to."""
 
 ROUNDED = ("tokens", "linear", "output")
 """The kinds of weights that are rounded."""
@@ -46,8 +51,8 @@ MEASURED = 1024
 """Tokens on which the losses before and after are compared."""
 
 
-def quantize(model: Model, fetch: Fetch | None = None) -> Model:
-    """Round the weights of a model to int8, in place, one layer after another; -> the model.
+def quantize(model: Model, fetch: Fetch | None = None, kind: Kind = "int8") -> Model:
+    """Round a model's weights to int8 or int4, in place, one layer after another; -> the model.
 
     With ``fetch`` they come from there, for a model that was made without any (``seed=None``): it
     never takes more memory than it has in the end, and its largest weight. Adapters are merged
@@ -69,7 +74,8 @@ def quantize(model: Model, fetch: Fetch | None = None) -> Model:
         parameter = parameters.pop(weight.name)  # so that the memory of what is rounded is freed
         if weight.kind in ROUNDED:
             values = read(parameter) if fetch is None else fetch(weight.name)
-            q, scale = (_constant(part, parameter.device) for part in rounded(values))
+            parts = _rounded_to(kind, values)
+            q, scale = (_constant(part, parameter.device) for part in parts)
             _check_finite(weight.name, read(scale))
             bias = parameters.get(f"{weight.layer}.bias")
             tokens = weight.kind == "tokens"
@@ -77,15 +83,14 @@ def quantize(model: Model, fetch: Fetch | None = None) -> Model:
             model.replace(weight.layer, layer)
         elif fetch is not None:
             write(parameter, fetch(weight.name))
-    model.quantized = True
+    model.quantized = kind
     free_unused(model)
     return model.eval()
 
 
 def _constant(values: Array, device: str | tuple[str, ...] | None) -> Tensor:
-    """int8 or float32 values that do not learn, on a device."""
-    kind = dtypes.int8 if values.dtype == np.int8 else dtypes.float32
-    tensor = Tensor.empty(*values.shape, dtype=kind, device=device)
+    """Values that do not learn, on a device."""
+    tensor = Tensor.empty(*values.shape, dtype=getattr(dtypes, values.dtype.name), device=device)
     return write(tensor, values).is_param_(False)
 
 
@@ -95,6 +100,12 @@ def _check_finite(name: str, values: Array) -> None:
             f"{name} holds values that are not finite, which cannot be rounded. Take an older "
             f"checkpoint; tinygpt verify RUN looks at all of a run's."
         )
+
+
+def _rounded_to(kind: Kind, weight: Array) -> tuple[Array, Array]:
+    """Whole numbers and scales. int4 wants blocks of 32: other rows are rounded to int8."""
+    fits = kind == "int4" and weight.shape[1] % BLOCK == 0
+    return int4.rounded(weight) if fits else rounded(weight)
 
 
 def rounded(weight: Array) -> tuple[Array, Array]:
@@ -115,14 +126,16 @@ def rounded(weight: Array) -> tuple[Array, Array]:
 
 
 class QuantizedLinear(Linear):
-    """y = x Wᵀ + b, with W = scale q."""
+    """y = x Wᵀ + b, with W = scale q; a q of uint8 holds int4, see `kernels.nibbles`."""
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(q, bias)
         self.scale = scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        return kernels.quantized_linear(x, self.weight, self.scale, self.bias)
+        packed = self.weight.dtype == dtypes.uint8
+        product = kernels.int4_linear if packed else kernels.quantized_linear
+        return product(x, self.weight, self.scale, self.bias)
 
     def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Mean cross-entropy in nats of targets (N,), where y (N, V) are the logits."""
@@ -143,7 +156,10 @@ class QuantizedEmbedding(Embedding):
         self.scale = scale
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return kernels.embedding(tokens, self.weight, positions, self.scale)
+        if self.weight.dtype != dtypes.uint8:
+            return kernels.embedding(tokens, self.weight, positions, self.scale)
+        packed, scale = (kernels.embedding(tokens, table) for table in (self.weight, self.scale))
+        return unpacked(packed, scale) + positions[: tokens.shape[1]]
 
     def projection(self) -> Linear:
         return QuantizedLinear(self.weight, self.scale)

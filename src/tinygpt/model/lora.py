@@ -9,6 +9,10 @@ factors of the change are learned, two thin matrices::
 Gradients and moments are needed for A and B alone, a hundredth of the parameters. As B begins with
 zeros, the model begins as the one it was; in the end ``merge`` adds the change to W, and the model
 is a plain one again.
+
+In half precision the weights that stay as they are take 16 bits each: nothing would read more of
+them. They are rounded once, when the adapters are made, and what is saved and merged begins with
+the rounded ones.
 """
 
 from __future__ import annotations
@@ -17,12 +21,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.config import ADAPTERS, GPTConfig, TrainConfig, check_together
 from tinygpt.config.weights import Weight, weights
-from tinygpt.machine.transfer import read, write
+from tinygpt.machine.precision import half_of
+from tinygpt.machine.tinygrad_internals import DType
+from tinygpt.machine.transfer import read, release_unused, write
+from tinygpt.model.rounding import HALVED, put
 from tinygpt.model.transformer import Linear, Transformer
 
 Array = npt.NDArray[Any]
@@ -47,7 +54,7 @@ class LoRALinear(Linear):
         return super().__call__(x) + kernels.linear(narrow, self.lora_b)  # -> (B, T, O)
 
     def merged(self) -> Linear:
-        """The plain layer that computes the same, in the memory of this one's weight."""
+        """The plain layer that computes the same, in the memory of this one's float32 weight."""
         a, b = read(self.lora_a), read(self.lora_b)
         write(self.weight, merged(read(self.weight), a, b, self.scale))
         return Linear(self.weight, self.bias)
@@ -75,16 +82,32 @@ def prepare(model: Transformer, config: TrainConfig) -> None:
     chosen = learning(model.config, config)
     for name, parameter in model.parameters().items():
         parameter.is_param_(name in chosen)
+    if config.lora_rank is not None and (half := half_of(config.dtype)) is not None:
+        _set_types(model, half)
 
 
 def merge(model: Transformer) -> None:
     """Add to the weights what the adapters have learned; then there are none, and all may learn."""
+    if model.rounded_to is None:
+        _set_types(model, dtypes.float32)
     for weight in linear(model.config):
         layer = model.layer(weight.layer)
         if isinstance(layer, LoRALinear):
             model.replace(weight.layer, layer.merged())
     for parameter in model.parameters().values():
         parameter.is_param_(True)
+
+
+def _set_types(model: Transformer, dtype: DType) -> None:
+    """Round the weights that can be rounded to a type, or make them float32 again, one by one."""
+    parameters = model.parameters()
+    for weight in weights(model.config):
+        parameter = parameters.pop(weight.name)
+        if weight.kind in HALVED and parameter.dtype != dtype and parameter.dtype.itemsize <= 4:
+            device = str(parameter.device)
+            put(model, weight.name, parameter.realize(), dtype)
+            del parameter
+            release_unused(device)  # before the next one is made
 
 
 def linear(model: GPTConfig) -> list[Weight]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -161,7 +161,7 @@ class Transformer:
         """``seed=None`` leaves the weights uninitialised: loaders fill them."""
         self.config = config
         self.training = True
-        self.quantized = False
+        self.quantized: Literal["int8", "int4"] | None = None
         self.half: DType | None = None
         """Of weights that were rounded to 16 bits, their type, see ``half``; else None."""
         self.cache_type: DType | None = None
@@ -270,9 +270,13 @@ class Transformer:
         return {name: p for name, p in self.parameters().items() if p.is_param}
 
     def num_params(self) -> int:
-        """Number of parameters; tied embeddings count once, the scales of int8 weights do not."""
+        """Number of parameters; tied embeddings count once, scales of rounded weights do not."""
         named = self.parameters().items()
-        return sum(int(p.numel()) for name, p in named if not name.endswith(".scale"))
+        return sum(  # a byte holds two of int4
+            int(p.numel()) * (2 if p.dtype == dtypes.uint8 else 1)
+            for name, p in named
+            if not name.endswith(".scale")
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Training mode: dropout is on. Raises UsageError for a model of rounded weights."""
@@ -288,14 +292,15 @@ class Transformer:
     @property
     def rounded_to(self) -> str | None:
         """The type that the weights were rounded to, for generation only; None if to none."""
-        return "int8" if self.quantized else None if self.half is None else name_of(self.half)
+        return self.quantized or (None if self.half is None else name_of(self.half))
 
     def check_can_learn(self) -> None:
-        """Raise UsageError for a model of int8 weights, or of weights of 16 bits."""
+        """Raise UsageError for a model of quantised weights, or of weights of 16 bits."""
         if self.quantized:
             raise UsageError(
-                "This model was quantised: its weights are int8, for generation only, and cannot "
-                "learn. Train the model it was made of, and quantise that one afterwards."
+                f"This model was quantised: its weights are {self.quantized}, for generation only, "
+                f"and cannot learn. Train the model it was made of, and quantise that one "
+                f"afterwards."
             )
         if self.half is not None:
             raise UsageError(

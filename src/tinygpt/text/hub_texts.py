@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from tinygpt.errors import DataError, UsageError, extras
 from tinygpt.files.disk import free_space, size
 from tinygpt.text.compressed import is_compressed
-from tinygpt.text.token_files import TOKEN_FILES
 from tinygpt.untrusted import brief, clip
 
 SCHEME = "hf://"
@@ -49,6 +48,8 @@ def is_on_hub(source: str | Path) -> bool:
 
 def names_tokens(source: str | Path) -> bool:
     """Whether an address means token files, and not texts: by its end, without a network."""
+    from tinygpt.text.token_files import TOKEN_FILES  # late: it loads numpy
+
     return is_on_hub(source) and str(source).endswith(TOKEN_FILES)
 
 

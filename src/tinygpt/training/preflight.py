@@ -141,6 +141,7 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     count = model.num_params() + adapters
     L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
     half = train.dtype != "float32"
+    rounded = count - adapters if half and adapters else 0  # frozen beside adapters: 16 bits
     outside, per_block = OUTSIDE[half], N * C * PER_BLOCK[half]
     if model.attention == "plain":
         per_block += train.batch_size * model.n_head * T * T // (1 + half)
@@ -162,7 +163,7 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     return Estimate(
         parameters=count,
         process=resources.memory(),
-        weights=FLOAT * count,
+        weights=FLOAT * count - FLOAT // 2 * rounded,
         optimizer=FLOAT * moments,
         gradients=FLOAT * gradients,
         sums=FLOAT * sums,

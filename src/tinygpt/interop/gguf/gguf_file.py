@@ -25,7 +25,7 @@ from tinygpt.files.disk import check_space, writing
 from tinygpt.interop import parity
 from tinygpt.interop.chat_template import chat_template
 from tinygpt.interop.gguf.gguf_tokens import Tokens, tokens_of
-from tinygpt.interop.gguf.gguf_types import BLOCK, Kind, store
+from tinygpt.interop.gguf.gguf_types import BLOCK, BLOCK_BYTES, Kind, store
 from tinygpt.interop.hf import layout
 from tinygpt.interop.parity import Floats
 from tinygpt.machine.transfer import read, write
@@ -33,7 +33,7 @@ from tinygpt.model.transformer import Transformer
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.untrusted import utf8_name
 
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 """What most weights are stored as, as llama.cpp counts it."""
 PARITY, VERSION_KEY = "tinygpt.parity", "tinygpt.version"
 """How the keys begin under which a file says how it was proved."""
@@ -72,8 +72,9 @@ class Stored:
     def size(self) -> int:
         """Bytes in the file."""
         count = math.prod(self.shape)
-        quantized = count // BLOCK * (BLOCK + 2)
-        return {"f32": 4 * count, "f16": 2 * count, "bf16": 2 * count, "q8_0": quantized}[self.kind]
+        if self.kind in BLOCK_BYTES:
+            return count // BLOCK * BLOCK_BYTES[self.kind]
+        return count * (4 if self.kind == "f32" else 2)
 
 
 def export(
@@ -128,7 +129,7 @@ def _kind(weight: Weight, kind: Kind) -> Kind:
     """What llama.cpp keeps a weight as: vectors and positions are added, and stay float32."""
     if weight.kind in ("positions", "norm", "bias"):
         return "f32"
-    return "f16" if kind == "q8_0" and weight.shape[-1] % BLOCK else kind
+    return "f16" if kind in BLOCK_BYTES and weight.shape[-1] % BLOCK else kind
 
 
 def _describe(
@@ -138,7 +139,7 @@ def _describe(
     writer.add_string(VERSION_KEY, __version__)  # first, where ``check_target`` looks for it
     writer.add_name(utf8_name(name))
     writer.add_file_type(FILE_TYPES[kind])
-    if kind == "q8_0":
+    if kind in BLOCK_BYTES:
         writer.add_quantization_version(2)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)

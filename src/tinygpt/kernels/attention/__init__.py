@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tinygrad import Tensor, dtypes
 
 from tinygpt.errors import UsageError
+from tinygpt.kernels import pairs
 from tinygpt.kernels.attention import backward, warps
 from tinygpt.kernels.attention.forward import forward
 from tinygpt.kernels.attention.tiles import Problem, tile_shape
-from tinygpt.kernels.dispatch import operation
+from tinygpt.kernels.dispatch import first_device, operation
 from tinygpt.kernels.dropout import is_part, plain_mask
 from tinygpt.kernels.phases import Backward, contiguous, empty, on_gpu, run, wide
 from tinygpt.kernels.wmma import CORES, WARP, core_of
@@ -145,6 +147,7 @@ def _attention(
 ) -> Tensor:
     """The result, of the given shape; ``rows`` is that of a number for each query (B, H, Tq)."""
     x = inputs[0]
+    p = replace(p, pairs=_in_pairs(p, x))
     _check_dropout(p.dropout, key)
     keys = [contiguous(key)] if p.dropout and key is not None else []
 
@@ -180,6 +183,13 @@ def _gradients(
         found = _run(backward.keys, p, 4, rest, given)
         found = found if p.packed else first + found
     return [x.cast(like.dtype) for x, like in zip(found, inputs, strict=True)]
+
+
+def _in_pairs(p: Problem, x: Tensor) -> bool:
+    """Whether products are of bfloat16 pairs; each needs two steps at least, and whole vectors."""
+    suits = x.dtype == dtypes.bfloat16 and p.D % 2 == 0 and p.D > 2
+    device = first_device(x)
+    return suits and pairs.available(device) and tile_shape(False)[0] % pairs.VECTOR == 0
 
 
 def _core(p: Problem, x: Tensor) -> str | None:

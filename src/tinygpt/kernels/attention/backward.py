@@ -24,11 +24,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
 
-from tinygpt.kernels.attention.tiles import HIDDEN, Dropout, Head, Problem, block_size, tile_shape
+from tinygpt.kernels.attention.tiles import (
+    HIDDEN,
+    Dropout,
+    Head,
+    Problem,
+    block_size,
+    pairs_of_rows,
+    tile_shape,
+)
 from tinygpt.kernels.loops import Matrix, blocks, counted, element, int32, product, store
-from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, exp2, minimum
+from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, as_uop, exp2, minimum
 
 
 def fused(k: Kernel, *arrays: Array, p: Problem) -> None:
@@ -102,9 +110,12 @@ class Sweep:
         self.grad = p.head(grad, head, p.Tq)
         self.lse, self.delta, self.first = lse, delta, head * p.Tq
         dtype = lse.dtype
-        self.key_t, self.value_t = k.tile(p.D, dtype), k.tile(p.D, dtype)  # (D, lanes)
-        self.w = k.tile(self.block, dtype)  # (queries, lanes), as is ds
-        self.ds = k.tile(self.block, dtype, shared=True)
+        self.depth = p.D // 2 if p.pairs else p.D  # steps along the head
+        narrow, column = (dtypes.bfloat16, dtypes.uint32) if p.pairs else (dtype, dtype)
+        self.key_t, self.value_t = (k.tile(self.depth, column) for _ in range(2))  # (D, lanes)
+        self.scores = k.tile(self.block, dtype)  # (queries, lanes), as are w and ds
+        self.w = k.tile(self.block, narrow) if p.pairs else self.scores
+        self.ds = k.tile(self.block, narrow, shared=True)
         self.drop = Dropout(k, p, head, inputs, k.lanes)
 
     def keys(self, tile: UOp, dk: Head, dv: Head, dq: Head | None = None) -> None:
@@ -120,6 +131,8 @@ class Sweep:
             block = j + first
             q, grad = self.rows(block)
             self.weigh(tile, block, q, grad)
+            if p.pairs:
+                q, grad = self.rows(block, across=True)
             self.add_to_keys(grad, self.w, dv_t)
             self.add_to_keys(q, self.ds, dk_t)
             if dq is not None:
@@ -130,23 +143,28 @@ class Sweep:
 
     def take(self, tile: UOp) -> None:
         """Load a tile of keys and values, (D, lanes) each; the keys also row by row, for dQ."""
-        self.key_rows = self.key.rows(
-            self.k, lambda r: self.key_row(tile, r), self.k.lanes, self.p.D
-        )
-        with self.k.loop(self.p.D) as d, self.k.phase() as lane:
-            t = self.key_row(tile, lane)
-            self.key_t[d, lane] = self.key_rows(lane, d) * self.p.log2_scale
-            self.value_t[d, lane] = self.value[t, d] * self.p.boost
-        self.drop.take(lambda r: self.key_row(tile, r))
+        k, p, row = self.k, self.p, functools.partial(self.key_row, tile)
+        if p.pairs:
+            self.key_rows = self.key.pairs_across(k, row, k.lanes, p.D)
+            self.key.pairs_by_lane(k, row, p.D, self.key_t)
+            self.value.pairs_by_lane(k, row, p.D, self.value_t)
+        else:
+            self.key_rows = self.key.rows(k, row, k.lanes, p.D)
+            with k.loop(p.D) as d, k.phase() as lane:
+                t = row(lane)
+                self.key_t[d, lane] = self.key_rows(lane, d) * p.log2_scale
+                self.value_t[d, lane] = self.value[t, d] * p.boost
+        self.drop.take(row)
 
-    def rows(self, block: UOp) -> tuple[Matrix, Matrix]:
-        """A block of queries, and of the gradient of their results."""
-        k, p = self.k, self.p
+    def rows(self, block: UOp, across: bool = False) -> tuple[Matrix, Matrix]:
+        """A block of queries, and of the gradient of their results; of pairs along or across."""
+        k, p, row = self.k, self.p, functools.partial(self.query_row, block)
 
-        def row(x: Index) -> UOp:
-            return self.query_row(block, x)
+        def of(head: Head) -> Matrix:
+            form = head.rows if not p.pairs else head.pairs_across if across else head.pairs_along
+            return form(k, row, self.block, p.D)
 
-        return self.q.rows(k, row, self.block, p.D), self.grad.rows(k, row, self.block, p.D)
+        return of(self.q), of(self.grad)
 
     def weigh(self, tile: UOp, block: UOp, q: Matrix, grad: Matrix) -> None:
         """The weights W and their gradient dS of a block of queries and the tile of keys."""
@@ -154,16 +172,19 @@ class Sweep:
 
         def weights(x: UOp, dw: UOp, lane: UOp) -> None:
             t = self.first + self.query_row(block, x)
-            score = self.w[x, lane] - self.lse[t]
+            score = self.scores[x, lane]
+            if p.pairs:  # exact factors were multiplied, and are to be scaled
+                score, dw = score * p.log2_scale, dw * p.boost
+            score = score - self.lse[t]
             query = int32(block) * self.block + int32(x)
             seen = self.seen(query, tile, lane)
             weight = exp2(score if seen is None else seen.where(score, HIDDEN))
             self.w[x, lane] = self.drop(weight, lane, query)
             self.ds[x, lane] = weight * (self.drop(dw, lane, query) - self.delta[t])
 
-        rows = self.rows_of_tile
-        product(k, self.block, p.D, q, element(self.key_t), store(self.w), tile=rows)
-        product(k, self.block, p.D, grad, element(self.value_t), weights, tile=rows)
+        tiles, multiply = self.rows_of_tile, functools.partial(product, k, self.block, self.depth)
+        for a, b, then in ((q, self.key_t, store(self.scores)), (grad, self.value_t, weights)):
+            multiply(a, element(b), then, tile=tiles, in_pairs=p.pairs)
 
     def seen(self, query: UOp, tile: UOp, lane: UOp) -> UOp | None:
         """Whether a query sees a lane's key, None if all do. Queries beyond the last see none."""
@@ -176,26 +197,34 @@ class Sweep:
 
     def add_to_keys(self, rows: Matrix, weights: Tile, sums: Tile) -> None:
         """sums (D, lanes) += rows (queries, D)ᵀ weights (queries, lanes)."""
+        pairs = self.p.pairs
         product(
             self.k,
             self.p.D,
-            self.block,
+            self.block // 2 if pairs else self.block,
             lambda d, x: rows(x, d),
-            element(weights),
+            pairs_of_rows(self.k, weights, self.block) if pairs else element(weights),
             store(sums),
             element(sums),
             tile=self.rows_of_tile,
+            in_pairs=pairs,
         )
 
     def add_to_queries(self, tile: UOp, block: UOp, dq: Head) -> None:
         """dQ (queries, D) += scale dS (queries, keys) K (keys, D): lanes are dimensions here."""
-        k, p = self.k, self.p
+        k, p, rows = self.k, self.p, self.ds
 
         def ds(x: Index, r: Index) -> UOp:
             value = self.ds[x, r]
             if p.Tk % k.lanes == 0:
                 return value
-            return (int32(tile) * k.lanes + int32(r) < p.Tk).where(value, 0.0)
+            exists = int32(tile) * k.lanes + int32(r) < p.Tk
+            return exists.where(value, as_uop(0.0, value.dtype))
+
+        if p.pairs and p.Tk % k.lanes:  # the lanes behind the last key repeat it
+            rows = k.tile(self.block, dtypes.bfloat16)
+            with k.loop(self.block) as x, k.phase() as lane:
+                rows[x, lane] = ds(x, lane)
 
         with k.loop(blocks(p.D, k.lanes)) as part:
 
@@ -204,14 +233,19 @@ class Sweep:
                 total = dq[t, minimum(d, p.D - 1)] + value * p.scale
                 dq.put(t, d, total, self.inside(block, x, d))
 
+            def keys(r: Index, lane: Index) -> UOp:
+                d = part * k.lanes + lane
+                return self.key_rows(r, d if p.pairs else minimum(d, p.D - 1))
+
             product(
                 k,
                 self.block,
-                k.lanes,
-                ds,
-                lambda r, lane: self.key_rows(r, minimum(part * k.lanes + lane, p.D - 1)),
+                k.lanes // 2 if p.pairs else k.lanes,
+                (lambda x, r: rows[x, as_index(r) * 2]) if p.pairs else ds,
+                keys,
                 add,
                 tile=self.rows_of_tile,
+                in_pairs=p.pairs,
             )
 
     def clear(self, block: UOp, dq: Head) -> None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from tinygrad import UOp
+import functools
 
-from tinygpt.kernels.attention.tiles import HIDDEN, Dropout, Problem, block_size, tile_shape
+from tinygrad import UOp, dtypes
+
+from tinygpt.kernels.attention.tiles import (
+    HIDDEN,
+    Dropout,
+    Problem,
+    block_size,
+    pairs_of_rows,
+    tile_shape,
+)
 from tinygpt.kernels.loops import blocks, counted, element, int32, product, store
 from tinygpt.kernels.phases import Array, Index, Kernel, as_index, exp2, minimum
 
@@ -24,8 +33,9 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
         l = l 2 ** (m - m') + Σ w       what was summed under the old m is scaled down
         o = o 2 ** (m - m') + w v       where dropout has put zeros into w, but not into l
 
-    At the end out = o / l and lse = m + log2(l). Scores are to the base 2. A unit is a group of
-    tiles, which take turns with a block of keys while it is at hand.
+    At the end out = o / l and lse = m + log2(l). Scores are to the base 2. In pairs s is scaled and
+    not q, which stays exact, and w is rounded to bfloat16 where it meets v, but not in l. A unit is
+    a group of tiles, which take turns with a block of keys while it is at hand.
     """
     size, block = 1 if k.gpu else min(GROUP, blocks(p.Tq, k.lanes)), block_size(p.Tk)
     n_groups, n_blocks = blocks(p.Tq, size * k.lanes), blocks(p.Tk, block)
@@ -37,13 +47,18 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
     def query(tile: Index, lane: Index) -> UOp:
         return minimum(first + tile * k.lanes + lane, p.Tq - 1)
 
-    scaled, o, w = k.tile(size * D, dtype), k.tile(size * D, dtype), k.tile(block, dtype)
+    depth = D // 2 if p.pairs else D  # steps along the head
+    scaled = k.tile(size * depth, dtypes.uint32 if p.pairs else dtype)
+    o, w = k.tile(size * D, dtype), k.tile(block, dtype)
     m, total = k.tile(size, dtype), k.tile(size, dtype)
     m_new, shrink = k.tile(1, dtype), k.tile(1, dtype)
     drop, rows = Dropout(k, p, head, inputs, block), tile_shape(k.gpu)[1]
     with k.loop(size) as tile:
+        if p.pairs:
+            q.pairs_by_lane(k, functools.partial(query, tile), D, scaled, tile * depth)
         with k.loop(D) as d, k.phase() as lane:
-            scaled[tile * D + d, lane] = q[query(tile, lane), d] * p.log2_scale
+            if not p.pairs:
+                scaled[tile * D + d, lane] = q[query(tile, lane), d] * p.log2_scale
             o[tile * D + d, lane] = 0.0
         with k.phase() as lane:
             m[tile, lane] = HIDDEN
@@ -55,7 +70,10 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
             at = j * block + x
             return at if p.Tk % block == 0 else minimum(at, p.Tk - 1)
 
-        keys, values = key.rows(k, row, block, D), value.rows(k, row, block, D)
+        if p.pairs:
+            keys, values = key.pairs_along(k, row, block, D), value.pairs_across(k, row, block, D)
+        else:
+            keys, values = key.rows(k, row, block, D), value.rows(k, row, block, D)
         drop.take(row)
         hidden = j * block - p.ahead - first  # queries of the group that see nothing of the block
         skipped = (hidden < 0).where(as_index(0), hidden) // k.lanes if p.causal and size > 1 else 0
@@ -63,6 +81,7 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
             tile = i + skipped
 
             def mask(x: UOp, score: UOp, lane: UOp) -> None:
+                score = score * p.log2_scale if p.pairs else score
                 seen = int32(query(tile, lane)) + (p.ahead + 1) if p.causal else int32(p.Tk)
                 if p.causal or p.Tk % block:
                     score = (int32(x) < seen - int32(j) * block).where(score, HIDDEN)
@@ -71,7 +90,8 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
 
             with k.phase() as lane:
                 m_new[0, lane] = m[tile, lane]
-            product(k, block, D, keys, element(scaled, tile * D), mask, tile=rows)
+            queries = element(scaled, tile * depth)
+            product(k, block, depth, keys, queries, mask, tile=rows, in_pairs=p.pairs)
             with k.phase() as lane:
                 shrink[0, lane] = exp2(m[tile, lane] - m_new[0, lane])
                 m[tile, lane] = m_new[0, lane]
@@ -84,12 +104,13 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
             product(
                 k,
                 D,
-                block,
+                block // 2 if p.pairs else block,
                 lambda d, x: values(x, d),
-                element(w),
+                pairs_of_rows(k, w, block) if p.pairs else element(w),
                 store(o, tile * D),
                 lambda d, lane: o[tile * D + d, lane] * shrink[0, lane],
                 tile=rows,
+                in_pairs=p.pairs,
             )
     with k.loop(size) as tile, k.phase() as lane:
         lse[head * p.Tq + query(tile, lane)] = m[tile, lane] + total[tile, lane].log2()

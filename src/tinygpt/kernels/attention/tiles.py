@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from tinygrad import UOp, dtypes
 
 from tinygpt.kernels.dropout import keeps, stream
-from tinygpt.kernels.loops import Matrix, blocks, int32
+from tinygpt.kernels.loops import Matrix, blocks, element, int32
 from tinygpt.kernels.matmul import register_tiles
-from tinygpt.kernels.phases import LOG2E, Array, Index, Kernel, Value, as_index, wide
+from tinygpt.kernels.pairs import joined
+from tinygpt.kernels.phases import LOG2E, Array, Index, Kernel, Tile, Value, as_index, wide
 
 BLOCK = 32
 """Rows of the other side that meet a tile at once: so all tiles of a unit fit a 32 KB L1 cache."""
@@ -44,6 +45,8 @@ class Problem:
     """The probability with which a weight is dropped. If it is not 0, the inputs end with a key."""
     part: bool = False
     """Whether that key is (3,), of a part of a batch: see `dropout.is_part`."""
+    pairs: bool = False
+    """Whether products are of bfloat16 numbers, two at a time: weights are rounded for them."""
 
     @property
     def scale(self) -> float:
@@ -68,7 +71,8 @@ class Problem:
     def name(self, kind: str) -> str:
         """A kernel's name, for profiles."""
         sort = "_causal" * self.causal + "_dropout" * bool(self.dropout) + "_part" * self.part
-        return f"attention_{kind}_{self.B}_{self.H}_{self.Tq}_{self.Tk}_{self.D}{sort}"
+        sizes = f"{self.B}_{self.H}_{self.Tq}_{self.Tk}_{self.D}"
+        return f"attention_{kind}_{sizes}{sort}" + "_bfloat16" * self.pairs
 
     def ops(self, products: int) -> int:
         """Floating-point operations of so many products of all queries and keys."""
@@ -122,8 +126,42 @@ class Head:
             copy[x, d] = self[row(x), d]
         return lambda x, d: copy[x, d]
 
+    def pairs_along(self, k: Kernel, row: Callable[[Index], UOp], n: int, D: int) -> Matrix:
+        """The n rows as pairs, for a product along D: (x, y) is where pair y of row x begins."""
+        copy = k.tile(n, dtypes.bfloat16, width=D)
+        with k.loop(n) as x, k.phase(D) as d:
+            copy[x, d] = self.raw(row(x), d)
+        return lambda x, y: copy[x, as_index(y) * 2]
+
+    def pairs_across(self, k: Kernel, row: Callable[[Index], UOp], n: int, D: int) -> Matrix:
+        """The same for a product along the rows: (y, d) is the pair of rows 2y and 2y + 1.
+
+        There is as much room as a multiple of the lanes; what stands beyond D is of no importance.
+        """
+        both = k.tile(n // 2, dtypes.uint32, width=blocks(D, k.lanes) * k.lanes)
+        with k.loop(n // 2) as y, k.phase(D) as d:
+            both[y, d] = joined(self.raw(row(y * 2), d), self.raw(row(y * 2 + 1), d))
+        return element(both)
+
+    def pairs_by_lane(
+        self, k: Kernel, row: Callable[[Index], UOp], D: int, out: Tile, first: Index = 0
+    ) -> None:
+        """Write the pairs of each lane's row to a tile (D / 2, lanes), from row ``first`` on."""
+        with k.loop(D // 2) as y, k.phase() as lane:
+            out[as_index(first) + y, lane] = joined(
+                *(self.raw(row(lane), y * 2 + i) for i in (0, 1))
+            )
+
     def put(self, t: Index, d: Index, value: Value, where: UOp | None = None) -> None:
         self.array.put(self.at(t, d), value, where)
+
+
+def pairs_of_rows(k: Kernel, tile: Tile, n: int) -> Matrix:
+    """The n rows of a tile in bfloat16, two by two: (y, lane) is the pair of rows 2y and 2y + 1."""
+    both = k.tile(n // 2, dtypes.uint32)
+    with k.loop(n // 2) as y, k.phase() as lane:
+        both[y, lane] = joined(tile[y * 2, lane], tile[y * 2 + 1, lane])
+    return element(both)
 
 
 class Dropout:

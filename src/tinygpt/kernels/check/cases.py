@@ -218,6 +218,16 @@ def _int8(rows: int, n_in: int, n_out: int) -> Case:
     return case(kernels.quantized_linear, shape, inputs, exact.quantized_linear)
 
 
+def _int4(rows: int, n_in: int, n_out: int) -> Case:
+    """A layer whose weights are int4 in blocks of 32."""
+    x, bias = several((rows, n_in), (n_out,))
+    rng = np.random.default_rng(1)
+    weight = rng.integers(0, 256, (n_out, n_in // 2), np.uint8)
+    scale = rng.uniform(-0.1, 0.1, (n_out, n_in // 32)).astype(np.float16).astype(np.float32)
+    inputs, shape = [x, weight, scale, bias], f"{rows}x{n_in} to {n_out} int4"
+    return case(kernels.int4_linear, shape, inputs, exact.int4_linear)
+
+
 def _norm(rows: int, width: int) -> Case:
     inputs = several((rows, width), (width,), (width,), (rows, width))
     inputs[0] = inputs[0] * 3 + 1
@@ -378,7 +388,13 @@ KERNELS: dict[str, tuple[list[Make], Make]] = {
         partial(_half_linear, 768, 128, 512),
     ),
     "gelu": (each(_gelu, *THREE), partial(_gelu, 768, 512)),
-    "int8": (each(_int8, (1, 64, 192), (3, 33, 17), (24, 96, 160)), partial(_int8, 1, 768, 3072)),
+    "int8": (
+        [
+            *each(_int8, (1, 64, 192), (3, 33, 17), (24, 96, 160)),
+            *each(_int4, (1, 64, 192), (3, 96, 17), (24, 96, 160)),
+        ],
+        partial(_int8, 1, 768, 3072),
+    ),
     "norm": (each(_norm, (1, 16), (7, 33), (96, 128), (5, 768)), partial(_norm, 768, 128)),
     "dropout": (each(_dropout, *THREE), partial(_dropout, 768, 128)),
     "embedding": (

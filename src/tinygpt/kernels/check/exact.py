@@ -82,6 +82,13 @@ def quantized_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[A
     return [x @ (weight * scale[:, None]).T + bias]
 
 
+def int4_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[Array]:
+    """x Wᵀ + b, where bytes of weight hold two numbers, 16 apart, of blocks of 32"""
+    blocks = weight.reshape(*scale.shape, 16)
+    numbers = np.concatenate([blocks % 16, blocks // 16], axis=-1) - 8
+    return [x @ (numbers * scale[..., None]).reshape(len(weight), -1).T + bias]
+
+
 def layer_norm(x: Array, weight: Array, bias: Array, grad: Array) -> list[Array]:
     """The last axis of x (N, C) with mean 0 and variance 1, scaled and shifted."""
     rstd = 1 / np.sqrt(x.var(-1, keepdims=True) + 1e-5)

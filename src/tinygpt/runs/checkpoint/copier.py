@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tinygrad import Tensor, UOp
     from tinygrad.nn.optim import Optimizer
 
+    from tinygpt.machine.tinygrad_internals import DType
     from tinygpt.model.transformer import Transformer
 
 
@@ -50,9 +51,16 @@ def _check_own(model: Transformer, optimizer: Optimizer) -> None:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Where each Tensor lies in a file; floats of 16 bits are written as float32."""
+    from tinygrad import dtypes
+
     from tinygpt.machine.tinygrad_internals import _to_np_dtype
 
-    kinds = [(name, np.dtype(_to_np_dtype(t.dtype)), t.shape) for name, t in tensors.items()]
+    def kind(dtype: DType) -> np.dtype[Any]:
+        half = dtypes.is_float(dtype) and dtype.itemsize == 2
+        return np.dtype(_to_np_dtype(dtypes.float32 if half else dtype))
+
+    kinds = [(name, kind(t.dtype), t.shape) for name, t in tensors.items()]
     return arrange((name, dtype, tuple(map(int, shape))) for name, dtype, shape in kinds)
 
 
@@ -141,8 +149,8 @@ def _fetched(tensor: Tensor, out: Array) -> Array:
 
 
 def _has_own_buffer(tensor: Tensor, out: Array) -> bool:
-    """Whether a buffer holds the values of a Tensor and nothing else, as they are in ``out``."""
+    """Whether a buffer holds the values of a Tensor, as many as ``out`` has, and nothing else."""
     from tinygpt.machine.tinygrad_internals import Buffer
 
     buffer = tensor.uop.base.buffer if tensor.uop.has_buffer_identity() else None
-    return isinstance(buffer, Buffer) and buffer.is_initialized() and buffer.nbytes == out.nbytes
+    return isinstance(buffer, Buffer) and buffer.is_initialized() and buffer.size == out.size

@@ -126,12 +126,10 @@ def _take_over(
             arrays[table] = _with_rows(arrays[table], wanted[table].numpy(), rows)
             changed.add(table)
     origin, hashes = origin_and_hashes(path, changed)
+    own = (WEIGHTS + name for name in model.parameters() if WEIGHTS + name in arrays)
+    found = {n.removeprefix(WEIGHTS): hashes.get(n) or _sha256(arrays[n]) for n in own}
     _assign(path, wanted, arrays)
-    own = (WEIGHTS + name for name in model.parameters())
-    model.read_from = (
-        origin,
-        {n.removeprefix(WEIGHTS): hashes.get(n) or _sha256(arrays[n]) for n in own},
-    )
+    model.read_from = origin, found
     return origin
 
 
@@ -223,11 +221,11 @@ def _merged(
     raise CheckpointError(f"{path} is damaged or made up: the adapter of {layer} does not fit it.")
 
 
-def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> None:
+def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: dict[str, Array]) -> None:
     """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit.
 
-    They are copied straight into the buffers: to assign and realize takes tinygrad a millisecond or
-    more for each.
+    They are copied straight into the buffers, for to assign and realize takes a millisecond or more
+    for each; and taken out of ``arrays``, so that not all of them are in memory twice.
     """
     from tinygpt.machine.transfer import overwrite
 
@@ -241,7 +239,7 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: Mapping[str, Array
                 f"{path}: {name} has shape {found}, but {tensor.shape} is wanted."
             )
     for name, tensor in wanted.items():
-        overwrite(tensor, arrays[name])
+        overwrite(tensor, arrays.pop(name))
 
 
 def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:
