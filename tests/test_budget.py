@@ -16,6 +16,7 @@ from tinygpt import GPT
 from tinygpt.cli import main
 from tinygpt.cli.budgeting import STARTING, Budget, asked, seconds_of
 from tinygpt.config import PRESETS, GPTConfig
+from tinygpt.config.devices import device_names
 from tinygpt.errors import UsageError
 from tinygpt.machine import resources
 from tinygpt.runs.run import TrainingRun
@@ -78,6 +79,13 @@ def test_every_plan_is_one_that_can_be_trained(n_bytes, seconds):
     assert shape.block_size <= max(1, 0.1 * n_bytes / plan.vocabulary.bytes_per_token)
     assert shape.head_size in (32, 48, 64) and plan.train["batch_size"] >= 1
     assert math.isfinite(plan.bits)
+
+
+@pytest.mark.parametrize("devices", [2, 3, 8, "CPU,CPU:1,CPU:2"])
+@pytest.mark.parametrize("model", [{}, {"block_size": 4096}])
+def test_a_planned_batch_divides_by_the_devices(devices, model):
+    plan = best(1_000_000, 300, model, {"devices": devices})
+    assert plan.train["batch_size"] % len(device_names(devices)) == 0
 
 
 def test_what_was_given_is_kept():

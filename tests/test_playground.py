@@ -977,9 +977,12 @@ def test_what_the_page_says_is_so(playground):
         if page.get_by_role("tab", name=tab).is_hidden():
             continue
         playground.tab(tab)
-        playground.expect(page.get_by_role("tabpanel")).to_contain_text(f"is writing; {said} come")
+        playground.expect(page.locator(".panel:visible")).to_contain_text(
+            f"is writing; {said} come"
+        )
     playground.tab("Candidates")
     assert "Nothing comes before" not in panel.inner_text() and playground.value()
+    page.wait_for_function("document.getElementById('text').value.length > 9")
     playground.button("Stop").click()
     playground.expect(panel).to_contain_text("Sampling leaves")
     playground.candidates().first.click()

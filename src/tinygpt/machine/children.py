@@ -9,6 +9,7 @@ in place of the standard library's. So a child is started with ``-P`` and gets t
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,22 @@ def python_module(
 def python_code(code: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The same for Python code in place of a module."""
     return _python(CODE, code, environment=environment)
+
+
+def run_code(
+    code: str, limit: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code to its end, for at most ``limit`` seconds, and keep what it prints.
+
+    Raises OSError where no process can be started, and subprocess.TimeoutExpired.
+    """
+    return subprocess.run(
+        **python_code(code, environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
 
 
 def _python(*arguments: str, environment: Mapping[str, str] | None) -> dict[str, Any]:

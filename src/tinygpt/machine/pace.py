@@ -35,13 +35,7 @@ def candidates() -> list[str]:
 def seconds_per_step(device: str) -> float | None:
     """Seconds of a small training step there; None where it fails or takes too long."""
     try:
-        done = subprocess.run(
-            **children.python_code(STEP, environment={"DEV": device}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
+        done = children.run_code(STEP, LIMIT, environment={"DEV": device})
         return float(done.stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None

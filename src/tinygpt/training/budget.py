@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tinygpt.config import GPTConfig, TrainConfig
+from tinygpt.config.devices import device_names
 from tinygpt.errors import UsageError
 from tinygpt.training.preflight import preflight, seconds_per_step
 
@@ -180,10 +181,12 @@ def _plan(
     recipe = {"optimizer": optimizer, "decay": "linear", "weight_decay": 0.1, **RECIPES[optimizer]}
     known = max(1.0, text.training / vocabulary.bytes_per_token)  # tokens to learn from
     model, tokens = dict(shape), min(1e6, MAX_EPOCHS * known)
+    devices = len(device_names(train.get("devices")))
+    unit = math.lcm(4, devices)  # sequences; each device has an equal part
     for _ in range(3):  # block and batch follow from the tokens, and these from the pace with both
         model = {**model, "block_size": _block(text, vocabulary, tokens), **shape}
         positions = min(max(1.2 * math.sqrt(tokens), 1024), 16_384)
-        batch = max(1, round(positions / model["block_size"] / 4) * 4)
+        batch = max(devices, round(positions / model["block_size"] / unit) * unit)
         recipe = {**recipe, "batch_size": batch, **train}
         config = GPTConfig(**{"vocab_size": vocabulary.size, **model})
         estimate = preflight(config, TrainConfig(**{**recipe, "max_iters": 1}))

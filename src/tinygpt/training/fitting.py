@@ -104,13 +104,7 @@ def measured(model: GPTConfig, train: TrainConfig) -> int | None:
     short = replace(train, grad_accum_steps=min(2, train.grad_accum_steps))
     settings = f"MODEL, TRAIN = {model.to_dict()!r}, {short.to_dict()!r}\n"
     try:
-        done = subprocess.run(
-            **children.python_code(settings + TRY),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
+        done = children.run_code(settings + TRY, LIMIT)
     except subprocess.TimeoutExpired:
         return None
     if done.returncode < 0 or "MemoryError" in done.stderr:
