@@ -37,6 +37,7 @@ GROUPS = {
         "compare": ("comparing:compare", "Show runs side by side: settings, figures, samples."),
         "plot": ("plotting:plot", "Draw the loss curves of runs."),
         "eval": ("evaluating:evaluate", "Measure a model on a whole text: loss, perplexity, …"),
+        "eval-chat": ("examining:eval_chat", "Ask a model questions, and count right answers."),
         "verify": ("verifying:verify", "Check every byte of checkpoints and runs."),
     },
     "Exchange": {
@@ -45,6 +46,7 @@ GROUPS = {
             "exporting:app",
             "Hand a model on: to Hugging Face, llama.cpp, as a web page.",
         ),
+        "make-chats": ("examining:make_chats", "Write questions that a small model can learn."),
         "tokenize": ("sharding:tokenize", "Make token files of texts of any size, on all cores."),
         "tokenizer": ("tokenizer:app", "Train a vocabulary, or turn text into tokens and back."),
     },

@@ -29,6 +29,7 @@ from tinygpt.machine import resources
 from tinygpt.runs.display.text import duration
 
 if TYPE_CHECKING:
+    from tinygpt.text.chat.conversations import Messages
     from tinygpt.text.corpus import Corpus
     from tinygpt.text.tokenizers import Tokenizer
     from tinygpt.training.budget import Pace, Text, Vocabulary
@@ -44,6 +45,12 @@ MERGES = (512, 1024, 2048, 4096, 8192)
 """Sizes of the BPE vocabularies to choose from."""
 ENTRY = 300
 """Bytes that a text must have for each byte pair: others mean nothing in texts that are new."""
+LOOKED_AT = 10_000
+"""Conversations, at the beginning, that settings are chosen by."""
+WORD = 24
+"""Characters of an answer that is short, on the average."""
+LONGEST_BLOCK = 512
+"""The longest block that is chosen for conversations."""
 TOKENIZING, TIMING, STEPPING = 0.1, 0.03, 0.75
 """Shares of the time: for making tokens, at most; for timing; for steps at a product's pace."""
 SLOWER = 1.7
@@ -169,7 +176,7 @@ def figures(
     Vocabularies with which making the tokens would take too much of ``seconds`` are left out.
     """
     from tinygpt.text.sources import specials_for
-    from tinygpt.text.tokenizers import make_tokenizer
+    from tinygpt.text.tokenizers import ByteTokenizer, make_tokenizer
     from tinygpt.training.budget import Text
 
     data = settings.data
@@ -179,9 +186,12 @@ def figures(
     else:
         sample, total = _beginning_of(corpus)
         share, specials = len(sample.encode()) / total, specials_for([corpus])
+        short = corpus.conversations is not None and _are_short(corpus.conversations())
         if own is not None or data.tokenizer is not None:
             known = own or make_tokenizer(data.tokenizer, lambda: [sample], specials)
             found = {data.tokenizer: _seen(known, sample)}
+        elif short:  # what is copied or computed is so sign by sign
+            found = {"byte": _seen(ByteTokenizer(specials), sample)}
         else:
             found = _measured(sample, total, TOKENIZING * seconds * share, specials)
     held_out = int(total * data.val_fraction)
@@ -196,6 +206,24 @@ def _of_tokens(settings: Settings, source: Source) -> Vocabulary:
     size = max(source.vocab_size, settings.model.get("vocab_size", 0))
     known = bytes_per_token(source.tokens, source.tokenizer) if source.tokenizer else None
     return Vocabulary(size, known or max(1.0, math.log2(size) / 4))
+
+
+def _are_short(conversations: Iterator[Messages]) -> bool:
+    """Whether the answers are mostly a word or a number."""
+    first = itertools.islice(conversations, LOOKED_AT)
+    sizes = [len(m["content"]) for c in first for m in c if m["role"] == "assistant"]
+    return sum(sizes) <= WORD * len(sizes)
+
+
+def _block_for(corpus: Corpus | Source, text: Text) -> int | None:
+    """The block that 98 of 100 conversations fit in, a power of two; None for other texts."""
+    if isinstance(corpus, Source) or corpus.conversations is None:
+        return None
+    per_token = min(vocabulary.bytes_per_token for vocabulary in text.vocabularies.values())
+    first = itertools.islice(corpus.conversations(), LOOKED_AT)
+    sizes = sorted(sum(len(m["content"].encode()) / per_token + 2 for m in c) for c in first)
+    longest = sizes[min(len(sizes) - 1, int(0.98 * len(sizes)))]
+    return int(min(max(64, 2 ** math.ceil(math.log2(longest))), LONGEST_BLOCK))
 
 
 def _beginning_of(corpus: Corpus) -> tuple[str, int]:
@@ -346,6 +374,9 @@ def _chosen(
         shapes = [budget.size]
     elif budget.size is not None:
         shapes = [sized(budget.size, shapes)]
+    if "block_size" not in settings.model and (block := _block_for(corpus, text)):
+        settings = replace(settings, model={**settings.model, "block_size": block})
+        shapes = [{**shape, "block_size": block} for shape in shapes]
     seconds = max(1.0, STEPPING * budget.left - OPENING)
     best = choose(text, rate, seconds, settings.model, flags, shapes)
     data = settings.data
@@ -388,9 +419,15 @@ def _reasons(
 
 
 def _vocabulary_reason(material: Material, given: bool) -> str:
+    from tinygpt.text.chat.packing import Conversations
+
     kind = material.tokenizer.kind if material.tokenizer else "ids"
     given = given or material.tokenizer is None
-    why = "as given" if given else "rarer words mean nothing in a text that is new"
+    why = "rarer words mean nothing in a text that is new"
+    if given:
+        why = "as given"
+    elif kind == "byte" and isinstance(material.training, Conversations):
+        why = "answers are short, and what is copied or computed is so sign by sign"
     return f"vocabulary: {kind} of {material.shape.vocab_size:,}, {why}"
 
 

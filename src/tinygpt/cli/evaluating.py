@@ -84,7 +84,7 @@ def evaluate(
         transient=True,
         disable=not console.is_terminal,
     )
-    found = evaluation.summary(tokens, own, math.fsum(sums)).to_dict()
+    found = evaluation.summary(tokens, own, math.fsum(sums), block_size).to_dict()
     result = {"data": name, "stride": stride or block_size, **found}
     if json:
         show_json(result)

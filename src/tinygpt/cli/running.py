@@ -221,6 +221,9 @@ def _new_rows(path: Path, tokenizer: Tokenizer | None) -> dict[int, Sequence[int
 
 def say_material(material: Material) -> None:
     """Say what a run learns from."""
+    from tinygpt.text.chat.packing import Conversations, report
+    from tinygpt.text.mix import Mix
+
     vocabulary, held_out, shape = material.tokenizer, material.held_out, material.shape
     kind = (
         f"{vocabulary.kind} of {vocabulary.vocab_size:,}"
@@ -229,6 +232,11 @@ def say_material(material: Material) -> None:
     )
     held = f"{len(held_out):,} for validation" if held_out is not None else "no validation"
     say(f"tokens: {len(material.training):,} for training, {held} ({kind})")
+    parts = material.training.parts if isinstance(material.training, Mix) else [material.training]
+    for part in parts:
+        if isinstance(part, Conversations):
+            for line in report(part, shape.block_size):
+                say(line)
 
 
 def say_mix(material: Material, train: TrainConfig) -> None:

@@ -27,6 +27,7 @@ from tinygpt.runs.history import History
 from tinygpt.runs.output import Output
 from tinygpt.runs.trial import SAMPLE_TOKENS, Trial
 from tinygpt.text import batches
+from tinygpt.text.chat.packing import Conversations
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of
 from tinygpt.text.tokens import Tokens, bytes_per_token, data_fingerprint
 from tinygpt.training.diagnose import bad_parameter
@@ -492,11 +493,16 @@ class TrainingRun:
 
     def _text(self, tokenizer: Tokenizer, iter_num: int) -> str:
         """The prompt and its continuation; ``iter_num`` is the seed."""
+        if isinstance(asked := self.val_tokens or self.train_tokens, Conversations):
+            return self._answer(tokenizer, asked.question(iter_num), iter_num)
         try:
             prompt = tokenizer.encode(self.config.sample_prompt)
         except TokenizerError:
             prompt = []
         prompt = prompt or [int(self.train_tokens[0])]
+        return self._answer(tokenizer, prompt, iter_num)
+
+    def _answer(self, tokenizer: Tokenizer, prompt: list[int], iter_num: int) -> str:
         config = SampleConfig(temperature=0.8, top_k=min(200, self.model.config.vocab_size))
         ends, limit = ends_of(tokenizer), tokenizer.vocab_size
         tokens = generate_tokens(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import DataError
+from tinygpt.text.chat.packing import Conversations
 from tinygpt.text.joined import Part
 from tinygpt.text.mix import Mix
 from tinygpt.text.tokens import Tokens
@@ -26,6 +27,8 @@ def split(tokens: Tokens, val_fraction: float, block_size: int) -> tuple[Tokens,
         return _split_mix(tokens, val_fraction, block_size)
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction!r} is out of range: at least 0, less than 1.")
+    if isinstance(tokens, Conversations):
+        return _split_conversations(tokens, val_fraction, block_size)
     cut = _cut(len(tokens), val_fraction)
     if val_fraction == 0:
         check_length(tokens, block_size)
@@ -49,6 +52,25 @@ def _split_mix(mix: Mix, val_fraction: float, block_size: int) -> tuple[Mix, Mix
             raise DataError(f"{name}: {error}") from error
     kept = None if val_fraction == 0 else Mix(held_out, mix.shares)
     return Mix(training, mix.shares), kept
+
+
+def _split_conversations(
+    tokens: Conversations, val_fraction: float, block_size: int
+) -> tuple[Conversations, Conversations | None]:
+    """The first conversations, and the last ones; none is divided."""
+    if val_fraction == 0:
+        check_length(tokens, block_size)
+        return tokens, None
+    parts = tokens.split(val_fraction)
+    if not (parts[0].count and parts[1].count):
+        raise DataError(
+            f"There are too few conversations: of {tokens.count} none is left for "
+            f"{'validation' if parts[0].count else 'training'} (val_fraction={val_fraction:g}). "
+            f"What would do: more of them, or val_fraction=0 (no validation)."
+        )
+    for part in parts:
+        check_length(part, block_size)
+    return parts
 
 
 def _cut(count: int, val_fraction: float) -> int:
@@ -78,6 +100,9 @@ def check_length(tokens: Part, block_size: int) -> None:
     if isinstance(tokens, Mix):
         for part in tokens.parts:
             check_length(part, block_size)
+        return
+    if isinstance(tokens, Conversations):
+        tokens.packed(block_size)
         return
     if len(tokens) <= block_size:
         way = f"block_size={len(tokens) - 1} or less, or " if len(tokens) > 1 else ""
@@ -110,6 +135,9 @@ def batch(
     runs over its end goes on at its beginning, and what is left out of an epoch are the fewer than
     T tokens before the place where it began. The first token of the text is never a target.
 
+    Of ``Conversations`` each row is a block of them, once in an epoch, and targets that the loss
+    leaves out are -1.
+
     Of a ``Mix`` each row is from one of its sources, in their shares: see there; the epochs are
     those of each source.
 
@@ -134,12 +162,15 @@ def _rows(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Inputs and targets (count, T) of the rows from number ``first`` on of one text."""
     check_length(tokens, block_size)
+    packed = tokens.packed(block_size) if isinstance(tokens, Conversations) else None
     targets = len(tokens) - 1
-    blocks = targets // block_size
+    blocks = targets // block_size if packed is None else len(packed.ids)
     epoch, first = divmod(first, blocks)
     later, dealt = np.divmod(np.arange(first, first + count, dtype=np.uint64), np.uint64(blocks))
     epochs = later + np.uint64(epoch & MASK)  # (B,) a batch may reach into the next epochs
     keys = _hash(_hash(np.array([seed & MASK], np.uint64)) + epochs)
+    if packed is not None:
+        return packed.rows(_shuffle(dealt, blocks, keys).astype(np.int64))
     starts = keys % np.uint64(targets) + _shuffle(dealt, blocks, keys) * np.uint64(block_size)
     places = (starts.astype(np.int64)[:, None] + np.arange(block_size)) % targets  # (B, T)
     return _read(tokens, places), _read(tokens, places + 1)

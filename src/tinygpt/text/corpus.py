@@ -13,6 +13,7 @@ from tinygpt.errors import DataError, nearest
 from tinygpt.files import folders
 from tinygpt.files.atomic import sha256_of, user_path
 from tinygpt.files.download import download
+from tinygpt.text.chat.conversations import Messages, form_in, read_conversations
 from tinygpt.text.compressed import is_compressed
 from tinygpt.text.documents import PYDOCS, Part, kind_of, python_topics, whole
 from tinygpt.text.hub_texts import SCHEME, fetch, is_on_hub
@@ -48,6 +49,9 @@ class Corpus:
     documents: Callable[[], Iterator[Iterator[str]]] | None = None
     """Starts a new reading, each document in pieces of bounded size; None for a text that is one,
     or whose documents are to be parted by blank lines alone."""
+    conversations: Callable[[], Iterator[Messages]] | None = None
+    """Starts a new reading of conversations, where it is a file of these: the pieces are then what
+    their messages say."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the text in UTF-8: the same for the same text, wherever it lies."""
@@ -82,13 +86,14 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
     """The text that ``source`` names; everything that can be wrong with it is a DataError.
 
     ``source`` is the path of a UTF-8 text file, of a ``.jsonl`` file (the texts under ``field``,
-    one object a line) or a ``.parquet`` table (the texts in the column ``field``), of a text or a
-    ``.jsonl`` file compressed as ``.gz`` or ``.zst``, or of a folder (every file below it that
-    matches ``glob``, in the order of their paths; ``walk`` says what is left out); or
-    ``shakespeare``, ``pydocs``, or ``auto``, which is the first of these two that can be had within
-    seconds; or ``hf://datasets/OWNER/NAME/PATH``, see ``hub_texts``. Names are always meant as
-    such, see ``names``; a folder called ``pydocs`` is ``./pydocs``. In the text, several documents
-    are separated by a blank line; in its tokens, by ``<|endoftext|>`` where a vocabulary has it.
+    one object a line, or conversations, see ``chat.conversations``) or a ``.parquet`` table (the
+    texts in the column ``field``), of a text or a ``.jsonl`` file compressed as ``.gz`` or
+    ``.zst``, or of a folder (every file below it that matches ``glob``, in the order of their
+    paths; ``walk`` says what is left out); or ``shakespeare``, ``pydocs``, or ``auto``, which is
+    the first of these two that can be had within seconds; or ``hf://datasets/OWNER/NAME/PATH``, see
+    ``hub_texts``. Names are always meant as such, see ``names``; a folder called ``pydocs`` is
+    ``./pydocs``. In the text, several documents are separated by a blank line; in its tokens, by
+    ``<|endoftext|>`` where a vocabulary has it.
     """
     if not str(source):
         raise DataError("The source of the text is an empty name; give a file or 'auto'.")
@@ -133,10 +138,23 @@ def _missing(source: str | Path, path: Path) -> str:
 
 def _file(path: Path, field: str) -> Corpus:
     name = path.stem.partition(".")[0] if is_compressed(path) else path.stem
+    if form := form_in(path, field):
+        return _of_conversations(name or path.name, path, form.name)
     kinds = {"jsonl": f"JSONL, field {field!r}, ", "parquet": f"Parquet, column {field!r}, "}
     size = _size(path.stat().st_size)
     description = f"{path} ({kinds.get(kind_of(path), '')}{size})"
     return _of_files(name or path.name, description, [whole(path, field)])
+
+
+def _of_conversations(name: str, path: Path, form: str) -> Corpus:
+    """A file of conversations, all of which are checked."""
+
+    def pieces() -> Iterator[str]:
+        for messages in read_conversations(path):
+            yield "".join(message["content"] + "\n" for message in messages)
+
+    description = f"{path} (conversations, {form} form, {_size(path.stat().st_size)})"
+    return Corpus(name, description, pieces, conversations=lambda: read_conversations(path))
 
 
 def _folder(path: Path, glob: str, field: str) -> Corpus:

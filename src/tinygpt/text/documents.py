@@ -200,12 +200,12 @@ def _no_text(path: Path, head: bytes, zero: int) -> str:
 
 def _records(path: Path, field: str, start: int, stop: int | None) -> Iterator[str]:
     behind = f" behind byte {start:,}" if start else ""
-    for number, line in enumerate(_lines(path, start, stop), 1):
+    for number, line in enumerate(jsonl_lines(path, start, stop), 1):
         if line.strip():
             yield _record_text(line, field, f"{path}, line {number}{behind}")
 
 
-def _lines(path: Path, start: int, stop: int | None) -> Iterator[str]:
+def jsonl_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """Lines end at line feeds only: JSON texts may hold the other separators that str knows."""
     rest: list[str] = []
     waiting = 0  # characters in rest

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import UsageError
+from tinygpt.text.chat.packing import Conversations
 from tinygpt.text.joined import Joined
 from tinygpt.text.mix_shares import check_shares, period_of
 
@@ -81,9 +82,16 @@ class Mix(Joined):
     def epochs(self, rows: int, block_size: int) -> dict[str, float]:
         """How often ``rows`` rows of a run read each source."""
         return {
-            name: float(self.shares[name]) * rows / max(1, (len(tokens) - 1) // block_size)
+            name: float(self.shares[name]) * rows / blocks_of(tokens, block_size)
             for name, tokens in self.sources.items()
         }
+
+
+def blocks_of(tokens: Any, block_size: int) -> int:
+    """The blocks of one epoch of a source."""
+    if isinstance(tokens, Conversations):
+        return len(tokens.packed(block_size).ids)
+    return max(1, (len(tokens) - 1) // block_size)
 
 
 def _spread(counts: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -8,11 +8,13 @@ from itertools import chain
 
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import user_path
+from tinygpt.text.chat.packing import tokens_of_conversations
+from tinygpt.text.chat.window import chat_template
 from tinygpt.text.corpus import Corpus, open_corpus
 from tinygpt.text.mix import Mix
 from tinygpt.text.mix_shares import is_mix, parse_mix, write_mix
 from tinygpt.text.shards import check_made_with, is_tokens, own_tokenizer
-from tinygpt.text.tokenizers import END, Tokenizer
+from tinygpt.text.tokenizers import END, MARKERS, Tokenizer
 from tinygpt.text.tokens import Tokens, load_tokens, tokens_of
 
 GLOB = "**/*.txt"
@@ -42,9 +44,13 @@ def corpus_of(source: str, field: str = "text", glob: str = GLOB, separator: str
 def specials_for(corpora: Iterable[Corpus | None]) -> tuple[str, ...]:
     """The special tokens of a vocabulary that is made for these texts.
 
-    Texts of several documents need the one that ends a document; one plain text needs none.
+    Texts of several documents need the one that ends a document, and conversations those that
+    begin and end turns as well; one plain text needs none.
     """
-    return (END,) if any(c is not None and c.documents is not None for c in corpora) else ()
+    texts = [corpus for corpus in corpora if corpus is not None]
+    if any(corpus.conversations is not None for corpus in texts):
+        return (END, *MARKERS)
+    return (END,) if any(corpus.documents is not None for corpus in texts) else ()
 
 
 def tokenizer_in(found: dict[str, Corpus | None]) -> Tokenizer | None:
@@ -79,6 +85,10 @@ def read_tokens(
             return tokens
         if tokenizer is None:
             raise DataError(f"{name} is a text, and there is no tokenizer to read it with.")
+        if corpus.conversations is not None:
+            template = chat_template(tokenizer)
+            made = tokens_of_conversations(corpus.conversations(), tokenizer, template)
+            return load_tokens(made, vocab_size)
         return tokens_of(corpus, tokenizer, vocab_size)
 
     read_all = {name: read(name, corpus) for name, corpus in found.items()}

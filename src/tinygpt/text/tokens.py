@@ -18,6 +18,7 @@ import numpy as np
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import replacing, user_path
 from tinygpt.files.folders import keep_limit, token_folders
+from tinygpt.text.chat.packing import Conversations
 from tinygpt.text.corpus import Corpus
 from tinygpt.text.hub_texts import is_on_hub
 from tinygpt.text.joined import Joined
@@ -265,6 +266,8 @@ def data_fingerprint(tokens: Tokens) -> str:
     digest = hashlib.sha256()
     for span in spans(tokens):
         digest.update(span.astype("<u4").tobytes())
+    if isinstance(tokens, Conversations):  # what is learned of them, and where each ends
+        digest.update(tokens.counted.tobytes() + tokens.ended.tobytes())
     return digest.hexdigest()
 
 
@@ -273,12 +276,16 @@ def bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
 
     A loss of n nats per token is n / (ln 2 · bytes per token) bits per byte. None where the tokens
     stand for no text, or for none that this tokenizer knows. Of more than ``COUNTED`` tokens only
-    so many, in spans evenly spread, are looked at. Of a mix it is the mean, by the shares.
+    so many, in spans evenly spread, are looked at. Of a mix it is the mean, by the shares. Of
+    conversations the answers alone are predicted.
     """
     if isinstance(tokens, Mix):
         each = [bytes_per_token(part, tokenizer) for part in tokens.sources.values()]
         known = [(float(s), b) for s, b in zip(tokens.shares.values(), each, strict=True) if b]
         return sum(s * b for s, b in known) if len(known) == len(each) else None
+    if isinstance(tokens, Conversations):
+        counted: Tokens = tokens.ids[tokens.counted]
+        return byte_count(counted, tokenizer) / len(counted) or None if len(counted) else None
     counted = _sample(tokens[1:], COUNTED)
     if len(tokens) < 2 or largest(counted) >= tokenizer.vocab_size:
         return None

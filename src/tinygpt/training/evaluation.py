@@ -21,6 +21,7 @@ from tinygpt.config.devices import device_names
 from tinygpt.errors import DataError, UsageError
 from tinygpt.machine.several import open_devices
 from tinygpt.model.transformer import Transformer
+from tinygpt.text.chat.packing import IGNORED, Conversations, Packed
 from tinygpt.text.tokenizers import Tokenizer
 from tinygpt.text.tokens import Tokens, byte_count
 from tinygpt.training.metrics import bits_per_byte, perplexity
@@ -63,13 +64,16 @@ def measure(
     ``devices`` are as in ``TrainConfig``: each takes an equal part of the windows.
     """
     sums = batch_losses(model, tokens, batch_size, stride, devices)
-    return summary(tokens, tokenizer, math.fsum(sums))
+    return summary(tokens, tokenizer, math.fsum(sums), model.config.block_size)
 
 
-def summary(tokens: Tokens, tokenizer: Tokenizer, total: float) -> Measured:
-    """What the sum of all losses of a text says."""
-    count = len(tokens) - 1
-    return Measured(count, total / count, byte_count(tokens[1:], tokenizer))
+def summary(tokens: Tokens, tokenizer: Tokenizer, total: float, block_size: int) -> Measured:
+    """What the sum of all losses of a text says; of conversations, of their answers."""
+    predicted = tokens[1:]
+    if isinstance(tokens, Conversations):
+        packed = tokens.packed(block_size)
+        predicted = packed.ids[:, 1:][packed.counted[:, 1:]]
+    return Measured(len(predicted), total / len(predicted), byte_count(predicted, tokenizer))
 
 
 def batch_losses(
@@ -95,6 +99,8 @@ def batch_losses(
 
 def batches(block_size: int, tokens: Tokens, batch_size: int, stride: int | None = None) -> int:
     """The number of batches that a text takes."""
+    if isinstance(tokens, Conversations):
+        return math.ceil(len(tokens.packed(block_size).ids) / batch_size)
     further = max(0, len(tokens) - 1 - block_size)
     return math.ceil((1 + math.ceil(further / (stride or block_size))) / batch_size)
 
@@ -115,6 +121,8 @@ def check(
             f"--stride {stride} is out of range: windows are block_size={block_size} tokens long, "
             f"and may move by 1 to {block_size} of them. {max(1, block_size // 2)} is a good value."
         )
+    if isinstance(tokens, Conversations) and stride not in (None, block_size):
+        raise UsageError("--stride is for texts: a conversation is read in one block.")
     if len(tokens) < 2:
         raise DataError(f"The text has {len(tokens)} tokens; at least 2 are needed to predict one.")
 
@@ -124,8 +132,12 @@ def windows(
 ) -> Iterator[tuple[Ids, Ids, int]]:
     """Batches (B, T) of inputs and targets, and the number of real targets.
 
-    Targets that another window predicts, and those behind the text's end, are -1.
+    Targets that another window predicts, and those behind the text's end, are -1. The windows of
+    conversations are the blocks they are learned in, and all but their answers is -1.
     """
+    if isinstance(tokens, Conversations):
+        yield from _blocks(tokens.packed(block_size), batch_size, block_size)
+        return
     stride, last = stride or block_size, len(tokens) - 1
     count = 1 + math.ceil(max(0, last - block_size) / stride)
     for first in range(0, count, batch_size):
@@ -137,4 +149,14 @@ def windows(
             known = block_size - stride if start else 0
             x[row, : len(part) - 1] = part[:-1]
             y[row, known : len(part) - 1] = part[1 + known :]
+        yield x, y, int((y >= 0).sum())
+
+
+def _blocks(packed: Packed, batch_size: int, block_size: int) -> Iterator[tuple[Ids, Ids, int]]:
+    """All blocks of conversations in batches, the last filled up with blocks that do not count."""
+    for first in range(0, len(packed.ids), batch_size):
+        x = np.zeros((batch_size, block_size), np.int32)
+        y = np.full((batch_size, block_size), IGNORED, np.int32)
+        numbers = np.arange(first, min(first + batch_size, len(packed.ids)))
+        x[: len(numbers)], y[: len(numbers)] = packed.rows(numbers)
         yield x, y, int((y >= 0).sum())

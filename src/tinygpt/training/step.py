@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple, Protocol
 
@@ -11,15 +11,20 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
+from tinygrad.nn.state import get_parameters
 
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.dispatch import way
 from tinygpt.machine import precision
 from tinygpt.machine.jit import jit
+from tinygpt.machine.pool.recorded import Kept
 from tinygpt.machine.precision import half_of
 from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.transfer import Array
-from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer, description
 from tinygpt.text.batches import batch
+from tinygpt.text.chat.packing import Conversations
+from tinygpt.text.mix import Mix
 from tinygpt.text.tokens import Tokens as Text
 from tinygpt.training.accumulation import PartialSums, add_to
 from tinygpt.training.guard import NO_LIMITS, Limits
@@ -44,6 +49,9 @@ class Outcome(NamedTuple):
 
 class TrainStep(Protocol):
     """One optimizer step on x and y (A, B, T), A micro-batches, at the learning rate ``lr``.
+
+    Targets below 0 are not counted. A loss is the mean over all counted targets of the step, in
+    whichever micro-batch and on whichever device they are.
 
     ``key`` is (seed, number of the step), from which dropout's masks are drawn. Unless the loss and
     the gradient norm lie below the limits nothing changes; NaN never does. In float16 the backward
@@ -100,30 +108,43 @@ def make_train_step(
     reported = [learned[i] for share in shares for i in share.chosen] or learned
 
     def part(
-        replica: Transformer, x: Tensor, y: Tensor, key: Tensor, scale: Tensor | None = None
+        replica: Transformer, x: Tensor, y: Tensor, key: Tensor, *factors: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss () of x and y (B, T) on one device, and the gradient of each parameter."""
+        scale, weight = told_apart(factors)
+        factor = weight if scale is None else scale if weight is None else scale * weight
         drop = Dropout(model.config.dropout, key)
         if config.recompute:
-            loss, by_name = recomputed_gradients(replica, x, y, drop, half, scale)
+            loss, by_name = recomputed_gradients(replica, x, y, drop, half, factor)
             found = [by_name[name] for name in learned]
         else:
             own = replica.parameters()
             loss = replica.loss(x, y, drop, half)
-            found = scaled(loss, scale).gradient(*(own[name] for name in learned))
-        return loss, found if scale is None else [g * scale.reciprocal() for g in found]
+            found = scaled(loss, factor).gradient(*(own[name] for name in learned))
+        return scaled(loss, weight), found if scale is None else [
+            g * scale.reciprocal() for g in found
+        ]
+
+    def told_apart(factors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The loss scale (), in float16, and the weight () of the part, if it is not 1."""
+        scale = factors[0] if half == dtypes.float16 else None
+        weights = factors[0 if scale is None else 1 :]
+        return scale, weights[0].reshape(()) if weights else None
 
     def gradients(
-        x: Tensor, y: Tensor, key: Tensor, *scale: Tensor
+        x: Tensor, y: Tensor, key: Tensor, *factors: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The loss () of each device's part of a micro-batch x and y (B, T), and its gradients.
 
-        The gradients of all parameters on the first device, then those on the second, … Where there
-        is a ``scale`` (), the backward pass is that of the loss times the scale.
+        The gradients of all parameters on the first device, then those on the second, … The
+        ``factors`` are the scale of the loss () in float16, and a weight for each device's part
+        (devices,) where not all targets are counted.
         """
         losses, grads = list[Tensor](), list[Tensor]()
         parts = [replicas.cut(x), replicas.cut(y), replicas.keys(key, int(x.shape[0]))]
-        parts += [replicas.everywhere(factor) for factor in scale]
+        for factor in factors:
+            spread = replicas.cut(factor) if factor.ndim else replicas.everywhere(factor)
+            parts.append(spread)
         for given in zip(replicas.models, *parts, strict=True):
             loss, found = part(*given)
             losses.append(loss)
@@ -145,12 +166,21 @@ def make_train_step(
                 report, changed = stock_update(optimizer, params, sums, *judged)
         return report.realize(optimizer.lr, *changed, *replicas.spread(learned, owners))  # (3 + n,)
 
-    @jit
-    def whole(
+    def about() -> str | None:
+        one_device = len(replicas) == 1 and not shares
+        settings = (config.grad_clip, config.recompute, config.dtype, scale, way())
+        return description(model, learned, optimizer, *settings) if one_device else None
+
+    def state() -> list[Tensor]:
+        mine = [*model.parameters().values(), *get_parameters(optimizer)]
+        return list({id(tensor): tensor for tensor in mine}.values())
+
+    def whole_step(
         x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor, *scale: Tensor
     ) -> Tensor:
         return update(*gradients(x, y, key, *scale), lr, limits)
 
+    whole = jit(whole_step, kept=Kept(about, state))
     everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
     sums = PartialSums(
         [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
@@ -180,16 +210,18 @@ def make_train_step(
         limits: Limits = NO_LIMITS,
         scale: float = 1.0,
     ) -> Outcome:
-        scales = [scale] if half == dtypes.float16 else []
+        scales: list[float] = [scale] if half == dtypes.float16 else []
+        own = ranks.share(micro_batches) if apart else range(micro_batches)
+        weights = weights_of(y, len(replicas), own)
         seed, number = key
         keys = [key_of(seed, number * micro_batches + i) for i in range(micro_batches)]
 
         def add_leaf(i: int, first: bool) -> None:
-            accumulate(x[i], y[i], keys[i], first, *scales)
+            accumulate(x[i], y[i], keys[i], first, *scales, *weights[i])
             replicas.wait()
 
         if micro_batches == 1:
-            report = whole(x[0], y[0], keys[0], lr, limits, *scales)
+            report = whole(x[0], y[0], keys[0], lr, limits, *scales, *weights[0])
         else:
             divided = rank_shares is not None
             level = sums.over(ranks, micro_batches, add_leaf, apart, divided)
@@ -202,6 +234,19 @@ def make_train_step(
         return Outcome(loss, norm, taken > 0, by_layer)
 
     return step
+
+
+def weights_of(y: Tokens, devices: int, own: range) -> list[list[npt.NDArray[np.float32]]]:
+    """What each part's mean loss weighs in the mean over all counted targets of y (A, B, T).
+
+    For each micro-batch a list: the weights (devices,) of its parts, whose mean over the micro-
+    batches in ``own`` is 1. The lists are empty where all targets are counted, or nothing is added.
+    """
+    if y.shape[0] * devices == 1 or not (y < 0).any():
+        return [[] for _ in y]
+    counts = (y >= 0).reshape(len(y), devices, -1).sum(-1)  # (A, devices)
+    mean = max(float(counts[own.start : own.stop].mean()), 1e-9)
+    return [[(count / mean).astype(np.float32)] for count in counts]
 
 
 def _shape_and_device(p: Tensor) -> tuple[tuple[int, ...], str]:
@@ -222,7 +267,11 @@ def make_evaluate(
     """
     half = half_of(dtype)
     if replicas is None or len(replicas) == 1:
-        loss = jit(partial(model.loss, drop=INFERENCE, half=half))
+        kept = Kept(
+            lambda: description("evaluate", model, half, way()),
+            lambda: list(model.parameters().values()),
+        )
+        loss = jit(partial(model.loss, drop=INFERENCE, half=half), kept=kept)
         return lambda x, y: float(loss(x, y))
 
     @jit
@@ -260,9 +309,25 @@ def evaluate(
     """Mean loss over the same ``iters`` batches every time, drawn evenly from the whole text.
 
     Ranks share the batches. The sum is exact before it is rounded, and thus the same in any order.
+    Where some targets are not counted, it is the mean over those that are.
     """
+    weights = counted(tokens, iters, batch_size, block_size)
 
     def loss(i: int) -> float:
-        return evaluate_batch(*batch(tokens, i, EVAL_SEED, batch_size, block_size))
+        return weights[i] * evaluate_batch(*batch(tokens, i, EVAL_SEED, batch_size, block_size))
 
-    return math.fsum((ranks or Alone()).each(loss, iters)) / iters
+    return math.fsum((ranks or Alone()).each(loss, iters)) / max(math.fsum(weights), 1e-9)
+
+
+def counted(tokens: Text, iters: int, batch_size: int, block_size: int) -> list[float]:
+    """The share of targets that are counted in each batch of an evaluation."""
+    if not has_answers(tokens):
+        return [1.0] * iters
+    targets = (batch(tokens, i, EVAL_SEED, batch_size, block_size)[1] for i in range(iters))
+    return [float((y >= 0).mean()) for y in targets]
+
+
+def has_answers(tokens: Text) -> bool:
+    """Whether conversations are among the tokens, of which only the answers are counted."""
+    parts = tokens.parts if isinstance(tokens, Mix) else [tokens]
+    return any(isinstance(part, Conversations) for part in parts)
