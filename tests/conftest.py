@@ -16,6 +16,7 @@ import pytest
 
 from tests.browser import browser, open_page
 from tinygpt import machine
+from tinygpt.machine.pool import recorded
 
 __all__ = ["browser", "open_page"]
 
@@ -74,6 +75,8 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Tests replace functions that a captured one calls, which a recording would not notice.
+        patch.setenv(recorded.SWITCH, "0")
         # On a machine with several devices, doctor would take a step on each.
         patch.setattr("tinygpt.machine.pace.candidates", lambda: ["CPU"])
         patch.setenv("COLUMNS", "100")

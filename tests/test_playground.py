@@ -982,7 +982,7 @@ def test_what_the_page_says_is_so(playground):
         )
     playground.tab("Candidates")
     assert "Nothing comes before" not in panel.inner_text() and playground.value()
-    page.wait_for_function("document.getElementById('text').value.length > 9")
+    playground.expect(playground.text).to_have_value(re.compile(r"[\s\S]{9}"))
     playground.button("Stop").click()
     playground.expect(panel).to_contain_text("Sampling leaves")
     playground.candidates().first.click()

@@ -315,7 +315,7 @@ def test_a_file_that_is_cut_short_is_said(made: Made, open_page: OpenPage, tmp_p
 
 def test_it_works_by_keyboard_alone(made: Made, open_page: OpenPage) -> None:
     page = ready(open_page(made.path.as_uri(), offline=True))
-    for _ in range(4):  # past the way to the text, the name and the theme
+    for _ in range(5):  # past the way to the text, the name, the theme and the tabs
         page.keyboard.press("Tab")
     page.keyboard.type("With keys")
     page.keyboard.press("Tab")

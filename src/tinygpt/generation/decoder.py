@@ -23,9 +23,11 @@ import numpy.typing as npt
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt import kernels
+from tinygpt.kernels.dispatch import way
 from tinygpt.machine.jit import jit
+from tinygpt.machine.pool.recorded import Kept
 from tinygpt.model.cache import KVCache, Prefill, Step
-from tinygpt.model.transformer import Transformer
+from tinygpt.model.transformer import Transformer, description
 
 Logits = npt.NDArray[np.float32]
 States = npt.NDArray[np.float32]
@@ -254,7 +256,14 @@ def _passes(model: Transformer, slots: int) -> Passes:
         """The residual stream (n, C) -> logits (n, V)."""
         return model.unembed(x).float()
 
-    return Passes(*(jit(f, short=True) for f in (prefill, step, window, states, logits)))
+    def about() -> str | None:
+        return description(model, slots, way())
+
+    def state() -> list[Tensor]:
+        return [*model.parameters().values(), *(t for layer in cache.layers for t in layer)]
+
+    functions = (prefill, step, window, states, logits)
+    return Passes(*(jit(f, short=True, kept=Kept(about, state)) for f in functions))
 
 
 def padded_length(n: int, block_size: int) -> int:

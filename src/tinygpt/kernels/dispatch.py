@@ -63,6 +63,11 @@ def use(way: AttentionMethod) -> Iterator[None]:
         _way.set(before)
 
 
+def way() -> AttentionMethod:
+    """The way of the block that this thread is in."""
+    return _way.get()
+
+
 plain = functools.partial(use, "plain")
 """Within this block everything that this thread computes is computed by the plain twins."""
 

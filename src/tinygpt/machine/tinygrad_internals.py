@@ -72,6 +72,7 @@ try:
     from tinygrad.uop.ops import AxisType as AxisType
     from tinygrad.uop.ops import KernelInfo as KernelInfo
     from tinygrad.uop.ops import Ops as Ops
+    from tinygrad.uop.ops import buffers as buffers
     from tinygrad.uop.ops import sym_infer as sym_infer
 
     for replaced in REPLACED:

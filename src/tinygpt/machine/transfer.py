@@ -73,6 +73,20 @@ def write(tensor: Tensor, values: npt.ArrayLike) -> Tensor:
     return tensor
 
 
+def overwrite(tensor: Tensor, values: Array) -> None:
+    """``write`` for any Tensor, in place: also for one that is not computed yet, or is spread over
+    several devices.
+
+    Other Tensors and captured functions that have the same buffer see the values.
+    """
+    if not tensor.uop.has_buffer_identity():
+        tensor.realize()
+    if isinstance(tensor.device, str) and tensor.uop.has_buffer_identity():
+        write(tensor, values)
+    else:
+        tensor.assign(Tensor(values, device=tensor.device).cast(tensor.dtype)).realize()
+
+
 def fill(tensor: Tensor, pieces: Iterable[Array]) -> Tensor:
     """``write`` for values that come in flat pieces, each of which goes straight to its place."""
     values = memory(tensor)

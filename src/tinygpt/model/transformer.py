@@ -368,3 +368,34 @@ def initial(weight: Weight, rng: np.random.Generator) -> npt.NDArray[np.float32]
 
 def _part(owner: Any, name: str) -> Any:
     return owner[int(name)] if name.isdigit() else getattr(owner, name)
+
+
+BESIDE = {"read_from", "decoder", "limit", "ends"}
+"""Attributes of a model that its forward pass does not look at."""
+
+
+def description(*parts: object) -> str | None:
+    """All that models, and what else is given, depend on besides our source and values of Tensors.
+
+    None if there is a part that is not known, such as a class of the user's or a function.
+    """
+    try:
+        return _described(parts)
+    except TypeError:
+        return None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.shape} {value.dtype} {value.is_param}"
+    if value is None or isinstance(value, (int, float, str, DType, GPTConfig)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_described(v)}' for key, v in value.items())}}}"
+    kind = type(value)
+    if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        raise TypeError(f"{kind} is not known")
+    parts = (f"{k}={_described(v)}" for k, v in vars(value).items() if k not in BESIDE)
+    return f"{kind.__module__}.{kind.__qualname__}({', '.join(parts)})"

@@ -11,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
+from tinygrad.nn.state import get_parameters
 
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.dispatch import way
 from tinygpt.machine import precision
 from tinygpt.machine.jit import jit
+from tinygpt.machine.pool.recorded import Kept
 from tinygpt.machine.precision import half_of
 from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.transfer import Array
-from tinygpt.model.transformer import INFERENCE, Dropout, Transformer
+from tinygpt.model.transformer import INFERENCE, Dropout, Transformer, description
 from tinygpt.text.batches import batch
 from tinygpt.text.chat.packing import Conversations
 from tinygpt.text.mix import Mix
@@ -163,12 +166,21 @@ def make_train_step(
                 report, changed = stock_update(optimizer, params, sums, *judged)
         return report.realize(optimizer.lr, *changed, *replicas.spread(learned, owners))  # (3 + n,)
 
-    @jit
-    def whole(
+    def about() -> str | None:
+        one_device = len(replicas) == 1 and not shares
+        settings = (config.grad_clip, config.recompute, config.dtype, scale, way())
+        return description(model, learned, optimizer, *settings) if one_device else None
+
+    def state() -> list[Tensor]:
+        mine = [*model.parameters().values(), *get_parameters(optimizer)]
+        return list({id(tensor): tensor for tensor in mine}.values())
+
+    def whole_step(
         x: Tensor, y: Tensor, key: Tensor, lr: Tensor, limits: Tensor, *scale: Tensor
     ) -> Tensor:
         return update(*gradients(x, y, key, *scale), lr, limits)
 
+    whole = jit(whole_step, kept=Kept(about, state))
     everywhere = [replica.parameters()[name] for replica in replicas.models for name in learned]
     sums = PartialSums(
         [*[((), device) for device in replicas.devices], *map(_shape_and_device, everywhere)]
@@ -255,7 +267,11 @@ def make_evaluate(
     """
     half = half_of(dtype)
     if replicas is None or len(replicas) == 1:
-        loss = jit(partial(model.loss, drop=INFERENCE, half=half))
+        kept = Kept(
+            lambda: description("evaluate", model, half, way()),
+            lambda: list(model.parameters().values()),
+        )
+        loss = jit(partial(model.loss, drop=INFERENCE, half=half), kept=kept)
         return lambda x, y: float(loss(x, y))
 
     @jit

@@ -84,7 +84,7 @@ def quantized_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[A
 
 def int4_linear(x: Array, weight: Ids, scale: Array, bias: Array) -> list[Array]:
     """x Wᵀ + b, where bytes of weight hold two numbers, 16 apart, of blocks of 32"""
-    blocks = weight.reshape(*scale.shape, 16)
+    blocks = weight.reshape(*scale.shape, 16).astype(np.int64)  # of uint8, 7 - 8 would be 255
     numbers = np.concatenate([blocks % 16, blocks // 16], axis=-1) - 8
     return [x @ (numbers * scale[..., None]).reshape(len(weight), -1).T + bias]
 

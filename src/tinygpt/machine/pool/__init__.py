@@ -107,6 +107,17 @@ def fixed_graphs(linear: UOp) -> list[PoolGraph]:
     return runner.fixed_graphs(linear)
 
 
+def installed() -> bool:
+    """Whether kernels are run by this module now."""
+    return bool(_engine.cache_info().currsize) and _engine().plugged
+
+
+def engine() -> Engine:
+    """The engine, where it is ``installed``."""
+    assert installed()
+    return _engine()
+
+
 def threads() -> int:
     """The number of threads that kernels run on now; 1 where ``install`` was not called."""
     return _engine().pool.threads if _engine.cache_info().currsize else 1

@@ -97,14 +97,11 @@ class PoolGraph(GraphRunner):
         for j, call in enumerate(self.linear.src):
             # a command is two words and its arguments: first the buffers, then the variables
             info, buffers, place = call.src[0].arg, self.calls[j][2], len(words) + 2
-            core, runtime = info.runtimevars.get("core_id"), self.runtimes[j]
+            runtime = self.runtimes[j]
             assert isinstance(runtime, CPUProgram), "supports_uop takes compiled kernels only"
-            words += command(
-                runtime.addr,
-                pieces=1 if core is None else info.global_size[0],
-                slot=UNSPLIT if core is None else len(info.globals) + core,
-                arguments=[_pointer(buffers[p]) for p in info.globals] + [0] * len(info.vars),
-            )
+            pieces, slot, variables = words_of(info)
+            arguments = [address(buffers[p]) for p in info.globals] + [0] * variables
+            words += command(runtime.addr, pieces, slot, arguments)
             # the batch's own buffers stay where they are; inputs may be others at every call
             moving = {p for p, u in enumerate(get_call_arg_uops(call)) if _is_input(u)}
             for i, p in enumerate(info.globals):
@@ -121,7 +118,7 @@ class PoolGraph(GraphRunner):
         for place, call, argument in self.inputs:
             buffer = resolve_params(call, input_uops)[argument].buffer
             assert isinstance(buffer, Buffer), "a call on one device has plain buffers"
-            self.commands[place] = _pointer(buffer)
+            self.commands[place] = address(buffer)
         for j, i, value in self.updated_vars(var_vals):
             self.commands[self.variables[j, i]] = value
         self.pool.run(self.commands, len(self.calls))
@@ -192,5 +189,15 @@ def _is_input(argument: UOp) -> bool:
     return any(u.op is Ops.PARAM for u in argument.toposort())
 
 
-def _pointer(buffer: Buffer) -> int:
+def words_of(info: Any) -> tuple[int, int, int]:
+    """-> how many pieces a compiled kernel has, in which argument their number goes, and how many
+    variables it takes"""
+    core = info.runtimevars.get("core_id")
+    if core is None:
+        return 1, UNSPLIT, len(info.vars)
+    return info.global_size[0], len(info.globals) + core, len(info.vars)
+
+
+def address(buffer: Buffer) -> int:
+    """Where a buffer's memory begins."""
     return int(buffer.ensure_allocated()._buf.va_addr)

@@ -16,6 +16,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from tinygpt.errors import CheckpointError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
 from tinygpt.files.tensor_file import Layout, Place
+from tinygpt.machine.resources import cores
 from tinygpt.runs.checkpoint.format import (
     BROKEN,
     ZEROS,
@@ -64,16 +66,17 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta,
     All of the file is checked, also tensors that are not wanted. Raises CheckpointError as
     ``read_meta`` does, and if a byte has changed.
     """
-    arrays, damaged = {}, []
-    with _opened(path) as (file, header, meta):
+    arrays = dict[str, Array]()
+    digests = dict[str, Future[str] | str]()
+    with ThreadPoolExecutor(min(4, cores())) as threads, _opened(path) as (file, header, meta):
         for name, place in header.layout.items():
-            keep = wanted is None or name in wanted
-            array, digest = _read_tensor(file, place) if keep else (None, _hash(file, place))
-            if digest != header.hashes[name]:
-                damaged.append(name)
-            elif array is not None:
-                arrays[name] = array
-    if damaged:
+            if wanted is None or name in wanted:
+                arrays[name] = _read_array(file, place)
+                digests[name] = threads.submit(_sha256, arrays[name])  # while the next one is read
+            else:
+                digests[name] = _hash(file, place)
+    found = {n: d if isinstance(d, str) else d.result() for n, d in digests.items()}
+    if damaged := [name for name, digest in found.items() if digest != header.hashes[name]]:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         raise CheckpointError(_damaged(path, clip(", ".join(damaged[:5])) + more))
     return meta, arrays
@@ -96,8 +99,8 @@ def one_by_one(path: str | Path) -> Iterator[tuple[Meta, Callable[[str], Array |
             if (place := header.layout.get(name)) is None:
                 return None
             file.seek(header.data + place.start)
-            array, digest = _read_tensor(file, place)
-            if digest != header.hashes[name]:
+            array = _read_array(file, place)
+            if _sha256(array) != header.hashes[name]:
                 raise CheckpointError(_damaged(path, name))
             return array
 
@@ -224,12 +227,16 @@ def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
         raise CheckpointError(f"{path} is damaged or made up: {fault}.")
 
 
-def _read_tensor(file: BinaryIO, place: Place) -> tuple[Array, str]:
+def _read_array(file: BinaryIO, place: Place) -> Array:
     array = np.empty(place.shape, place.numpy_dtype)
     memory = array.reshape(-1).view(np.uint8).data
     if file.readinto(memory) != len(memory):  # type: ignore[attr-defined]
         raise OSError("it has become shorter while it was read")
-    return array, hashlib.sha256(memory).hexdigest()
+    return array
+
+
+def _sha256(array: Array) -> str:
+    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _hash(file: BinaryIO, place: Place) -> str:

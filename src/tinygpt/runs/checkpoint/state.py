@@ -224,9 +224,10 @@ def _merged(
 def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: dict[str, Array]) -> None:
     """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit.
 
-    They are taken out of ``arrays``, so that not all of them are in memory twice.
+    They are copied straight into the buffers, for to assign and realize takes a millisecond or more
+    for each; and taken out of ``arrays``, so that not all of them are in memory twice.
     """
-    from tinygrad import Tensor
+    from tinygpt.machine.transfer import overwrite
 
     missing = [name for name in wanted if name not in arrays]
     if missing:
@@ -238,8 +239,7 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: dict[str, Array]) 
                 f"{path}: {name} has shape {found}, but {tensor.shape} is wanted."
             )
     for name, tensor in wanted.items():
-        values = Tensor(arrays.pop(name), device=tensor.device)
-        tensor.assign(values.cast(tensor.dtype)).realize()
+        overwrite(tensor, arrays.pop(name))
 
 
 def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:
