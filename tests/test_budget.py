@@ -248,6 +248,14 @@ def test_a_plan_is_shown_without_a_run(here, capsys):
     assert not (here / "runs").exists()
 
 
+def test_what_is_chosen_agrees_with_what_is_given(here, capsys):
+    given = ["--n-head", "5", "--devices", "3"]
+    assert main(["train", "cats.txt", *given, "--minutes", "1", "--print-config"]) == 0
+    found = tomllib.loads(capsys.readouterr().out)
+    assert found["model"]["n_head"] == 5 and found["model"]["n_embd"] % 5 == 0
+    assert found["train"]["batch_size"] % 3 == 0
+
+
 def test_a_preset_or_a_file_keeps_all_but_the_steps(here, capsys):
     assert main(["train", "cats.txt", "--preset", "baby", "--minutes", "1", "--print-config"]) == 0
     found = tomllib.loads(capsys.readouterr().out)

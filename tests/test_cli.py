@@ -107,9 +107,9 @@ def test_help_lists_every_verb(run_cli):
     parts = [part.split(maxsplit=1) for part in out.split("╭─ ")[1:]]
     shown = {head: re.findall(r"^│ (\S+) ", rest, re.M) for head, rest in parts}
     assert shown == shown | {
-        "Everyday": ["train", "generate", "serve", "dashboard"],
-        "Runs": ["runs", "info", "compare", "plot", "eval", "verify"],
-        "Exchange": ["import", "export", "tokenize", "tokenizer"],
+        "Everyday": ["train", "generate", "chat", "serve", "dashboard"],
+        "Runs": ["runs", "info", "compare", "plot", "eval", "eval-chat", "verify"],
+        "Exchange": ["import", "export", "make-chats", "tokenize", "tokenizer"],
         "Proofs": ["doctor", "memorization"],
         "Shell": ["completion"],
     }
@@ -193,7 +193,7 @@ WRONG_USE = {
     "train a.txt --seed": "--seed needs a value.",
     "train a.txt --max-iters many": 'unable to convert "many" into int',
     "train a.txt --decay exponential": '"cosine", "linear", "sqrt", "constant"',
-    "train a.txt --n-embd 130": "n_embd=130 is not divisible by n_head=4. Try n_embd=128",
+    "train a.txt --max-iters 9 --n-embd 130": "130 is not divisible by n_head=4. Try n_embd=128",
     "train a.txt --n-layer 0": "n_layer=0 is too small",
     "train a.txt --n-layer -2": "n_layer=-2 is too small",
     "train a.txt --n-embd 1000000000": "more than the",
@@ -377,6 +377,16 @@ def test_values_of_a_file_are_judged_together_with_the_flags(tmp_path):
     assert resolve(tables, {"model": {"n_head": 5}}).model["n_embd"] == 130
     with pytest.raises(ConfigError, match="130 is not divisible"):
         resolve(tables)
+
+
+def test_what_is_yet_to_be_planned_need_not_agree_with_what_is_given():
+    given = {"model": {"n_head": 5}, "train": {"devices": "3"}}
+    found = resolve(given, planned=True)
+    assert found.model == {"n_head": 5} and found.train.batch_size == 24
+    with pytest.raises(ConfigError, match="does not divide by the 3 devices"):
+        resolve(given, {"train": {"batch_size": 8}}, planned=True)
+    with pytest.raises(ConfigError, match="128 is not divisible"):
+        resolve(given, {"model": {"n_embd": 128}}, planned=True)
 
 
 def test_presets_resolve():

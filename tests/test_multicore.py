@@ -39,6 +39,16 @@ pytestmark = [
 PIECES = 6
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tests_elsewhere_have_the_pool() -> Iterator[None]:
+    before = multicore.installed()
+    yield
+    if before:
+        runtime_cache.clear()
+        graph_cache.clear()
+        multicore.install()
+
+
 @pytest.fixture(autouse=True)
 def tinygrad_as_it_was() -> Iterator[None]:
     multicore.uninstall()

@@ -100,7 +100,7 @@ def test_what_a_gguf_file_says_is_read_back(
     path, config = folder / "model.gguf", GPTConfig(8, rows, n_layer=1, n_head=1, n_embd=8)
     path.unlink(missing_ok=True)
     writer = gguf.GGUFWriter(path, "gpt2")
-    ours._describe(writer, config, tokens, "f32", name)
+    ours._describe(writer, config, tokens, None, "f32", name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

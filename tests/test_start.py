@@ -148,6 +148,7 @@ for _ in range(2):
 PUBLIC = {
     *(f"tinygrad.{name}" for name, value in vars(tinygrad).items() if not ismodule(value)),
     "tinygrad.nn.optim.Optimizer",
+    "tinygrad.nn.state.get_parameters",
 }
 """What users of tinygrad import."""
 LAZY = {"tinygrad.runtime.autogen.opencl"}

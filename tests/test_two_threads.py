@@ -84,7 +84,7 @@ def test_inference_and_evaluation_switch_no_mode_that_another_thread_could_see()
 
 
 def test_a_model_of_int8_weights_has_no_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODEL, "quantized", True)
+    monkeypatch.setattr(MODEL, "integers", "int8")
     with pytest.raises(UsageError, match="quantised"):
         MODEL.train()
     with pytest.raises(UsageError, match="quantised"):

@@ -30,9 +30,8 @@ def make_chats(
     seed
         Which questions; the same number makes the same files.
     """
-    import json
-
     from tinygpt.files.atomic import replacing
+    from tinygpt.files.strict_json import to_json
     from tinygpt.text.chat.exercises import exercises
 
     beside = held_out or out.with_name(f"{out.stem}-held-out{out.suffix or '.jsonl'}")
@@ -43,7 +42,7 @@ def make_chats(
     for path, made in ((out, exercises(seed, count)), (beside, iter(tested))):
         with replacing(path) as file:
             for exercise in made:
-                file.write(json.dumps(exercise.record(), ensure_ascii=False).encode() + b"\n")
+                file.write(to_json(exercise.record(), unicode=True).encode() + b"\n")
     say(f"{out}: {count:,} conversations; {beside}: {len(tested):,} that are held out")
     say(f"next: {command('train', out, '--minutes', 10)}")
 

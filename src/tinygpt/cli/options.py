@@ -19,6 +19,7 @@ from tinygpt.config import (
     read_config,
     to_toml,
 )
+from tinygpt.config.devices import device_names
 from tinygpt.errors import ConfigError, nearest
 from tinygpt.runs.folder import CONFIG
 from tinygpt.untrusted import clip
@@ -144,9 +145,10 @@ def given_tables(model: Values | None, train: Values | None, data: Values) -> Ta
     return {"model": dict(model or {}), "train": dict(train or {}), "data": given}
 
 
-def resolve(*layers: Tables) -> Settings:
+def resolve(*layers: Tables, planned: bool = False) -> Settings:
     """Later layers win, field by field; what no layer gives keeps its default.
 
+    Where shape and batch are yet to be ``planned``, they need not agree with what is given so far.
     Raises ConfigError for an unknown table or field, naming the nearest, and for values that cannot
     work.
     """
@@ -154,11 +156,22 @@ def resolve(*layers: Tables) -> Settings:
     for layer in layers:
         for name, values in layer.items():
             merged[name] |= values
-    model = GPTConfig.from_dict(merged["model"])  # checked here, before any text is read
+    checked = _agreeing(merged) if planned else merged
+    model = GPTConfig.from_dict(checked["model"])  # checked here, before any text is read
     given = {name: value for name, value in model.to_dict().items() if name in merged["model"]}
-    train, data = TrainConfig.from_dict(merged["train"]), DataConfig.from_dict(merged["data"])
+    train, data = TrainConfig.from_dict(checked["train"]), DataConfig.from_dict(merged["data"])
     check_together(model, train)
     return Settings(given, train, data)
+
+
+def _agreeing(tables: Tables) -> Tables:
+    """With heads, a width and a batch that divide, where they are not given."""
+    heads = tables["model"].get("n_head", 1)
+    devices = len(device_names(tables["train"].get("devices")))
+    return tables | {
+        "model": {"n_head": heads, "n_embd": 32 * heads} | tables["model"],
+        "train": {"batch_size": TrainConfig.batch_size * devices} | tables["train"],
+    }
 
 
 def preset_tables(name: str | None) -> Tables:

@@ -197,11 +197,13 @@ def train(
     layers = [kept, preset_tables(preset), file_tables(config), tables]
     ranks = present()
     beginning = None if resume else _beginning(layers, out)
-    settings = resolve(*(layers if beginning is None else beginning.layers(*layers[1:])))
-    _check_init(settings, kept, resume)
-    settled = {"--preset": preset, "--config": config, "--init": settings.data.init}
+    settled = {"--preset": preset, "--config": config, "--init": beginning}
     steps = tables["train"].get("max_iters")
     budget = asked(minutes, size, [flag for flag in settled if settled[flag]], steps, resume)
+    if beginning is not None:
+        layers = beginning.layers(*layers[1:])
+    settings = resolve(*layers, planned=budget is not None and budget.whole)
+    _check_init(settings, kept, resume)
     if budget is not None and ranks.size > 1:
         raise UsageError(
             "Settings are chosen by the pace of one process, and mpiexec started several. Say what "

@@ -203,9 +203,7 @@ class TrainingRun:
         self.changes = [*changes.past(meta.progress), *(c.at(meta.iter_num) for c in found)]
         for change in found:
             self.notice(f"changed from here on: {change}")
-        self.ranks.save_asked = bool(
-            found
-        )  # the next checkpoint, which records them, comes at once
+        self.ranks.save_asked = bool(found)  # the next checkpoint, which records them, is due
         changes.check_random_state(path, meta)
         self.output.check_same_run(path, meta)
         checkpoint.load(path, self.model, self.optimizer)
@@ -493,7 +491,8 @@ class TrainingRun:
 
     def _text(self, tokenizer: Tokenizer, iter_num: int) -> str:
         """The prompt and its continuation; ``iter_num`` is the seed."""
-        if isinstance(asked := self.val_tokens or self.train_tokens, Conversations):
+        asked = self.train_tokens if self.val_tokens is None else self.val_tokens
+        if isinstance(asked, Conversations):
             return self._answer(tokenizer, asked.question(iter_num), iter_num)
         try:
             prompt = tokenizer.encode(self.config.sample_prompt)
