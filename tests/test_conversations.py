@@ -354,6 +354,7 @@ def test_the_commands_make_learn_and_examine(
     assert main(["train", "c.jsonl", "--out", "r", *shape, *steps]) == 0
     err = capsys.readouterr().err
     assert "180 with 180 answers" in err and "the loss counts only these" in err
+    assert "Talk to it:\n  tinygpt chat r" in err
     assert main(["eval-chat", "r", "c-held-out.jsonl", "--limit", "3", "--max-tokens", "4"]) == 0
     assert "total" in capsys.readouterr().out
     assert main(["eval", "r", "--json"]) == 0

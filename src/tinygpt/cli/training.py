@@ -463,10 +463,14 @@ def _tell_end(run: TrainingRun, interrupted: bool) -> None:
         say(f"stopped at step {result.iter_num:,}, all of it kept. To go on:")
         say("  " + command("train", "--resume", "--out", run.folder))
         return
+    from tinygpt.text.chat.packing import Conversations
+
     best = result.best_val_loss
     quality = f", best validation loss {best:.4f}" if best is not None else ""
     if (bits := run.bits_per_byte(best)) is not None:
         quality += f" ({bits:.4f} bits per byte)"
     early = " early: the validation loss no longer improves" if result.stopped else ""
-    say(f"done{early}, {result.iter_num:,} steps{quality}. Let it write:")
-    say("  " + command("generate", run.folder))
+    talks = isinstance(run.train_tokens, Conversations)
+    verb, what = ("chat", "Talk to it") if talks else ("generate", "Let it write")
+    say(f"done{early}, {result.iter_num:,} steps{quality}. {what}:")
+    say("  " + command(verb, run.folder))
