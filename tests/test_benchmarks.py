@@ -33,9 +33,13 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A module of the benchmarks, for as long as a test lasts; so are those that it imports."""
+    before = set(sys.modules)
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module(name)
-    del sys.modules[name]
+    ours = {path.stem for path in FOLDER.glob("*.py")}
+    for own in ours & (set(sys.modules) - before):
+        del sys.modules[own]
 
 
 def test_a_result_replaces_a_result_and_nothing_else(

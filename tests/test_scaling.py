@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.test_benchmarks import FOLDER, benchmark
 from tests.test_ranks import Threads, mpiexec
 from tinygpt.machine.flat_buffer import FlatBuffer
 from tinygpt.machine.ranks.alone import Alone
@@ -26,27 +26,17 @@ from tinygpt.training.meeting import Meeting
 from tinygpt.training.optim import AdamW
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "benchmarks"
 DOCUMENT = ROOT / "docs" / "scaling.md"
-
-
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module(name)
-    for own in ("cost", "common", "scale", "scale_past"):
-        if own not in before:
-            sys.modules.pop(own, None)
 
 
 @pytest.fixture
 def cost(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    yield from module("cost", monkeypatch)
+    yield from benchmark("cost", monkeypatch)
 
 
 @pytest.fixture
 def scale(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    yield from module("scale", monkeypatch)
+    yield from benchmark("scale", monkeypatch)
 
 
 # ---- the model's arithmetic ----
@@ -54,7 +44,7 @@ def scale(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("name", ["cost", "scale_past"])
 def test_examples_of_the_model_are_true(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for found in module(name, monkeypatch):
+    for found in benchmark(name, monkeypatch):
         result = doctest.testmod(found)
         assert result.attempted and not result.failed
 
