@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tinygrad import Tensor
-from tinygrad.helpers import GlobalCounters
 
+from tests.device_memory import device_bytes
 from tinygpt.api import GPT
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.model import lora
@@ -24,11 +24,11 @@ def taught(shape, train, steps=2):
     lora.prepare(model, train)
     step = make_train_step(model, make_optimizer(model.trainable(), train), train)
     A, B, T = train.grad_accum_steps, train.batch_size, shape.block_size
-    rng, before, outcomes = np.random.default_rng(0), GlobalCounters.mem_used, []
+    rng, before, outcomes = np.random.default_rng(0), device_bytes(), []
     for i in range(steps):
         x = rng.integers(0, shape.vocab_size, (A, B, T), dtype=np.int32)
         outcomes.append(step(x, np.roll(x, -1, -1), 1e-2, (3, i)))
-    taken = GlobalCounters.mem_used - before
+    taken = device_bytes() - before
     weights = {name: p.numpy() for name, p in model.parameters().items()}
     return outcomes, weights, taken
 
