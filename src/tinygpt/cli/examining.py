@@ -92,7 +92,7 @@ def eval_chat(
         for record, messages in read_records(data)
         for task in tasks_of(str(record.get("kind", "all")), messages)
     ][:limit]
-    model, own = load_model(run, tokenizer)
+    model, own = load_model(run, tokenizer=tokenizer)
     by_kind: dict[str, Score] = defaultdict(Score)
     total = Score()
     for task, answer in scores(model.decoder, own, tasks, max_tokens):
