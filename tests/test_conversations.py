@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from tinygpt.errors import DataError, UsageError
 from tinygpt.generation.grading import Score, Task, scores, tasks_of
 from tinygpt.kernels.loss.fused import loss
 from tinygpt.text.batches import batch, split
-from tinygpt.text.chat.conversations import read_conversations
-from tinygpt.text.chat.exercises import exercises
+from tinygpt.text.chat.conversations import checked, read_conversations
+from tinygpt.text.chat.exercises import conversations, exercises, record
 from tinygpt.text.chat.packing import Conversations, report, tokens_of_conversations
 from tinygpt.text.chat.template import MARKED, PLAIN
 from tinygpt.text.corpus import open_corpus
@@ -38,7 +40,8 @@ ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
 
 
 def made(count: int = 60, template: Any = MARKED) -> Conversations:
-    chats = [e.record()["messages"] for e in exercises(1, count) if e.kind != "python"]
+    plain = [e for e in exercises(1, count) if e.kind != "python"]
+    chats = [record([e])["messages"] for e in plain]
     return tokens_of_conversations(chats, TOKENIZER, template)  # type: ignore[arg-type]
 
 
@@ -283,8 +286,8 @@ def test_a_run_on_conversations_goes_on_bit_for_bit(tmp_path: Path, accum: int) 
 
 
 def test_held_out_questions_are_not_trained_on_and_files_are_the_same_again() -> None:
-    trained, tested = list(exercises(3, 2000)), list(exercises(3, 300, held_out=True))
-    assert trained == list(exercises(3, 2000))
+    trained, tested = list(exercises(3, 9000)), list(exercises(3, 300, held_out=True))
+    assert trained == list(exercises(3, 9000))
     assert not {e.question for e in trained} & {e.question for e in tested}
     assert {e.kind for e in trained} == {e.kind for e in tested}
     for e in trained:
@@ -295,6 +298,32 @@ def test_held_out_questions_are_not_trained_on_and_files_are_the_same_again() ->
             assert e.question == f"reverse {e.answer[::-1]}"
     known = {e.answer for e in trained if e.kind in ("fact", "python")}
     assert {e.answer for e in tested if e.kind in ("fact", "python")} <= known
+
+
+def test_each_kind_has_enough_questions_that_are_held_out() -> None:
+    counts = Counter(e.kind for e in set(exercises(1, 5000, held_out=True)))
+    assert min(counts.values()) >= 50, counts
+
+
+def test_some_conversations_have_several_turns_of_which_none_gives_another_away() -> None:
+    made = list(exercises(3, 1000))
+    talks = list(conversations(made, 3))
+    assert [e for talk in talks for e in talk] == made
+    assert talks == list(conversations(made, 3))
+    lengths = Counter(map(len, talks))
+    assert set(lengths) == {1, 2, 3, 4}
+    assert 0.1 < 1 - lengths[1] / len(talks) < 0.3
+    assert all(len({e.answer for e in talk}) == len(talk) for talk in talks)
+    longest = max(talks, key=len)
+    kinds = record(longest)["kind"]
+    assert kinds == [e.kind for e in longest]
+    tasks = list(tasks_of(kinds, checked_messages(record(longest))))
+    assert [(t.kind, t.messages[-1]["content"], t.wanted) for t in tasks] == list(longest)
+    assert [t.later for t in tasks] == [False, True, True, True]
+
+
+def checked_messages(of: dict[str, Any]) -> list[dict[str, str]]:
+    return checked([(m["role"], m["content"]) for m in of["messages"]])
 
 
 def test_answers_are_scored_by_what_they_say_and_how_they_end(
@@ -328,7 +357,11 @@ def test_answers_are_scored_by_what_they_say_and_how_they_end(
 
 
 def test_every_answer_of_a_conversation_is_a_task() -> None:
-    assert [len(t.messages) for t in tasks_of("x", [*ASKED, *ASKED])] == [1, 3]
+    tasks = list(tasks_of("x", [*ASKED, *ASKED]))
+    assert [len(t.messages) for t in tasks] == [1, 3]
+    assert [t.kind for t in tasks] == ["x", "x"]
+    wrong = list(tasks_of(["one kind for two answers"], [*ASKED, *ASKED]))
+    assert len({t.kind for t in wrong}) == 1
 
 
 def test_the_commands_make_learn_and_examine(
@@ -353,7 +386,7 @@ def test_the_commands_make_learn_and_examine(
     capsys.readouterr()
     assert main(["train", "c.jsonl", "--out", "r", *shape, *steps]) == 0
     err = capsys.readouterr().err
-    assert "180 with 180 answers" in err and "the loss counts only these" in err
+    assert re.search(r"180 with 2\d\d answers", err) and "the loss counts only these" in err
     assert "Talk to it:\n  tinygpt chat r" in err
     assert main(["eval-chat", "r", "c-held-out.jsonl", "--limit", "3", "--max-tokens", "4"]) == 0
     assert "total" in capsys.readouterr().out

@@ -27,6 +27,11 @@ class Task(NamedTuple):
     messages: Messages
     wanted: str
 
+    @property
+    def later(self) -> bool:
+        """Whether the conversation has an answer before this one."""
+        return any(message["role"] == "assistant" for message in self.messages)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -65,11 +70,19 @@ class Score:
         }
 
 
-def tasks_of(kind: str, messages: Messages) -> Iterator[Task]:
-    """A task for each answer of a conversation."""
-    for at, message in enumerate(messages):
-        if message["role"] == "assistant":
-            yield Task(kind, messages[:at], str(message["content"]))
+def tasks_of(kind: object, messages: Messages) -> Iterator[Task]:
+    """A task for each answer of a conversation, of its kind, or of one each where these are listed.
+
+    >>> talk = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    >>> [task.kind for task in tasks_of(["a", "b"], talk * 2)]
+    ['a', 'b']
+    """
+    places = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    kinds = [kind] * len(places)
+    if isinstance(kind, list) and len(kind) == len(places):
+        kinds = kind
+    for at, own in zip(places, kinds, strict=True):
+        yield Task(str(own), messages[:at], str(messages[at]["content"]))
 
 
 def scores(
