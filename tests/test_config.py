@@ -134,5 +134,5 @@ def test_a_choice_may_be_left_open():
 
     assert Loading.from_dict({"quantize": None, "kv": "int8"}).kv == "int8"
     for wrong in ("int3", 8):
-        with pytest.raises(ConfigError, match="quantize=.* is not one of 'int8', 'int4'"):
+        with pytest.raises(ConfigError, match=r"quantize=.* is not one of 'int8', 'int4'"):
             Loading.from_dict({"quantize": wrong})
