@@ -93,7 +93,7 @@ def eval_chat(
     from tinygpt.generation.grading import Score, scores
 
     tasks = read_tasks(data)[:limit]
-    model, own = load_model(run, tokenizer)
+    model, own = load_model(run, tokenizer=tokenizer)
     by_kind: dict[str, Score] = defaultdict(Score)
     later, total = Score(), Score()
     for task, answer in scores(model.decoder, own, tasks, max_tokens):
