@@ -117,7 +117,7 @@ def test_adapters_have_the_gradients_of_finite_differences():
 )
 def test_adapters_are_where_they_were_asked_for(layers, parts):
     model = adapted(lora_layers=layers, freeze=1)
-    wanted = {f"h.1.{part}{end}" for part in parts for end in ADAPTERS}
+    wanted = {f"h.1.{part}{end}" for part in parts for end in ADAPTERS[:2]}
     assert set(model.trainable()) == wanted
 
 

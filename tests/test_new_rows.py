@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,14 @@ from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import Meta
 from tinygpt.text.chat.markers import marked, new_rows
 from tinygpt.text.chat.template import MARKED, template_of
-from tinygpt.text.tokenizers import END, MARKERS, BaseTokenizer
+from tinygpt.text.tokenizers import (
+    ASSISTANT,
+    END,
+    MARKERS,
+    TURN_END,
+    USER,
+    BaseTokenizer,
+)
 
 SHAPE = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
 SHORT = ["--max-iters", "1", "--batch-size", "2", "--eval-interval", "1000"]
@@ -67,6 +75,42 @@ def test_an_imported_model_gets_rows_for_markers(
     assert template_of(back) == MARKED
     assert MARKED.render(back, TALK).ids.tolist() == MARKED.render(tokenizer, TALK).ids.tolist()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_learn_beside_adapters_and_others_stay(tied: bool, tmp_path: Path):
+    plain = made("imported")
+    run = run_of(tmp_path, plain, plain.vocab_size, tied)
+    records = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]}
+               for c in "bc" * 10]  # fmt: skip
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["train", str(chats), "--init", str(run), "--markers", "--lora-rank", "2"]
+    words += ["--batch-size", "2", "--eval-interval", "1", "--eval-iters", "1"]
+    words += ["--learning-rate", "0.01", "--warmup-steps", "0", "--decay", "constant"]
+    assert main([*words, "--max-iters", "2", "--out", str(tmp_path / "whole")]) == 0
+    assert main([*words, "--max-iters", "1", "--out", str(tmp_path / "parts")]) == 0
+    again = ["train", "--resume", "--out", str(tmp_path / "parts"), "--max-iters", "2"]
+    assert main([*again, "--allow-change", "max_iters"]) == 0
+    (old, _), (whole, tokenizer), (parts, _) = (
+        load(path) for path in (run, tmp_path / "whole/ckpt_2", tmp_path / "parts/ckpt_2")
+    )
+    assert whole.parameters().keys() == old.parameters().keys()  # merged
+    for name, p in whole.parameters().items():
+        np.testing.assert_array_equal(read(p), read(parts.parameters()[name]))
+    first = plain.vocab_size
+    for name in ["wte.weight"] if tied else ["wte.weight", "lm_head.weight"]:
+        before, after = read(old.parameters()[name]), read(whole.parameters()[name])
+        np.testing.assert_array_equal(after[:first], before)
+    meant = moved(tmp_path / "whole", tokenizer)
+    assert (np.abs(meant).max(axis=1) > 1e-4).all()
+
+
+def moved(folder: Path, tokenizer: BaseTokenizer) -> np.ndarray:
+    """How far the rows of the markers in the talks moved between two checkpoints."""
+    one, two = (load(folder / f"ckpt_{n}")[0].wte.weight for n in (1, 2))
+    added = [tokenizer.special[marker] for marker in (USER, ASSISTANT, TURN_END)]
+    return read(two)[added] - read(one)[added]
 
 
 def test_without_being_asked_a_vocabulary_stays_as_it_is(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ class Beginning:
                 f"block_size={wanted} is more than the {longest} positions that {self.path} has "
                 f"learned an embedding for. Give at most {longest}."
             )
-        own = {"model": shape, "train": fine_tuning(_values("train", preset, *given))}
+        training = _values("train", preset, *given)
+        own = {"model": shape, "train": {**fine_tuning(training), **self._rows(training, data)}}
         return [own, preset, *given, {"data": {"init": str(self.path)}}]
 
     def tokenizer(self, data: DataConfig) -> Tokenizer | None:
@@ -83,6 +85,18 @@ class Beginning:
                 f"--tokenizer gpt2, byte, or the path of a saved one."
             )
         return marked(found)
+
+    def _rows(self, train: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, int]:
+        """The rows of new tokens, which learn beside adapters: nothing else could teach them."""
+        from tinygpt.text.chat.markers import new_rows
+        from tinygpt.text.tokenizers import tokenizer_from_dict
+
+        if not data.get("markers") or train.get("lora_rank") is None:
+            return {}
+        described = self.meta.tokenizer
+        old = None if described is None else tokenizer_from_dict(described)
+        added = new_rows(old, self.tokenizer(DataConfig.from_dict(dict(data))))
+        return {"lora_rows": min(added)} if added else {}
 
     def _known(self, data: DataConfig) -> Tokenizer | None:
         from tinygpt.text.tokenizers import tokenizer_from_dict

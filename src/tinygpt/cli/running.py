@@ -215,10 +215,11 @@ def begin(settings: Settings, material: Material, goes_on: bool = False) -> Begi
     source, seed = settings.data, settings.train.seed
     if source.init is None or goes_on:
         return Beginning(GPT(material.shape, seed))
-    model = GPT(material.shape, seed=None)
     path, expected = _lasting(source, material.name).init, source.init_sha256
     assert path is not None
-    origin = checkpoint.start_from(path, model, _new_rows(Path(path), material.tokenizer))
+    rows = _new_rows(Path(path), material.tokenizer)
+    model = GPT(material.shape, seed if rows else None)  # new rows begin with random values
+    origin = checkpoint.start_from(path, model, rows)
     found = origin["sha256"]
     if expected not in (None, found):
         raise CheckpointError(

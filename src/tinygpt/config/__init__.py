@@ -29,8 +29,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 AdaptedLayers = Literal["all", "attn", "mlp"]
 """The linear layers that LoRA adapts, see ``TrainConfig.lora_layers``."""
-ADAPTERS = (".lora_a", ".lora_b")
-"""How the names of LoRA's matrices end; they begin with the layer's."""
+ADAPTERS = (".lora_a", ".lora_b", ".lora_rows")
+"""How the names of what learns beside frozen weights end; they begin with the layer's."""
 
 MAX_PARAMETERS = 20_000_000_000
 """Beyond this a configuration is taken for a slip and refused before anything is allocated."""
@@ -264,6 +264,8 @@ class TrainConfig(Config):
     """What adapters compute is multiplied by lora_alpha / lora_rank."""
     lora_layers: AdaptedLayers = "all"
     """The linear layers that get adapters: of attention (attn), of the MLP (mlp), or all."""
+    lora_rows: int | None = None
+    """Beside adapters the rows of this token and all later ones learn; --markers sets it."""
     devices: int | str | None = None
     """Devices that share each micro-batch: a number, or a list like CL:0,CL:1; if not set, one."""
     shard_optimizer: bool = False
@@ -300,6 +302,7 @@ class TrainConfig(Config):
             "seed",
             "keep_last",
             "freeze",
+            "lora_rows",
         )
         _between(self, 0.0, 1.0, "beta1", "beta2", "weight_decay", "muon_momentum", "decay_start")
         for name, common in (
@@ -369,6 +372,15 @@ def check_together(model: GPTConfig, train: TrainConfig) -> None:
         f"With freeze={freeze} of n_layer={most} blocks frozen there is no layer left that "
         f"lora_rank={rank} could adapt. Freeze fewer.",
     )
+    if (first := train.lora_rows) is not None:
+        _require(
+            rank is not None,
+            f"lora_rows={first} is for rows that learn beside adapters: give lora_rank too.",
+        )
+        _require(
+            first < model.vocab_size,
+            f"lora_rows={first} is no row of a vocabulary of {model.vocab_size} tokens.",
+        )
 
 
 MAX_TOKENS = 200

@@ -10,6 +10,10 @@ Gradients and moments are needed for A and B alone, a hundredth of the parameter
 zeros, the model begins as the one it was; in the end ``merge`` adds the change to W, and the model
 is a plain one again.
 
+Rows of the embedding for new tokens have no meaning to keep. With ``lora_rows`` the last rows of
+the embedding, and of the output projection, are trained in full in a small table of their own,
+which takes the place of these rows; the other rows are frozen.
+
 In half precision the weights that stay as they are take 16 bits each: nothing would read more of
 them. They are rounded once, when the adapters are made, and what is saved and merged begins with
 the rounded ones.
@@ -30,7 +34,7 @@ from tinygpt.machine.precision import half_of
 from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.machine.transfer import read, release_unused, write
 from tinygpt.model.rounding import HALVED, put
-from tinygpt.model.transformer import Linear, Transformer
+from tinygpt.model.transformer import Embedding, Linear, Transformer
 
 Array = npt.NDArray[Any]
 
@@ -60,6 +64,54 @@ class LoRALinear(Linear):
         return Linear(self.weight, self.bias)
 
 
+class RowsLinear(Linear):
+    """y = x Wᵀ, with the last rows of W (V, C) in a table of their own, lora_rows (n, C)."""
+
+    def __init__(self, weight: Tensor, rows: Tensor) -> None:
+        super().__init__(weight)
+        self.lora_rows = rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, with_rows(self.weight, self.lora_rows))
+
+    def loss(self, x: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        table = with_rows(self.weight, self.lora_rows)
+        return kernels.loss(x, table, targets, gradient=gradient)
+
+    def merged(self) -> Linear:
+        return Linear(_merge_rows(self.weight, self.lora_rows))
+
+
+class RowsEmbedding(Embedding):
+    """An embedding with its last rows in a table of their own, lora_rows (n, C)."""
+
+    def __init__(self, weight: Tensor, rows: Tensor) -> None:
+        super().__init__(weight)
+        self.lora_rows = rows
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return kernels.embedding(tokens, with_rows(self.weight, self.lora_rows), positions)
+
+    def projection(self) -> Linear:
+        return RowsLinear(self.weight, self.lora_rows)
+
+    def merged(self) -> Embedding:
+        return Embedding(_merge_rows(self.weight, self.lora_rows))
+
+
+def with_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """A weight (V, C) whose last rows are others (n, C), in the type of these."""
+    kept = weight[: int(weight.shape[0]) - int(rows.shape[0])].cast(rows.dtype)
+    return kept.cat(rows).contiguous()
+
+
+def _merge_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """The same in numbers, in the memory of the weight."""
+    values = np.array(read(weight))
+    values[len(values) - int(rows.shape[0]) :] = read(rows)
+    return write(weight, values)
+
+
 def merged(weight: Array, a: Array, b: Array, scale: float) -> Array:
     """The weight (O, I) with what its adapter A (r, I), B (O, r) has learned."""
     return weight + np.float32(scale) * (b @ a)
@@ -79,6 +131,12 @@ def prepare(model: Transformer, config: TrainConfig) -> None:
             layer = model.layer(weight.layer)
             adapter = LoRALinear(layer, config.lora_rank, config.lora_alpha, rng)
             model.replace(weight.layer, adapter)
+    for weight in learned_in_rows(model.config, config):
+        layer = model.layer(weight.layer)
+        rows = np.array(read(layer.weight)[config.lora_rows :])
+        table = write(Tensor.empty(*rows.shape, device=layer.weight.device), rows)
+        kind = RowsEmbedding if weight.kind == "tokens" else RowsLinear
+        model.replace(weight.layer, kind(layer.weight, table))
     chosen = learning(model.config, config)
     for name, parameter in model.parameters().items():
         parameter.is_param_(name in chosen)
@@ -90,9 +148,9 @@ def merge(model: Transformer) -> None:
     """Add to the weights what the adapters have learned; then there are none, and all may learn."""
     if model.rounded_to is None:
         _set_types(model, dtypes.float32)
-    for weight in linear(model.config):
+    for weight in weights(model.config):
         layer = model.layer(weight.layer)
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, (LoRALinear, RowsLinear, RowsEmbedding)):
             model.replace(weight.layer, layer.merged())
     for parameter in model.parameters().values():
         parameter.is_param_(True)
@@ -125,13 +183,24 @@ def adapted(model: GPTConfig, train: TrainConfig) -> list[Weight]:
     ]
 
 
+def learned_in_rows(model: GPTConfig, train: TrainConfig) -> list[Weight]:
+    """The weights of which only the last rows learn: those with a row for each token."""
+    if train.lora_rows is None:
+        return []
+    return [weight for weight in weights(model) if weight.kind in ("tokens", "output")]
+
+
 def learning(model: GPTConfig, train: TrainConfig) -> dict[str, int]:
     """The parameters that learn, and how many numbers each of them is."""
     if (rank := train.lora_rank) is not None:
-        return {
+        rows = {
+            w.layer + ADAPTERS[2]: (w.shape[0] - (train.lora_rows or 0)) * w.shape[1]
+            for w in learned_in_rows(model, train)
+        }
+        return rows | {
             w.layer + end: rank * width
             for w in adapted(model, train)
-            for end, width in zip(ADAPTERS, reversed(w.shape), strict=True)  # A (r, I), B (O, r)
+            for end, width in zip(ADAPTERS[:2], reversed(w.shape), strict=True)  # (r, I), (O, r)
         }
     frozen = -1 if train.freeze is None else train.freeze  # of -1 not even the embeddings
     return {w.name: w.size for w in weights(model) if w.block >= frozen}

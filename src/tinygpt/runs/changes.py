@@ -38,7 +38,7 @@ TOLD = {ORDER_CHANGED, "dtype"}
 """Changes that a notice reports, and that need no permission: weights and moments are float32."""
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_embeddings"}
 """What decides which weights there are, and what they mean."""
-LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "init", "optimizer"}
+LEARNING = {"freeze", "lora_rank", "lora_alpha", "lora_layers", "lora_rows", "init", "optimizer"}
 """What decides which weights learn, and how, and where they began."""
 START_ANEW = (
     "To go on in another way from the weights of a run, start a new one from it, with --init."

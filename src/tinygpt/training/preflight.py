@@ -29,7 +29,7 @@ from tinygpt.kernels.newton_schulz import SLOTS, Sizes
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
-from tinygpt.model.lora import count_trainable, learning
+from tinygpt.model.lora import count_trainable, learned_in_rows, learning
 from tinygpt.training.accumulation import levels
 
 FLOAT = 4
@@ -139,7 +139,8 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     stacks = muon_stacks(matrices)
     at_once = max((2 * s.numbers + SLOTS * s.matrices * s.n**2 for s in stacks), default=0)
     count = model.num_params() + adapters
-    L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
+    rows = len(learned_in_rows(model, train))  # tables of which some rows learn
+    L_back = L if rows else L - (train.freeze or 0)  # blocks that the backward pass sees
     half = train.dtype != "float32"
     rounded = count - adapters if half and adapters else 0  # frozen beside adapters: 16 bits
     outside, per_block = OUTSIDE[half], N * C * PER_BLOCK[half]
@@ -150,9 +151,11 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
         kept, activations = N * C * (L_back + outside), per_block + N * C * (1 + outside)
     adapting = ADAPTING // (1 + half) if adapters else 0
     activations += N * C * adapting
+    activations += 2 * rows * V * C  # each with its rows in place, and the embedding's gradient
     chunk = cut_of(N, C, V)
     powers, dx_parts = prod(chunk.powers), prod(chunk.dx_parts)
     evaluating = max(N * C * (IN_BLOCK[half] + adapting), N * C * AT_LOSS[half] + powers)
+    evaluating += rows * V * C
     tied = V * C if model.tie_embeddings and trained == count else 0  # a gradient from either end
     projection = 0 if _output_frozen(model, train) else V * C
     gradients, sums = trained + tied + at_once, 0
@@ -216,6 +219,8 @@ def muon_stacks(matrices: Sequence[Weight]) -> list[Sizes]:
 
 def _output_frozen(model: GPTConfig, train: TrainConfig) -> bool:
     """Whether the weight of the last product, onto the vocabulary, is frozen."""
+    if train.lora_rows is not None:
+        return False
     return train.lora_rank is not None or (train.freeze is not None and model.tie_embeddings)
 
 
@@ -229,13 +234,14 @@ def flops_per_token(model: GPTConfig, train: TrainConfig | None = None) -> int:
     C, L, T = model.n_embd, model.n_layer, model.block_size
     train = train or TrainConfig()
     _, adapters = count_trainable(model, train)
-    first = train.freeze or 0  # the first block that the backward pass sees
+    rows = sum(w.size for w in learned_in_rows(model, train)[-1:])  # the output projection's
+    first = 0 if rows else train.freeze or 0  # the first block that the backward pass sees
     looked_up = {"positions"} if model.tie_embeddings else {"positions", "tokens"}
     multiplied = {w.name: w for w in weights(model) if w.kind not in looked_up}
     forward = adapters + sum(w.size for w in multiplied.values())
     backward = forward - sum(w.size for w in multiplied.values() if 0 <= w.block < first)
     learned = learning(model, train).items()
-    own = adapters or sum(count for name, count in learned if name in multiplied)
+    own = adapters + rows or sum(count for name, count in learned if name in multiplied)
     attention = 2 * L * C * T + 4 * (L - first) * C * T
     return 2 * (forward + backward + own) + attention
 

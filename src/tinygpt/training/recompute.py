@@ -22,7 +22,7 @@ from tinygrad import Tensor
 from tinygpt.machine.tinygrad_internals import DType
 from tinygpt.model.transformer import Dropout, Transformer
 
-TABLES = "wte.weight", "wpe.weight"
+TABLES = "wte.weight", "wpe.weight", "wte.lora_rows"
 """The parameters before the first block; the first may be the output projection too."""
 
 

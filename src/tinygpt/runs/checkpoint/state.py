@@ -169,6 +169,8 @@ def origin_of(model: Transformer) -> dict[str, Any] | None:
     found, hashes = model.read_from
     parameters = model.parameters()
     own = {name for name in parameters if name in hashes or not name.endswith(ADAPTERS)}
+    if any(name.endswith(ADAPTERS[2]) for name in parameters):
+        return None
     idle = (p for n, p in parameters.items() if n not in own and n.endswith(ADAPTERS[1]))
     same = own == hashes.keys() and all(
         _sha256(parameters[n].numpy()) == h for n, h in hashes.items()
@@ -200,10 +202,10 @@ def _read_merged(
     return arrays, changed
 
 
-def _adapters(name: str) -> tuple[str, str]:
-    """The names of the two factors of LoRA for the layer that a weight belongs to."""
+def _adapters(name: str) -> list[str]:
+    """The names of LoRA's two factors, and of learned rows, of the layer of a weight."""
     layer = name.removesuffix(".weight")
-    return layer + ADAPTERS[0], layer + ADAPTERS[1]
+    return [layer + end for end in ADAPTERS]
 
 
 @contextmanager
@@ -234,7 +236,12 @@ def _merged(
     """The weight (O, I) of a layer with what its adapter has learned, if they fit together."""
     from tinygpt.model.lora import merged
 
-    rank, (a, b) = None if train is None else train.lora_rank, parts
+    rank, (a, b, rows) = None if train is None else train.lora_rank, parts
+    if weight is not None and rows is not None and a is None and b is None:
+        fits = rows.shape[1:] == weight.shape[1:] and weight.ndim == 2
+        if fits and 0 < len(rows) <= len(weight):
+            kept = weight[: len(weight) - len(rows)]
+            return np.concatenate([kept, rows.astype(weight.dtype)])
     if train is not None and rank and weight is not None and a is not None and b is not None:
         n_out, *n_in = weight.shape
         if (a.shape, b.shape) == ((rank, *n_in), (n_out, rank)):
