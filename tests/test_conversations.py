@@ -18,13 +18,16 @@ from tinygpt.cli import main
 from tinygpt.errors import DataError, UsageError
 from tinygpt.generation.grading import Score, Task, scores, tasks_of
 from tinygpt.kernels.loss.fused import loss
+from tinygpt.runs.changes import differences
+from tinygpt.runs.checkpoint import Meta
 from tinygpt.text.batches import batch, split
 from tinygpt.text.chat.conversations import checked, read_conversations
 from tinygpt.text.chat.exercises import conversations, exercises, record
 from tinygpt.text.chat.packing import Conversations, report, tokens_of_conversations
-from tinygpt.text.chat.template import MARKED, PLAIN
+from tinygpt.text.chat.template import MARKED, PLAIN, template_of
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.mix import Mix
+from tinygpt.text.sources import with_template_for
 from tinygpt.text.tokenizers import END, MARKERS, ByteTokenizer
 from tinygpt.text.tokens import bytes_per_token, data_fingerprint
 from tinygpt.training.evaluation import measure
@@ -403,6 +406,18 @@ def test_gpt2_without_markers_learns_from_plain_roles(tmp_path: Path) -> None:
     tokens = tokens_of_conversations([ASKED], ByteTokenizer(), PLAIN)
     _, y = batch(tokens, 0, 0, 1, 64)
     assert ByteTokenizer().decode(y[y >= 0]) == " So.\n\nUser:"
+
+
+def test_a_vocabulary_without_markers_keeps_the_template_that_was_learned(tmp_path: Path) -> None:
+    corpora = [open_corpus(written(tmp_path / "a.jsonl", {"messages": ASKED}))]
+    kept = with_template_for(ByteTokenizer(), corpora)
+    assert template_of(kept) == PLAIN and with_template_for(TOKENIZER, corpora) is TOKENIZER
+    (tmp_path / "plain.txt").write_text("Once.")
+    assert (
+        with_template_for(ByteTokenizer(), [open_corpus(tmp_path / "plain.txt")]).template is None
+    )
+    before = Meta(1, SHAPE, tokenizer=ByteTokenizer().to_dict())  # a run of before this was kept
+    assert differences(before, SHAPE, TrainConfig(), {}, kept.to_dict()) == []
 
 
 def test_a_stride_is_refused(tmp_path: Path) -> None:
