@@ -99,7 +99,7 @@ def eval_chat(
         for record, messages in read_records(data)
         for task in tasks_of(record.get("kind", "all"), messages)
     ][:limit]
-    model, own = load_model(run, tokenizer)
+    model, own = load_model(run, tokenizer=tokenizer)
     by_kind: dict[str, Score] = defaultdict(Score)
     later, total = Score(), Score()
     for task, answer in scores(model.decoder, own, tasks, max_tokens):
