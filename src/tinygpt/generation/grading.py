@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tinygpt.config import SampleConfig
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import FINISHED, generate_tokens
+from tinygpt.text.chat.template import is_learned
 from tinygpt.text.chat.window import Asked, ask
 from tinygpt.text.tokenizers import USER, Tokenizer, special_of
 
@@ -77,7 +78,7 @@ def tasks_of(kind: object, messages: Messages) -> Iterator[Task]:
     >>> [task.kind for task in tasks_of(["a", "b"], talk * 2)]
     ['a', 'b']
     """
-    places = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    places = [at for at, message in enumerate(messages) if is_learned(message)]
     kinds = [kind] * len(places)
     if isinstance(kind, list) and len(kind) == len(places):
         kinds = kind
