@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
-from tinygpt import GPT, GPTConfig, TrainConfig
+from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.api import train
 from tinygpt.cli import main
 from tinygpt.errors import DataError, UsageError
-from tinygpt.generation.grading import Score, Task, scores, tasks_of
+from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.generate import generate_tokens
+from tinygpt.generation.grading import QUESTIONS, Exam, Score, Task, scores, tasks_of
 from tinygpt.kernels.loss.fused import loss
 from tinygpt.runs.changes import differences
 from tinygpt.runs.checkpoint import Meta
+from tinygpt.runs.run import TrainingRun
 from tinygpt.text.batches import batch, split
 from tinygpt.text.chat.conversations import checked, read_conversations
 from tinygpt.text.chat.exercises import conversations, exercises, record
@@ -445,25 +448,26 @@ def checked_messages(of: dict[str, Any]) -> list[dict[str, str]]:
     return checked([(m["role"], m["content"], 1) for m in of["messages"]])
 
 
-def test_answers_are_scored_by_what_they_say_and_how_they_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import tinygpt.generation.grading as grading
-
+def test_answers_are_scored_by_what_they_say_and_how_they_end() -> None:
     said = {
         "a": [*b"yes", TOKENIZER.special_id("<|end|>")],
         "bb": [*b"yes", TOKENIZER.special_id("<|user|>")],
         "ccc": [*b"yes"] * 2,
     }
 
-    def speak(decoder: object, prompts: list[list[int]], *_: object, **__: object) -> Any:
-        [question] = [q for q in said if len(prompts[0]) == len(q) + 3]
-        return (np.array([i] * len(prompts)) for i in said[question])
+    class Speaker(Decoder):
+        """Says what stands above, in place of what a model would."""
 
-    monkeypatch.setattr(grading, "generate_tokens", speak)
+        def next_logits(self, sequences: Any) -> Any:
+            out = np.zeros((len(sequences), TOKENIZER.vocab_size), np.float32)
+            for row, sequence in zip(out, sequences, strict=True):
+                question = "".join(chr(i) for i in sequence.ids if chr(i) in "abc")
+                spoken = len(sequence.ids) - len(question) - 3
+                row[said[question][spoken]] = 1
+            return out
+
     tasks = [Task(q, [{"role": "user", "content": q}], "yes") for q in said]
-    decoder = GPT(SHAPE).decoder
-    found = {task.kind: answer for task, answer in scores(decoder, TOKENIZER, tasks, 6)}
+    found = {t.kind: answer for t, answer in scores(Speaker(GPT(SHAPE)), TOKENIZER, tasks, 6)}
     assert (found["a"].text, found["a"].ended, found["a"].for_user) == ("yes", True, False)
     assert (found["bb"].ended, found["bb"].for_user) == (False, True)
     assert (found["ccc"].text, found["ccc"].ended) == ("yesyes", False)
@@ -473,6 +477,43 @@ def test_answers_are_scored_by_what_they_say_and_how_they_end(
     assert total.to_dict() == {
         "questions": 3, "exact": 2 / 3, "ended": 1 / 3, "spoke_for_user": 1 / 3,
     }  # fmt: skip
+
+
+def test_answers_together_are_those_that_each_question_gets_alone() -> None:
+    model = GPT(SHAPE, seed=3)
+    tasks = [Task("x", [{"role": "user", "content": "a" * n}], "b") for n in (3, 9, 1, 5)]
+    for task, answer in scores(model.decoder, TOKENIZER, tasks, 5):
+        prompt = MARKED.render(TOKENIZER, task.messages, answer=True).ids.tolist()
+        ends = [*MARKED.stop_ids(TOKENIZER), TOKENIZER.special_id(END)]
+        alone = generate_tokens(model, [prompt], 5, SampleConfig(temperature=0), ends=ends)
+        ids = [int(i[0]) for i in alone]
+        assert answer.text == TOKENIZER.decode(ids[:-1] if ids[-1] in ends else ids)
+
+
+def test_an_exam_has_all_kinds_and_short_answers_only() -> None:
+    asked = [{"role": "user", "content": "a"}]
+    tasks = [Task("a", asked, "b")] * 100 + [Task("b", asked, "b")] * 5
+    found = Exam([*tasks, Task("c", asked, "b" * 40)], TOKENIZER).tasks
+    assert Counter(t.kind for t in found) == {"a": QUESTIONS - 5, "b": 5}
+    with pytest.raises(DataError, match="at most 32 tokens"):
+        Exam([Task("c", asked, "b" * 40)], TOKENIZER)
+
+
+def test_an_exam_changes_nothing_in_training(tmp_path: Path) -> None:
+    tasks = [Task(e.kind, record([e])["messages"][:1], e.answer) for e in exercises(1, 3)]  # type: ignore[index]
+
+    def trained(exam: Exam | None) -> tuple[np.ndarray, list[Any]]:
+        model = GPT(SHAPE)
+        config = TrainConfig(max_iters=3, batch_size=2, eval_interval=1, eval_iters=2)
+        run = TrainingRun(model, config, made(), made(9), tokenizer=TOKENIZER, exam=exam)
+        marks = [step.exact for step in run]
+        return model.wte.weight.numpy(), marks
+
+    (plain, none), (examined, marks) = trained(None), trained(Exam(tasks, TOKENIZER))
+    np.testing.assert_array_equal(plain, examined)
+    assert none == [None] * 3
+    for found in (marks[0], marks[-1]):  # others only where there is time
+        assert found.keys() == {*(t.kind for t in tasks), "total"}
 
 
 def test_every_answer_of_a_conversation_is_a_task() -> None:
@@ -503,9 +544,13 @@ def test_the_commands_make_learn_and_examine(
     ]
     steps = ["--max-iters", "2", "--eval-interval", "1", "--eval-iters", "1", "--tokenizer", "byte"]
     capsys.readouterr()
+    steps += ["--eval-chats", "c-held-out.jsonl"]
     assert main(["train", "c.jsonl", "--out", "r", *shape, *steps]) == 0
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["exact"] == rows[-1]["exact_by_kind"]["total"] == 0
     err = capsys.readouterr().err
     assert re.search(r"180 with 2\d\d answers", err) and "the loss counts only these" in err
+    assert "exact answers 0% (add 0%" in err
     assert "Talk to it:\n  tinygpt chat r" in err
     assert main(["eval-chat", "r", "c-held-out.jsonl", "--limit", "3", "--max-tokens", "4"]) == 0
     assert "total" in capsys.readouterr().out

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinygpt.cli.console import command, say, show_json
 from tinygpt.cli.flags import Count, Switch
 from tinygpt.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from tinygpt.generation.grading import Task
 
 
 def make_chats(
@@ -50,7 +53,7 @@ def make_chats(
             for talk in talks:
                 file.write(to_json(record(talk), unicode=True).encode() + b"\n")
     say(f"{out}: {count:,} conversations; {beside}: {len(tested):,} questions that are held out")
-    say(f"next: {command('train', out, '--minutes', 10)}")
+    say(f"next: {command('train', out, '--minutes', 10, '--eval-chats', beside)}")
 
 
 def eval_chat(
@@ -87,18 +90,9 @@ def eval_chat(
         Print the result as JSON.
     """
     from tinygpt.cli.loading import load_model
-    from tinygpt.generation.grading import Score, scores, tasks_of
-    from tinygpt.text.chat.conversations import form_in, read_records
+    from tinygpt.generation.grading import Score, scores
 
-    if not data.is_file():
-        raise UsageError(f"There is no file {str(data)!r}. Give a JSONL file of conversations.")
-    if form_in(data) is None:
-        raise DataError(f"{data} holds no conversations. Try: {command('make-chats', 'OUT.jsonl')}")
-    tasks = [
-        task
-        for record, messages in read_records(data)
-        for task in tasks_of(record.get("kind", "all"), messages)
-    ][:limit]
+    tasks = read_tasks(data)[:limit]
     model, own = load_model(run, tokenizer=tokenizer)
     by_kind: dict[str, Score] = defaultdict(Score)
     later, total = Score(), Score()
@@ -121,3 +115,19 @@ def eval_chat(
             f"{kind[:11]:<12}{row['questions']:>10,}{row['exact']:>8.1%}{row['ended']:>8.1%}"
             f"{row['spoke_for_user']:>10.1%}"
         )
+
+
+def read_tasks(data: Path) -> list[Task]:
+    """A task for each answer in a file. UsageError or DataError if it holds no conversations."""
+    from tinygpt.generation.grading import tasks_of
+    from tinygpt.text.chat.conversations import form_in, read_records
+
+    if not data.is_file():
+        raise UsageError(f"There is no file {str(data)!r}. Give a JSONL file of conversations.")
+    if form_in(data) is None:
+        raise DataError(f"{data} holds no conversations. Try: {command('make-chats', 'OUT.jsonl')}")
+    return [
+        task
+        for record, messages in read_records(data)
+        for task in tasks_of(record.get("kind", "all"), messages)
+    ]
