@@ -122,14 +122,21 @@ def test_a_second_turn_with_openais_own_message():
     assert sent.count("Assistant: abc\n\nUser: And?") == 2 and sent.endswith("Assistant:")
 
 
-def test_a_second_turn_with_langchain():
+def test_five_turns_with_langchain():
     langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     service = fake_service(block_size=256)
     with running(service) as address:
-        model = langchain.ChatOpenAI(model="tiny", base_url=f"{address}/v1", api_key="none")
-        first = model.invoke([("system", "Be brief."), ("human", "Hello")])
-        model.invoke([("human", "Hello"), first, ("human", "And?")])
-        assert list(model.stream("Hello"))
+        model = langchain.ChatOpenAI(
+            model="tiny", base_url=f"{address}/v1", api_key="none", max_tokens=3
+        )
+        talk = [("system", "Be brief.")]
+        for turn in range(5):
+            talk.append(("human", f"{turn}?"))
+            answer = model.invoke(talk)
+            assert "".join(chunk.content for chunk in model.stream(talk)) == answer.content
+            talk.append(answer)
+    sent = bytes(service.engine.streams[-1].request.ids).decode()
+    assert sent.count("Assistant: abc") == 4 and "User: 4?" in sent
 
 
 SCRIPT = """
