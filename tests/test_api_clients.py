@@ -67,8 +67,30 @@ LANGCHAIN = {
         "max_completion_tokens": 5, "stream": True, "temperature": 0.5,
     },
 }  # fmt: skip
+OPEN_WEBUI = {
+    "a second turn": {
+        "stream": True, "model": "tiny", "stream_options": {"include_usage": True},
+        "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "abc"},
+            {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+        ],
+        "temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "frequency_penalty": 0, "seed": 1,
+        "stop": ["###"], "logit_bias": {"65": -100}, "max_tokens": 128,
+    },
+    "a title": {
+        "model": "tiny", "stream": False, "max_tokens": 1000,
+        "messages": [{"role": "user", "content": "### Task:\nGive a title as JSON.\n<chat_history>"
+                      "\nUSER: Hello\nASSISTANT: abc\n</chat_history>"}],
+    },
+    "a continued answer": {
+        "model": "tiny", "stream": True,
+        "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "ab"}],
+    },
+}  # fmt: skip
 RECORDED = {f"Continue, {name}": body for name, body in CONTINUE.items()}
 RECORDED |= {f"LangChain, {name}": body for name, body in LANGCHAIN.items()}
+RECORDED |= {f"open-webui, {name}": body for name, body in OPEN_WEBUI.items()}
 
 
 @pytest.mark.parametrize("name", RECORDED)
