@@ -29,6 +29,16 @@ def largest_divisor(n: int, limit: int) -> int:
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
+def spread(unit: UOp, n: int, size: int) -> Callable[[Index], UOp]:
+    """Of n elements, those of a unit of ``size``: one from each of so many shares of the whole.
+
+    So that places far apart are read at once, see `linear`. The last units may repeat some elements
+    of others.
+    """
+    units = blocks(n, size)
+    return lambda j: unit + (n - units) * j // max(size - 1, 1)
+
+
 # Integers --------------------------------------------------------------------------------------
 
 
