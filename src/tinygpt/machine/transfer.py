@@ -42,6 +42,13 @@ def memory(tensor: Tensor) -> Array | None:
     return None if tensor.dtype == dtypes.bfloat16 else _stored(tensor)
 
 
+def unwritten(tensor: Tensor) -> Array | None:
+    """``memory`` of a Tensor that has none until now, as ``Tensor.empty`` returns it: to
+    fill it overwrites nothing. None for all others."""
+    plain = isinstance(tensor.device, str) and tensor.uop.has_buffer_identity()
+    return memory(tensor) if plain and not _buffer(tensor).is_allocated() else None
+
+
 def _stored(tensor: Tensor) -> Array | None:
     """The same, with the bits of bfloat16 as uint16."""
     buffer = _buffer(tensor).ensure_allocated()
