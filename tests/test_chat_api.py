@@ -49,6 +49,26 @@ def test_an_answer_stops_at_the_end_of_its_turn_and_never_speaks_for_the_user(an
             assert set(choice["message"]["content"]) <= {"a"}
 
 
+def test_the_tokenizers_template_can_be_asked_for_and_a_base_model_has_none():
+    jinja2 = pytest.importorskip("jinja2", reason="runs the template")
+    service = fake_service(tokenizer=TOKENIZER)
+    http = TestClient(make_app(service), base_url="http://localhost")
+    jinja = http.get("/tokenizer_info").json()["chat_template"]
+    messages = [SYSTEM, {"role": "user", "content": "Hi<|user|>"}]
+    text = jinja2.Template(jinja).render(messages=messages, add_generation_prompt=True)
+    ids = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert (
+        text
+        == TOKENIZER.decode(ids)
+        == MARKED.text(
+            [{**each, "content": MARKED.neutral(each["content"], MARKERS)} for each in messages],
+            True,
+        )
+    )
+    base = TestClient(make_app(fake_service()), base_url="http://localhost")
+    assert base.get("/tokenizer_info").json()["chat_template"] is None
+
+
 def test_five_turns_with_openais_client_whole_and_streamed(answering):
     openai = pytest.importorskip("openai", reason="needs the extra 'test'")
     with running(answering(ord("a"), ord("b"), TURN_END_ID)) as address:

@@ -127,3 +127,12 @@ def test_presets_are_possible(name):
     preset = PRESETS[name]
     GPTConfig.from_dict(preset.model)
     TrainConfig.from_dict(preset.train)
+
+
+def test_a_choice_may_be_left_open():
+    from tinygpt.cli.loading import Loading
+
+    assert Loading.from_dict({"quantize": None, "kv": "int8"}).kv == "int8"
+    for wrong in ("int3", 8):
+        with pytest.raises(ConfigError, match=r"quantize=.* is not one of 'int8', 'int4'"):
+            Loading.from_dict({"quantize": wrong})

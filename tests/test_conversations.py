@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,18 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
-from tinygpt import GPT, GPTConfig, TrainConfig
+from tinygpt import GPT, GPTConfig, SampleConfig, TrainConfig
 from tinygpt.api import train
 from tinygpt.cli import main
 from tinygpt.errors import DataError, UsageError
-from tinygpt.generation.grading import Score, Task, scores, tasks_of
+from tinygpt.generation.decoder import Decoder
+from tinygpt.generation.generate import generate_tokens
+from tinygpt.generation.grading import QUESTIONS, Exam, Score, Task, scores, tasks_of
 from tinygpt.kernels.loss.fused import loss
+from tinygpt.runs.run import TrainingRun
 from tinygpt.text.batches import batch, split
-from tinygpt.text.chat.conversations import read_conversations
-from tinygpt.text.chat.exercises import exercises
+from tinygpt.text.chat.conversations import checked, read_conversations
+from tinygpt.text.chat.exercises import conversations, exercises, record
 from tinygpt.text.chat.packing import Conversations, report, tokens_of_conversations
 from tinygpt.text.chat.template import MARKED, PLAIN
 from tinygpt.text.corpus import open_corpus
@@ -38,7 +43,8 @@ ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
 
 
 def made(count: int = 60, template: Any = MARKED) -> Conversations:
-    chats = [e.record()["messages"] for e in exercises(1, count) if e.kind != "python"]
+    plain = [e for e in exercises(1, count) if e.kind != "python"]
+    chats = [record([e])["messages"] for e in plain]
     return tokens_of_conversations(chats, TOKENIZER, template)  # type: ignore[arg-type]
 
 
@@ -283,8 +289,8 @@ def test_a_run_on_conversations_goes_on_bit_for_bit(tmp_path: Path, accum: int) 
 
 
 def test_held_out_questions_are_not_trained_on_and_files_are_the_same_again() -> None:
-    trained, tested = list(exercises(3, 2000)), list(exercises(3, 300, held_out=True))
-    assert trained == list(exercises(3, 2000))
+    trained, tested = list(exercises(3, 9000)), list(exercises(3, 300, held_out=True))
+    assert trained == list(exercises(3, 9000))
     assert not {e.question for e in trained} & {e.question for e in tested}
     assert {e.kind for e in trained} == {e.kind for e in tested}
     for e in trained:
@@ -297,25 +303,52 @@ def test_held_out_questions_are_not_trained_on_and_files_are_the_same_again() ->
     assert {e.answer for e in tested if e.kind in ("fact", "python")} <= known
 
 
-def test_answers_are_scored_by_what_they_say_and_how_they_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import tinygpt.generation.grading as grading
+def test_each_kind_has_enough_questions_that_are_held_out() -> None:
+    counts = Counter(e.kind for e in set(exercises(1, 5000, held_out=True)))
+    assert min(counts.values()) >= 50, counts
 
+
+def test_some_conversations_have_several_turns_of_which_none_gives_another_away() -> None:
+    made = list(exercises(3, 1000))
+    talks = list(conversations(made, 3))
+    assert [e for talk in talks for e in talk] == made
+    assert talks == list(conversations(made, 3))
+    lengths = Counter(map(len, talks))
+    assert set(lengths) == {1, 2, 3, 4}
+    assert 0.1 < 1 - lengths[1] / len(talks) < 0.3
+    assert all(len({e.answer for e in talk}) == len(talk) for talk in talks)
+    longest = max(talks, key=len)
+    kinds = record(longest)["kind"]
+    assert kinds == [e.kind for e in longest]
+    tasks = list(tasks_of(kinds, checked_messages(record(longest))))
+    assert [(t.kind, t.messages[-1]["content"], t.wanted) for t in tasks] == list(longest)
+    assert [t.later for t in tasks] == [False, True, True, True]
+
+
+def checked_messages(of: dict[str, Any]) -> list[dict[str, str]]:
+    return checked([(m["role"], m["content"]) for m in of["messages"]])
+
+
+def test_answers_are_scored_by_what_they_say_and_how_they_end() -> None:
     said = {
         "a": [*b"yes", TOKENIZER.special_id("<|end|>")],
         "bb": [*b"yes", TOKENIZER.special_id("<|user|>")],
         "ccc": [*b"yes"] * 2,
     }
 
-    def speak(decoder: object, prompts: list[list[int]], *_: object, **__: object) -> Any:
-        [question] = [q for q in said if len(prompts[0]) == len(q) + 3]
-        return (np.array([i] * len(prompts)) for i in said[question])
+    class Speaker(Decoder):
+        """Says what stands above, in place of what a model would."""
 
-    monkeypatch.setattr(grading, "generate_tokens", speak)
+        def next_logits(self, sequences: Any) -> Any:
+            out = np.zeros((len(sequences), TOKENIZER.vocab_size), np.float32)
+            for row, sequence in zip(out, sequences, strict=True):
+                question = "".join(chr(i) for i in sequence.ids if chr(i) in "abc")
+                spoken = len(sequence.ids) - len(question) - 3
+                row[said[question][spoken]] = 1
+            return out
+
     tasks = [Task(q, [{"role": "user", "content": q}], "yes") for q in said]
-    decoder = GPT(SHAPE).decoder
-    found = {task.kind: answer for task, answer in scores(decoder, TOKENIZER, tasks, 6)}
+    found = {t.kind: answer for t, answer in scores(Speaker(GPT(SHAPE)), TOKENIZER, tasks, 6)}
     assert (found["a"].text, found["a"].ended, found["a"].for_user) == ("yes", True, False)
     assert (found["bb"].ended, found["bb"].for_user) == (False, True)
     assert (found["ccc"].text, found["ccc"].ended) == ("yesyes", False)
@@ -327,8 +360,49 @@ def test_answers_are_scored_by_what_they_say_and_how_they_end(
     }  # fmt: skip
 
 
+def test_answers_together_are_those_that_each_question_gets_alone() -> None:
+    model = GPT(SHAPE, seed=3)
+    tasks = [Task("x", [{"role": "user", "content": "a" * n}], "b") for n in (3, 9, 1, 5)]
+    for task, answer in scores(model.decoder, TOKENIZER, tasks, 5):
+        prompt = MARKED.render(TOKENIZER, task.messages, answer=True).ids.tolist()
+        ends = [*MARKED.stop_ids(TOKENIZER), TOKENIZER.special_id(END)]
+        alone = generate_tokens(model, [prompt], 5, SampleConfig(temperature=0), ends=ends)
+        ids = [int(i[0]) for i in alone]
+        assert answer.text == TOKENIZER.decode(ids[:-1] if ids[-1] in ends else ids)
+
+
+def test_an_exam_has_all_kinds_and_short_answers_only() -> None:
+    asked = [{"role": "user", "content": "a"}]
+    tasks = [Task("a", asked, "b")] * 100 + [Task("b", asked, "b")] * 5
+    found = Exam([*tasks, Task("c", asked, "b" * 40)], TOKENIZER).tasks
+    assert Counter(t.kind for t in found) == {"a": QUESTIONS - 5, "b": 5}
+    with pytest.raises(DataError, match="at most 32 tokens"):
+        Exam([Task("c", asked, "b" * 40)], TOKENIZER)
+
+
+def test_an_exam_changes_nothing_in_training(tmp_path: Path) -> None:
+    tasks = [Task(e.kind, record([e])["messages"][:1], e.answer) for e in exercises(1, 3)]  # type: ignore[index]
+
+    def trained(exam: Exam | None) -> tuple[np.ndarray, list[Any]]:
+        model = GPT(SHAPE)
+        config = TrainConfig(max_iters=3, batch_size=2, eval_interval=1, eval_iters=2)
+        run = TrainingRun(model, config, made(), made(9), tokenizer=TOKENIZER, exam=exam)
+        marks = [step.exact for step in run]
+        return model.wte.weight.numpy(), marks
+
+    (plain, none), (examined, marks) = trained(None), trained(Exam(tasks, TOKENIZER))
+    np.testing.assert_array_equal(plain, examined)
+    assert none == [None] * 3
+    for found in (marks[0], marks[-1]):  # others only where there is time
+        assert found.keys() == {*(t.kind for t in tasks), "total"}
+
+
 def test_every_answer_of_a_conversation_is_a_task() -> None:
-    assert [len(t.messages) for t in tasks_of("x", [*ASKED, *ASKED])] == [1, 3]
+    tasks = list(tasks_of("x", [*ASKED, *ASKED]))
+    assert [len(t.messages) for t in tasks] == [1, 3]
+    assert [t.kind for t in tasks] == ["x", "x"]
+    wrong = list(tasks_of(["one kind for two answers"], [*ASKED, *ASKED]))
+    assert len({t.kind for t in wrong}) == 1
 
 
 def test_the_commands_make_learn_and_examine(
@@ -351,9 +425,13 @@ def test_the_commands_make_learn_and_examine(
     ]
     steps = ["--max-iters", "2", "--eval-interval", "1", "--eval-iters", "1", "--tokenizer", "byte"]
     capsys.readouterr()
+    steps += ["--eval-chats", "c-held-out.jsonl"]
     assert main(["train", "c.jsonl", "--out", "r", *shape, *steps]) == 0
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["exact"] == rows[-1]["exact_by_kind"]["total"] == 0
     err = capsys.readouterr().err
-    assert "180 with 180 answers" in err and "the loss counts only these" in err
+    assert re.search(r"180 with 2\d\d answers", err) and "the loss counts only these" in err
+    assert "exact answers 0% (add 0%" in err
     assert "Talk to it:\n  tinygpt chat r" in err
     assert main(["eval-chat", "r", "c-held-out.jsonl", "--limit", "3", "--max-tokens", "4"]) == 0
     assert "total" in capsys.readouterr().out

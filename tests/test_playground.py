@@ -1165,3 +1165,63 @@ def test_a_talk_can_be_stopped_and_what_was_written_stays(playground):
     expect(page.locator("#turns")).to_have_attribute("aria-busy", "false")
     expect(playground.status).to_contain_text("Stopped after")
     expect(page.locator(".turn")).to_have_count(2)
+
+
+def test_a_talk_outlives_a_reload_until_another_is_begun(playground):
+    playground.ready().set(temperature=0, max_tokens=6)
+    page, expect = playground.page, playground.expect
+    playground.tab("Chat")
+    page.locator("summary", has_text="System").click()
+    page.locator("#system").fill("Be brief.")
+    asked(playground, "Hi 語")
+    asked(playground, "And?")
+    rows, said = (page.locator(place).all_text_contents() for place in (".turn", ".said"))
+    page.locator("#question").fill("not asked yet")
+    page.reload()
+    playground.ready()
+    expect(page.locator(".turn")).to_have_text(rows)
+    assert page.locator(".said").all_text_contents() == said
+    expect(page.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#question")).to_have_value("not asked yet")
+    expect(page.locator("#system")).to_have_value("Be brief.")
+    page.locator(".turn.assistant").last.locator(".said").nth(1).click()
+    expect(playground.title).to_contain_text(f": {said[len(said) // 2 + 1]}")
+    page.locator("#system").fill("")
+    page.locator("#question").fill("")
+    playground.button("New talk").click()
+    page.reload()
+    playground.ready()
+    expect(page.get_by_role("tab", name="Text")).to_have_attribute("aria-selected", "true")
+    expect(page.locator(".turn")).to_have_count(0)
+
+
+def test_of_another_models_talk_the_words_are_taken_over(playground):
+    playground.ready().set(temperature=0, max_tokens=6)
+    page, expect = playground.page, playground.expect
+    playground.tab("Chat")
+    answer = "".join(asked(playground, "Hi"))
+    page.add_init_script(
+        "const key = Object.keys(sessionStorage).find((key) => key.includes('talk'));"
+        "const kept = JSON.parse(sessionStorage.getItem(key));"
+        "sessionStorage.setItem(key, JSON.stringify({ ...kept, model: 'another' }));"
+    )
+    page.reload()
+    playground.ready()
+    expect(page.locator(".said")).to_have_count(0)
+    expect(page.locator(".turn.assistant")).to_have_text(f"Model: {answer}")
+    assert asked(playground, "And?")
+    expect(page.locator(".turn")).to_have_count(4)
+
+
+def test_of_an_answer_in_progress_what_is_there_outlives_a_reload(playground):
+    playground.ready().set(temperature=0, max_tokens=ENDLESS)
+    page, expect = playground.page, playground.expect
+    playground.tab("Chat")
+    page.locator("#question").fill("Hi")
+    page.locator("#question").press("Enter")
+    expect(page.locator(".said").nth(30)).to_be_attached()
+    page.reload()
+    playground.ready()
+    expect(page.locator(".turn")).to_have_count(2)
+    assert page.locator(".said").count() > 30
+    expect(page.locator("#send")).to_have_text("Send")

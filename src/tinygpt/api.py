@@ -244,7 +244,7 @@ def load(
     model = GPT(meta.model, seed=None)
     model.cache_type = None if kv is None else dtypes.int8
     if not quantize and dtype == "float32":
-        checkpoint.load(chosen, model)
+        checkpoint.load(chosen, model, by_stamp=True)
     else:
         with checkpoint.weights(chosen, model) as fetch:
             if quantize:

@@ -14,11 +14,11 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import command, emit, program_name, say
 from tinygpt.cli.flags import Count
-from tinygpt.cli.loading import Quantize, QuantizeCache, load_model
+from tinygpt.cli.loading import LoadingFlags, load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.cli.slash import HELP, obey
-from tinygpt.config import MAX_CHAT_TOKENS, Precision, SampleConfig
+from tinygpt.config import MAX_CHAT_TOKENS, SampleConfig
 from tinygpt.errors import DataError, StreamError, TinyGPTError
 from tinygpt.runs.interrupts import interrupt, receiving
 
@@ -44,11 +44,7 @@ def chat(
     sample: Annotated[SampleFlags | None, Parameter(name="*")] = None,
     seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(negative=(), allow_leading_hyphen=True)] = None,
-    tokenizer: str | None = None,
-    dtype: Precision = "float32",
-    quantize: Quantize | None = None,
-    quantize_data: str | None = None,
-    kv: QuantizeCache | None = None,
+    loading: Annotated[LoadingFlags | None, Parameter(name="*")] = None,
 ) -> int:
     """Talk with a model: a question a line, and its answer as it is written.
 
@@ -69,20 +65,10 @@ def chat(
         The same seed gives the same answers to the same questions. [default: another one each time]
     stop
         End an answer before this string; may be given several times.
-    tokenizer
-        gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
-    dtype
-        Type of weights, products and cache: bfloat16 and float16 take half of the memory.
-    quantize
-        Round the weights: int8 to a quarter of the memory, for faster writing, int4 to an eighth.
-    quantize_data
-        Text on which to compare the losses before and after. [default: the run's validation text]
-    kv
-        int8: round the keys and values of the cache, which then takes a quarter of the memory.
     """
     config = SampleConfig.from_dict(dict(sample or {}))
     folder = run_or_newest(run)
-    model, own = load_model(folder, tokenizer, quantize, quantize_data, dtype, kv)
+    model, own = load_model(folder, **(loading or {}))
     _say_of_template(own)
     from tinygpt.generation.dialogue import Dialogue
 

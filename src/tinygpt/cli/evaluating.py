@@ -68,7 +68,7 @@ def evaluate(
 
     from tinygpt.training import evaluation
 
-    model, own = load_model(run, tokenizer, dtype=dtype)
+    model, own = load_model(run, tokenizer=tokenizer, dtype=dtype)
     name, tokens = (
         own_validation(run, model, own, f"Give one: {command('eval', run, '--data', 'TEXT.txt')}")
         if data is None

@@ -65,7 +65,7 @@ def export_hf(
     chosen = choose_checkpoint(run)
     device.require_device()
     bare = tokenizer is not None and is_name(tokenizer, ("none",))
-    model, vocabulary = (load(chosen)[0], None) if bare else load_model(chosen, tokenizer)
+    model, vocabulary = (load(chosen)[0], None) if bare else load_model(chosen, tokenizer=tokenizer)
     proved = export(model, vocabulary, out, read_meta(chosen), text_of(chosen), dtype)
     _say_of_biases(model)
     say(f"{proved} (of {proved.tokens} tokens)")
@@ -113,7 +113,7 @@ def export_gguf(
 
     check_target(out)
     modelfile.check_target(out)
-    model, own = load_model(run, tokenizer)
+    model, own = load_model(run, tokenizer=tokenizer)
     chosen = choose_checkpoint(run)
     done = export(model, own, out, type, name=chosen.absolute().parent.name or "TinyGPT")
     _say_of_biases(model)
@@ -173,7 +173,7 @@ def export_web(
 
     web.check_target(out)
     began = time.perf_counter()
-    model, own = load_model(run, tokenizer)
+    model, own = load_model(run, tokenizer=tokenizer)
 
     from tinygpt.pages.run_card import run_card
 

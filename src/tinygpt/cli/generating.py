@@ -12,10 +12,10 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import emit, program_name, read_stdin, say, show_json
 from tinygpt.cli.flags import Count, Switch
-from tinygpt.cli.loading import Quantize, QuantizeCache, load_model
+from tinygpt.cli.loading import LoadingFlags, load_model
 from tinygpt.cli.newest import run_or_newest
 from tinygpt.cli.options import flags
-from tinygpt.config import MAX_TOKENS, Precision, SampleConfig
+from tinygpt.config import MAX_TOKENS, SampleConfig
 from tinygpt.errors import StreamError, TinyGPTError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.runs.folder import named_checkpoint
@@ -44,11 +44,7 @@ def generate(
     count: Annotated[Count, Parameter(name=["--count", "-n"])] = 1,
     interactive: Annotated[Switch, Parameter(name=["--interactive", "-i"])] = False,
     echo: bool = True,
-    tokenizer: str | None = None,
-    dtype: Precision = "float32",
-    quantize: Quantize | None = None,
-    quantize_data: str | None = None,
-    kv: QuantizeCache | None = None,
+    loading: Annotated[LoadingFlags | None, Parameter(name="*")] = None,
     json: Switch = False,
 ) -> None:
     """Let a model continue a text, streamed as it is written.
@@ -77,16 +73,6 @@ def generate(
         Ask for one prompt after another.
     echo
         Print the prompt before its continuation.
-    tokenizer
-        gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
-    dtype
-        Type of weights, products and cache: bfloat16 and float16 take half of the memory.
-    quantize
-        Round the weights: int8 to a quarter of the memory, for faster writing, int4 to an eighth.
-    quantize_data
-        Text on which to compare the losses before and after. [default: the run's validation text]
-    kv
-        int8: round the keys and values of the cache, which then takes a quarter of the memory.
     json
         Print the texts as JSON when they are all there.
     """
@@ -100,7 +86,7 @@ def generate(
     config = SampleConfig.from_dict(dict(sample or {}))
     text = _prompt_text(text if prompt is None else prompt)
     folder = run_or_newest(None if run is None else user_path(run))
-    model, own = load_model(folder, tokenizer, quantize, quantize_data, dtype, kv)
+    model, own = load_model(folder, **(loading or {}))
     from tinygpt.generation.stream import first_prompt, generate_text
 
     def pieces(prompt: str, number: int) -> Iterator[str]:

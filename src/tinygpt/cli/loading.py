@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tinygpt.cli.console import say
-from tinygpt.cli.options import DataConfig, run_tables
-from tinygpt.config import Precision
+from tinygpt.cli.options import DataConfig, flags, run_tables
+from tinygpt.config import Config, Precision
 from tinygpt.errors import DataError, TinyGPTError, TokenizerError, UsageError
 from tinygpt.machine import device
 from tinygpt.runs.folder import choose_checkpoint, folder_of
@@ -20,8 +21,29 @@ if TYPE_CHECKING:
 
 Quantize = Literal["int8", "int4"]
 """What weights can be rounded to; see ``tinygpt.model.int8``."""
-QuantizeCache = Literal["int8"]
-"""What keys and values can be rounded to."""
+
+
+@dataclass(frozen=True)
+class Loading(Config):
+    """How a command that writes text takes a model."""
+
+    tokenizer: str | None = None
+    """gpt2, byte or a saved tokenizer, for a checkpoint that holds none."""
+    dtype: Precision = "float32"
+    """Type of weights, products and cache: bfloat16 and float16 take half of the memory."""
+    quantize: Quantize | None = None
+    """Round the weights: int8 to a quarter of the memory, for faster writing, int4 to an eighth."""
+    quantize_data: str | None = None
+    """Text to compare the losses on, before and after; not set means the run's validation text."""
+    kv: Literal["int8"] | None = None
+    """int8: round the keys and values of the cache, which then takes a quarter of the memory."""
+
+
+if TYPE_CHECKING:
+    LoadingFlags = dict[str, Any]
+else:
+    LoadingFlags = flags(Loading, "Loading")
+
 LARGEST_BEGUN = 1 << 25
 """Bytes of a text of which beginnings are offered."""
 
@@ -121,29 +143,23 @@ def ready_tokenizer(spec: str) -> Tokenizer:
     return make_tokenizer(spec, refuse)
 
 
-def load_model(
-    run: Path,
-    tokenizer: str | None,
-    quantize: Quantize | None = None,
-    quantize_data: str | None = None,
-    dtype: Precision = "float32",
-    kv: QuantizeCache | None = None,
-) -> tuple[GPT, Tokenizer]:
-    """The model of a run or checkpoint, and its tokenizer or the one that ``tokenizer`` names.
+def load_model(run: Path, **given: Any) -> tuple[GPT, Tokenizer]:
+    """The model of a run or checkpoint, and its tokenizer or the one that is given.
 
-    With ``quantize`` its weights are rounded as they are read, for generation only, and messages
-    say what that has saved and what it costs, on ``quantize_data`` or the run's validation text.
-    A ``dtype`` of 16 bits rounds them to half of the memory. With ``kv`` the cache is rounded.
+    ``given`` are fields of ``Loading``. What is rounded is so for generation only, and messages say
+    what that has saved and what it costs.
     """
     from tinygpt.api import load
 
+    how = Loading.from_dict(given)
+    quantize, quantize_data, dtype = how.quantize, how.quantize_data, how.dtype
     if quantize_data is not None and quantize is None:
         raise UsageError("--quantize-data goes with --quantize int8 or int4.")
     if quantize is not None and dtype != "float32":
         raise UsageError(f"Weights are rounded once: give --quantize or --dtype {dtype}, not both.")
     device.require_device()
-    model, own = load(run, quantize, dtype, kv)
-    own = own if tokenizer is None else ready_tokenizer(tokenizer)
+    model, own = load(run, quantize, dtype, how.kv)
+    own = own if how.tokenizer is None else ready_tokenizer(how.tokenizer)
     if own is None:
         raise UsageError(
             f"{run} holds no tokenizer. Name the one its tokens were made with: --tokenizer gpt2, "
@@ -153,7 +169,7 @@ def load_model(
         _say_quantized(run, model, own, quantize, quantize_data)
     elif dtype != "float32":
         say(_saved(model, dtype))
-    if kv is not None:
+    if how.kv is not None:
         say(_saved_cache(model))
     return model, own
 

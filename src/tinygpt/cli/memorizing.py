@@ -104,7 +104,7 @@ def memorization(
 
     temperatures = list(TEMPERATURES if temperature is None else temperature)
     configs = [SampleConfig(temperature=t) for t in temperatures]
-    model, own = load_model(run, tokenizer)
+    model, own = load_model(run, tokenizer=tokenizer)
     source = _source(run, data, field, glob, val_fraction)
     name, tokens = read_tokens(source, model, own)
     training, held_out = split(tokens, source.val_fraction, model.config.block_size)

@@ -59,6 +59,8 @@ class DataConfig(Config):
     markers: bool = False
     """Whether the vocabulary gets the tokens that mark the turns of a conversation; weights of
     --init get rows of the embedding for them."""
+    eval_chats: str | None = None
+    """JSONL file of conversations, of whose answers a sample is asked for at evaluations."""
     init: str | None = None
     """Run or checkpoint that the weights are taken from; if not set, they are random."""
     init_sha256: str | None = None

@@ -13,14 +13,15 @@ from tinygpt.cli.console import say
 from tinygpt.cli.loading import ready_tokenizer
 from tinygpt.cli.newest import RUNS
 from tinygpt.cli.options import DataConfig, Settings
-from tinygpt.errors import CheckpointError, DataError
-from tinygpt.files.atomic import make_folder, sync_folder
+from tinygpt.errors import CheckpointError, DataError, UsageError
+from tinygpt.files.atomic import make_folder, sync_folder, user_path
 from tinygpt.runs.display.text import duration
 from tinygpt.text.names import lasting
 
 if TYPE_CHECKING:
     from tinygpt.api import GPT
     from tinygpt.config import GPTConfig, TrainConfig
+    from tinygpt.generation.grading import Exam
     from tinygpt.machine.ranks.alone import Alone
     from tinygpt.runs.run import TrainingRun
     from tinygpt.runs.trial import Trial
@@ -184,7 +185,26 @@ def make_run(
         init=origin,
         trial=trial,
         ranks=ranks,
+        exam=_exam(settings.data, material.tokenizer, goes_on),
     )
+
+
+def _exam(data: DataConfig, tokenizer: Tokenizer | None, goes_on: bool) -> Exam | None:
+    """The questions of --eval-chats; a run that goes on does without a file that is gone."""
+    from tinygpt.cli.examining import read_tasks
+    from tinygpt.generation.grading import Exam
+
+    if data.eval_chats is None:
+        return None
+    path = user_path(data.eval_chats)
+    if goes_on and not path.is_file():
+        say(f"questions: {path} is no longer there, and none are asked")
+        return None
+    if tokenizer is None:
+        raise UsageError("--eval-chats needs a vocabulary: give --tokenizer too.")
+    exam = Exam(read_tasks(path), tokenizer)
+    say(f"questions: {len(exam.tasks)} of {path}, asked at evaluations")
+    return exam
 
 
 def begin(settings: Settings, material: Material, goes_on: bool = False) -> Beginning:
@@ -316,7 +336,12 @@ def _lasting(data: DataConfig, chosen: str) -> DataConfig:
     if is_mix(str(values["source"])):
         mix = sources.lasting_mix(values["source"], lambda name: lasting(name, corpus.NAMES))
         values["source"] = mix
-    for name, known in (("source", corpus.NAMES), ("tokenizer", tokenizers.NAMES), ("init", ())):
+    for name, known in (
+        ("source", corpus.NAMES),
+        ("tokenizer", tokenizers.NAMES),
+        ("init", ()),
+        ("eval_chats", ()),
+    ):
         if values[name] is not None:
             values[name] = lasting(values[name], known)
     return DataConfig.from_dict(values)

@@ -18,11 +18,10 @@ from cyclopts import Parameter
 
 from tinygpt.cli.console import command, say
 from tinygpt.cli.flags import Switch
-from tinygpt.cli.loading import Quantize, QuantizeCache, beginnings, load_model
+from tinygpt.cli.loading import LoadingFlags, beginnings, load_model
 from tinygpt.cli.newest import RUNS, run_or_newest
 from tinygpt.cli.options import flags
 from tinygpt.cli.signals import Words, run_signals
-from tinygpt.config import Precision
 from tinygpt.errors import UsageError, extras
 from tinygpt.files.strict_json import to_json
 from tinygpt.runs.display.text import printable
@@ -68,11 +67,7 @@ def serve(
     access_log: Switch = False,
     places: int = 16,
     limits: Annotated[LimitFlags | None, Parameter(name="*")] = None,
-    tokenizer: str | None = None,
-    dtype: Precision = "float32",
-    quantize: Quantize | None = None,
-    quantize_data: str | None = None,
-    kv: QuantizeCache | None = None,
+    loading: Annotated[LoadingFlags | None, Parameter(name="*")] = None,
     open: Switch = False,
 ) -> int:
     """Serve a model: a page to play with, and an API like OpenAI's.
@@ -104,16 +99,6 @@ def serve(
         Texts that are written at once; others wait.
     limits
         Bounds on requests and connections, checked before anything is spent on them.
-    tokenizer
-        gpt2, byte or a saved tokenizer, for a checkpoint that holds none.
-    dtype
-        Type of weights, products and cache: bfloat16 and float16 take half of the memory.
-    quantize
-        Round the weights: int8 to a quarter of the memory, for faster writing, int4 to an eighth.
-    quantize_data
-        Text on which to compare the losses before and after. [default: the run's validation text]
-    kv
-        int8: round the keys and values of the cache, which then takes a quarter of the memory.
     open
         Open the page in a browser.
     """
@@ -129,7 +114,7 @@ def serve(
     if model_name is not None and not (model_name.strip() and printable(model_name) == model_name):
         raise UsageError("--model-name is what clients call the model: give it at least a letter.")
     with listen(host, port) as listener:
-        model, own = load_model(run, tokenizer, quantize, quantize_data, dtype, kv)
+        model, own = load_model(run, **(loading or {}))
         service = _service(run, model, own, places, bounds)
         service.name, service.strict = model_name or service.name, strict_api
         from tinygpt.server.app import make_app

@@ -82,6 +82,7 @@ def train(
     glob: str | None = None,
     separator: Separator | None = None,
     markers: Switch = False,
+    eval_chats: Path | None = None,
     dry_run: Switch = False,
     dashboard: Switch = False,
     dashboard_port: int = 8001,
@@ -142,6 +143,9 @@ def train(
     markers
         Give the vocabulary the tokens that mark the turns of a conversation, such as <|user|>, and
         the weights of --init rows of the embedding for them.
+    eval_chats
+        JSONL file of conversations that are not learned from: up to 64 of their short answers are
+        asked for at evaluations, and the share of exact ones is shown by kind.
     dry_run
         Say what would happen, with tokens, parameters, memory and time, and write no run. Of a
         run that --minutes plans, a few steps are timed.
@@ -172,6 +176,7 @@ def train(
         "glob": glob,
         "separator": separator,
         "markers": markers or None,
+        "eval_chats": None if eval_chats is None else str(eval_chats),
         "init": None if init is None else str(init),
     }
     tables = given_tables(model, train, given)

@@ -79,12 +79,13 @@ def _check_types(config: Config) -> None:
     for field in fields(config):  # type: ignore[arg-type]
         value, hint = getattr(config, field.name), hints[field.name]
         options = get_args(hint) or (hint,)
-        if isinstance(options[0], str):  # Literal["cosine", ...]
+        if value is None and type(None) in options:
+            continue
+        options = get_args(options[0]) or options
+        if isinstance(options[0], str):  # Literal["cosine", ...], alone or with None
             if value not in options:
                 listed = ", ".join(map(repr, options))
                 raise ConfigError(f"{field.name}={brief(value)} is not one of {listed}.")
-            continue
-        if value is None and type(None) in options:
             continue
         if type(value) is int and abs(value) > LARGEST:
             raise ConfigError(f"{field.name} is {brief(value)}, which is too large.")

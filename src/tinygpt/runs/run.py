@@ -16,6 +16,7 @@ from tinygpt.errors import TokenizerError, TrainingError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
+from tinygpt.generation.grading import Exam
 from tinygpt.machine import precision, resources
 from tinygpt.machine.ranks.alone import Alone
 from tinygpt.machine.several import open_devices
@@ -102,7 +103,8 @@ class TrainingRun:
     ``"data"`` or ``"tokenizer"``. Changes are kept in the checkpoints and in config.toml.
     ``init`` says where the model's weights are from, see ``checkpoint.start_from``; a run that is
     resumed knows it. The config says which of the weights learn, see ``lora.prepare``. A ``trial``
-    of the same model and config lends its optimizer and its jitted functions to a new run.
+    of the same model and config lends its optimizer and its jitted functions to a new run. An
+    ``exam`` is held at evaluations, by the first rank.
 
     From here to the end of the iteration, or ``close()``, nobody else can train in the folder.
 
@@ -128,7 +130,9 @@ class TrainingRun:
         init: Mapping[str, Any] | None = None,
         trial: Trial | None = None,
         ranks: Alone | None = None,
+        exam: Exam | None = None,
     ) -> None:
+        self.exam = exam
         self.ranks = ranks or Alone()
         self.ranks.check(config)
         precision.require(config.dtype)
@@ -393,6 +397,8 @@ class TrainingRun:
         self.ranks.news.clear()
         if self._due(step, self.config.sample_interval):
             step = replace(step, sample=self._sample(step.iter))
+        if step.val_loss is not None and self.exam is not None:
+            step = replace(step, exact=self._examined(self.exam, step))
         self.output.append(self.history, self._row(step))
         if step.sample is not None:
             self.output.append(self.output.samples, {"iter": step.iter, "text": step.sample})
@@ -409,6 +415,8 @@ class TrainingRun:
             row |= {"val_loss": step.val_loss, "best": step.best}
         if step.val_bits_per_byte is not None:
             row["val_bits_per_byte"] = step.val_bits_per_byte
+        if step.exact is not None:
+            row |= {"exact": step.exact["total"], "exact_by_kind": step.exact}
         if step.skipped:
             row["skipped"] = step.skipped
         if self.ranks.lost:
@@ -487,6 +495,16 @@ class TrainingRun:
             return None if self.tokenizer is None else self._text(self.tokenizer, iter_num)
         except Exception as error:  # whatever it is, it must not end the run
             self.notice(f"step {iter_num}: no sample could be written: {clip(error)}")
+            return None
+
+    def _examined(self, exam: Exam, step: Step) -> Mapping[str, float] | None:
+        """The marks of an exam, if there is time for one; a notice, and None, where it fails."""
+        if not (exam.due(step.elapsed) or step.iter == self.config.max_iters):
+            return None
+        try:
+            return exam.take(self.decoder)
+        except Exception as error:  # whatever it is, it must not end the run
+            self.notice(f"step {step.iter}: no questions could be asked: {clip(error)}")
             return None
 
     def _text(self, tokenizer: Tokenizer, iter_num: int) -> str:

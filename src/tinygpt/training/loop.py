@@ -61,6 +61,8 @@ class Step:
     best: bool = False
     """Whether ``val_loss`` is the lowest so far."""
     sample: str | None = None
+    exact: Mapping[str, float] | None = None
+    """The share of questions that were answered exactly, by kind and in ``total``, where asked."""
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
     """Messages for the user, such as of a checkpoint that could not be written."""

@@ -25,7 +25,7 @@ from tinygpt.files.disk import size
 from tinygpt.kernels import linear
 from tinygpt.kernels.loss.chunked import cut_of
 from tinygpt.kernels.muon import together
-from tinygpt.kernels.newton_schulz import SLOTS, Sizes
+from tinygpt.kernels.newton_schulz import Sizes
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
@@ -137,7 +137,7 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     matrices = muon_matrices(model, train)
     moments = 2 * trained - sum(weight.size for weight in matrices)
     stacks = muon_stacks(matrices)
-    at_once = max((2 * s.numbers + SLOTS * s.matrices * s.n**2 for s in stacks), default=0)
+    at_once = max((s.needed for s in stacks), default=0)
     count = model.num_params() + adapters
     L_back = L - (train.freeze or 0)  # blocks that the backward pass sees
     half = train.dtype != "float32"

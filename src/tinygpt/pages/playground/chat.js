@@ -4,12 +4,17 @@
 import { byId, counted, h } from "../shared/dom.js";
 import { Draft, received } from "./draft.js";
 import { levelOf } from "./editor.js";
+import { keepTalk, keptTalk, textsOf } from "./kept.js";
 
 export class Chat {
   /** ``playground`` lends its model, its sampling, and what it says; ``onLook()`` when another token is looked at. */
   constructor(playground, onLook) {
     Object.assign(this, { playground, onLook });
-    this.turns = []; // { role, content }; an answer has its draft, and the number of the prompt's tokens, too
+    this.kept = keptTalk();
+    this.turns = this.kept?.turns ?? []; // { role, content }; an answer has its draft, and the number of the prompt's tokens, too
+    byId("system").value = this.kept?.system ?? "";
+    byId("system").closest("details").open = Boolean(byId("system").value);
+    byId("question").value = this.kept?.question ?? "";
     this.seen = { draft: new Draft(), selected: 0 };
     this.list = byId("turns");
     this.frame = null; // a timer: what has come will be shown
@@ -27,11 +32,25 @@ export class Chat {
     byId("take-back").addEventListener("click", () => this.takeBack());
     byId("new-talk").addEventListener("click", () => this.reset());
     this.list.addEventListener("click", (event) => this.#pointed(event));
-    this.show();
+    this.#finish();
   }
 
   get isOpen() {
     return !byId("talk").hidden;
+  }
+
+  /** The model is there: what was kept of another one is text alone. */
+  start() {
+    if (this.kept && this.kept.model !== this.playground.identity) this.turns = textsOf(this.turns);
+    this.show();
+  }
+
+  /** Keep the talk for when the page is loaded anew, with as much of an answer as is there. */
+  keep() {
+    this.turns.filter((turn) => turn.draft).forEach(fill);
+    const { turns, isOpen } = this;
+    const talk = { turns, isOpen, system: byId("system").value, question: byId("question").value };
+    keepTalk(talk, this.playground.identity ?? this.kept?.model);
   }
 
   // ---- what one can do ----
@@ -109,21 +128,19 @@ export class Chat {
       }
       playground.say(remark || `${counted(length(), "token")} written.`);
     }, length);
-    this.#fill(turn);
-    if (!length()) this.#dropUnanswered(messages.at(-1).content);
+    fill(turn);
     this.#see(turn.draft, turn.draft.tokens.length);
-    this.show();
+    this.#finish();
     byId("question").focus();
   }
 
   /** The question of an answer in which there is nothing is no part of the talk. */
-  #dropUnanswered(question) {
-    this.turns.splice(-2);
-    byId("question").value ||= question;
-  }
-
-  #fill(turn) {
-    turn.content = turn.draft.text.slice(turn.draft.start(turn.first));
+  #finish() {
+    if (this.turns.at(-1)?.content === "") {
+      const [question] = this.turns.splice(-2);
+      byId("question").value ||= question.content;
+    }
+    this.show();
   }
 
   #messages() {
@@ -144,6 +161,7 @@ export class Chat {
     for (const id of ["retry", "take-back", "new-talk"]) byId(id).disabled = busy || !this.turns.length;
     this.#mark();
     this.#follow();
+    this.playground.keepSoon();
   }
 
   /** Show what has come of the last answer, in a fraction of the time: most of it is the model's. */
@@ -173,7 +191,7 @@ export class Chat {
       return h("span", { class: `said level-${token.origin === "model" ? levelOf(token) : "chosen"}`, "data-index": index }, text);
     });
     const look = () => this.#see(draft, first);
-    return h("li", { class: "turn assistant", dir: "auto", "data-turn": i }, h("span", { class: "unseen" }, "Model: "), ...tokens,
+    return h("li", { class: "turn assistant", dir: "auto", "data-turn": i }, h("span", { class: "unseen" }, "Model: "), ...tokens, draft.tail,
       tokens.length > 0 && h("button", { type: "button", class: "quiet look", onclick: look }, "Look inside"));
   }
 
@@ -195,4 +213,9 @@ export class Chat {
     const turn = this.turns.findIndex((each) => each.draft === draft);
     this.list.querySelector(`[data-turn="${turn}"] [data-index="${selected}"]`)?.classList.add("seen");
   }
+}
+
+/** Take over into a turn what its draft says behind the prompt. */
+function fill(turn) {
+  turn.content = turn.draft.text.slice(turn.draft.start(turn.first));
 }

@@ -1,9 +1,10 @@
-// The text outlives a reload and the way back, in the tab and nowhere else; a link carries a prompt.
+// The text and the talk outlive a reload and the way back, in the tab and nowhere else; a link carries a prompt.
 
 import { Draft } from "./draft.js";
 import { store, stored } from "../shared/storage.js";
 
 const KEY = `tinygpt-text ${location.pathname}`;
+const TALK = `tinygpt-talk ${location.pathname}`;
 const OLD_NAMES = { count: "max_tokens", topK: "top_k", topP: "top_p" };
 
 /** Keep a draft whose ids are those of ``model``, a text that tells models apart; if it is too long, its text. */
@@ -21,6 +22,29 @@ export function keptText() {
   } catch {
     return null; // nothing, or of another version of the page
   }
+}
+
+/** Keep a talk as ``keepText`` does a draft: { turns, system, question, isOpen }. */
+export function keepTalk(talk, model) {
+  const forms = [{ model, ...talk }, { ...talk, turns: textsOf(talk.turns) }];
+  const isEmpty = !talk.turns.length && !talk.system && !talk.question;
+  if (isEmpty || !forms.some((form) => store(TALK, JSON.stringify(form)))) store(TALK, null);
+}
+
+/** -> { turns, system, question, isOpen, model } as they were kept, or null. */
+export function keptTalk() {
+  try {
+    const talk = JSON.parse(stored(TALK));
+    const revived = ({ draft, ...turn }) => (draft ? { ...turn, draft: Draft.revived(draft) } : turn);
+    return { ...talk, turns: talk.turns.map(revived) };
+  } catch {
+    return null; // nothing, or of another version of the page
+  }
+}
+
+/** Turns whose answers are texts, without the ids of a model. */
+export function textsOf(turns) {
+  return turns.map(({ role, content, draft }) => (draft ? { role, content, draft: new Draft([], content), first: 0 } : { role, content }));
 }
 
 /** The address of this page with a prompt and settings behind the #, which no server sees. */

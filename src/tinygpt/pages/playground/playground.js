@@ -57,11 +57,12 @@ export class Playground {
     this.samples = new Samples(byId("samples"), (sample) => this.#take(sample));
     this.lookSoon = debounced(80, () => this.#look());
     this.tabs = new Tabs(byId("inside-tabs"), () => this.#look());
+    this.keepSoon = debounced(300, () => this.keep());
     this.chat = new Chat(this, () => this.lookSoon());
     this.ways = new Tabs(byId("ways"), () => this.#look());
+    if (this.chat.kept?.isOpen) this.ways.open("talk");
     this.story = new Story(byId("story"), (part) => this.#follow(part));
     this.cutSoon = debounced(250, () => this.#cut());
-    this.keepSoon = debounced(300, () => this.keep());
     this.#listen();
     this.#show();
   }
@@ -77,11 +78,11 @@ export class Playground {
     byId("code").hidden = !card.can.api;
     this.sampling.describe(card);
     this.attention.describe(card);
-    if (this.kept && this.kept.model !== this.#identity()) {
+    if (this.kept && this.kept.model !== this.identity) {
       this.draft = Draft.of(this.draft.text); // its ids are those of another model
     }
     this.#buttons();
-    this.chat.show();
+    this.chat.start();
     this.#meter();
     this.#offerBeginnings();
     document.documentElement.dataset.ready = Math.round(performance.now());
@@ -344,11 +345,13 @@ export class Playground {
   }
 
   keep() {
-    keepText(this.draft, this.card ? this.#identity() : this.kept?.model);
+    keepText(this.draft, this.identity ?? this.kept?.model);
+    this.chat.keep();
   }
 
-  /** What tells this model from others whose tokens may be others. */
-  #identity() {
+  /** What tells this model from others whose tokens may be others; undefined until it has started. */
+  get identity() {
+    if (!this.card) return undefined;
     const { name, parameters, tokenizer, step } = this.card;
     return JSON.stringify([name, parameters, tokenizer, step]);
   }

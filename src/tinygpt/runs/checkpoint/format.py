@@ -103,6 +103,8 @@ class Header:
     layout: Layout
     data: int
     """Where in the file the data begins."""
+    digest: bytes
+    """SHA-256 of all that stands before the data."""
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -159,7 +161,8 @@ def decode(file: BinaryIO, path: Path, size: int) -> Header:
             f"{path} is a safetensors file, but not a TinyGPT checkpoint: "
             f"it lacks the metadata entry 'tinygpt'."
         )
-    return Header(_description(path, metadata["tinygpt"], layout, sealed), layout, len(start))
+    described = _description(path, metadata["tinygpt"], layout, sealed)
+    return Header(described, layout, len(start), hashlib.sha256(start).digest())
 
 
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)

@@ -18,6 +18,7 @@ from tinygpt.files.disk import writing
 from tinygpt.runs import lock
 from tinygpt.runs.checkpoint.format import FREE
 from tinygpt.runs.checkpoint.reader import read_meta, verify
+from tinygpt.runs.checkpoint.stamps import Stamp, stamp
 from tinygpt.runs.folder import (
     BESIDE,
     BEST,
@@ -43,11 +44,11 @@ class Verified:
     """Remembers which files were whole, so that none is read again unless it has changed."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[int, ...]] = {}
+        self._known: dict[Path, Stamp] = {}
 
     def add(self, path: Path) -> None:
         """Take note of a file that was just written or checked."""
-        self._known[path] = _stamp(path)
+        self._known[path] = stamp(path.stat())
 
     def forget_all_but(self, paths: Iterable[Path]) -> None:
         """Forget files that are gone, so that a long run does not collect their names."""
@@ -56,17 +57,11 @@ class Verified:
     def check(self, path: Path) -> None:
         """CheckpointError if the file is not a whole checkpoint of this folder's run."""
         try:
-            if self._known.get(path) != _stamp(path):
+            if self._known.get(path) != stamp(path.stat()):
                 verify(path)
                 self.add(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file's content does: inode, size and times."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[CheckpointError]]:

@@ -28,6 +28,7 @@ from tinygpt.files.atomic import user_path
 from tinygpt.files.strict_json import to_json
 from tinygpt.files.tensor_file import Layout, Place
 from tinygpt.machine.resources import cores
+from tinygpt.runs.checkpoint import stamps
 from tinygpt.runs.checkpoint.format import (
     BROKEN,
     ZEROS,
@@ -60,26 +61,57 @@ def verify(path: str | Path) -> Meta:
     return read(path, wanted=())[0]
 
 
-def read(path: str | Path, wanted: Collection[str] | None = None) -> tuple[Meta, dict[str, Array]]:
+def read(
+    path: str | Path,
+    wanted: Collection[str] | None = None,
+    room: Callable[[str], Array | None] = lambda _: None,
+    by_stamp: bool = False,
+) -> tuple[Meta, dict[str, Array]]:
     """-> what a checkpoint says of itself, and its tensors or those ``wanted``
 
     All of the file is checked, also tensors that are not wanted. Raises CheckpointError as
-    ``read_meta`` does, and if a byte has changed.
+    ``read_meta`` does, and if a byte has changed. ``room`` gives memory for a tensor where there
+    is some that may be written to even if the file turns out to be damaged. ``by_stamp`` believes
+    that a file is whole which was so within a week, and has not been written to since (`stamps`).
     """
     arrays = dict[str, Array]()
     digests = dict[str, Future[str] | str]()
-    with ThreadPoolExecutor(min(4, cores())) as threads, _opened(path) as (file, header, meta):
+    with (
+        ThreadPoolExecutor(min(4, cores())) as threads,
+        _opened(path) as (file, header, meta),
+        _watched(path, file, header, by_stamp) as whole,
+    ):
         for name, place in header.layout.items():
             if wanted is None or name in wanted:
-                arrays[name] = _read_array(file, place)
-                digests[name] = threads.submit(_sha256, arrays[name])  # while the next one is read
-            else:
+                file.seek(header.data + place.start)
+                arrays[name] = _read_array(file, place, room(name))
+                if not whole:  # hashed while the next one is read
+                    digests[name] = threads.submit(_sha256, arrays[name])
+            elif not whole:
+                file.seek(header.data + place.start)
                 digests[name] = _hash(file, place)
-    found = {n: d if isinstance(d, str) else d.result() for n, d in digests.items()}
-    if damaged := [name for name, digest in found.items() if digest != header.hashes[name]]:
-        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-        raise CheckpointError(_damaged(path, clip(", ".join(damaged[:5])) + more))
+        found = {n: d if isinstance(d, str) else d.result() for n, d in digests.items()}
+        if damaged := [name for name, digest in found.items() if digest != header.hashes[name]]:
+            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            raise CheckpointError(_damaged(path, clip(", ".join(damaged[:5])) + more))
     return meta, arrays
+
+
+@contextlib.contextmanager
+def _watched(path: str | Path, file: BinaryIO, header: Header, by_stamp: bool) -> Iterator[bool]:
+    """-> whether an open file is known to be whole; if not, it is after a block without an error.
+
+    Raises CheckpointError if a file that was known is written to within the block.
+    """
+    before = stamps.stamp(os.fstat(file.fileno()))
+    settled = by_stamp and stamps.is_settled(before)
+    whole = settled and stamps.is_marked(before, header.digest)
+    yield whole
+    same = stamps.stamp(os.fstat(file.fileno())) == before
+    if whole and not same:
+        raise CheckpointError(f"{user_path(path)} was written to while it was read. Try again.")
+    if settled and same and not whole:
+        stamps.mark(before, header.digest)
 
 
 def _damaged(path: str | Path, names: str) -> str:
@@ -227,8 +259,11 @@ def _check_fits(path: Path, config: GPTConfig, layout: Layout) -> None:
         raise CheckpointError(f"{path} is damaged or made up: {fault}.")
 
 
-def _read_array(file: BinaryIO, place: Place) -> Array:
-    array = np.empty(place.shape, place.numpy_dtype)
+def _read_array(file: BinaryIO, place: Place, room: Array | None = None) -> Array:
+    """A tensor, in the memory given if that is of its type and shape, else in new memory."""
+    array = np.empty(0) if room is None else room
+    if (array.shape, array.dtype) != (place.shape, place.numpy_dtype):
+        array = np.empty(place.shape, place.numpy_dtype)
     memory = array.reshape(-1).view(np.uint8).data
     if file.readinto(memory) != len(memory):  # type: ignore[attr-defined]
         raise OSError("it has become shorter while it was read")

@@ -63,11 +63,18 @@ def save(path: Path, model: Transformer, optimizer: Optimizer | None, meta: Meta
     return write(path, Copier(model, optimizer).copy(), meta)
 
 
-def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = None) -> Meta:
+def load(
+    path: str | Path,
+    model: Transformer,
+    optimizer: Optimizer | None = None,
+    by_stamp: bool = False,
+) -> Meta:
     """Read weights, and the optimizer's state if one is given, into place.
 
-    Nothing is changed unless all of the file is whole and fits. What LoRA's adapters have learned
-    is added to the weights, unless the model has such adapters too.
+    Nothing is changed unless all of the file is whole and fits; but a model that has no weights yet
+    may have some of the file's after an error. What LoRA's adapters have learned is added to the
+    weights, unless the model has such adapters too. With ``by_stamp`` a file that was whole within
+    a week, and was not written to since, is not hashed again (`stamps`).
     """
     path = user_path(path)
     meta, held = read_meta(path), describe(path)["tensors"]
@@ -76,7 +83,7 @@ def load(path: str | Path, model: Transformer, optimizer: Optimizer | None = Non
     outer = [n for n in wanted if n.startswith(OUTER_MOMENTUM) and n not in held]
     for name in outer:  # of ranks that shared each step, or of an earlier version: it stays 0
         del wanted[name]
-    _take_over(path, model, wanted)
+    _take_over(path, model, wanted, by_stamp=by_stamp)
     return meta
 
 
@@ -110,13 +117,23 @@ def _take_over(
     wanted: Mapping[str, Tensor],
     positions: int | None = None,
     rows: Mapping[int, Sequence[int]] | None = None,
+    by_stamp: bool = False,
 ) -> dict[str, Any]:
     """Read the wanted Tensors into place; -> where the weights are from, which the model notes.
 
     ``positions`` is how many of the embeddings of positions are taken, if not all; ``rows`` are
-    those of new tokens.
+    those of new tokens. Tensors without memory are read straight into theirs.
     """
-    arrays, changed = _read_merged(path, wanted)
+    from tinygpt.machine.transfer import unwritten
+
+    homes = dict[str, Array]()
+
+    def room(name: str) -> Array | None:
+        if (found := unwritten(wanted[name]) if name in wanted else None) is not None:
+            homes[name] = found
+        return found
+
+    arrays, changed = _read_merged(path, wanted, room, by_stamp)
     table = f"{WEIGHTS}wpe.weight"
     if positions is not None and table in arrays:
         arrays[table] = arrays[table][:positions]
@@ -128,7 +145,7 @@ def _take_over(
     origin, hashes = origin_and_hashes(path, changed)
     own = (WEIGHTS + name for name in model.parameters() if WEIGHTS + name in arrays)
     found = {n.removeprefix(WEIGHTS): hashes.get(n) or _sha256(arrays[n]) for n in own}
-    _assign(path, wanted, arrays)
+    _assign(path, wanted, arrays, homes)
     model.read_from = origin, found
     return origin
 
@@ -163,13 +180,18 @@ def _sha256(array: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _read_merged(path: Path, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Array], set[str]]:
+def _read_merged(
+    path: Path,
+    wanted: Mapping[str, Tensor],
+    room: Callable[[str], Array | None],
+    by_stamp: bool,
+) -> tuple[dict[str, Array], set[str]]:
     """The arrays of a file; adapters that are not wanted are added to the weights of their layer.
 
     -> also the names of the weights that are no longer as they are in the file
     """
     adapters = {part for name in wanted for part in _adapters(name)} - wanted.keys()
-    meta, arrays = read(path, {*wanted, *adapters})
+    meta, arrays = read(path, {*wanted, *adapters}, room, by_stamp)
     learned = {name: arrays.pop(name) for name in adapters if name in arrays}
     changed = {name for name in wanted if any(part in learned for part in _adapters(name))}
     for name in changed:
@@ -221,11 +243,17 @@ def _merged(
     raise CheckpointError(f"{path} is damaged or made up: the adapter of {layer} does not fit it.")
 
 
-def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: dict[str, Array]) -> None:
+def _assign(
+    path: Path,
+    wanted: Mapping[str, Tensor],
+    arrays: dict[str, Array],
+    homes: Mapping[str, Array],
+) -> None:
     """Put the arrays into the Tensors of the same names; CheckpointError if not all of them fit.
 
     They are copied straight into the buffers, for to assign and realize takes a millisecond or more
-    for each; and taken out of ``arrays``, so that not all of them are in memory twice.
+    for each; and taken out of ``arrays``, so that not all of them are in memory twice. ``homes``
+    are those that are in the buffers already.
     """
     from tinygpt.machine.transfer import overwrite
 
@@ -239,7 +267,8 @@ def _assign(path: Path, wanted: Mapping[str, Tensor], arrays: dict[str, Array]) 
                 f"{path}: {name} has shape {found}, but {tensor.shape} is wanted."
             )
     for name, tensor in wanted.items():
-        overwrite(tensor, arrays.pop(name))
+        if (values := arrays.pop(name)) is not homes.get(name):
+            overwrite(tensor, values)
 
 
 def _check_same_model(path: Path, found: GPTConfig, wanted: GPTConfig) -> None:

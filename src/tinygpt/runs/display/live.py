@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tinygpt.config import TrainConfig
 from tinygpt.machine import resources
-from tinygpt.runs.display.text import Curve, duration, printable, sparkline
+from tinygpt.runs.display.text import Curve, duration, printable, shares, sparkline
 from tinygpt.training.metrics import perplexity, smooth
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class LiveDisplay:
         self._val_loss: float | None = None
         self._bits: float | None = None
         self._best = "-"
+        self._exact = ""
         self._sample: tuple[str, int] | None = None
         self._notice = ""
         self._curve = Curve()
@@ -74,6 +75,8 @@ class LiveDisplay:
             self._val_loss, self._bits = step.val_loss, step.val_bits_per_byte
             if step.best:
                 self._best = f"{step.val_loss:.4f} at {step.iter:,}"
+        if step.exact is not None:
+            self._exact = f"{shares(step.exact)} at {step.iter:,}"
         if step.sample is not None:
             self._sample = step.sample, step.iter
         for message in step.notices:  # above the view, where they stay
@@ -93,6 +96,8 @@ class LiveDisplay:
             parts.append(Text("compiling the first step…", style="dim"))
         else:
             parts += [self._numbers(self._numbers_of), self._losses()]
+        if self._exact:
+            parts.append(_pair("exact answers", printable(self._exact)))
         if self._sample is not None:
             parts.append(self._sample_panel(*self._sample))
         if self._notice:

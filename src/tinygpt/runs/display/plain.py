@@ -6,7 +6,7 @@ from typing import IO, TYPE_CHECKING, Self
 
 from tinygpt.config import TrainConfig
 from tinygpt.runs.display.forgiving import Forgiving
-from tinygpt.runs.display.text import printable
+from tinygpt.runs.display.text import printable, shares
 from tinygpt.training.metrics import perplexity
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def plain_line(step: Step, max_iters: int, skipped: int = 0) -> str:
         if step.val_bits_per_byte is not None:
             parts.append(f"bits per byte {step.val_bits_per_byte:.4f}")
         parts.append(f"perplexity {perplexity(step.val_loss):.2f}")
+    if step.exact is not None:
+        parts.append(f"exact answers {shares(step.exact)}")
     parts += [
         f"lr {step.lr:.2e}",
         f"grad norm {step.grad_norm:.3f}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
 DIRECTION_MARKS = frozenset(
@@ -93,3 +93,13 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes % 60:02d}m"
     return f"{minutes}m {total % 60:02d}s" if minutes else f"{total}s"
+
+
+def shares(exact: Mapping[str, float]) -> str:
+    """Shares of exact answers, all first.
+
+    >>> shares({"add": 0.5, "copy": 1.0, "total": 0.75})
+    '75% (add 50%, copy 100%)'
+    """
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in exact.items() if kind != "total")
+    return f"{exact['total']:.0%} ({kinds})"

@@ -11,12 +11,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinygpt.errors import TokenizerError
+from tinygpt.interop.chat_template import chat_template
 from tinygpt.server.http.answers import JSONResponse
 from tinygpt.server.http.refusal import Refusal
 from tinygpt.server.openai.fields import detokenize_schema, tokenize_schema
 from tinygpt.server.openai.prompts import messages_of, strange
 from tinygpt.server.openai.service import Service
-from tinygpt.text.chat.window import chat_template
+from tinygpt.text.chat import window
 from tinygpt.text.tokenizers import Tokenizer
 
 Json = dict[str, Any]
@@ -63,7 +64,7 @@ def _ids(tokenizer: Tokenizer, name: str, value: Any) -> list[int]:
     """The tokens of a text, or of a whole chat up to where the assistant is to speak."""
     if name != "messages":
         return tokenizer.encode(value)
-    rendered = chat_template(tokenizer).render(tokenizer, messages_of(value), answer=True)
+    rendered = window.chat_template(tokenizer).render(tokenizer, messages_of(value), answer=True)
     ids: list[int] = rendered.ids.tolist()
     return ids
 
@@ -100,6 +101,6 @@ async def _info(service: Service, request: Request) -> Response:
             "model_max_length": service.model.config.block_size,
             "bos_token": None,
             "eos_token": None,
-            "chat_template": None,
+            "chat_template": chat_template(service.tokenizer),
         }
     )
