@@ -72,9 +72,15 @@ CASES = {
         WIDE, {"batch_size": 8, "dtype": "bfloat16", "recompute": True}
     ),
     "bfloat16, large vocabulary": Case(VAST, {"batch_size": 4, "dtype": "bfloat16"}),
+    "float16, large vocabulary": Case(VAST, {"batch_size": 4, "dtype": "float16"}),
     "LoRA, bfloat16": Case(VAST, {"batch_size": 4, "lora_rank": 8, "dtype": "bfloat16"}),
+    "LoRA, float16": Case(VAST, {"batch_size": 4, "lora_rank": 8, "dtype": "float16"}),
     "muon, deep": Case(DEEP, {"batch_size": 4, "optimizer": "muon"}),
     "two devices": Case(WIDE, {"batch_size": 8, "devices": 2}),
+    "two devices, accumulation": Case(
+        WIDE, {"batch_size": 4, "devices": 2, "grad_accum_steps": 2}
+    ),
+    "two devices, divided": Case(DEEP, {"batch_size": 8, "devices": 2, "shard_optimizer": True}),
 }  # fmt: skip
 
 

@@ -115,6 +115,9 @@ def test_the_estimate_is_of_all_devices_and_of_the_first() -> None:
     assert four.needed == shares.needed < 4 * one.needed
     moments = one.optimizer + 3 * one.gradients  # the first adds up those of the other three
     assert four.on_first - shares.on_first == moments - moments // 4
+    summed = preflight(SHAPE, replace(CONFIG, devices=2, grad_accum_steps=2))
+    alone = preflight(SHAPE, replace(CONFIG, batch_size=4, grad_accum_steps=2))
+    assert summed.sums == 2 * alone.sums + 2 * 4 * one.parameters  # a copy, and what comes of it
     assert "on the first of 4 devices" in str(four) and "devices" not in str(one)
 
 

@@ -130,7 +130,8 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     if (devices := train.n_devices) > 1:
         part = replace(train, batch_size=train.batch_size // devices, devices=None)
         one = preflight(model, part, saves=saves)
-        return divided(one, devices, train.shard_optimizer)
+        trained = count_trainable(model, train)[0] if train.grad_accum_steps > 1 else 0
+        return divided(one, devices, train.shard_optimizer, FLOAT * trained)
     C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
     N = train.batch_size * T  # positions of a micro-batch
     learned, (trained, adapters) = learning(model, train), count_trainable(model, train)
@@ -179,20 +180,24 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     )
 
 
-def divided(one: Estimate, devices: int, sharded: bool) -> Estimate:
+def divided(one: Estimate, devices: int, sharded: bool, summed: int = 0) -> Estimate:
     """The estimate of several devices, from that of ``one`` which has its part of the batch.
 
     Each has the weights, its activations and its gradients; a gradient is added up where the
-    moments are, which takes a copy of each other device's: on the first, or on all by shares.
+    moments are, which takes a copy of each other device's: on the first, or on all by shares. Of
+    gradients that were accumulated, ``summed`` bytes on a device, the update has copies and sum.
     """
-    copies = (devices - 1) * one.gradients
+    copies = devices * summed or (devices - 1) * one.gradients
+    in_step = 0 if summed else copies
     shared = one.optimizer + copies
     own = one.weights + one.step + one.sums + one.evaluation
     every = ("weights", "sums", "kept", "activations", "loss", "evaluation", "tokens", "flops")
+    of_all = {name: devices * getattr(one, name) for name in every}
+    of_all["sums"] += copies - in_step
     return replace(
         one,
-        **{name: devices * getattr(one, name) for name in every},
-        gradients=devices * one.gradients + copies,
+        **of_all,
+        gradients=devices * one.gradients + in_step,
         devices=devices,
         on_first=own + (shared // devices if sharded else shared),
     )
