@@ -41,6 +41,8 @@ class Case:
 
 BABY = PRESETS["baby"].model | {"vocab_size": 65}
 WIDE = {"vocab_size": 1024, "n_layer": 6, "n_embd": 256, "n_head": 8, "block_size": 256}
+VAST = {"vocab_size": 50257, "n_layer": 2, "n_embd": 256, "n_head": 8, "block_size": 128}
+DEEP = {"vocab_size": 1024, "n_layer": 12, "n_embd": 384, "n_head": 6, "block_size": 64}
 CASES = {
     "baby": Case(BABY, {"batch_size": 12}),
     "baby, one thread": Case(BABY, {"batch_size": 12}, threads=1),
@@ -69,6 +71,16 @@ CASES = {
     "bfloat16, recompute": Case(
         WIDE, {"batch_size": 8, "dtype": "bfloat16", "recompute": True}
     ),
+    "bfloat16, large vocabulary": Case(VAST, {"batch_size": 4, "dtype": "bfloat16"}),
+    "float16, large vocabulary": Case(VAST, {"batch_size": 4, "dtype": "float16"}),
+    "LoRA, bfloat16": Case(VAST, {"batch_size": 4, "lora_rank": 8, "dtype": "bfloat16"}),
+    "LoRA, float16": Case(VAST, {"batch_size": 4, "lora_rank": 8, "dtype": "float16"}),
+    "muon, deep": Case(DEEP, {"batch_size": 4, "optimizer": "muon"}),
+    "two devices": Case(WIDE, {"batch_size": 8, "devices": 2}),
+    "two devices, accumulation": Case(
+        WIDE, {"batch_size": 4, "devices": 2, "grad_accum_steps": 2}
+    ),
+    "two devices, divided": Case(DEEP, {"batch_size": 8, "devices": 2, "shard_optimizer": True}),
 }  # fmt: skip
 
 

@@ -35,8 +35,9 @@ from generate import SETTINGS, Generator
 
 from tinygpt.config import SampleConfig
 
-TOLERANCE = 1e-4
-"""By which the logits may differ, of a text of random weights: they are about 1."""
+TOLERANCE = 1e-3
+"""By which the logits may differ, of a text of random weights: they are about 1. Activations that
+are rounded to int16 change them by some 1e-4."""
 HALF_TOLERANCE = 0.03
 """The same where activations have 16 bits."""
 

@@ -67,8 +67,30 @@ LANGCHAIN = {
         "max_completion_tokens": 5, "stream": True, "temperature": 0.5,
     },
 }  # fmt: skip
+OPEN_WEBUI = {
+    "a second turn": {
+        "stream": True, "model": "tiny", "stream_options": {"include_usage": True},
+        "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "abc"},
+            {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+        ],
+        "temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "frequency_penalty": 0, "seed": 1,
+        "stop": ["###"], "logit_bias": {"65": -100}, "max_tokens": 128,
+    },
+    "a title": {
+        "model": "tiny", "stream": False, "max_tokens": 1000,
+        "messages": [{"role": "user", "content": "### Task:\nGive a title as JSON.\n<chat_history>"
+                      "\nUSER: Hello\nASSISTANT: abc\n</chat_history>"}],
+    },
+    "a continued answer": {
+        "model": "tiny", "stream": True,
+        "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "ab"}],
+    },
+}  # fmt: skip
 RECORDED = {f"Continue, {name}": body for name, body in CONTINUE.items()}
 RECORDED |= {f"LangChain, {name}": body for name, body in LANGCHAIN.items()}
+RECORDED |= {f"open-webui, {name}": body for name, body in OPEN_WEBUI.items()}
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -122,14 +144,21 @@ def test_a_second_turn_with_openais_own_message():
     assert sent.count("Assistant: abc\n\nUser: And?") == 2 and sent.endswith("Assistant:")
 
 
-def test_a_second_turn_with_langchain():
+def test_five_turns_with_langchain():
     langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     service = fake_service(block_size=256)
     with running(service) as address:
-        model = langchain.ChatOpenAI(model="tiny", base_url=f"{address}/v1", api_key="none")
-        first = model.invoke([("system", "Be brief."), ("human", "Hello")])
-        model.invoke([("human", "Hello"), first, ("human", "And?")])
-        assert list(model.stream("Hello"))
+        model = langchain.ChatOpenAI(
+            model="tiny", base_url=f"{address}/v1", api_key="none", max_tokens=3
+        )
+        talk = [("system", "Be brief.")]
+        for turn in range(5):
+            talk.append(("human", f"{turn}?"))
+            answer = model.invoke(talk)
+            assert "".join(chunk.content for chunk in model.stream(talk)) == answer.content
+            talk.append(answer)
+    sent = bytes(service.engine.streams[-1].request.ids).decode()
+    assert sent.count("Assistant: abc") == 4 and "User: 4?" in sent
 
 
 SCRIPT = """

@@ -18,7 +18,7 @@ import pytest
 from tests.test_end_of_text import saying
 from tinygpt.cli import main
 from tinygpt.config import GPTConfig, SampleConfig
-from tinygpt.errors import TokenizerError
+from tinygpt.errors import DataError, TokenizerError, UsageError
 from tinygpt.generation.dialogue import Dialogue
 from tinygpt.text.chat.template import MARKED, PLAIN
 from tinygpt.text.tokenizers import END, MARKERS, TURN_END, ByteTokenizer, CharTokenizer
@@ -174,7 +174,34 @@ def test_an_answer_that_is_stopped_stays_and_an_empty_one_does_not() -> None:
 def test_plain_text_loses_the_template_s_white_space() -> None:
     talk = dialogue({ord(" "): 30.0, ord("x"): 29.0}, ByteTokenizer(), max_tokens=20, seed=3)
     shown = "".join(talk.say("Hi"))
-    assert shown.startswith("x") and talk.said[-1]["content"] == shown.strip()
+    assert shown.startswith("x") and talk.said[-1]["content"] == shown == shown.strip()
+
+
+def test_a_model_answers_in_python_what_it_answers_in_a_talk() -> None:
+    for tokenizer in (TOKENIZER, ByteTokenizer().with_template(PLAIN.to_dict())):
+        scores = {ord(" "): 30.0, ord("x"): 29.0, ord("y"): 29.0}
+        model = saying(scores, CONFIG)
+        talk = Dialogue(model.decoder, tokenizer, SampleConfig(0.9), 20, seed=3, system="Hm.")
+        first = "".join(talk.say("Hi"))
+        told = [{"role": "system", "content": "Hm."}, {"role": "user", "content": "Hi"}]
+        settings = {"max_tokens": 20, "temperature": 0.9}
+        pieces = model.chat(told, tokenizer, seed=3, **settings)
+        assert next(pieces) and "".join(model.chat(told, tokenizer, seed=3, **settings)) == first
+        said = [*told, {"role": "assistant", "content": first}, {"role": "user", "content": "?"}]
+        again = "".join(model.chat(said, tokenizer, seed=4, **settings))
+        assert again == "".join(talk.say("?"))
+        cut = "".join(model.chat(told, tokenizer, seed=3, stop="y", **settings))
+        assert first.startswith(cut) and "y" not in cut
+
+
+def test_without_a_template_or_messages_it_is_said_what_to_do() -> None:
+    model, asked = saying(ENDLESS, CONFIG), [{"role": "user", "content": "Hi"}]
+    for tokenizer in (None, ByteTokenizer()):
+        with pytest.raises(UsageError, match=r"no chat template.*with_template"):
+            model.chat(asked, tokenizer)
+    for given in ("Hi", [], ["Hi"], [{"role": "tool", "content": "Hi"}], [{"role": "user"}]):
+        with pytest.raises(DataError):
+            model.chat(given, TOKENIZER)
 
 
 def test_a_character_that_the_vocabulary_lacks_leaves_the_talk_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -20,14 +21,17 @@ from tinygpt.generation.decoder import Decoder
 from tinygpt.generation.generate import generate_tokens
 from tinygpt.generation.grading import QUESTIONS, Exam, Score, Task, scores, tasks_of
 from tinygpt.kernels.loss.fused import loss
+from tinygpt.runs.changes import differences
+from tinygpt.runs.checkpoint import Meta
 from tinygpt.runs.run import TrainingRun
 from tinygpt.text.batches import batch, split
 from tinygpt.text.chat.conversations import checked, read_conversations
 from tinygpt.text.chat.exercises import conversations, exercises, record
 from tinygpt.text.chat.packing import Conversations, report, tokens_of_conversations
-from tinygpt.text.chat.template import MARKED, PLAIN
+from tinygpt.text.chat.template import MARKED, PLAIN, template_of
 from tinygpt.text.corpus import open_corpus
 from tinygpt.text.mix import Mix
+from tinygpt.text.sources import with_template_for
 from tinygpt.text.tokenizers import END, MARKERS, ByteTokenizer
 from tinygpt.text.tokens import bytes_per_token, data_fingerprint
 from tinygpt.training.evaluation import measure
@@ -77,6 +81,121 @@ def test_each_form_is_recognised(tmp_path: Path, record: dict[str, Any]) -> None
 def test_records_with_texts_are_documents_as_before(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", {"text": "Once", "prompt": "a", "completion": "b"})
     assert open_corpus(path).conversations is None
+
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_list_is_read_as_lines_are(tmp_path: Path, name: str, indent: int | None) -> None:
+    long = {
+        "conversations": [{"from": "human", "value": "語" * 99_999}, *SHAREGPT["conversations"]]
+    }
+    long["conversations"].pop(1)
+    content = json.dumps([SHAREGPT, long, SHAREGPT], indent=indent).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    corpus = open_corpus(tmp_path / name)
+    assert corpus.conversations is not None and "ShareGPT's" in corpus.description
+    first, second, third = corpus.conversations()
+    assert first == third == ASKED and second[0]["content"] == "語" * 99_999
+
+
+def test_a_folder_of_conversations_is_read_file_by_file(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", SHAREGPT, SHAREGPT)
+    (tmp_path / "b.json").write_text(json.dumps([{"prompt": "Why?", "completion": "So."}]))
+    corpus = open_corpus(tmp_path, glob="**/*.json*")
+    assert corpus.conversations is not None and list(corpus.conversations()) == [ASKED] * 3
+    (tmp_path / "c.jsonl").write_text('{"text": "no"}\n')
+    with pytest.raises(DataError, match=r"c\.jsonl, line 1 is no conversation"):
+        list(_opened(tmp_path))
+
+
+def _opened(folder: Path) -> Any:
+    found = open_corpus(folder, glob="**/*.json*").conversations
+    assert found is not None
+    return found()
+
+
+def test_other_json_is_text_as_before(tmp_path: Path) -> None:
+    for content in ("[]", "[1, 2]", '{"a":\n1}', '[{"text": "a"}]', "[" * 100_000, "[[1, x"):
+        (tmp_path / "a.json").write_text(content)
+        corpus = open_corpus(tmp_path / "a.json")
+        assert corpus.conversations is None and "".join(corpus.pieces()) == content
+
+
+def test_what_nothing_is_learned_from_is_context_and_said(tmp_path: Path) -> None:
+    said = [("system", "S"), ("gpt", "Hello."), ("human", "Why?"), ("gpt", "So.")]
+    record = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    [opened] = read_conversations(written(tmp_path / "a.jsonl", record))
+    assert [message.get("weight") for message in opened] == [None, 0, None, None]
+    weighed = [*({**m, "weight": 0} if m["role"] == "assistant" else m for m in ASKED), *ASKED]
+    [own] = read_conversations(written(tmp_path / "b.jsonl", {"messages": weighed}))
+    for template, end in ((MARKED, "So.<|end|>"), (PLAIN, " So.\n\nUser:")):
+        tokens = tokens_of_conversations([opened, own], TOKENIZER, template)
+        assert TOKENIZER.decode(tokens.ids[tokens.counted]) == end * 2
+        lines = report(tokens.split(0.5)[1], 128)  # the second
+        assert "1 answers" in lines[0] and "context, from which nothing is learned: 1 " in lines[1]
+    assert [task.wanted for task in tasks_of("a", opened)] == ["So."]
+
+
+def one_message(**message: Any) -> str:
+    return json.dumps({"messages": [message]})
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ("{}", "is no conversation"),
+        ("7", "is no conversation"),
+        ("{no", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"messages": ' * 100_000, "is not JSON"),
+        ('{"messages": ' + "9" * 5000 + "}", "is not JSON"),
+        ('{"messages": 1e999}', "the messages are float, wanted a list"),
+        ('{"messages": [{"role": ' + "[" * 400 + "]" * 400 + "}]}", "has the role"),
+        ('{"conversations": [{"from": ' + "[" * 400 + "]" * 400 + "}]}", "of the form ShareGPT"),
+        (one_message(role="\ud800", content=""), "has the role"),
+        (one_message(role="user", content="\ud800"), "lone surrogate"),
+        (one_message(role="assistant", content="a", weight=2), "the weight 2, wanted 0 or 1"),
+        (one_message(role="assistant", content="a", weight=0), "no answer to learn from"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["item", "line"])
+def test_hostile_records_are_one_clear_line(
+    tmp_path: Path, second: str, said: str, kind: str
+) -> None:
+    first, path = json.dumps({"messages": ASKED}), tmp_path / "a.json"
+    path.write_text(f"[{first}, {second}]" if kind == "item" else f"{first}\n{second}\n")
+    message = refused(path)
+    assert f"{kind} 2" in message and said in message
+    assert len(message) < 600 and message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[{} 7]", "behind item 1, is not JSON: '7' stands where"),
+        ("[{}", "behind item 1, is not JSON: '' stands where"),
+        ("[{},]", "item 2 is not JSON"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content.replace("{}", json.dumps({"messages": ASKED})))
+    assert said in refused(path)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    return str(caught.value)
+
+
+def test_token_files_of_conversations_are_refused(tmp_path: Path, capsys: Any) -> None:
+    path = written(tmp_path / "a.jsonl", {"messages": ASKED})
+    assert main(["tokenize", str(path), "--out", str(tmp_path / "t"), "--tokenizer", "byte"]) == 2
+    assert "do not keep which tokens are answers" in capsys.readouterr().err
 
 
 def of(*roles: str, content: str = "x") -> dict[str, Any]:
@@ -167,7 +286,7 @@ def test_conversations_are_split_whole() -> None:
 
 def test_what_is_learned_belongs_to_the_fingerprint_of_the_data() -> None:
     tokens = made(5)
-    other = Conversations(tokens.ids, ~tokens.counted, tokens.ended, tokens.answers)
+    other = Conversations(tokens.ids, ~tokens.counted, tokens.ended, tokens.answers, tokens.context)
     assert data_fingerprint(tokens) == data_fingerprint(made(5)) != data_fingerprint(other)
 
 
@@ -326,7 +445,7 @@ def test_some_conversations_have_several_turns_of_which_none_gives_another_away(
 
 
 def checked_messages(of: dict[str, Any]) -> list[dict[str, str]]:
-    return checked([(m["role"], m["content"]) for m in of["messages"]])
+    return checked([(m["role"], m["content"], 1) for m in of["messages"]])
 
 
 def test_answers_are_scored_by_what_they_say_and_how_they_end() -> None:
@@ -448,6 +567,18 @@ def test_gpt2_without_markers_learns_from_plain_roles(tmp_path: Path) -> None:
     tokens = tokens_of_conversations([ASKED], ByteTokenizer(), PLAIN)
     _, y = batch(tokens, 0, 0, 1, 64)
     assert ByteTokenizer().decode(y[y >= 0]) == " So.\n\nUser:"
+
+
+def test_a_vocabulary_without_markers_keeps_the_template_that_was_learned(tmp_path: Path) -> None:
+    corpora = [open_corpus(written(tmp_path / "a.jsonl", {"messages": ASKED}))]
+    kept = with_template_for(ByteTokenizer(), corpora)
+    assert template_of(kept) == PLAIN and with_template_for(TOKENIZER, corpora) is TOKENIZER
+    (tmp_path / "plain.txt").write_text("Once.")
+    assert (
+        with_template_for(ByteTokenizer(), [open_corpus(tmp_path / "plain.txt")]).template is None
+    )
+    before = Meta(1, SHAPE, tokenizer=ByteTokenizer().to_dict())  # a run of before this was kept
+    assert differences(before, SHAPE, TrainConfig(), {}, kept.to_dict()) == []
 
 
 def test_a_stride_is_refused(tmp_path: Path) -> None:

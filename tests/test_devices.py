@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,8 @@ def test_the_command_says_what_it_trains_on(
     assert "batch_size=16 does not divide by the 3 devices" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "no"), "--devices", "3"]) == 2
     assert "batch_size=4 does not divide by the 3 devices" in capsys.readouterr().err
-    assert main([*words, str(tmp_path / "no"), "--devices", "CPU:1,CPU:0"]) == 1
-    assert "Name CPU first" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "no"), "--devices", "CPU:1,CPU:2"]) == 1
+    assert "Name CPU too" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -114,6 +115,9 @@ def test_the_estimate_is_of_all_devices_and_of_the_first() -> None:
     assert four.needed == shares.needed < 4 * one.needed
     moments = one.optimizer + 3 * one.gradients  # the first adds up those of the other three
     assert four.on_first - shares.on_first == moments - moments // 4
+    summed = preflight(SHAPE, replace(CONFIG, devices=2, grad_accum_steps=2))
+    alone = preflight(SHAPE, replace(CONFIG, batch_size=4, grad_accum_steps=2))
+    assert summed.sums == 2 * alone.sums + 2 * 4 * one.parameters  # a copy, and what comes of it
     assert "on the first of 4 devices" in str(four) and "devices" not in str(one)
 
 
@@ -239,9 +243,20 @@ def test_a_device_that_is_not_there_is_an_error_with_those_that_are(
         several.open_devices(3)
     with pytest.raises(DeviceError, match=r"no device CL, CL:1.*kind CL .*those that can are CPU"):
         several.open_devices("CL:0,CL:1")
-    with pytest.raises(DeviceError, match=r"must be the default device, CPU.*Name CPU first"):
-        several.open_devices("CPU:1,CPU")
-    assert several.open_devices(2) == ("CPU", "CPU:1")
+    with pytest.raises(DeviceError, match=r"default device, CPU, must be one of.*Name CPU too"):
+        several.open_devices("CPU:1")
+    assert several.open_devices("CPU:1,CPU") == several.open_devices(2) == ("CPU", "CPU:1")
+
+
+def test_cards_without_the_first_can_be_the_only_ones_that_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(several, "_opens", lambda name: name.startswith("CUDA"))
+    monkeypatch.setattr(several, "Device", SimpleNamespace(DEFAULT="CUDA", canonicalize=str))
+    monkeypatch.setattr(several.pool, "extend", lambda name: None)
+    with pytest.raises(DeviceError, match=r"CUDA_VISIBLE_DEVICES=2,3 and --devices 2\."):
+        several.open_devices("CUDA:2,CUDA:3")
+    assert several.open_devices("CUDA:3,CUDA:0") == ("CUDA", "CUDA:3")
 
 
 def test_a_device_that_is_not_there_leaves_no_folder(tmp_path, capsys):

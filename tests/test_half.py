@@ -46,6 +46,9 @@ def test_bfloat16_is_the_nearest_number_that_ends_in_16_zeros() -> None:
     )
     odd = np.array([np.nan, np.inf, -np.inf], np.float32)
     np.testing.assert_array_equal(from_bfloat16(to_bfloat16(odd)), odd)
+    given = np.empty(odd.shape, np.float32)
+    assert from_bfloat16(to_bfloat16(odd), given) is given
+    np.testing.assert_array_equal(given, odd)
     all_bits = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
     assert np.isnan(from_bfloat16(to_bfloat16(all_bits))).all()
 

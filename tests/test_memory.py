@@ -63,9 +63,9 @@ def test_what_is_foreseen_is_what_is_taken(tmp_path, model, train):
     """The peak within a tenth; of what the device counts only sums and the copy are left out."""
     found = measured(tmp_path / "run", model, **train)
     foreseen = found["foreseen"]
-    assert 0.9 < foreseen["peak"] / (found["taken"] + foreseen["process"]) < 1.1
+    assert 0.9 < foreseen["peak"] / (found["taken"] + foreseen["process"]) < 1.1, found
     elsewhere = foreseen["saving"] + foreseen["sums"] + preflight.COMPILING
-    assert 0.85 < (foreseen["needed"] - elsewhere) / found["device"] < 1.15
+    assert 0.85 < (foreseen["needed"] - elsewhere) / found["device"] < 1.15, found
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_memory_is_flat_over_300_steps(tmp_path):
     """With evaluations, samples and checkpoints; what grows with every step is seen here."""
     found = measured(tmp_path / "run", TINY, batch_size=2, max_iters=300, eval_interval=20)
     grown, device = slope(found, start=100)
-    assert grown < 10_000
+    assert grown < 10_000, found["after"]
     assert len(device) == 1
 
 
@@ -271,8 +271,7 @@ def test_memory_is_flat_over_5000_steps(tmp_path, micro_batches):
     train = {"batch_size": 2, "grad_accum_steps": micro_batches, "max_iters": 5000}
     found = measured(tmp_path / "run", TINY | {"dropout": 0.1}, **train, eval_interval=50)
     grown, device = slope(found, start=1500)  # by then the allocator has what it wants
-    print(f"{grown:.1f} bytes a step")
-    assert grown < 50
+    assert grown < 50, found["after"]
     assert len(device) == 1
 
 

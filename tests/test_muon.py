@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
+from tests.device_memory import device_bytes
 from tests.run_script import TRAIN as RUN
 from tests.run_script import make_run
 from tests.test_resume import differing, stopped_at
@@ -15,8 +16,11 @@ from tinygpt import kernels
 from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.config.weights import matrices_in, weights
 from tinygpt.errors import CheckpointError
+from tinygpt.kernels import muon
 from tinygpt.kernels.muon import TOGETHER, together
 from tinygpt.kernels.newton_schulz import plain_orthogonal
+from tinygpt.machine.jit import jit
+from tinygpt.machine.transfer import zeros
 from tinygpt.model import lora
 from tinygpt.model.transformer import Transformer
 from tinygpt.runs import checkpoint
@@ -187,6 +191,31 @@ def test_no_more_matrices_are_worked_on_at_once_than_memory_is_meant_for():
     for some in chosen:
         assert len({blocks[i][1:] for i in some}) == 1
         assert sum(blocks[i][0] for i in some) <= TOGETHER
+
+
+def test_large_matrices_come_in_smaller_stacks_with_some_for_each_thread(monkeypatch):
+    monkeypatch.setattr(muon.pool, "threads", lambda: 2)
+    assert [muon.at_once((n, 4 * n)) for n in (16, 128, 384, 768, 1600)] == [16, 16, 4, 4, 4]
+    monkeypatch.setattr(muon.pool, "threads", lambda: 64)
+    assert muon.at_once((1600, 6400)) == TOGETHER
+
+
+def test_no_more_than_one_stack_is_in_memory(monkeypatch):
+    """All of the first kernels could run before all of the others, each with its own stack."""
+    monkeypatch.setattr(muon, "TOGETHER", 1)
+    p, g, m = ([zeros((64, 64), dtypes.float32) for _ in range(6)] for _ in range(3))
+    lr, report = zeros((1,), dtypes.float32), zeros((3,), dtypes.float32)
+
+    def change():
+        kernels.muon_update(
+            p, g, m, [1] * 6, lr, report, ratio=3.0, momentum=0.9, decay=0.1
+        )  # fmt: skip
+        return Tensor.realize(*p, *m)
+
+    before, step = device_bytes(), jit(change)
+    for _ in range(2):
+        step()
+    assert device_bytes() - before < 1.5 * 4 * muon.Sizes.of(1, 64, 64).needed
 
 
 def test_a_run_goes_on_bit_for_bit_and_with_no_other_optimizer(tmp_path):

@@ -179,7 +179,7 @@ def test_the_loss_without_the_instruction_is_as_near(monkeypatch: pytest.MonkeyP
 
 
 def test_why_a_processor_has_no_pairs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "_flags", lambda: ["avx2"])
+    monkeypatch.setattr(pairs, "processor_flags", lambda: ["avx2"])
     assert "AVX512_BF16" in (pairs.obstacle("CPU") or "kernels are made for")
     assert "C compiler" in (pairs.obstacle("PYTHON") or "")
 

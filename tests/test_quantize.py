@@ -71,12 +71,62 @@ def by_numpy(given: list[Tensor]) -> np.ndarray:
     return x @ (q * scale[:, None]).T + bias
 
 
+def off_by_rounding(given: list[Tensor]) -> np.ndarray:
+    """By how much y (m, O) may be off if every number of a row of x is off by half a step."""
+    x, q, scale, _ = (t.numpy().astype(np.float64) for t in given)
+    step = np.abs(x).max(1, keepdims=True) / quantized.LARGEST
+    return step / 2 * (np.abs(q).sum(1) * scale)
+
+
 @given(m=ROWS, o=SIZES, i=SIZES)
 @settings(max_examples=14, deadline=None, derandomize=True)
 def test_the_kernels_equal_numpy_in_float64(m: int, o: int, i: int) -> None:
     given = operands(m, o, i)
-    y = quantized_linear(*given).numpy()
-    np.testing.assert_allclose(y, by_numpy(given), rtol=1e-5, atol=1e-5)
+    off = np.abs(quantized_linear(*given).numpy() - by_numpy(given))
+    assert (off <= off_by_rounding(given) + 1e-5).all()
+
+
+def by_integers(given: list[Tensor]) -> np.ndarray:
+    """What the kernels compute for few rows, in float64 but for the rounding of x."""
+    x, q, scale, bias = (t.numpy() for t in given)
+    step = np.abs(x).max(1, keepdims=True).astype(np.float64) / quantized.LARGEST
+    return (np.rint(x / step) * step) @ (q * scale[:, None].astype(np.float64)).T + bias
+
+
+@pytest.mark.parametrize("kind", [quantized.AVX512, quantized.AVX2, quantized.PORTABLE])
+@pytest.mark.parametrize("shape", [(1, 19, 300), (5, 9, 64), (7, 3, 97)])
+def test_every_kind_of_instructions_computes_with_rounded_rows(
+    kind: quantized.Instructions, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = quantized.instructions("CPU")
+    if kind.name and native not in (kind, quantized.AVX512):
+        pytest.skip(f"the processor has no {kind.name}")
+    monkeypatch.setattr(quantized, "instructions", lambda device: kind)
+    given = operands(*shape)
+    # a number half-way between two steps may go either way in float32: few of them do
+    step = np.abs(given[0].numpy()).max(1, keepdims=True) / quantized.LARGEST
+    largest = 127 * given[2].numpy()
+    off = np.abs(quantized_linear(*given).numpy() - by_integers(given))
+    assert (off <= 6 * step * largest + 1e-5).all()
+
+
+def test_the_longest_rows_of_the_largest_numbers_do_not_overflow() -> None:
+    n = 32 * quantized.MOST_STEPS * 2 + 96
+    q, x = np.full((2, n), 127, np.int8), np.full((1, n), 3.0, np.float32)
+    q[1] = -127
+    given = [tensor(x), tensor(q), tensor(np.ones(2, np.float32))]
+    wanted = 3.0 * 127 * n
+    np.testing.assert_allclose(quantized_linear(*given).numpy()[0], [wanted, -wanted], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_shows_and_no_other(bad: float) -> None:
+    x, *rest = operands(3, 9, 40)
+    values = x.numpy().copy()
+    values[1, 39], values[2] = bad, 0
+    y = quantized_linear(tensor(values), *rest).numpy()
+    assert np.isfinite(y[0]).all() and not np.isfinite(y[1]).any()
+    np.testing.assert_array_equal(y[2], rest[-1].numpy())
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 16, 17, 33])
@@ -120,7 +170,8 @@ def test_every_output_of_few_rows_is_written(monkeypatch: pytest.MonkeyPatch) ->
     given = operands(3, 61, 9)[:3]
 
     def poisoned(*shape: int, dtype: object = None, device: object = None) -> Tensor:
-        return Tensor.full(shape, float("nan"), dtype=dtype, device=device).contiguous().realize()
+        value = 0 if dtype == dtypes.int16 else float("nan")
+        return Tensor.full(shape, value, dtype=dtype, device=device).contiguous().realize()
 
     monkeypatch.setattr(quantized.Tensor, "empty", staticmethod(poisoned))
     y = quantized_linear(*given)
@@ -128,12 +179,12 @@ def test_every_output_of_few_rows_is_written(monkeypatch: pytest.MonkeyPatch) ->
     assert np.isfinite(y.numpy()).all()
 
 
-def test_a_layer_is_one_launch() -> None:
-    for m in (1, 40):
+def test_a_layer_is_two_launches_of_few_rows_and_one_of_many() -> None:
+    for m, launches in ((1, 2), (40, 1)):
         given = operands(m, 30, 20)
         GlobalCounters.reset()
         quantized_linear(*given).realize()
-        assert GlobalCounters.kernel_count == 1
+        assert GlobalCounters.kernel_count == launches
 
 
 def test_what_the_kernels_cannot_take_goes_to_the_twin() -> None:
@@ -141,7 +192,8 @@ def test_what_the_kernels_cannot_take_goes_to_the_twin() -> None:
     sharded = x.shard(("CPU", "CPU:1"), axis=0)
     copies = [t.shard(("CPU", "CPU:1")) for t in (q, scale)]
     got = quantized_linear(sharded, *copies).numpy()
-    np.testing.assert_allclose(got, quantized_linear(x, q, scale).numpy(), rtol=1e-5, atol=1e-6)
+    off = np.abs(got - quantized_linear(x, q, scale).numpy())
+    assert (off <= off_by_rounding([x, q, scale, scale]) + 1e-5).all()
 
 
 def test_rows_of_tokens_equal_the_twins_and_an_unknown_id_shows() -> None:
@@ -213,7 +265,7 @@ def test_the_loss_adds_up_over_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = tensor(np.arange(20, dtype=np.int32).reshape(2, 10))
     whole = model.loss(x, x).item()
     monkeypatch.setattr("tinygpt.model.int8.LOGITS", 67 * 3)
-    assert model.loss(x, x).item() == pytest.approx(whole, abs=1e-6)
+    assert model.loss(x, x).item() == pytest.approx(whole, abs=1e-5)  # few rows are rounded
 
 
 def test_the_greedy_text_is_that_of_the_dequantised_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -31,6 +32,7 @@ from tinygpt.machine.ranks.world import Process, Ranks
 from tinygpt.machine.transfer import read, write
 from tinygpt.runs import checkpoint
 from tinygpt.runs.history import History
+from tinygpt.text.chat.exercises import exercises
 from tinygpt.training.meeting import Meeting
 from tinygpt.training.optim import make_optimizer, optimizer_state
 from tinygpt.training.rank_shares import bounds
@@ -40,6 +42,10 @@ SETTINGS = (
     *("--tokenizer", "char", "--n-layer", "1", "--n-embd", "16", "--n-head", "2"),
     *("--block-size", "8", "--batch-size", "2", "--grad-accum-steps", "8", "--dropout", "0.1"),
     *("--eval-interval", "4", "--eval-iters", "3", "--warmup-steps", "2", "--keep-last", "0"),
+)
+CHATS = (
+    *("--tokenizer", "byte", *SETTINGS[2:8], "--block-size", "64", "--batch-size", "2"),
+    *("--grad-accum-steps", "4", *SETTINGS[14:]),
 )
 
 
@@ -130,6 +136,15 @@ def trained(text: Path, out: Path, steps: int) -> Path:
     """A run of one process."""
     assert main(["train", str(text), "--out", str(out), "--max-iters", str(steps), *SETTINGS]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations with answers of very different lengths."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    records = (exercise.record() for exercise in exercises(1, 80))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +414,37 @@ def test_any_number_of_ranks_leaves_the_same_bits(
 
 
 @needs_mpi
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--dtype", "bfloat16", "--recompute"),
+        *(pytest.param(words, marks=pytest.mark.slow) for words in (
+            (), ("--dtype", "float16"), ("--dtype", "float16", "--recompute"), ("--recompute",),
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranks_learn_answers_with_the_same_bits(
+    given: tuple[str, ...], chats: Path, tmp_path: Path
+) -> None:
+    """Micro-batches weigh what they count of all answers of a step, whichever rank has them."""
+    one, out, on = tmp_path / "one", tmp_path / "run", tmp_path / "on"
+    settings = ("--max-iters", 8, *CHATS, *given)
+    assert main([*map(str, ["train", chats, "--out", one, *settings])]) == 0
+    done = on_ranks(2, "train", chats, "--out", out, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "the loss counts only these" in done.stderr
+    assert differing(one, out) == {}
+    words = ["train", out / "ckpt_4", "--resume", "--out", on]
+    if len(given) > 1:
+        assert main([*map(str, words)]) == 0
+    else:
+        resumed = on_ranks(4, *words)
+        assert resumed.returncode == 0, resumed.stderr
+    assert set(differing(one, on)) <= {"metrics", "samples"}
+
+
+@needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [("--dtype", "float16"), ("--devices", "2")], ids=str)
 def test_ranks_take_other_types_and_devices(
@@ -433,11 +479,11 @@ def test_divided_moments_leave_the_same_bits(
 
 
 @needs_mpi
-def test_ranks_that_met_go_on_as_if_they_had_not_ended(text: Path, tmp_path: Path) -> None:
+def test_ranks_that_met_go_on_as_if_they_had_not_ended(chats: Path, tmp_path: Path) -> None:
     """With the outer momentum, and one state of the inner optimizer, from a checkpoint."""
     out, on = tmp_path / "run", tmp_path / "on"
-    given = ("--out", out, "--max-iters", 8, "--sync-every", 3, *SETTINGS)
-    done = on_ranks(2, "train", text, *given)
+    given = ("--out", out, "--max-iters", 8, "--sync-every", 3, *CHATS)
+    done = on_ranks(2, "train", chats, *given, "--dtype", "bfloat16", "--recompute")
     assert done.returncode == 0, done.stderr
     resumed = on_ranks(2, "train", out / "ckpt_4", "--resume", "--out", on)
     assert resumed.returncode == 0, resumed.stderr

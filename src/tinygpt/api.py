@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,10 +13,18 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from tinygpt import machine
-from tinygpt.config import ADAPTERS, GPTConfig, Precision, SampleConfig, TrainConfig
+from tinygpt.config import (
+    ADAPTERS,
+    MAX_CHAT_TOKENS,
+    GPTConfig,
+    Precision,
+    SampleConfig,
+    TrainConfig,
+)
 from tinygpt.errors import TokenizerError, UsageError
 from tinygpt.files.atomic import user_path
 from tinygpt.generation import decoder, generate
+from tinygpt.generation.dialogue import answer_to
 from tinygpt.interop.hf import pretrained
 from tinygpt.machine import precision
 from tinygpt.machine.ranks.join import join
@@ -28,6 +36,8 @@ from tinygpt.runs import checkpoint
 from tinygpt.runs.display import follow
 from tinygpt.runs.folder import checkpoint_path, choose_checkpoint
 from tinygpt.runs.run import TrainingRun, TrainResult
+from tinygpt.text.chat.template import template_of
+from tinygpt.text.chat.window import ask
 from tinygpt.text.tokenizers import Tokenizer, check_readable, ends_of, tokenizer_from_dict
 from tinygpt.text.tokens import load_tokens
 from tinygpt.untrusted import brief
@@ -109,6 +119,45 @@ class GPT(Transformer):
         return generate.generate(
             self.decoder, idx, max_tokens, config, seed, stop, limit=self.limit, ends=ends
         )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer | None,
+        max_tokens: int = MAX_CHAT_TOKENS,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The answer to a conversation, piece by piece as it is written.
+
+        ``messages`` have a role (system, user or assistant) and a content, as OpenAI's do. They are
+        given to the model by the template that is kept with ``tokenizer``; where they fill the
+        window the oldest turns leave. The answer ends with its turn, before a text in ``stop``, or
+        after ``max_tokens`` tokens. One ``seed`` gives one answer.
+
+        >>> model, tokenizer = load("runs/talker")
+        >>> for piece in model.chat([{"role": "user", "content": "17 + 25?"}], tokenizer):
+        ...     print(piece, end="", flush=True)
+
+        Raises UsageError where there is no template, DataError for what is no message, and
+        TokenizerError for a character that the vocabulary lacks.
+        """
+        if template_of(tokenizer) is None or tokenizer is None:
+            raise UsageError(
+                "This model has no chat template: it was not made for conversations. Train it on "
+                "some (tinygpt train CHATS.jsonl, or with --init), or continue plain text with "
+                "generate. To ask it all the same, give tokenizer.with_template(PLAIN.to_dict()), "
+                "PLAIN being in tinygpt.text.chat.template."
+            )
+        config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty)
+        asked = ask(tokenizer, messages, self.config.block_size, max_tokens)
+        stops = [stop] if isinstance(stop, str) else stop
+        return answer_to(asked, self.decoder, tokenizer, max_tokens, config, seed, stops)
 
     def quantize(self, kind: Literal["int8", "int4"] = "int8") -> Self:
         """Round the weights, in place: for generation only, see ``quantize.quantize``."""

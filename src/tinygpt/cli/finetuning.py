@@ -99,7 +99,7 @@ class Beginning:
         return {"lora_rows": min(added)} if added else {}
 
     def _known(self, data: DataConfig) -> Tokenizer | None:
-        from tinygpt.text.tokenizers import tokenizer_from_dict
+        from tinygpt.text.tokenizers import fingerprint, tokenizer_from_dict
 
         described, spec = self.meta.tokenizer, data.tokenizer
         named = None if spec is None else ready_tokenizer(spec)
@@ -111,7 +111,7 @@ class Beginning:
                 )
             return named
         own = tokenizer_from_dict(described)
-        if named is not None and named.to_dict() != described:
+        if named is not None and fingerprint(named) != fingerprint(own):
             raise UsageError(
                 f"--tokenizer {spec} is not the one that {self.path} has learned with, {own.kind} "
                 f"of {own.vocab_size:,}: its weights mean nothing for other tokens. Leave it out."

@@ -320,6 +320,7 @@ def read_source(
             specials = (END, *MARKERS)
         tokenizer = make_tokenizer(spec, sources.text_to_learn(found, share), specials)
         tokenizer = marked(tokenizer) if data.markers else tokenizer
+    tokenizer = sources.with_template_for(tokenizer, found.values())
     size = tokenizer.vocab_size if tokenizer else settings.model.get("vocab_size")
     tokens = sources.read_tokens(source, found, tokenizer, size, data.glob)
     name = sources.name_of(source, found)

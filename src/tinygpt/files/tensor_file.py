@@ -66,9 +66,16 @@ def to_bfloat16(values: Any) -> np.ndarray[Any, np.dtype[np.uint16]]:
     return found.reshape(floats.shape)
 
 
-def from_bfloat16(bits: np.ndarray[Any, np.dtype[np.uint16]]) -> np.ndarray[Any, Any]:
-    """The float32 values of the bits of bfloat16, which are its upper half."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def from_bfloat16(
+    bits: np.ndarray[Any, np.dtype[np.uint16]], out: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, Any]:
+    """The float32 values of the bits of bfloat16, which are its upper half; in ``out``, if given.
+
+    Nothing else is allocated.
+    """
+    found = np.empty(bits.shape, np.float32) if out is None else out
+    np.left_shift(bits, 16, out=found.view(np.uint32), dtype=np.uint32)
+    return found
 
 
 def stored(values: Any, kind: str) -> np.ndarray[Any, Any]:

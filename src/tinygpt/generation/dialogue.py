@@ -16,6 +16,33 @@ Answer = Generator[str, None, None]
 """The pieces of an answer. Closing it ends the answer."""
 
 
+def answer_to(
+    asked: Asked,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    config: SampleConfig,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """The pieces of an answer; white space around plain text is the template's and left out."""
+    ends = (*stop, *asked.stop)
+    pieces = continued(model, tokenizer, asked.ids, max_tokens, config, seed, ends, asked.stop_ids)
+    return _stripped(pieces) if chat_template(tokenizer).space else pieces
+
+
+def _stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces that joined have no white space at either end."""
+    held, begun = "", False
+    for piece in pieces:
+        text = held + piece if begun else piece.lstrip()
+        shown = text.rstrip()
+        held = text[len(shown) :]
+        if shown:
+            begun = True
+            yield shown
+
+
 @dataclass
 class Dialogue:
     """What was said so far, and how answers are written.
@@ -85,24 +112,19 @@ class Dialogue:
     def _pieces(self, asked: Asked) -> Iterator[str]:
         seed = None if self.seed is None else self.seed + self.answers
         self.answers += 1
-        stop = (*self.stop, *asked.stop)
-        return continued(
-            self.model, self.tokenizer, asked.ids, self.max_tokens, self.config, seed, stop,
-            asked.stop_ids,
-        )  # fmt: skip
+        return answer_to(
+            asked, self.model, self.tokenizer, self.max_tokens, self.config, seed, self.stop
+        )
 
     def _answer(self, question: str, pieces: Iterator[str]) -> Answer:
-        """The pieces, which become a turn; white space around plain text is the template's."""
-        strip = bool(chat_template(self.tokenizer).space)
+        """The pieces, which become a turn."""
         answer = ""
         try:
             for piece in pieces:
-                shown = piece.lstrip() if strip and not answer else piece
-                answer += shown
-                if shown:
-                    yield shown
+                answer += piece
+                yield piece
         finally:
-            if answer := answer.strip() if strip else answer:
+            if answer:
                 self.said += [
                     {"role": "user", "content": question},
                     {"role": "assistant", "content": answer},

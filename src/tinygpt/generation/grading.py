@@ -19,6 +19,7 @@ from tinygpt.errors import DataError
 from tinygpt.generation import decoder as decoding
 from tinygpt.generation.decoder import ROWS, Decoder
 from tinygpt.model.cache import cache_bytes
+from tinygpt.text.chat.template import is_learned
 from tinygpt.text.chat.window import Asked, ask
 from tinygpt.text.tokenizers import USER, Tokenizer, special_of
 
@@ -90,7 +91,7 @@ def tasks_of(kind: object, messages: Messages) -> Iterator[Task]:
     >>> [task.kind for task in tasks_of(["a", "b"], talk * 2)]
     ['a', 'b']
     """
-    places = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    places = [at for at, message in enumerate(messages) if is_learned(message)]
     kinds = [kind] * len(places)
     if isinstance(kind, list) and len(kind) == len(places):
         kinds = kind

@@ -29,6 +29,16 @@ def largest_divisor(n: int, limit: int) -> int:
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
+def spread(unit: UOp, n: int, size: int) -> Callable[[Index], UOp]:
+    """Of n elements, those of a unit of ``size``: one from each of so many shares of the whole.
+
+    So that places far apart are read at once, see `linear`. The last units may repeat some elements
+    of others.
+    """
+    units = blocks(n, size)
+    return lambda j: unit + (n - units) * j // max(size - 1, 1)
+
+
 # Integers --------------------------------------------------------------------------------------
 
 
@@ -147,6 +157,16 @@ def fill(k: Kernel, value: float, rows: int, *tiles: Tile) -> None:
                 tile[u, lane] = value
 
 
+def clear(k: Kernel, tile: Tile, rows: int) -> None:
+    """Zeros for the first rows of a tile, in one loop on a CPU: compilers scatter them in two."""
+    if k.gpu:
+        with k.loop(rows) as row, k.phase() as lane:
+            tile[row, lane] = 0.0
+    else:
+        with k.phase(rows * tile.width) as i:
+            tile[0, i] = 0.0
+
+
 def add_across(k: Kernel, sums: Tile, tile: Tile, rows: int) -> None:
     """sums[x, 0] = the sum of tile[x, lane] over the lanes, by halves. Overwrites ``tile``.
 
@@ -171,6 +191,67 @@ def add_across(k: Kernel, sums: Tile, tile: Tile, rows: int) -> None:
             sums[x, 0] = sums[x, 0] + tile[x, lane]
 
 
+Matrix = Callable[[Index, Index], UOp]
+"""The element of a row and a column."""
+
+
+def read_turned(k: Kernel, out: Tile, width: int, value: Matrix, first: Index = 0) -> None:
+    """out[first + d, lane] = value(lane, d) for d < ``width``, where memory is read along d."""
+    if k.gpu:
+        with k.loop(width) as d, k.phase() as lane:
+            out[first + d, lane] = value(lane, d)
+        return
+    copy = k.tile(k.lanes, out.dtype, width=width)
+    with k.loop(k.lanes) as x, k.phase(width) as d:
+        copy[x, d] = value(x, d)
+    _transpose(k, out, first, copy, 0, (k.lanes, width))
+
+
+def write_turned(
+    k: Kernel, tile: Tile, width: int, then: Callable[[Index, Index, UOp], None], first: Index = 0
+) -> None:
+    """then(lane, d, tile[first + d, lane]) for d < ``width``, which writes memory along d."""
+    if k.gpu:
+        with k.loop(width) as d, k.phase() as lane:
+            then(lane, d, tile[first + d, lane])
+        return
+    copy = k.tile(k.lanes, tile.dtype, width=width)
+    _transpose(k, copy, 0, tile, first, (width, k.lanes))
+    with k.loop(k.lanes) as x, k.phase(width) as d:
+        then(x, d, copy[x, d])
+
+
+def _transpose(
+    k: Kernel, out: Tile, to: Index, tile: Tile, at: Index, shape: tuple[int, int]
+) -> None:
+    """out[to + column, row] = tile[at + row, column], four rows and columns at a time.
+
+    They are turned around in registers. Vectors that gather a column, or scatter one, take a load
+    or a store for each of their numbers.
+    """
+    (rows, columns), to, at = shape, as_index(to), as_index(at)
+    if rows % 4 or columns % 4 or rows < 8 or tile.dtype != dtypes.float32:
+        with k.loop(columns) as column, k.phase(rows) as row:
+            out[to + column, row] = tile[at + row, column]
+        return
+    code = _TURN.replace("FROM", str(tile.width)).replace("TO", str(out.width))
+    with k.loop(rows // 4) as i, k.loop(columns // 4) as j, k.phase(1):
+        k.statement(code, out[to + j * 4, i * 4], tile[at + i * 4, j * 4])
+
+
+_TURN = """{{
+  typedef float V __attribute__((vector_size(16), aligned(4), may_alias));
+  V a = *(V*)({1}), b = *(V*)({1}+FROM), c = *(V*)({1}+2*FROM), d = *(V*)({1}+3*FROM);
+  V p = __builtin_shufflevector(a, b, 0, 4, 1, 5), q = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  V r = __builtin_shufflevector(a, b, 2, 6, 3, 7), s = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *(V*)({0}) = __builtin_shufflevector(p, q, 0, 1, 4, 5);
+  *(V*)({0}+TO) = __builtin_shufflevector(p, q, 2, 3, 6, 7);
+  *(V*)({0}+2*TO) = __builtin_shufflevector(r, s, 0, 1, 4, 5);
+  *(V*)({0}+3*TO) = __builtin_shufflevector(r, s, 2, 3, 6, 7);
+}}"""
+"""The statement of `_transpose`: {0} is the first of 16 numbers in ``out``, {1} in ``tile``."""
+
+
 def add_up(
     k: Kernel, sums: Tile, acc: Tile, rows: int, n: int, value: Callable[[int, UOp], UOp]
 ) -> None:
@@ -180,10 +261,6 @@ def add_up(
         for u in range(rows):
             acc[u, lane] = acc[u, lane] + inside.where(value(u, at), 0.0)
     k.fold(sums, acc, rows)
-
-
-Matrix = Callable[[Index, Index], UOp]
-"""The element of a row and a column."""
 
 
 def product(

@@ -32,9 +32,14 @@ from tinygpt.kernels.dispatch import operation
 from tinygpt.kernels.loops import blocks, own_share
 from tinygpt.kernels.newton_schulz import Sizes, lanes, orthogonal, plain_orthogonal
 from tinygpt.kernels.phases import Array, Kernel, contiguous, empty, minimum, run, wide
+from tinygpt.machine import pool
 
 TOGETHER = 16
-"""Most matrices that are worked on at once: more would need more memory."""
+"""Most matrices that are worked on at once."""
+NUMBERS = 1 << 23
+"""How many numbers a stack of matrices and what is computed of it may be, in memory. Large matrices
+are more, since each thread needs some: ``PER_THREAD``."""
+PER_THREAD = 2
 Shape = tuple[int, int, int]
 """Of the matrices in a weight: their number, O and I of each."""
 
@@ -97,6 +102,9 @@ def muon_update(
     ``report`` is that of ``adamw_update``, which decided on the step. ``counts`` says how many
     matrices each weight (O, I) is. Their rate is ``ratio`` times ``lr`` (1,). The gradients are
     multiplied by ``scale``, then clipped to the global norm ``clip``, if it is not 0.
+
+    A stack's first kernel has the rate from the last kernel of the stack before, which does not
+    change it, for an input: so no more than one stack is in memory.
     """
     heights = [int(p.shape[0]) // count for p, count in zip(params, counts, strict=True)]
     shapes = [(c, h, int(p.shape[1])) for c, h, p in zip(counts, heights, params, strict=True)]
@@ -108,7 +116,7 @@ def muon_update(
         *new, stack = run(
             _momentum,
             [*m, empty(m[0], sizes.numbers, dtype=wide(m[0].dtype))],
-            [*map(contiguous, g), report],
+            [*map(contiguous, g), report, lr],
             lanes=lanes(),
             name=f"muon_momentum_{name}",
             shapes=some,
@@ -117,10 +125,10 @@ def muon_update(
             scale=scale,
         )
         replace(m, new)
-        new = run(
+        *new, lr = run(
             _apply,
-            p,
-            [orthogonal(stack, sizes), lr, report],
+            [*p, lr],
+            [orthogonal(stack, sizes), report],
             lanes=lanes(),
             name=f"muon_{name}",
             shapes=some,
@@ -130,13 +138,19 @@ def muon_update(
         replace(p, new)
 
 
+def at_once(shape: tuple[int, int]) -> int:
+    """Most matrices (O, I) of a stack."""
+    one = Sizes.of(1, *shape)
+    return min(TOGETHER, max(PER_THREAD * pool.threads(), NUMBERS // one.needed))
+
+
 def together(shapes: Sequence[Shape]) -> Iterator[list[int]]:
     """The indices of weights whose matrices are worked on at once: of one shape, not too many."""
     order = sorted(range(len(shapes)), key=lambda i: shapes[i][1:])
-    for _, group in groupby(order, key=lambda i: shapes[i][1:]):
-        chosen, count = list[int](), 0
+    for shape, group in groupby(order, key=lambda i: shapes[i][1:]):
+        chosen, count, most = list[int](), 0, at_once(shape)
         for i in group:
-            if chosen and count + shapes[i][0] > TOGETHER:
+            if chosen and count + shapes[i][0] > most:
                 yield chosen
                 chosen, count = [], 0
             chosen.append(i)
@@ -176,9 +190,9 @@ def _momentum(
     clip: float,
     scale: float,
 ) -> None:
-    """Arrays: the momenta and the stack of U; the gradients and the report."""
+    """Arrays: the momenta and the stack of U; the gradients, the report, and the rate, unused."""
     n, unit = len(shapes), k.units(k.pieces)
-    ms, stack, gs, report = arrays[:n], arrays[n], arrays[n + 1 : -1], arrays[-1]
+    ms, stack, gs, report = arrays[:n], arrays[n], arrays[n + 1 : -2], arrays[-2]
     by = scaling(report[1], clip, scale)
     with k.loop(report[2].cast(dtypes.int32)):  # once, or not at all
         for i, element, place, panel, inside in places(k, unit, shapes):
@@ -191,8 +205,8 @@ def _momentum(
 def _apply(
     k: Kernel, *arrays: Array, shapes: tuple[Shape, ...], ratio: float, decay: float
 ) -> None:
-    """Arrays: the weights; the stack of orthogonal factors, the rate and the report."""
-    *ps, stack, lr, report = arrays
+    """Arrays: the weights and the rate; the stack of orthogonal factors, and the report."""
+    *ps, lr, stack, report = arrays
     unit, rate = k.units(k.pieces), lr[0] * ratio
     with k.loop(report[2].cast(dtypes.int32)):
         for i, element, place, _, inside in places(k, unit, shapes):

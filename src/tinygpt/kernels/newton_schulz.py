@@ -93,6 +93,11 @@ class Sizes(NamedTuple):
         return self.matrices * self.m * self.n
 
     @property
+    def needed(self) -> int:
+        """Numbers in memory while the kernel runs: the matrices, their factors and its slots."""
+        return 2 * self.numbers + self.matrices * SLOTS * self.n**2
+
+    @property
     def operations(self) -> int:
         """Floating-point operations of the kernel; symmetric products take half."""
         products, _ = program()

@@ -44,12 +44,12 @@ def obstacle(device: str) -> str | None:
         return "it is no device of the C compiler"
     if renderer.target.arch != "x86_64,native":
         return f"kernels are made for {renderer.target.arch}"
-    if "avx512_bf16" not in _flags():
+    if "avx512_bf16" not in processor_flags():
         return "the processor has no AVX512_BF16"
     return None
 
 
-def _flags() -> list[str]:
+def processor_flags() -> list[str]:
     """What the processor can do, as Linux names it."""
     try:
         return Path("/proc/cpuinfo").read_text().split()

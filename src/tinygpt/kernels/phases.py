@@ -188,7 +188,7 @@ class Tile:
     """Rows x lanes of one unit: ``t[row, lane]`` reads, ``t[row, lane] = v`` writes."""
 
     def __init__(self, kernel: Kernel, rows: int, lanes: int, dtype: DType, shared: bool) -> None:
-        self._kernel, self.dtype, self.rows = kernel, dtype, rows
+        self._kernel, self.dtype, self.rows, self.width = kernel, dtype, rows, lanes
         # a GPU thread keeps only its own lane's column in its registers
         self._stride = 1 if kernel.gpu and not shared else lanes
         space = AddrSpace.LOCAL if kernel.gpu and shared else AddrSpace.REG

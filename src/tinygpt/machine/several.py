@@ -14,12 +14,12 @@ from tinygpt.machine.tinygrad_internals import ALL_DEVICES
 
 
 def open_devices(devices: int | str | None) -> tuple[str, ...]:
-    """Open the devices of ``TrainConfig.devices``; -> their names, first one first.
+    """Open the devices of ``TrainConfig.devices``; -> their names, the default device first.
 
-    The first is the default device, which has the model's weights. Raises DeviceError, naming the
-    devices that there are, where one cannot be opened or another should come first.
+    That one has the model's weights. Raises DeviceError, naming the devices that there are, where
+    one cannot be opened or the default device is not among them.
 
-    >>> open_devices("CPU:0,CPU:1")
+    >>> open_devices("CPU:1,CPU:0")
     ('CPU', 'CPU:1')
     """
     if device_names(devices)[0].split(":")[0] in ("", "CPU"):
@@ -32,19 +32,30 @@ def open_devices(devices: int | str | None) -> tuple[str, ...]:
             f"There is no device {', '.join(missing)}. {_there(names[0].split(':')[0])} Name some "
             f"of these with --devices, or leave it out for one."
         )
-    if names[0] != default:
-        advice = (
-            f"Name {default} first."
-            if names[0].split(":")[0] == default.split(":")[0]
-            else f"Set DEV={names[0].split(':')[0]}, or name devices of the kind {default}."
-        )
+    if default not in names:
         raise DeviceError(
-            f"The first of the devices {', '.join(names)} must be the default device, {default}: "
-            f"it has the model's weights, and evaluates and samples. {advice}"
+            f"The default device, {default}, must be one of the devices, which are "
+            f"{', '.join(names)}: it has the model's weights, and evaluates and samples. "
+            f"{_advice(names, default)}"
         )
+    names = (default, *(name for name in names if name != default))
     for name in names[1:]:
         pool.extend(name)
     return names
+
+
+def _advice(names: tuple[str, ...], default: str) -> str:
+    """What to do where the default device is not one of ``names``."""
+    kind = names[0].split(":")[0]
+    if kind != default.split(":")[0]:
+        return f"Set DEV={kind}, or name devices of the kind {default}."
+    if kind != "CUDA":
+        return f"Name {default} too, or give a number of devices."
+    numbers = ",".join(name.partition(":")[2] or "0" for name in names)
+    return (
+        f"Name {default} too, or let the program see no others: CUDA_VISIBLE_DEVICES={numbers} "
+        f"and --devices {len(names)}."
+    )
 
 
 def _opens(name: str) -> bool:

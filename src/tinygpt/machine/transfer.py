@@ -106,16 +106,24 @@ def fill(tensor: Tensor, pieces: Iterable[Array]) -> Tensor:
     return write(tensor, target) if values is None else tensor
 
 
-def read(tensor: Tensor) -> Array:
-    """A copy of the values of a realized, contiguous Tensor on one device; bfloat16 as float32."""
+def read(tensor: Tensor, out: Array | None = None) -> Array:
+    """A copy of the values of a realized, contiguous Tensor on one device; bfloat16 as float32.
+
+    It is ``out``, if that is given: an array of the same shape.
+    """
     assert _buffer(tensor).is_allocated(), "realized"
     buffer, values = _buffer(tensor), _stored(tensor)
     if values is None:
         copied = np.frombuffer(buffer.as_memoryview(), _numpy_type(buffer.dtype))
         values = copied.reshape(tuple(map(int, tensor.shape)))
-    elif buffer.dtype != dtypes.bfloat16:
+    elif buffer.dtype != dtypes.bfloat16 and out is None:
         values = values.copy()
-    return from_bfloat16(values) if buffer.dtype == dtypes.bfloat16 else values
+    if buffer.dtype == dtypes.bfloat16:
+        return from_bfloat16(values, out)
+    if out is None:
+        return values
+    np.copyto(out, values)
+    return out
 
 
 def release_unused(device: str = "") -> None:

@@ -8,7 +8,8 @@ the embeddings are tied, compared with. Biases, norms and positions stay as they
 
 int4 takes blocks of 32 numbers with a scale each in the place of rows: see `int4`.
 
-Activations are not rounded. A model that is quantised can write and be measured, but not learn.
+Activations are rounded to int16 by the steps that decode, see `kernels.quantized`. A model that is
+quantised can write and be measured, but not learn.
 """
 
 from __future__ import annotations

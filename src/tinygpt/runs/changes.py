@@ -104,7 +104,7 @@ def differences(
         found += _differing(meta.train.to_dict(), train.to_dict())
     if meta.data is not None and dict(meta.data) != dict(data):
         found.append(Change("data", _texts(meta.data), _texts(data)))
-    if meta.tokenizer != tokenizer:
+    if _vocabulary_alone(meta.tokenizer) != _vocabulary_alone(tokenizer):
         found.append(Change("tokenizer", vocabulary(meta.tokenizer), vocabulary(tokenizer)))
     if meta.train is not None and (meta.random_state or {}).get("order", 0) != ORDER:
         found.append(Change(ORDER_CHANGED, "from random places", "each token once an epoch"))
@@ -161,6 +161,11 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[Chan
 
 def _texts(data: Mapping[str, Any]) -> str:
     return ", ".join(f"{part} {str(value)[:12]}…" for part, value in data.items())
+
+
+def _vocabulary_alone(tokenizer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What makes the tokens of a text: the chat template, which may be new, is none of it."""
+    return tokenizer and {name: each for name, each in tokenizer.items() if name != "template"}
 
 
 def vocabulary(tokenizer: Mapping[str, Any] | None) -> str:

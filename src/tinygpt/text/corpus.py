@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -86,14 +86,14 @@ def open_corpus(source: str | Path, *, field: str = "text", glob: str = "**/*.tx
     """The text that ``source`` names; everything that can be wrong with it is a DataError.
 
     ``source`` is the path of a UTF-8 text file, of a ``.jsonl`` file (the texts under ``field``,
-    one object a line, or conversations, see ``chat.conversations``) or a ``.parquet`` table (the
-    texts in the column ``field``), of a text or a ``.jsonl`` file compressed as ``.gz`` or
-    ``.zst``, or of a folder (every file below it that matches ``glob``, in the order of their
-    paths; ``walk`` says what is left out); or ``shakespeare``, ``pydocs``, or ``auto``, which is
-    the first of these two that can be had within seconds; or ``hf://datasets/OWNER/NAME/PATH``, see
-    ``hub_texts``. Names are always meant as such, see ``names``; a folder called ``pydocs`` is
-    ``./pydocs``. In the text, several documents are separated by a blank line; in its tokens, by
-    ``<|endoftext|>`` where a vocabulary has it.
+    one object a line), of conversations (``.jsonl`` or ``.json``, see ``chat.conversations``) or a
+    ``.parquet`` table (the texts in the column ``field``), of a text or a ``.jsonl`` file
+    compressed as ``.gz`` or ``.zst``, or of a folder (every file below it that matches ``glob``, in
+    the order of their paths; ``walk`` says what is left out); or ``shakespeare``, ``pydocs``, or
+    ``auto``, which is the first of these two that can be had within seconds; or
+    ``hf://datasets/OWNER/NAME/PATH``, see ``hub_texts``. Names are always meant as such, see
+    ``names``; a folder called ``pydocs`` is ``./pydocs``. In the text, several documents are
+    separated by a blank line; in its tokens, by ``<|endoftext|>`` where a vocabulary has it.
     """
     if not str(source):
         raise DataError("The source of the text is an empty name; give a file or 'auto'.")
@@ -138,23 +138,28 @@ def _missing(source: str | Path, path: Path) -> str:
 
 def _file(path: Path, field: str) -> Corpus:
     name = path.stem.partition(".")[0] if is_compressed(path) else path.stem
-    if form := form_in(path, field):
-        return _of_conversations(name or path.name, path, form.name)
     kinds = {"jsonl": f"JSONL, field {field!r}, ", "parquet": f"Parquet, column {field!r}, "}
     size = _size(path.stat().st_size)
-    description = f"{path} ({kinds.get(kind_of(path), '')}{size})"
-    return _of_files(name or path.name, description, [whole(path, field)])
+    form = form_in(path, field)
+    kind = f"conversations, {form.name} form, " if form else kinds.get(kind_of(path), "")
+    return _of_paths(name or path.name, f"{path} ({kind}{size})", [path], field)
 
 
-def _of_conversations(name: str, path: Path, form: str) -> Corpus:
-    """A file of conversations, all of which are checked."""
+def _of_paths(name: str, description: str, paths: Sequence[Path], field: str) -> Corpus:
+    """The texts in some files; or the conversations, all of which are checked, if the first file
+    that is not empty holds some."""
+    first = next((path for path in paths if path.stat().st_size), None)
+    if first is None or form_in(first, field) is None:
+        return _of_files(name, description, [whole(path, field) for path in paths])
+
+    def conversations() -> Iterator[Messages]:
+        return chain.from_iterable(map(read_conversations, paths))
 
     def pieces() -> Iterator[str]:
-        for messages in read_conversations(path):
+        for messages in conversations():
             yield "".join(message["content"] + "\n" for message in messages)
 
-    description = f"{path} (conversations, {form} form, {_size(path.stat().st_size)})"
-    return Corpus(name, description, pieces, conversations=lambda: read_conversations(path))
+    return Corpus(name, description, pieces, conversations=conversations)
 
 
 def _folder(path: Path, glob: str, field: str) -> Corpus:
@@ -164,7 +169,7 @@ def _folder(path: Path, glob: str, field: str) -> Corpus:
     empty = f", {sizes.count(0)} of them empty" if 0 in sizes else ""
     description = f"{path} ({count}{empty}, {_size(sum(sizes))}{found.left_out_text})"
     name = path.resolve().name or "folder"
-    return _of_files(name, description, [whole(file, field) for file in found.files])
+    return _of_paths(name, description, found.files, field)
 
 
 def _on_hub(source: str, field: str) -> Corpus:
@@ -173,7 +178,7 @@ def _on_hub(source: str, field: str) -> Corpus:
     count = f"{len(found.files)} file{'s' * (len(found.files) > 1)}"
     description = f"{source} ({count}, {total}, commit {found.commit[:12]})"
     name = source.removeprefix(f"{SCHEME}datasets/").split("/")[1].partition("@")[0]
-    corpus = _of_files(name, description, [whole(file, field) for file in found.files])
+    corpus = _of_paths(name, description, found.files, field)
     if not any(corpus.pieces()):
         raise DataError(f"{source} holds no text: its files are empty.")
     return corpus

@@ -125,6 +125,12 @@ def write_shards(
     >>> for progress in write_shards([open_corpus("books")], "books-tokens", "gpt2"):
     ...     print(progress.read / progress.total)
     """
+    for corpus in corpora:
+        if corpus.conversations is not None:
+            raise UsageError(
+                f"{corpus.description} holds conversations: token files do not keep which tokens "
+                f"are answers. Train on it as it is (tinygpt train), which reads it at the start."
+            )
     folder = user_path(folder)
     if folder.exists() and not (folder / PLAN).is_file():
         atomic.check_free(folder)

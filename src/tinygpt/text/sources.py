@@ -9,12 +9,13 @@ from itertools import chain
 from tinygpt.errors import DataError
 from tinygpt.files.atomic import user_path
 from tinygpt.text.chat.packing import tokens_of_conversations
+from tinygpt.text.chat.template import PLAIN, template_of
 from tinygpt.text.chat.window import chat_template
 from tinygpt.text.corpus import Corpus, open_corpus
 from tinygpt.text.mix import Mix
 from tinygpt.text.mix_shares import is_mix, parse_mix, write_mix
 from tinygpt.text.shards import check_made_with, is_tokens, own_tokenizer
-from tinygpt.text.tokenizers import END, MARKERS, Tokenizer
+from tinygpt.text.tokenizers import END, MARKERS, BaseTokenizer, Tokenizer
 from tinygpt.text.tokens import Tokens, load_tokens, tokens_of
 
 GLOB = "**/*.txt"
@@ -51,6 +52,16 @@ def specials_for(corpora: Iterable[Corpus | None]) -> tuple[str, ...]:
     if any(corpus.conversations is not None for corpus in texts):
         return (END, *MARKERS)
     return (END,) if any(corpus.documents is not None for corpus in texts) else ()
+
+
+def with_template_for(
+    tokenizer: Tokenizer | None, corpora: Iterable[Corpus | None]
+) -> Tokenizer | None:
+    """The vocabulary; with ``PLAIN`` where it has no template and is to learn conversations."""
+    asked = any(corpus is not None and corpus.conversations is not None for corpus in corpora)
+    if asked and isinstance(tokenizer, BaseTokenizer) and template_of(tokenizer) is None:
+        return tokenizer.with_template(PLAIN.to_dict())
+    return tokenizer
 
 
 def tokenizer_in(found: dict[str, Corpus | None]) -> Tokenizer | None:

@@ -25,7 +25,7 @@ from tinygpt.files.disk import size
 from tinygpt.kernels import linear
 from tinygpt.kernels.loss.chunked import cut_of
 from tinygpt.kernels.muon import together
-from tinygpt.kernels.newton_schulz import SLOTS, Sizes
+from tinygpt.kernels.newton_schulz import Sizes
 from tinygpt.machine import resources
 from tinygpt.machine.jit import jit
 from tinygpt.machine.transfer import zeros
@@ -130,14 +130,15 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     if (devices := train.n_devices) > 1:
         part = replace(train, batch_size=train.batch_size // devices, devices=None)
         one = preflight(model, part, saves=saves)
-        return divided(one, devices, train.shard_optimizer)
+        trained = count_trainable(model, train)[0] if train.grad_accum_steps > 1 else 0
+        return divided(one, devices, train.shard_optimizer, FLOAT * trained)
     C, V, L, T = model.n_embd, model.vocab_size, model.n_layer, model.block_size
     N = train.batch_size * T  # positions of a micro-batch
     learned, (trained, adapters) = learning(model, train), count_trainable(model, train)
     matrices = muon_matrices(model, train)
     moments = 2 * trained - sum(weight.size for weight in matrices)
     stacks = muon_stacks(matrices)
-    at_once = max((2 * s.numbers + SLOTS * s.matrices * s.n**2 for s in stacks), default=0)
+    at_once = max((s.needed for s in stacks), default=0)
     count = model.num_params() + adapters
     rows = len(learned_in_rows(model, train))  # tables of which some rows learn
     L_back = L if rows else L - (train.freeze or 0)  # blocks that the backward pass sees
@@ -182,20 +183,24 @@ def preflight(model: GPTConfig, train: TrainConfig, *, saves: bool = True) -> Es
     )
 
 
-def divided(one: Estimate, devices: int, sharded: bool) -> Estimate:
+def divided(one: Estimate, devices: int, sharded: bool, summed: int = 0) -> Estimate:
     """The estimate of several devices, from that of ``one`` which has its part of the batch.
 
     Each has the weights, its activations and its gradients; a gradient is added up where the
-    moments are, which takes a copy of each other device's: on the first, or on all by shares.
+    moments are, which takes a copy of each other device's: on the first, or on all by shares. Of
+    gradients that were accumulated, ``summed`` bytes on a device, the update has copies and sum.
     """
-    copies = (devices - 1) * one.gradients
+    copies = devices * summed or (devices - 1) * one.gradients
+    in_step = 0 if summed else copies
     shared = one.optimizer + copies
     own = one.weights + one.step + one.sums + one.evaluation
     every = ("weights", "sums", "kept", "activations", "loss", "evaluation", "tokens", "flops")
+    of_all = {name: devices * getattr(one, name) for name in every}
+    of_all["sums"] += copies - in_step
     return replace(
         one,
-        **{name: devices * getattr(one, name) for name in every},
-        gradients=devices * one.gradients + copies,
+        **of_all,
+        gradients=devices * one.gradients + in_step,
         devices=devices,
         on_first=own + (shared // devices if sharded else shared),
     )

@@ -35,7 +35,18 @@ from tinygpt.kernels.attention.tiles import (
     pairs_of_rows,
     tile_shape,
 )
-from tinygpt.kernels.loops import Matrix, blocks, counted, element, int32, product, store
+from tinygpt.kernels.loops import (
+    Matrix,
+    blocks,
+    clear,
+    counted,
+    element,
+    int32,
+    product,
+    read_turned,
+    store,
+    write_turned,
+)
 from tinygpt.kernels.phases import Array, Index, Kernel, Tile, as_index, as_uop, exp2, minimum
 
 
@@ -87,13 +98,20 @@ def deltas(k: Kernel, delta: Array, grad: Array, out: Array, *, p: Problem) -> N
 def add_up(k: Kernel, p: Problem, head: UOp, delta: Array, grad: Array, out: Array) -> None:
     """delta, the sums of grad * out along each position of one head; lanes are positions."""
     a, b = (p.head(x, head, p.Tq) for x in (grad, out))
-    sums = k.tile(1, delta.dtype)
+    sums, columns = k.tile(1, delta.dtype), None if k.gpu else k.tile(p.D, delta.dtype)
     with k.loop(blocks(p.Tq, k.lanes)) as i:
+
+        def product(lane: Index, d: Index) -> UOp:
+            t = minimum(i * k.lanes + lane, p.Tq - 1)
+            return a[t, d] * b[t, d]
+
+        if columns is not None:
+            read_turned(k, columns, p.D, product)
         with k.phase() as lane:
             sums[0, lane] = 0.0
         with k.loop(p.D) as d, k.phase() as lane:
-            t = minimum(i * k.lanes + lane, p.Tq - 1)
-            sums[0, lane] = sums[0, lane] + a[t, d] * b[t, d]
+            value = product(lane, d) if columns is None else columns[d, lane]
+            sums[0, lane] = sums[0, lane] + value
         with k.phase() as lane:
             delta[head * p.Tq + minimum(i * k.lanes + lane, p.Tq - 1)] = sums[0, lane]
 
@@ -123,8 +141,8 @@ class Sweep:
         k, p = self.k, self.p
         dk_t, dv_t = k.tile(p.D, self.lse.dtype), k.tile(p.D, self.lse.dtype)
         self.take(tile)
-        with k.loop(p.D) as d, k.phase() as lane:
-            dk_t[d, lane] = dv_t[d, lane] = 0.0
+        for sums in (dk_t, dv_t):
+            clear(k, sums, p.D)
         first = self.first_block_that_sees(tile)
         n_blocks = blocks(p.Tq, self.block)
         with counted(k, n_blocks - first, n_blocks) as j:
@@ -137,9 +155,16 @@ class Sweep:
             self.add_to_keys(q, self.ds, dk_t)
             if dq is not None:
                 self.add_to_queries(tile, block, dq)
-        with k.loop(p.D) as d, k.phase() as lane:
-            dk.put(self.key_row(tile, lane), d, dk_t[d, lane] * p.scale)
-            dv.put(self.key_row(tile, lane), d, dv_t[d, lane] * p.boost)
+        self.write(tile, dk, dk_t, p.scale)
+        self.write(tile, dv, dv_t, p.boost)
+
+    def write(self, tile: UOp, gradient: Head, sums: Tile, factor: float) -> None:
+        """A tile of the gradient of the keys or values, from its sums (D, lanes)."""
+
+        def put(lane: Index, d: Index, value: UOp) -> None:
+            gradient.put(self.key_row(tile, lane), d, value * factor)
+
+        write_turned(self.k, sums, self.p.D, put)
 
     def take(self, tile: UOp) -> None:
         """Load a tile of keys and values, (D, lanes) each; the keys also row by row, for dQ."""
@@ -150,10 +175,8 @@ class Sweep:
             self.value.pairs_by_lane(k, row, p.D, self.value_t)
         else:
             self.key_rows = self.key.rows(k, row, k.lanes, p.D)
-            with k.loop(p.D) as d, k.phase() as lane:
-                t = row(lane)
-                self.key_t[d, lane] = self.key_rows(lane, d) * p.log2_scale
-                self.value_t[d, lane] = self.value[t, d] * p.boost
+            read_turned(k, self.key_t, p.D, lambda x, d: self.key_rows(x, d) * p.log2_scale)
+            read_turned(k, self.value_t, p.D, lambda x, d: self.value[row(x), d] * p.boost)
         self.drop.take(row)
 
     def rows(self, block: UOp, across: bool = False) -> tuple[Matrix, Matrix]:

@@ -14,7 +14,17 @@ from tinygpt.kernels.attention.tiles import (
     pairs_of_rows,
     tile_shape,
 )
-from tinygpt.kernels.loops import blocks, counted, element, int32, product, store
+from tinygpt.kernels.loops import (
+    blocks,
+    clear,
+    counted,
+    element,
+    int32,
+    product,
+    read_turned,
+    store,
+    write_turned,
+)
 from tinygpt.kernels.phases import Array, Index, Kernel, as_index, exp2, minimum
 
 GROUP = 4
@@ -56,13 +66,16 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
     with k.loop(size) as tile:
         if p.pairs:
             q.pairs_by_lane(k, functools.partial(query, tile), D, scaled, tile * depth)
-        with k.loop(D) as d, k.phase() as lane:
-            if not p.pairs:
-                scaled[tile * D + d, lane] = q[query(tile, lane), d] * p.log2_scale
-            o[tile * D + d, lane] = 0.0
+        else:
+
+            def scaled_query(lane: Index, d: Index) -> UOp:
+                return q[query(tile, lane), d] * p.log2_scale
+
+            read_turned(k, scaled, D, scaled_query, tile * D)
         with k.phase() as lane:
             m[tile, lane] = HIDDEN
             total[tile, lane] = 0.0
+    clear(k, o, size * D)
     last = minimum(first + (size * k.lanes - 1), p.Tq - 1) + p.ahead
     with counted(k, last // block + 1 if p.causal else n_blocks, n_blocks) as j:
 
@@ -115,6 +128,11 @@ def forward(k: Kernel, out: Array, lse: Array, *inputs: Array, p: Problem) -> No
     with k.loop(size) as tile, k.phase() as lane:
         lse[head * p.Tq + query(tile, lane)] = m[tile, lane] + total[tile, lane].log2()
     # A loop of its own: what two loops inside one share, tinygrad may leave inside the first.
-    with k.loop(size) as tile, k.loop(D) as d, k.phase() as lane:
-        mean = o[tile * D + d, lane] / total[tile, lane]
-        result.put(query(tile, lane), d, mean * p.boost)
+    with k.loop(size) as tile:
+        with k.loop(D) as d, k.phase() as lane:
+            o[tile * D + d, lane] = o[tile * D + d, lane] / total[tile, lane] * p.boost
+
+        def put(lane: Index, d: Index, mean: UOp) -> None:
+            result.put(query(tile, lane), d, mean)
+
+        write_turned(k, o, D, put, tile * D)

@@ -127,7 +127,10 @@ class _Source:
             return
         if self.tensor.uop is not self.uop:
             self.uop, self.memory = self.tensor.uop, _memory(self.tensor, self.out)
-        np.copyto(self.out, _fetched(self.tensor, self.out) if self.memory is None else self.memory)
+        if self.memory is None:
+            _fetch(self.tensor, self.out)
+        else:
+            np.copyto(self.out, self.memory)
 
 
 def _memory(tensor: Tensor, out: Array) -> Array | None:
@@ -137,15 +140,17 @@ def _memory(tensor: Tensor, out: Array) -> Array | None:
     return transfer.memory(tensor) if _has_own_buffer(tensor, out) else None
 
 
-def _fetched(tensor: Tensor, out: Array) -> Array:
-    """A copy of the values from a device with memory of its own.
+def _fetch(tensor: Tensor, out: Array) -> None:
+    """Copy the values from a device with memory of its own, or from bfloat16, as float32.
 
     Also of a Tensor without a buffer: one not computed yet, a view, or one on several devices.
     """
     from tinygpt.machine import transfer
 
-    values: Array = transfer.read(tensor) if _has_own_buffer(tensor, out) else tensor.numpy()
-    return values
+    if _has_own_buffer(tensor, out):
+        transfer.read(tensor, out)
+    else:
+        np.copyto(out, tensor.numpy())
 
 
 def _has_own_buffer(tensor: Tensor, out: Array) -> bool:

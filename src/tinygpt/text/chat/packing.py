@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import DataError, TokenizerError
 from tinygpt.text.chat.conversations import Messages
-from tinygpt.text.chat.template import Template
+from tinygpt.text.chat.template import Template, is_learned
 from tinygpt.text.joined import Joined
 from tinygpt.text.tokenizers import Tokenizer
 
@@ -52,12 +52,18 @@ class Conversations(Joined):
     """Conversations one behind another: as a sequence, their ids (n,); as batches, ``packed``."""
 
     def __init__(
-        self, ids: NDArray[Any], counted: NDArray[np.bool_], ends: Places, answers: Places
+        self,
+        ids: NDArray[Any],
+        counted: NDArray[np.bool_],
+        ends: Places,
+        answers: Places,
+        context: Places,
     ) -> None:
-        """``ends`` and ``answers`` (conversations,): where each ends in ``ids`` and ``counted``
-        (n,), and how many answers it has."""
+        """``ends``, ``answers`` and ``context`` (conversations,): where each ends in ``ids`` and
+        ``counted`` (n,), how many answers are learned from it, and how many are not."""
         super().__init__([ids], ids.dtype)
-        self.ids, self.counted, self.ended, self.answers = ids, counted, ends, answers
+        self.ids, self.counted, self.ended = ids, counted, ends
+        self.answers, self.context = answers, context
         self._packed: dict[int, Packed] = {}
 
     def _view(self, first: int, last: int) -> Joined:
@@ -73,10 +79,17 @@ class Conversations(Joined):
         """The first conversations, and the last ``val_fraction`` of them."""
         cut = int(self.count * (1 - val_fraction))
         at = int(self.ended[cut - 1]) if cut else 0
+        answers, context = self.answers, self.context
         return (
-            Conversations(self.ids[:at], self.counted[:at], self.ended[:cut], self.answers[:cut]),
             Conversations(
-                self.ids[at:], self.counted[at:], self.ended[cut:] - at, self.answers[cut:]
+                self.ids[:at], self.counted[:at], self.ended[:cut], answers[:cut], context[:cut]
+            ),
+            Conversations(
+                self.ids[at:],
+                self.counted[at:],
+                self.ended[cut:] - at,
+                answers[cut:],
+                context[cut:],
             ),
         )
 
@@ -99,7 +112,8 @@ def tokens_of_conversations(
 ) -> Conversations:
     """The tokens of conversations. Raises TokenizerError for characters the vocabulary lacks."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    ids, counted, answers = [np.zeros(0, dtype)], [np.zeros(0, np.bool_)], list[int]()
+    ids, counted = [np.zeros(0, dtype)], [np.zeros(0, np.bool_)]
+    answers, context = list[int](), list[int]()
     for number, messages in enumerate(conversations, 1):
         try:
             rendered = template.render(tokenizer, messages)
@@ -107,10 +121,15 @@ def tokens_of_conversations(
             raise TokenizerError(f"Conversation {number}: {error}") from error
         ids.append(rendered.ids.astype(dtype))
         counted.append(rendered.counted)
-        answers.append(sum(message["role"] == "assistant" for message in messages))
+        answers.append(sum(map(is_learned, messages)))
+        context.append(sum(m["role"] == "assistant" for m in messages) - answers[-1])
     ends = np.cumsum([len(part) for part in ids[1:]], dtype=np.int64)
     return Conversations(
-        np.concatenate(ids), np.concatenate(counted), ends, np.array(answers, np.int64)
+        np.concatenate(ids),
+        np.concatenate(counted),
+        ends,
+        np.array(answers, np.int64),
+        np.array(context, np.int64),
     )
 
 
@@ -172,6 +191,11 @@ def report(training: Conversations, block_size: int) -> list[str]:
         f"only these. {len(packed.ids):,} blocks, "
         f"{len(training.ids) / packed.ids.size:.0%} full"
     ]
+    if context := int(training.context.sum()):
+        lines.append(
+            f"answers that are context, from which nothing is learned: {context:,} (their weight "
+            f"is 0, or they stand before the first question)"
+        )
     if packed.cut or packed.left_out:
         lines.append(
             f"too long for block_size={block_size}: {packed.cut:,} lose their end, and "

@@ -175,24 +175,24 @@ class Template:
     ) -> Iterator[Part]:
         """The text of the conversation in parts."""
         yield Part(self.start)
-        before = ""
+        before, learned = "", False
         for at, message in enumerate(messages):
             role, content = _checked(at, message)
             content = self.neutral(content, special)
             if role == "user" and before == "assistant" and self.stop:
-                yield Part(self.user.rstrip(), counted=True)
+                yield Part(self.user.rstrip(), counted=learned)
                 yield Part(self.user[len(self.user.rstrip()) :])
             else:
                 yield Part({"system": self.system, "user": self.user}.get(role, self.assistant))
             if role == "assistant" and self.space:
                 content = f"{self.space}{content.strip()}".rstrip()
-            yield Part(content, counted=role == "assistant", own=False)
-            yield Part(self.end, counted=role == "assistant")
-            before = role
+            before, learned = role, is_learned(message)
+            yield Part(content, counted=learned, own=False)
+            yield Part(self.end, counted=learned)
         if answer:
             yield Part(self.assistant)
         elif before == "assistant" and self.stop:
-            yield Part(self.user.rstrip(), counted=True)
+            yield Part(self.user.rstrip(), counted=learned)
 
 
 MARKED = Template("marked", SYSTEM, USER, ASSISTANT, TURN_END)
@@ -219,6 +219,11 @@ def template_of(tokenizer: Tokenizer | None) -> Template | None:
     if kept:
         return Template.from_dict(kept)
     return MARKED if set(MARKERS) <= set(special_of(tokenizer)) else None
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether the loss counts a message: an answer, unless its ``weight``, as OpenAI's, is 0."""
+    return message.get("role") == "assistant" and message.get("weight", 1) != 0
 
 
 def _checked(at: int, message: Mapping[str, Any]) -> tuple[str, str]:

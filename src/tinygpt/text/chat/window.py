@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinygpt.errors import DataError
 from tinygpt.text.chat.template import PLAIN, Template, template_of
 from tinygpt.text.tokenizers import Tokenizer, ends_of
+from tinygpt.untrusted import brief
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -66,6 +68,11 @@ def ask(
     than ``most`` ids the last ones are taken. Raises DataError for what is no message, and
     TokenizerError for a character that the vocabulary lacks.
     """
+    if not messages or isinstance(messages, str) or not all(map(_is_message, messages)):
+        raise DataError(
+            f"messages={brief(messages)} is no conversation. Wanted a list of messages, the last "
+            f"of them the user's, such as [{{'role': 'user', 'content': 'Hello'}}]."
+        )
     template = chat_template(tokenizer)
     system, turns = _turns(messages)
     room = window - min(max_tokens, window // ROOM)
@@ -86,6 +93,10 @@ def ask(
         template.stop_strings,
         stop_ids(tokenizer),
     )
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping)
 
 
 def _turns(messages: Messages) -> tuple[Messages, list[list[Mapping[str, Any]]]]:
