@@ -32,7 +32,6 @@ from tinygpt.machine.ranks.world import Process, Ranks
 from tinygpt.machine.transfer import read, write
 from tinygpt.runs import checkpoint
 from tinygpt.runs.history import History
-from tinygpt.text.chat.exercises import exercises
 from tinygpt.training.meeting import Meeting
 from tinygpt.training.optim import make_optimizer, optimizer_state
 from tinygpt.training.rank_shares import bounds
@@ -142,7 +141,9 @@ def trained(text: Path, out: Path, steps: int) -> Path:
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations with answers of very different lengths."""
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    records = (exercise.record() for exercise in exercises(1, 80))
+    rng = random.Random(1)
+    asked = (("Why? " * rng.randint(1, 4), "So. " * rng.randint(1, 9)) for _ in range(80))
+    records = ({"prompt": question, "completion": answer} for question, answer in asked)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
