@@ -49,7 +49,6 @@ from tinygpt.server.http.thread import ServerThread, listen_nearby
 NODE = Path("/usr/bin/node")
 KEY = "a-key-for-the-tests"
 RIGHT = {"authorization": f"Bearer {KEY}"}
-WRITER = "import sys; from tests.run_script import main; main(sys.argv[1], 10**9)"
 
 
 @pytest.fixture(autouse=True)

@@ -378,7 +378,11 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     )
     target = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-c", code, target], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, target],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert "m.gguf could not be written" in done.stdout, done.stderr
     assert list(target.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,12 @@ def test_two_opencl_devices_train_as_one_processor_does() -> None:
     for word in ("cpu", "pthread"):
         given = os.environ | {"POCL_DEVICES": f"{word} {word}", "TINYGPT_STRICT": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", TWO], env=given, capture_output=True, text=True, timeout=380
+            [sys.executable, "-c", TWO],
+            env=given,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=380,
         )
         if done.returncode == 0:
             break

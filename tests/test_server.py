@@ -1329,7 +1329,8 @@ def run(tmp_path_factory):
 def served(run, child_environment):
     """The program with a free port, and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinygpt", "serve", str(run), "--port=0", "--max-tokens=100000"],
+        [sys.executable, "-m", "tinygpt", "serve", str(run), "--port=0", "--max-tokens=100000",
+         "--shutdown-seconds=250"],
         stderr=subprocess.PIPE, text=True, env=child_environment,
     )  # fmt: skip
     line = process.stderr.readline()
