@@ -19,7 +19,7 @@ from tinygpt.errors import DataError
 from tinygpt.generation import decoder as decoding
 from tinygpt.generation.decoder import ROWS, Decoder
 from tinygpt.model.cache import cache_bytes
-from tinygpt.text.chat.template import is_learned
+from tinygpt.text.chat.conversations import is_learned
 from tinygpt.text.chat.window import Asked, ask
 from tinygpt.text.tokenizers import USER, Tokenizer, special_of
 

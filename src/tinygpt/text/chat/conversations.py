@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinygpt.errors import DataError
-from tinygpt.text.chat.template import is_learned
 from tinygpt.text.documents import MAX_LINE, jsonl_lines, kind_of, read_text
 from tinygpt.untrusted import brief, clip
 
@@ -36,6 +35,11 @@ Messages = list[Message]
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 """ShareGPT's names of roles, besides the usual ones."""
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether the loss counts a message: an answer, unless its ``weight``, as OpenAI's, is 0."""
+    return message.get("role") == "assistant" and message.get("weight", 1) != 0
 
 
 class Form(NamedTuple):

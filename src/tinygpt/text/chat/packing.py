@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import DataError, TokenizerError
-from tinygpt.text.chat.conversations import Messages
-from tinygpt.text.chat.template import Template, is_learned
+from tinygpt.text.chat.conversations import Messages, is_learned
+from tinygpt.text.chat.template import Template
 from tinygpt.text.joined import Joined
 from tinygpt.text.tokenizers import Tokenizer
 

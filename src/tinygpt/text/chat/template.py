@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import DataError, TokenizerError
+from tinygpt.text.chat.conversations import is_learned
 from tinygpt.text.tokenizers import (
     ASSISTANT,
     END,
@@ -219,11 +220,6 @@ def template_of(tokenizer: Tokenizer | None) -> Template | None:
     if kept:
         return Template.from_dict(kept)
     return MARKED if set(MARKERS) <= set(special_of(tokenizer)) else None
-
-
-def is_learned(message: Mapping[str, Any]) -> bool:
-    """Whether the loss counts a message: an answer, unless its ``weight``, as OpenAI's, is 0."""
-    return message.get("role") == "assistant" and message.get("weight", 1) != 0
 
 
 def _checked(at: int, message: Mapping[str, Any]) -> tuple[str, str]:
