@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tinygrad import Tensor
 
 from tests.test_template import TALK, made
 from tinygpt import GPT, GPTConfig, load
@@ -17,7 +18,9 @@ from tinygpt.interop.hf.pretrained import import_run, open_pretrained
 from tinygpt.machine.transfer import read
 from tinygpt.runs import checkpoint
 from tinygpt.runs.checkpoint import Meta
+from tinygpt.text.batches import batch
 from tinygpt.text.chat.markers import marked, new_rows
+from tinygpt.text.chat.packing import tokens_of_conversations
 from tinygpt.text.chat.template import MARKED, template_of
 from tinygpt.text.tokenizers import (
     ASSISTANT,
@@ -111,6 +114,67 @@ def moved(folder: Path, tokenizer: BaseTokenizer) -> np.ndarray:
     one, two = (load(folder / f"ckpt_{n}")[0].wte.weight for n in (1, 2))
     added = [tokenizer.special[marker] for marker in (USER, ASSISTANT, TURN_END)]
     return read(two)[added] - read(one)[added]
+
+
+def by_transformers(folder: Path) -> Path:
+    """A run with the weights of a small GPT-2 that transformers made and wrote."""
+    torch = pytest.importorskip("torch", reason="needs the extra 'oracle': transformers and torch")
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'oracle'")
+    plain = made("imported")
+    shape = GPTConfig(vocab_size=plain.vocab_size, **SHAPE)
+    export(GPT(shape), plain, folder / "hf", Meta(0, shape))  # for the files of its tokenizer
+    torch.manual_seed(1)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=plain.vocab_size, n_positions=32, n_embd=64, n_layer=2, n_head=2,
+            initializer_range=0.2,  # as wide as weights that were trained
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder / "hf")
+    found = open_pretrained(folder / "hf")
+    import_run(found, folder / "run", found.tokenizer)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param([], id="full", marks=pytest.mark.slow),
+        pytest.param(["--lora-rank", "8"], id="lora"),
+    ],
+)
+def test_an_imported_model_learns_to_answer(how: list[str], tmp_path: Path, capsys):
+    """And transformers, which loads it afterwards, finds the same loss of the answers."""
+    run, pairs = by_transformers(tmp_path), ["up down", "left right", "day night", "hot cold"]
+    talks = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in map(str.split, pairs)
+    ]
+    rng = np.random.default_rng(0)  # in a fixed order the talk before would tell the answer
+    chats, asked = tmp_path / "chats.jsonl", tmp_path / "asked.jsonl"
+    for path, order in ((chats, rng.integers(0, len(talks), 200)), (asked, range(len(talks)))):
+        path.write_text("".join(json.dumps({"messages": talks[i]}) + "\n" for i in order))
+    out, hf = tmp_path / "new", tmp_path / "out"
+    words = ["train", str(chats), "--init", str(run), "--out", str(out), "--markers", *how]
+    words += ["--max-iters", "300", "--batch-size", "8", "--learning-rate", "0.01"]
+    assert main([*words, "--eval-interval", "300", "--eval-iters", "1"]) == 0
+    capsys.readouterr()
+    assert main(["eval-chat", str(out), str(asked), "--max-tokens", "8", "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)["total"]
+    assert score == {"questions": 4, "exact": 1.0, "ended": 1.0, "spoke_for_user": 0.0}
+
+    import torch
+    import transformers
+
+    assert main(["export", "hf", str(out), "--out", str(hf)]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    model, tokenizer = load(out)
+    x, y = batch(tokens_of_conversations(talks * 4, tokenizer, MARKED), 0, 0, 4, 32)
+    y[:, -1] = -1  # transformers shifts this one out of the window
+    labels = np.concatenate([np.full((4, 1), -100), np.where(y < 0, -100, y)[:, :-1]], axis=1)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(x.astype(np.int64)), labels=torch.tensor(labels)).loss.item()
+    assert model.loss(Tensor(x), Tensor(y)).item() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_without_being_asked_a_vocabulary_stays_as_it_is(tmp_path: Path):
