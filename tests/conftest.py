@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -55,6 +56,16 @@ def no_event_loop_is_left() -> Iterator[None]:
     yield
     with pytest.raises(RuntimeError):
         asyncio.get_running_loop()
+
+
+@pytest.fixture(scope="module")
+def only_what_is_new_is_counted() -> Iterator[None]:
+    """A collection leaves out the objects of the tests before, through which it goes for seconds:
+    for files that count objects or memory."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

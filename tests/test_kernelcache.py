@@ -167,6 +167,17 @@ def test_kernels_that_were_not_used_for_longest_go_first(
     assert 30 < len(kept) < 50 and kept - {0} == set(range(101 - len(kept), 100))
 
 
+def test_a_cache_below_its_limit_is_not_listed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To list tens of thousands of files takes as much memory as a small model in training."""
+    listed: list[Path] = []
+    monkeypatch.setattr(disk_cache, "entries", lambda place: listed.append(place) or [])
+    size = sum(file.stat().st_size for file in path.iterdir())
+    disk_cache.make_room(path, size)
+    assert listed == []
+    disk_cache.make_room(path, size - 1)
+    assert listed == [path]
+
+
 def test_kernels_for_other_processors_go_when_all_exceed_the_limit(path: Path) -> None:
     """Also what an earlier version left, which kept all of them in one file."""
     for days, name in enumerate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -28,13 +28,7 @@ LEAK = 1 << 16
 """Bytes a call of resident memory; the allocator's own growth is far below."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def only_what_is_new_is_counted() -> Iterator[None]:
-    """Objects of the tests before are left out: to go through them takes a second each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("only_what_is_new_is_counted")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from tinygpt.training import preflight, probe
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.step import make_evaluate, make_train_step
 
+pytestmark = pytest.mark.usefixtures("only_what_is_new_is_counted")
+
 MB = 1_000_000
 BABY = PRESETS["baby"]
 TINY = {"vocab_size": 256, "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 8}

@@ -14,6 +14,8 @@ from tinygpt.training.optim import make_optimizer
 from tinygpt.training.recompute import first_that_learns, restart
 from tinygpt.training.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("only_what_is_new_is_counted")
+
 SHAPE = GPTConfig(vocab_size=13, n_layer=3, n_head=2, n_embd=16, block_size=8, dropout=0.2)
 TRAIN = TrainConfig(batch_size=2, warmup_steps=0)
 
