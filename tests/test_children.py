@@ -78,12 +78,17 @@ def test_a_current_folder_that_is_gone_is_no_trouble(tmp_path, monkeypatch):
 
 
 def test_the_processes_of_tinygrads_own_pool_do_neither(monkeypatch):
-    from tinygpt.machine import kernel_store
+    from tinygpt.machine import kernel_store, pool
 
     monkeypatch.setattr(kernel_store, "PARALLEL", 2)
+    monkeypatch.setattr(pool, "threads", lambda: 2)
     monkeypatch.setattr(kernel_store, "_own_workers", lambda: os.environ.get("PYTHONSAFEPATH"))
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     monkeypatch.delenv("PYTHONSAFEPATH")
+    monkeypatch.setattr(sys, "platform", "linux")  # where nothing changes the environment
+    assert isinstance(kernel_store._workers(), kernel_store.Forks)
+    assert "PYTHONSAFEPATH" not in os.environ
+    monkeypatch.setattr(sys, "platform", "darwin")
     assert kernel_store._workers() == "1"
     del os.environ["PYTHONSAFEPATH"]
 

@@ -178,12 +178,14 @@ class Forks:
 
 
 def _workers() -> Any:
-    """tinygrad's own pool, if ``PARALLEL`` asks for one, else forks, else None."""
-    count = pool.threads()
-    forks = Forks(count) if count > 1 and sys.platform == "linux" else None
-    if PARALLEL:  # its processes import before they are given this one's path
+    """Forks on Linux, if there is more than one core; elsewhere tinygrad's own pool, if
+    ``PARALLEL`` asks for one; else None."""
+    forks = sys.platform == "linux"
+    if forks:
+        return Forks(pool.threads()) if pool.threads() > 1 else None
+    if PARALLEL:  # its processes, later ones too, import before they are given this one's path
         os.environ.setdefault("PYTHONSAFEPATH", "1")
-    return _own_workers() or forks  # type: ignore[no-untyped-call]
+    return _own_workers()  # type: ignore[no-untyped-call]
 
 
 class Child:
