@@ -1114,6 +1114,17 @@ def asked(playground, question):
     return page.locator(".turn.assistant").last.locator(".said").all_text_contents()
 
 
+def in_an_answer(playground):
+    """The page with an answer that is being written, and has no end, in the Chat tab."""
+    playground.ready().set(temperature=0, max_tokens=ENDLESS)
+    page = playground.page
+    playground.tab("Chat")
+    page.locator("#question").fill("Hi")
+    page.locator("#question").press("Enter")
+    playground.expect(page.locator(".said").nth(30)).to_be_attached()
+    return page
+
+
 def test_a_talk_is_held_and_each_answer_s_tokens_open(playground, service):
     playground.ready().set(temperature=0, max_tokens=6)
     page, expect = playground.page, playground.expect
@@ -1155,12 +1166,7 @@ def test_a_talk_is_held_and_each_answer_s_tokens_open(playground, service):
 
 
 def test_a_talk_can_be_stopped_and_what_was_written_stays(playground):
-    playground.ready().set(temperature=0, max_tokens=ENDLESS)
-    page, expect = playground.page, playground.expect
-    playground.tab("Chat")
-    page.locator("#question").fill("Hi")
-    page.locator("#question").press("Enter")
-    expect(page.locator(".said").nth(30)).to_be_attached()
+    page, expect = in_an_answer(playground), playground.expect
     page.locator("#send").dispatch_event("click")
     expect(page.locator("#turns")).to_have_attribute("aria-busy", "false")
     expect(playground.status).to_contain_text("Stopped after")
@@ -1214,12 +1220,7 @@ def test_of_another_models_talk_the_words_are_taken_over(playground):
 
 
 def test_of_an_answer_in_progress_what_is_there_outlives_a_reload(playground):
-    playground.ready().set(temperature=0, max_tokens=ENDLESS)
-    page, expect = playground.page, playground.expect
-    playground.tab("Chat")
-    page.locator("#question").fill("Hi")
-    page.locator("#question").press("Enter")
-    expect(page.locator(".said").nth(30)).to_be_attached()
+    page, expect = in_an_answer(playground), playground.expect
     page.reload()
     playground.ready()
     expect(page.locator(".turn")).to_have_count(2)

@@ -16,12 +16,12 @@ from tinygrad import Tensor, dtypes
 from tinygpt.kernels.dispatch import first_device, operation
 from tinygpt.kernels.linear import FEW, plain_linear, project_many
 from tinygpt.kernels.loops import add_across, blocks, fill, spread
-from tinygpt.kernels.phases import Array, Kernel, contiguous, empty, run, wide
+from tinygpt.kernels.phases import Array, Kernel, contiguous, wide
 from tinygpt.kernels.quantized import (
     Instructions,
+    in_integers,
     instructions,
     multiply_add,
-    rounded_rows,
     vector_types,
 )
 
@@ -64,21 +64,11 @@ def int4_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     (n_out, _), n_in = map(int, weight.shape), int(x.shape[-1])
     x2, w, scale = contiguous(x.reshape(-1, n_in)), contiguous(weight), contiguous(scale)
     rest = [contiguous(t) for t in (bias,) if t is not None]
-    m = int(x2.shape[0])
-    if m > FEW or n_in == BLOCK or x.dtype == dtypes.float64:
+    if int(x2.shape[0]) > FEW or n_in == BLOCK or x.dtype == dtypes.float64:
         y = project_many(x2, unpacked(w, scale.cast(wide(x.dtype))).contiguous(), None, bias)
     else:
-        kind = instructions(first_device(x))
-        y = run(
-            few_rows,
-            [empty(x2, m, n_out, dtype=dtypes.float32)],
-            [*rounded_rows(x2), w, scale, *rest],
-            lanes=LANES,
-            name=f"matvec_int4_{m}x{n_out}x{n_in}",
-            ops=2 * m * n_in * n_out,
-            sizes=(m, n_in, n_out),
-            kind=kind._replace(numbers=HALF),
-        )[0]
+        kind = instructions(first_device(x))._replace(numbers=HALF)
+        y = in_integers(few_rows, "int4", x2, [w, scale, *rest], kind)
     return y.cast(x.dtype).reshape(*x.shape[:-1], n_out)
 
 

@@ -13,6 +13,7 @@ The many rows of a prompt, and float64, go through `matmul`, which converts weig
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tinygrad import Device, Tensor, UOp, dtypes
@@ -80,22 +81,29 @@ def quantized_linear(
     n_out, n_in = map(int, weight.shape)
     x2, w = contiguous(x.reshape(-1, n_in)), contiguous(weight)
     rest = [contiguous(t) for t in (scale, bias) if t is not None]
-    m = int(x2.shape[0])
-    if m > FEW or x.dtype == dtypes.float64:
+    if int(x2.shape[0]) > FEW or x.dtype == dtypes.float64:
         y = project_many(x2, w, scale, bias)
     else:
-        kind = instructions(first_device(x))
-        y = run(
-            few_rows,
-            [empty(x2, m, n_out, dtype=dtypes.float32)],
-            [*rounded_rows(x2), w, *rest],
-            lanes=kind.numbers // 2,
-            name=f"matvec_int8_{m}x{n_out}x{n_in}",
-            ops=2 * m * n_in * n_out,
-            sizes=(m, n_in, n_out),
-            kind=kind,
-        )[0]
+        y = in_integers(few_rows, "int8", x2, [w, *rest], instructions(first_device(x)))
     return y.cast(x.dtype).reshape(*x.shape[:-1], n_out)
+
+
+def in_integers(
+    kernel: Callable[..., None], name: str, x: Tensor, inputs: list[Tensor], kind: Instructions
+) -> Tensor:
+    """y (M, O) of a product of few rows; ``inputs`` are the weight, whose rows are O, and the rest
+    that the kernel takes behind x (M, I) as integers."""
+    (m, n_in), n_out = map(int, x.shape), int(inputs[0].shape[0])
+    return run(
+        kernel,
+        [empty(x, m, n_out, dtype=dtypes.float32)],
+        [*rounded_rows(x), *inputs],
+        lanes=kind.numbers // 2,
+        name=f"matvec_{name}_{m}x{n_out}x{n_in}",
+        ops=2 * m * n_in * n_out,
+        sizes=(m, n_in, n_out),
+        kind=kind,
+    )[0]
 
 
 # x as integers ----------------------------------------------------------------------------------

@@ -142,17 +142,17 @@ def make_room(folder: Path, limit: int) -> None:
     beside = folder.parent.glob(PATTERN) if folder.match(PATTERN) else ()
     places = {folder, *beside}
     with suppress(OSError):  # another process may do the same
-        if sum(map(_taken, places)) <= limit:  # as nearly always: the files need not be listed
+        if sum(map(taken, places)) <= limit:  # as nearly always: the files need not be listed
             return
         files = [path for place in places for path in entries(place)]
         found = [(s.st_mtime, s.st_size, path) for path in files if (s := path.stat())]
         remove(too_many(found, limit - limit // 4))  # not at every start
 
 
-def _taken(place: Path) -> int:
-    """Bytes of a cache, of which there may be many thousands of files."""
+def taken(place: Path) -> int:
+    """Bytes of a cache, of which there may be many thousands of files; 0 if there is none."""
     if not place.is_dir():
-        return place.stat().st_size
+        return place.stat().st_size if place.is_file() else 0
     with os.scandir(place) as found:
         return sum(entry.stat().st_size for entry in found if entry.name.endswith(ENDING))
 

@@ -117,7 +117,7 @@ def _caches() -> Iterator[Check]:
     clear = "tinygpt doctor --clear-cache"
     kernels = disk_cache.folder_of(device.kernel_database())
     trouble = disk_cache.trouble(kernels)
-    found = f"{kernels} {trouble or f'({size(disk_cache.size_of(disk_cache.entries(kernels)))})'}"
+    found = f"{kernels} {trouble or f'({size(disk_cache.taken(kernels))})'}"
     yield Check("kernel cache", not trouble, found, clear if trouble else None, optional=True)
     taken, limit = disk_cache.size_of(folders.token_files()), folders.cache_limit()
     found = f"{next(folders.token_folders())} ({size(taken)}, kept below {size(limit)})"

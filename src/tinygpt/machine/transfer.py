@@ -113,15 +113,14 @@ def read(tensor: Tensor, out: Array | None = None) -> Array:
     """
     assert _buffer(tensor).is_allocated(), "realized"
     buffer, values = _buffer(tensor), _stored(tensor)
+    is_copy = values is None
     if values is None:
         copied = np.frombuffer(buffer.as_memoryview(), _numpy_type(buffer.dtype))
         values = copied.reshape(tuple(map(int, tensor.shape)))
-    elif buffer.dtype != dtypes.bfloat16 and out is None:
-        values = values.copy()
     if buffer.dtype == dtypes.bfloat16:
         return from_bfloat16(values, out)
     if out is None:
-        return values
+        return values if is_copy else values.copy()
     np.copyto(out, values)
     return out
 
